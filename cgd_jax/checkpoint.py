@@ -1,0 +1,80 @@
+"""Checkpoints of a run: the latest few and the best one, written by orbax.
+
+A save is written under a temporary name and renamed when complete, so that a run
+killed in the middle of it finds the checkpoint before.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+FOLDER = "checkpoints"
+
+
+def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a work folder.
+
+    Args:
+      workdir: work folder of the run.
+      keep: how many of the latest checkpoints survive, beside the best; None to read
+        only, also while a run goes on there.
+
+    Returns:
+      An orbax manager; close it, or use it in a `with` statement, to wait for the
+      last save.
+    """
+
+    def recall_at_1(metrics):
+        return metrics["recall_at_1"]
+
+    policies = [
+        preservation_policy.LatestN(keep),
+        preservation_policy.BestN(
+            get_metric_fn=recall_at_1, n=1, keep_checkpoints_without_metrics=False
+        ),
+    ]
+    writing = keep is not None
+    options = ocp.CheckpointManagerOptions(
+        best_fn=recall_at_1,
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        create=writing,
+        # What a killed run left of an unfinished save.
+        cleanup_tmp_directories=writing,
+    )
+    return ocp.CheckpointManager(Path(workdir, FOLDER).resolve(), options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = None) -> None:
+    """Starts to save a state; the writing goes on in the background.
+
+    Args:
+      checkpoints: from `manager`.
+      state: a pytree with a field `step`.
+      recall_at_1: of this state, if it was evaluated: what the best is chosen by.
+    """
+    step = int(state.step)
+    if step in checkpoints.all_steps():
+        return
+    # A copy, since the next training step takes over the state's own buffers.
+    state = jax.tree.map(jnp.copy, state)
+    metrics = None if recall_at_1 is None else {"recall_at_1": recall_at_1}
+    checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+
+
+def restore(checkpoints: ocp.CheckpointManager, state, step: int):
+    """Reads the state saved at a step.
+
+    Args:
+      checkpoints: from `manager`.
+      state: a state of the same structure, shapes and shardings; only those are
+        used.
+      step: one of `checkpoints.all_steps()`.
+
+    Returns:
+      The saved state, laid over the devices as `state` is.
+    """
+    abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
+    return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -1,0 +1,127 @@
+"""How n global descriptors become one embedding, as pure functions.
+
+The paper's way (CGD, https://arxiv.org/abs/1903.10663, figure 1) is "concat":
+every descriptor goes through an FC layer without bias and is L2-normalized; the
+branches are concatenated and the whole is normalized again. Beside it stand a
+variant and the paper's two rivals:
+
+    concat     FC → L2 → concatenate → L2; the ranking loss sees the embedding
+    sum        FC → L2 → add → L2; the ranking loss sees the embedding
+    separate   rival A: FC → L2, a ranking loss for every branch by itself;
+               concatenated only to search (the embedding of "concat")
+    raw        rival B: descriptors concatenated as they are → one FC → L2
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["COMBINATIONS", "combine", "kernel_shapes", "l2_normalize"]
+
+COMBINATIONS = ("concat", "sum", "separate", "raw")
+
+
+def l2_normalize(x: jax.Array, axis: int = -1, eps: float = 1e-12) -> jax.Array:
+    """Scales vectors to unit length.
+
+    Computed in float32. The squared norm is floored at `eps`, so that the zero
+    vector stays zero and has a finite gradient.
+
+    Args:
+      x: any shape, floating point.
+      axis: the axis along which the norm is taken.
+      eps: floor of the squared norm.
+
+    Returns:
+      Same shape and dtype as `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    squared_norm = jnp.sum(x32**2, axis, keepdims=True)
+    return (x32 * jax.lax.rsqrt(jnp.maximum(squared_norm, eps))).astype(x.dtype)
+
+
+def kernel_shapes(
+    channels: int, descriptors: int, embedding_dim: int, combination: str = "concat"
+) -> list[tuple[int, int]]:
+    """Shapes of the FC kernels that `combine` takes.
+
+    Args:
+      channels: C, the length of one descriptor.
+      descriptors: n, how many there are.
+      embedding_dim: D, the length of the embedding.
+      combination: one of `COMBINATIONS`.
+
+    Returns:
+      n shapes (C, D/n) for "concat" and "separate"; n shapes (C, D) for "sum"; the
+      one shape (n·C, D) for "raw".
+
+    Raises:
+      ValueError: an unknown combination, or D cannot be shared evenly.
+    """
+    if combination not in COMBINATIONS:
+        raise ValueError(
+            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
+        )
+    if combination == "raw":
+        return [(descriptors * channels, embedding_dim)]
+    if combination == "sum":
+        return [(channels, embedding_dim)] * descriptors
+    if embedding_dim % descriptors:
+        below = embedding_dim - embedding_dim % descriptors
+        raise ValueError(
+            f"an embedding of {embedding_dim} dimensions cannot be shared evenly by "
+            f"{descriptors} descriptors; {below} or {below + descriptors} can."
+        )
+    return [(channels, embedding_dim // descriptors)] * descriptors
+
+
+def combine(
+    descriptors: Sequence[jax.Array],
+    kernels: Sequence[jax.Array],
+    combination: str = "concat",
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Projects, normalizes and joins global descriptors.
+
+    Args:
+      descriptors: n arrays [..., C], in the order of the descriptor set.
+      kernels: the FC weights, with the shapes that `kernel_shapes` gives. The FC
+        layers have no bias (as the paper's authors say of their own network).
+      combination: one of `COMBINATIONS`.
+
+    Returns:
+      embedding [..., D], unit length, float32: the vector to search with;
+      a list of unit vectors [..., k] to which ranking losses apply: the embedding
+      alone, or every branch for "separate".
+
+    Raises:
+      ValueError: an unknown combination; shapes of descriptors and kernels that do
+        not fit together.
+    """
+    if combination not in COMBINATIONS:
+        raise ValueError(
+            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
+        )
+    if combination == "raw":
+        descriptors = [jnp.concatenate(descriptors, -1)]
+    if len(kernels) != len(descriptors) or any(
+        kernel.ndim != 2 or kernel.shape[0] != descriptor.shape[-1]
+        for kernel, descriptor in zip(kernels, descriptors, strict=False)
+    ):
+        raise ValueError(
+            f"{combination!r} joins descriptors {[d.shape for d in descriptors]} but got FC "
+            f"kernels {[k.shape for k in kernels]}; kernel_shapes() gives what fits."
+        )
+    # Norms and everything behind them in float32: the embedding is compared by
+    # differences far below the resolution of half precision.
+    branches = [
+        l2_normalize(jnp.dot(descriptor, kernel, preferred_element_type=jnp.float32))
+        for descriptor, kernel in zip(descriptors, kernels, strict=True)
+    ]
+    if combination == "raw":
+        return branches[0], branches
+    if combination == "sum":
+        embedding = l2_normalize(sum(branches[1:], branches[0]))
+        return embedding, [embedding]
+    embedding = l2_normalize(jnp.concatenate(branches, -1))
+    return embedding, branches if combination == "separate" else [embedding]

@@ -1,0 +1,118 @@
+"""The CGD network: a backbone, branches of global descriptors, an auxiliary head."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cgd_jax import combination, pooling
+from cgd_jax.models.resnet import BACKBONES, batch_norm
+
+__all__ = ["CGD", "LEARN_P", "Output", "create_model"]
+
+# How GeM's exponent is learned: not at all, one for all channels, one a channel.
+LEARN_P = ("fixed", "scalar", "channel")
+
+
+class Output(NamedTuple):
+    """What the network computes for a batch of images."""
+
+    embedding: jax.Array  # [B, D] float32, unit length: the vector to search with
+    ranked: list[jax.Array]  # unit vectors [B, k] that ranking losses apply to
+    logits: jax.Array  # [B, M] float32, of the training classes
+    descriptors: list[jax.Array] | None  # n × [B, C], before FC and norm, on request
+
+
+class CGD(nn.Module):
+    """images [B, H, W, 3], already normalized → `Output`.
+
+    Figure 1 of https://arxiv.org/abs/1903.10663. The main module pools the feature
+    map with every descriptor, projects and combines them; the auxiliary module,
+    BatchNorm and an FC layer, classifies the first descriptor as it comes out of the
+    pooling.
+
+    Attributes:
+      backbone: a module that maps (images, train) to a feature map.
+      num_classes: M, the number of training classes.
+      descriptors: distinct letters of `pooling.POOLINGS`; the first one also feeds
+        the auxiliary module.
+      embedding_dim: D.
+      combination: one of `combination.COMBINATIONS`.
+      gem_p: GeM's exponent, or its initial value when it is learned.
+      learn_p: one of `LEARN_P`.
+      dtype: of the projections' inputs; norms and logits are float32.
+    """
+
+    backbone: nn.Module
+    num_classes: int
+    descriptors: str = "SG"
+    embedding_dim: int = 1536
+    combination: str = "concat"
+    gem_p: float = 3.0
+    learn_p: str = "fixed"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, train: bool = False, return_descriptors: bool = False
+    ) -> Output:
+        features = self.backbone(images, train)
+        descriptors = [self.pool(letter, features) for letter in self.descriptors]
+
+        shapes = combination.kernel_shapes(
+            features.shape[-1], len(descriptors), self.embedding_dim, self.combination
+        )
+        names = ["raw"] if self.combination == "raw" else self.descriptors
+        kernels = [
+            self.param(f"fc_{name}", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+        embedding, ranked = combination.combine(descriptors, kernels, self.combination)
+
+        auxiliary = batch_norm(train, jnp.float32, "auxiliary_bn")(descriptors[0])
+        # Small weights: else temperature-scaled logits of thousands of classes start
+        # out confidently wrong.
+        small = nn.initializers.normal(0.01)
+        logits = nn.Dense(self.num_classes, kernel_init=small, name="auxiliary_fc")(auxiliary)
+        return Output(embedding, ranked, logits, descriptors if return_descriptors else None)
+
+    def pool(self, letter: str, features: jax.Array) -> jax.Array:
+        """[B, H, W, C] → [B, C] by the descriptor that `letter` names."""
+        if letter != "G":
+            return pooling.POOLINGS[letter](features)
+        if self.learn_p == "fixed":
+            return pooling.gem(features, self.gem_p)
+        shape = () if self.learn_p == "scalar" else features.shape[-1:]
+        p = self.param("gem_p_learned", nn.initializers.constant(self.gem_p), shape)
+        return pooling.gem(features, p)
+
+
+def create_model(config, num_classes: int) -> CGD:
+    """Makes the network that a config describes.
+
+    Args:
+      config: the `model` part of an experiment's config, see configs/base.py.
+      num_classes: M, the number of training classes.
+
+    Returns:
+      The module; `model.init(key, images)` gives its variables.
+    """
+    dtype = jnp.dtype(config.dtype)
+    backbone = BACKBONES[config.backbone](
+        width=config.width,
+        stem=config.stem,
+        stem_stride=config.stem_stride,
+        last_stride=config.last_stride,
+        dtype=dtype,
+    )
+    return CGD(
+        backbone=backbone,
+        num_classes=num_classes,
+        descriptors=config.descriptors,
+        embedding_dim=config.embedding_dim,
+        combination=config.combination,
+        gem_p=config.gem_p,
+        learn_p=config.learn_p,
+        dtype=dtype,
+    )

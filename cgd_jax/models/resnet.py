@@ -1,0 +1,151 @@
+"""ResNets that end in a feature map: no global pooling, no classifier.
+
+ResNet (He et al., https://arxiv.org/abs/1512.03385) with the stride of a bottleneck
+in its 3×3 convolution, SE-ResNet (Hu et al., https://arxiv.org/abs/1709.01507) and
+ResNeXt (Xie et al., https://arxiv.org/abs/1611.05431). Paddings, epsilons and the
+order of operations are those under which ImageNet weights are published.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+__all__ = ["BACKBONES", "STEMS", "ResNet"]
+
+STEMS = ("7x7", "3x3")
+
+# He et al., "Delving Deep into Rectifiers", with the fan of the output.
+_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class SqueezeExcite(nn.Module):
+    """Rescales channels by a gate computed from their means. [B, H, W, C] → same."""
+
+    reduction: int = 16
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        gate = x.astype(jnp.float32).mean((1, 2), keepdims=True).astype(x.dtype)
+        hidden = max(1, channels // self.reduction)
+        gate = nn.relu(nn.Conv(hidden, (1, 1), dtype=self.dtype, name="fc1")(gate))
+        gate = nn.Conv(channels, (1, 1), dtype=self.dtype, name="fc2")(gate)
+        return x * nn.sigmoid(gate)
+
+
+class Block(nn.Module):
+    """One residual block: basic (3×3, 3×3) or bottleneck (1×1, 3×3, 1×1)."""
+
+    width: int  # channels of the 3×3 convolutions
+    out: int  # channels of the output
+    stride: int
+    bottleneck: bool
+    groups: int
+    squeeze_excite: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=_kernel_init)
+        norm = partial(batch_norm, train=train, dtype=self.dtype)
+        conv3x3 = partial(conv, kernel_size=(3, 3), padding=1)
+        stride = (self.stride, self.stride)
+        if self.bottleneck:
+            y = nn.relu(norm(name="bn1")(conv(self.width, (1, 1), name="conv1")(x)))
+            y = conv3x3(self.width, strides=stride, feature_group_count=self.groups, name="conv2")(
+                y
+            )
+            y = nn.relu(norm(name="bn2")(y))
+            y = norm(name="bn3")(conv(self.out, (1, 1), name="conv3")(y))
+        else:
+            y = nn.relu(norm(name="bn1")(conv3x3(self.width, strides=stride, name="conv1")(x)))
+            y = norm(name="bn2")(conv3x3(self.out, name="conv2")(y))
+        if self.squeeze_excite:
+            y = SqueezeExcite(dtype=self.dtype, name="se")(y)
+        if x.shape[-1] != self.out or self.stride != 1:
+            x = conv(self.out, (1, 1), strides=stride, name="downsample_conv")(x)
+            x = norm(name="downsample_bn")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, C].
+
+    With the published stem s is 32, or 16 with `last_stride=1`, which is how CGD gets
+    14 × 14 positions from 224 × 224 pixels (paper, figure 1). The 3×3 stem is meant
+    for images of 64 pixels and less; with stride 1 throughout, s is 8, or 4.
+
+    Attributes:
+      stage_sizes: blocks in each of the four stages.
+      bottleneck: bottleneck blocks (C = 32·width) or basic ones (C = 8·width).
+      width: channels of the stem and base of all others; 64 is the published
+        network, smaller numbers make tiny ones.
+      stem: "7x7" with a max-pool of stride 2 behind it, or "3x3" without.
+      stem_stride: stride of the stem's convolution, 2 as published or 1.
+      last_stride: stride of the last stage, 2 as published or 1 as in CGD.
+      groups: groups of the 3×3 convolution in a bottleneck (ResNeXt's cardinality).
+      width_per_group: ResNeXt's bottleneck width at `width=64`.
+      squeeze_excite: adds squeeze-and-excitation to every block.
+      dtype: of the computation; parameters and statistics stay float32.
+    """
+
+    stage_sizes: tuple[int, ...]
+    bottleneck: bool = True
+    width: int = 64
+    stem: str = "7x7"
+    stem_stride: int = 2
+    last_stride: int = 1
+    groups: int = 1
+    width_per_group: int = 64
+    squeeze_excite: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=_kernel_init)
+        x = x.astype(self.dtype)
+        kernel, padding = ((7, 7), 3) if self.stem == "7x7" else ((3, 3), 1)
+        strides = (self.stem_stride, self.stem_stride)
+        x = conv(self.width, kernel, strides=strides, padding=padding, name="conv1")(x)
+        x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="bn1")(x))
+        if self.stem == "7x7":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for stage, blocks in enumerate(self.stage_sizes):
+            planes = self.width * 2**stage
+            last = stage == len(self.stage_sizes) - 1
+            for block in range(blocks):
+                first = block == 0 and stage > 0
+                x = Block(
+                    width=planes * self.width_per_group // 64 * self.groups,
+                    out=planes * 4 if self.bottleneck else planes,
+                    stride=(self.last_stride if last else 2) if first else 1,
+                    bottleneck=self.bottleneck,
+                    groups=self.groups,
+                    squeeze_excite=self.squeeze_excite,
+                    dtype=self.dtype,
+                    name=f"layer{stage + 1}_{block}",
+                )(x, train)
+        return x
+
+
+def batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
+    """BatchNorm as everywhere in this package: statistics of the global batch in training."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+    )
+
+
+# The names under which configs select a backbone.
+BACKBONES = {
+    "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
+    "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
+    "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
+    "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3)),
+    "resnet101": partial(ResNet, stage_sizes=(3, 4, 23, 3)),
+    "resnet152": partial(ResNet, stage_sizes=(3, 8, 36, 3)),
+    "se_resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), squeeze_excite=True),
+    "resnext50_32x4d": partial(ResNet, stage_sizes=(3, 4, 6, 3), groups=32, width_per_group=4),
+}

@@ -1,0 +1,174 @@
+"""Global descriptors: pure functions that pool a feature map into one vector.
+
+Every function maps ``features [..., H, W, C]`` to ``[..., C]``, accumulates in
+float32 whatever the input's precision, and returns the input's dtype. This file
+needs nothing but jax and is meant to be taken into other projects as it is.
+
+    >>> from cgd_jax import pooling
+    >>> descriptor = pooling.gem(features)          # [B, 14, 14, 2048] -> [B, 2048]
+"""
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["POOLINGS", "gem", "mac", "rmac", "spoc"]
+
+
+def spoc(features: jax.Array) -> jax.Array:
+    """SPoC: the mean over all positions.
+
+    Babenko & Lempitsky, ICCV 2015, https://arxiv.org/abs/1510.07493 (without the
+    centre prior, as CGD uses it).
+
+    Args:
+      features: [..., H, W, C], floating point.
+
+    Returns:
+      [..., C], the dtype of `features`.
+
+    Raises:
+      ValueError: `features` has fewer than three axes, an empty map, or no
+        floating dtype.
+    """
+    _check_features(features)
+    return features.astype(jnp.float32).mean((-3, -2)).astype(features.dtype)
+
+
+def mac(features: jax.Array) -> jax.Array:
+    """MAC: the maximum over all positions.
+
+    Tolias, Sicre & Jégou, ICLR 2016, https://arxiv.org/abs/1511.05879. Where
+    several positions share the maximum, they share its gradient.
+
+    Args:
+      features: [..., H, W, C], floating point.
+
+    Returns:
+      [..., C], the dtype of `features`.
+
+    Raises:
+      ValueError: as for `spoc`.
+    """
+    _check_features(features)
+    return features.max((-3, -2))
+
+
+def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = 1e-6) -> jax.Array:
+    """GeM: the generalized mean, between SPoC (p = 1) and MAC (p → ∞).
+
+    Radenović, Tolias & Chum, TPAMI 2018, https://arxiv.org/abs/1711.02512:
+    ``(mean_hw max(x, eps)^p)^(1/p)``. It is computed as
+    ``exp((logsumexp_hw(p·log x) - log HW) / p)``, which is the same number and can
+    neither overflow nor underflow, however large the features or p are.
+
+    Args:
+      features: [..., H, W, C], floating point. Values below `eps`, negative ones
+        among them, count as `eps` and receive no gradient.
+      p: the exponent, not 0: a number, a scalar array, or an array [C] with one
+        exponent a channel. Arrays are differentiated, so p can be learned.
+      eps: the floor of the features, > 0.
+
+    Returns:
+      [..., C], the dtype of `features`.
+
+    Raises:
+      ValueError: as for `spoc`; `p` is neither a scalar nor of shape [C]; `p` is
+        the number 0; `eps` is not positive.
+    """
+    _check_features(features)
+    if not eps > 0:
+        raise ValueError(f"gem: eps must be positive, got {eps}.")
+    if isinstance(p, int | float) and p == 0:
+        raise ValueError("gem: p = 0 has no generalized mean; use p = 1 for the plain mean.")
+    height, width, channels = features.shape[-3:]
+    p = jnp.asarray(p, jnp.float32)
+    if p.shape not in ((), (1,), (channels,)):
+        raise ValueError(
+            f"gem: p must be a scalar or have shape ({channels},), one exponent a channel of "
+            f"features {features.shape}; got shape {p.shape}."
+        )
+    log_features = jnp.log(jnp.maximum(features.astype(jnp.float32), eps))
+    log_sum = jax.nn.logsumexp(p * log_features, (-3, -2))
+    return jnp.exp((log_sum - jnp.log(float(height * width))) / p).astype(features.dtype)
+
+
+def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
+    """R-MAC: the sum of the normalized MACs of regions at several scales.
+
+    Tolias, Sicre & Jégou, ICLR 2016, https://arxiv.org/abs/1511.05879, section 3.2,
+    without its PCA-whitening (CGD's FC layer takes that place). Level l has square
+    regions of side ``2·min(H, W)/(l + 1)``, l of them along the short side and as
+    many along the long side as bring the overlap of neighbours closest to 40 %.
+
+    Args:
+      features: [..., H, W, C], floating point.
+      levels: the number of scales, at least 1.
+
+    Returns:
+      [..., C], the dtype of `features`.
+
+    Raises:
+      ValueError: as for `spoc`; `levels` is below 1.
+    """
+    _check_features(features)
+    height, width = features.shape[-3:-1]
+    total = jnp.zeros((*features.shape[:-3], features.shape[-1]), jnp.float32)
+    for top, left, side in rmac_regions(height, width, levels):
+        region = features[..., top : top + side, left : left + side, :]
+        # In float32: the square of a half-precision maximum may overflow.
+        maximum = region.max((-3, -2)).astype(jnp.float32)
+        squared_norm = jnp.sum(maximum**2, -1, keepdims=True)
+        total += maximum * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-12))
+    return total.astype(features.dtype)
+
+
+def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, int, int]]:
+    """The regions of R-MAC as (top, left, side), in positions of the feature map.
+
+    Args:
+      height: rows of the feature map.
+      width: columns of the feature map.
+      levels: the number of scales, at least 1.
+
+    Returns:
+      One (top, left, side) a region; every region lies inside the map.
+
+    Raises:
+      ValueError: `levels` is below 1.
+    """
+    if levels < 1:
+        raise ValueError(f"rmac: levels must be at least 1, got {levels}.")
+    short, long = sorted((height, width))
+
+    def overlap_error(extra: int) -> float:
+        # With 1 + extra regions of side `short` along the long side.
+        return abs((1 - (long - short) / extra / short) - 0.4)
+
+    extra = 0 if short == long else min(range(1, 7), key=overlap_error)
+    regions = []
+    for level in range(1, levels + 1):
+        side = max(1, 2 * short // (level + 1))
+        rows = _starts(height, side, level + (extra if height > width else 0))
+        columns = _starts(width, side, level + (extra if width > height else 0))
+        regions += [(top, left, side) for top in rows for left in columns]
+    return regions
+
+
+def _starts(length: int, side: int, count: int) -> list[int]:
+    """`count` evenly spaced starts of intervals of `side` in [0, length)."""
+    if count == 1:
+        return [(length - side) // 2]
+    return [i * (length - side) // (count - 1) for i in range(count)]
+
+
+def _check_features(features: jax.Array) -> None:
+    if features.ndim < 3 or 0 in features.shape[-3:]:
+        raise ValueError(
+            f"features must have shape [..., H, W, C] with H, W, C > 0; got {features.shape}."
+        )
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise ValueError(f"features must be floating point; got {features.dtype}.")
+
+
+# The letters that name descriptors in a config: "SG" is SPoC, then GeM.
+POOLINGS = {"S": spoc, "M": mac, "G": gem, "R": rmac}

@@ -1,0 +1,259 @@
+"""What a person sees of a run: tables, curves and pictures of what was retrieved."""
+
+import csv
+import json
+import os
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from tqdm import tqdm
+
+from cgd_jax.datasets import Dataset
+
+GREEN, RED, GRAY = "#2a9d3c", "#d1342f", "#555555"
+
+
+def say(text: str) -> None:
+    """Prints without tearing a progress bar apart."""
+    tqdm.write(text)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Writes a file under another name first: a reader never sees half of it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, values: dict) -> None:
+    """Writes a dict for people and programs to read."""
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def dataset_table(dataset: Dataset) -> str:
+    """Classes, images and images per class of every split."""
+    rows = []
+    for name, split in dataset._asdict().items():
+        if split is None:
+            continue
+        counts = np.unique(split.labels, return_counts=True)[1]
+        rows.append(
+            [name, len(counts), len(split.labels), counts.min(), np.median(counts), counts.max()]
+        )
+    return tabulate(rows, ["split", "classes", "images", "per class: min", "median", "max"])
+
+
+def recall_table(recalls: dict[str, dict[str, float]]) -> str:
+    """Recall@K in per cent, one row for each way of embedding.
+
+    Args:
+      recalls: name of the row → {"recall_at_1": between 0 and 1, ...}.
+    """
+    keys = list(next(iter(recalls.values())))
+    header = ["", *(key.replace("recall_at_", "R@") for key in keys)]
+    rows = [[name, *(100 * values[key] for key in keys)] for name, values in recalls.items()]
+    return tabulate(rows, header, floatfmt=".2f")
+
+
+def run_table(facts: dict[str, str]) -> str:
+    """Facts in two columns, as they are."""
+    return tabulate(facts.items(), tablefmt="plain", disable_numparse=True)
+
+
+class Progress:
+    """A progress bar of the training steps, and log lines where the output is no terminal."""
+
+    def __init__(self, step: int, steps: int):
+        """Starts at `step` of `steps`."""
+        self.steps, self.width = steps, len(str(steps))
+        self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=None)
+        self.first, self.started = step, time.time()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def update(self) -> None:
+        """Counts one step."""
+        self.bar.update()
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Shows a row of the history: in the bar, or as a line."""
+        parts = [f"{label} {row[key]:.{digits}f}" for key, label, digits in _SHOWN if key in row]
+        parts += [
+            f"{key.replace('recall_at_', 'R@')} {100 * row[key]:.2f} %"
+            for key in row
+            if key.startswith("recall_at_")
+        ]
+        if self.bar.disable or "recall_at_1" in row:
+            left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
+            minutes, seconds = divmod(round(left), 60)
+            say(
+                f"step {step:{self.width}}/{self.steps}  {'  '.join(parts)}  "
+                f"{minutes}:{seconds:02} left"
+            )
+        else:
+            self.bar.set_postfix_str(", ".join(parts))
+
+
+_SHOWN = (
+    ("loss", "loss", 4),
+    ("ranking_loss", "ranking", 4),
+    ("classification_loss", "classification", 4),
+    ("images_per_second", "images/s", 0),
+)
+
+
+class History:
+    """The rows of history.csv: one for each step that was logged or evaluated."""
+
+    def __init__(self, path: str | Path, step: int):
+        """Opens the history of a run.
+
+        Args:
+          path: of history.csv; need not exist.
+          step: where the run goes on: rows behind it are dropped.
+        """
+        self.path = path
+        self.rows = [row for row in read_history(path) if row["step"] <= step]
+        self._write()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Adds a row; the columns are those that any row has a value for."""
+        self.rows.append({"step": step, **values})
+        self._write()
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
+        lines = [",".join(columns)]
+        for row in self.rows:
+            lines.append(",".join(f"{row[key]:.6g}" if key in row else "" for key in columns))
+        write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+def read_history(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a history.csv; none if the file does not exist."""
+    if not Path(path).exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [
+            {column: float(value) for column, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+def plot_curves(
+    path: str | Path, rows: list[dict[str, float]], baselines: dict[str, dict[str, float]]
+) -> None:
+    """Draws losses and Recall@K over the steps.
+
+    Args:
+      path: of the PNG.
+      rows: of the history.
+      baselines: name → {"recall_at_1": ...}; their R@1 become dashed lines.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key, label in [
+        ("loss", "total"),
+        ("classification_loss", "classification"),
+        ("ranking_loss", "ranking"),
+    ]:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            left.plot(*zip(*points, strict=True), label=label, linewidth=1.5)
+    left.set(xlabel="step", ylabel="loss", title="Training", yscale="log")
+    evaluated = [row for row in rows if "recall_at_1" in row]
+    for key in evaluated[0] if evaluated else []:
+        if key.startswith("recall_at_"):
+            points = [(row["step"], 100 * row[key]) for row in evaluated if key in row]
+            name = key.replace("recall_at_", "R@")
+            right.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
+    for style, (name, values) in zip(("--", ":", "-."), baselines.items(), strict=False):
+        height = 100 * values["recall_at_1"]
+        right.axhline(height, linestyle=style, color=GRAY, label=f"R@1, {name}")
+    right.set(xlabel="step", ylabel="per cent", title="Unseen classes")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def choose_queries(
+    nearest: np.ndarray, dataset: Dataset, rows: np.ndarray, random: int, failing: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Picks what to show of a sample of queries: some as they come, some that fail.
+
+    Args:
+      nearest: [R, k] positions of the neighbours of `rows`.
+      dataset: the data set.
+      rows: [R] positions of queries, in random order.
+      random: how many are taken from the start, right or wrong.
+      failing: how many of the rest are taken that have a wrong first neighbour.
+
+    Returns:
+      Indices into `rows` of the first and of the second kind.
+    """
+    gallery = dataset.query if dataset.gallery is None else dataset.gallery
+    wrong = gallery.labels[nearest[:, 0]] != dataset.query.labels[rows]
+    rest = np.arange(len(rows)) >= random
+    return np.arange(min(random, len(rows))), np.flatnonzero(wrong & rest)[:failing]
+
+
+def plot_retrievals(
+    path: str | Path, dataset: Dataset, rows: np.ndarray, nearest: np.ndarray, title: str
+) -> None:
+    """Draws queries with their nearest neighbours.
+
+    The first queries are a random choice; below them stand some whose first
+    neighbour is wrong.
+
+    Args:
+      path: of the PNG.
+      dataset: the data set.
+      rows: [R] positions of queries, in random order.
+      nearest: [R, k] positions of their neighbours.
+      title: of the picture.
+    """
+    gallery = dataset.query if dataset.gallery is None else dataset.gallery
+    groups = zip(
+        ("Queries drawn at random", "Queries with a wrong first neighbour"),
+        choose_queries(nearest, dataset, rows, random=8, failing=4),
+        strict=True,
+    )
+    groups = [(name, chosen) for name, chosen in groups if len(chosen)]
+    columns = 1 + nearest.shape[1]
+    figure = Figure(figsize=(1.15 * columns, 1 + 1.3 * sum(len(c) for _, c in groups)))
+    figure.set_layout_engine("constrained", h_pad=0.06)
+    figure.suptitle(title, fontsize=13)
+    parts = figure.subfigures(len(groups), 1, height_ratios=[len(c) + 0.4 for _, c in groups])
+    for part, (name, chosen) in zip(np.atleast_1d(parts), groups, strict=True):
+        part.suptitle(name, fontsize=11, color=GRAY)
+        grid = part.subplots(len(chosen), columns, squeeze=False)
+        for axes, i in zip(grid, chosen, strict=True):
+            query, neighbours = rows[i], nearest[i]
+            _show(axes[0], dataset.query, query, "black", "query")
+            for rank, (cell, neighbour) in enumerate(zip(axes[1:], neighbours, strict=True), 1):
+                right = gallery.labels[neighbour] == dataset.query.labels[query]
+                _show(cell, gallery, neighbour, GREEN if right else RED, str(rank))
+    figure.savefig(path, dpi=100)
+
+
+def _show(axes, split, position, color, title) -> None:
+    axes.imshow(split.images[position], interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=8, color=color, pad=3)
+    for spine in axes.spines.values():
+        spine.set(color=color, linewidth=3)
+
+
+# Drawing never needs a display.
+matplotlib.use("agg")

@@ -1,0 +1,509 @@
+"""Training: state, step, loop. Read it from top to bottom."""
+
+import contextlib
+import functools
+import json
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from cgd_jax import checkpoint, evaluate, losses, report
+from cgd_jax.augment import augment, normalize
+from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validate
+from cgd_jax.datasets import Dataset
+from cgd_jax.input_pipeline import class_members, load_dataset, pk_batch, prefetch
+from cgd_jax.models.cgd import CGD, create_model
+
+
+@flax.struct.dataclass
+class State:
+    """All that a run needs to go on; batches and random keys follow from the step."""
+
+    step: jax.Array  # int32, optimizer steps done
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+
+
+# The optimizer.
+
+
+def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step.
+
+    Args:
+      config: the `optimizer` part of an experiment's config.
+      steps: of the whole run.
+
+    Returns:
+      step → learning rate.
+    """
+    rate, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(rate, max(1, steps - warmup))
+    elif config.schedule == "step":
+        # Counted from the end of the warm-up, where this schedule begins.
+        boundaries = [round(share * steps) - warmup for share in config.decay_at]
+        schedule = optax.piecewise_constant_schedule(
+            rate, dict.fromkeys(boundaries, config.decay_factor)
+        )
+    else:
+        schedule = optax.constant_schedule(rate)
+    if not warmup:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimizer that a config names. Arguments as for `learning_rate_schedule`."""
+    schedule = learning_rate_schedule(config, steps)
+    if config.name == "adam":
+        return optax.adam(schedule)
+    if config.name == "adamw":
+        return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return optax.chain(
+        optax.trace(config.momentum),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+# One step.
+
+
+def create_state(
+    model: CGD, optimizer: optax.GradientTransformation, seed: int, image_size: int
+) -> State:
+    """Draws the initial weights.
+
+    Args:
+      model: the network.
+      optimizer: from `make_optimizer`.
+      seed: of the experiment.
+      image_size: side of the images, in pixels.
+
+    Returns:
+      The state at step 0.
+    """
+
+    @jax.jit
+    def init():
+        images = jnp.zeros((1, image_size, image_size, 3))
+        variables = model.init(jax.random.key(seed), images)
+        params = variables["params"]
+        return State(
+            jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params)
+        )
+
+    return init()
+
+
+def compute_losses(
+    config: ConfigDict, ranked: list[jax.Array], logits: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The total loss and its two parts (paper, section 3).
+
+    Args:
+      config: the `loss` part of an experiment's config.
+      ranked: the vectors that the ranking loss applies to; of several, the mean.
+      logits: [B, M].
+      labels: [B], in [0, M).
+
+    Returns:
+      total, ranking loss, classification loss: float32 scalars. A part whose weight
+      is 0 is not computed and is 0.
+    """
+    ranking = classification = jnp.zeros(())
+    if config.ranking_weight:
+        loss = functools.partial(losses.RANKING_LOSSES[config.ranking], **config[config.ranking])
+        ranking = sum(loss(vectors, labels) for vectors in ranked) / len(ranked)
+    if config.classification_weight:
+        classification = losses.smoothed_cross_entropy(
+            logits, labels, config.temperature, config.smoothing
+        )
+    total = config.ranking_weight * ranking + config.classification_weight * classification
+    return total, ranking, classification
+
+
+def make_train_step(
+    config: ConfigDict,
+    model: CGD,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+):
+    """Compiles a training step for all devices of a mesh.
+
+    It is written for the global batch and split by the compiler: batch-hard mining
+    looks at the images of all devices, BatchNorm sees global statistics, and n
+    devices compute what one computes.
+
+    Args:
+      config: of the experiment.
+      model: the network.
+      optimizer: from `make_optimizer`.
+      mesh: with the one axis "data".
+
+    Returns:
+      (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics); the
+      state is donated.
+    """
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+
+    def train_step(state: State, images: jax.Array, labels: jax.Array):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        images = augment(key, images, config.augment, config.data.image_size)
+
+        def loss_of(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            output, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            total, ranking, classification = compute_losses(
+                config.loss, output.ranked, output.logits, labels
+            )
+            metrics = {
+                "loss": total,
+                "ranking_loss": ranking,
+                "classification_loss": classification,
+                "accuracy": jnp.mean(output.logits.argmax(1) == labels),
+            }
+            return total, (metrics, updates["batch_stats"])
+
+        (_, (metrics, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics["learning_rate"] = schedule(state.step)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, batch_stats, opt_state), metrics
+
+    replicated, split = shardings(mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(replicated, split, split),
+        out_shardings=(replicated, replicated),
+    )
+
+
+def shardings(
+    mesh: jax.sharding.Mesh,
+) -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding]:
+    """How a mesh holds things: the same on every device; split along the first axis."""
+    spec = jax.sharding.PartitionSpec
+    return (
+        jax.sharding.NamedSharding(mesh, spec()),
+        jax.sharding.NamedSharding(mesh, spec("data")),
+    )
+
+
+def flops_per_image(model: CGD, state: State, image_size: int) -> float:
+    """Floating-point operations of one forward pass, as the compiler counts them."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    lowered = jax.jit(lambda v, x: model.apply(v, normalize(x)).embedding).lower(variables, images)
+    return (lowered.cost_analysis() or {}).get("flops", float("nan"))
+
+
+# The loop.
+
+
+class Setup(NamedTuple):
+    """What training and evaluation both start from."""
+
+    dataset: Dataset
+    labels: np.ndarray  # [N] int32, of the training images, in [0, M)
+    model: CGD
+    optimizer: optax.GradientTransformation
+    state: State  # at step 0, on all devices
+    split: jax.sharding.NamedSharding  # of a batch
+
+
+def set_up(config: ConfigDict) -> Setup:
+    """Checks the config, reads the data set, makes the network.
+
+    Args:
+      config: of the experiment.
+
+    Returns:
+      The parts of a run; the same config gives the same state.
+
+    Raises:
+      ConfigError: says what in the config cannot be run.
+    """
+    validate(config)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+    replicated, split = shardings(mesh)
+    batch_size = config.train.classes_per_batch * config.train.images_per_class
+    if batch_size % mesh.size:
+        raise ConfigError(
+            f"train.classes_per_batch × train.images_per_class = {batch_size} images cannot be "
+            f"split over {mesh.size} devices; a multiple of {mesh.size} can."
+        )
+    dataset = load_dataset(config.data)
+    classes, labels = np.unique(dataset.train.labels, return_inverse=True)
+    if config.train.classes_per_batch > len(classes):
+        raise ConfigError(
+            f"train.classes_per_batch={config.train.classes_per_batch}, but {config.data.name} "
+            f"has {len(classes)} training classes."
+        )
+    model = create_model(config.model, len(classes))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = create_state(model, optimizer, config.seed, config.data.image_size)
+    state = jax.device_put(state, replicated)
+    return Setup(dataset, labels.astype(np.int32), model, optimizer, state, split)
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
+    """Trains what a config describes, or goes on with it, and evaluates the best.
+
+    The work folder then holds config.json, history.csv, curves.png, retrievals.png,
+    results.json, the checkpoints and TensorBoard events.
+
+    Args:
+      config: of the experiment, see configs/base.py.
+      workdir: folder of the run; one with checkpoints of the same config is resumed.
+
+    Returns:
+      What results.json holds.
+
+    Raises:
+      ConfigError: a config that cannot be run, or a work folder of another one.
+      SystemExit: with 128 + the signal, when SIGINT or SIGTERM ended the run early.
+    """
+    started = time.time()
+    validate(config)
+    claim_workdir(config, workdir)
+    setup = set_up(config)
+    dataset, state = setup.dataset, setup.state
+    report.say(report.dataset_table(dataset) + "\n")
+    report.say(report.run_table(run_facts(config, workdir, setup)) + "\n")
+
+    baselines = measure_baselines(config, workdir, setup) if config.eval.baselines else {}
+    checkpoints = checkpoint.manager(workdir, config.train.keep)
+    if checkpoints.latest_step() is not None:
+        state = checkpoint.restore(checkpoints, state, checkpoints.latest_step())
+        report.say(f"Resumed from the checkpoint of step {int(state.step)}.")
+
+    batch_size = config.train.classes_per_batch * config.train.images_per_class
+    members = class_members(setup.labels)
+
+    def make_batch(step):
+        chosen = pk_batch(
+            members,
+            config.seed,
+            step,
+            config.train.classes_per_batch,
+            config.train.images_per_class,
+        )
+        return dataset.train.images[chosen], setup.labels[chosen]
+
+    first, steps = int(state.step), config.train.steps
+    train_step = make_train_step(config, setup.model, setup.optimizer, setup.split.mesh)
+    history = report.History(Path(workdir, "history.csv"), first)
+    tensorboard = SummaryWriter(str(Path(workdir, "tensorboard")), purge_step=first + 1)
+    progress = report.Progress(first, steps)
+    with checkpoints, tensorboard, progress, stop_signals() as stopped_by:
+        unlogged, since = [], time.time()
+        batches = prefetch(make_batch, range(first, steps), setup.split)
+        for step, batch in enumerate(batches, first + 1):
+            previous = unlogged[-1:]
+            state, metrics = train_step(state, *batch)
+            # Waiting for the step before this one keeps the device busy, and keeps
+            # the loop from running ahead of it with batches piling up.
+            jax.block_until_ready(previous)
+            unlogged.append(metrics)
+            progress.update()
+
+            row = {}
+            if step % config.train.log_every == 0 or step == steps:
+                row = {name: float(np.mean([m[name] for m in unlogged])) for name in metrics}
+                row["images_per_second"] = len(unlogged) * batch_size / (time.time() - since)
+                unlogged, since = [], time.time()
+            if step % config.train.eval_every == 0 or step == steps:
+                row |= evaluate.recall(embed_test(config, setup, state), dataset, config.eval.ks)
+                since = time.time()
+            if row:
+                history.add(step, row)
+                progress.log(step, row)
+                for name, value in row.items():
+                    tensorboard.add_scalar(name, value, step)
+            recall = row.get("recall_at_1")
+            if step % config.train.checkpoint_every == 0 or recall is not None or stopped_by:
+                checkpoint.save(checkpoints, state, recall)
+            if stopped_by and step < steps:
+                break
+        batches.close()
+        checkpoints.wait_until_finished()
+    report.plot_curves(Path(workdir, "curves.png"), history.rows, baselines)
+    if int(state.step) < steps:
+        report.say(
+            f"Stopped at step {int(state.step)} of {steps}; everything is saved in {workdir}. "
+            f"The same command goes on from there."
+        )
+        raise SystemExit(128 + stopped_by[0])
+    result = evaluate_checkpoint(config, workdir, setup, None, "retrievals.png")
+    results = {**result, "baselines": baselines}
+    report.write_json(Path(workdir, "results.json"), results)
+    say_recall(config, results)
+    seconds = time.time() - started
+    report.say(f"\n{seconds:.0f} s in all. Look at curves.png and retrievals.png in {workdir}.")
+    return results
+
+
+def say_recall(config: ConfigDict, results: dict) -> None:
+    """Prints the table of recalls, baselines first."""
+    name = f"CGD {config.model.descriptors}, step {results['step']}"
+    report.say("\nRecall on classes never seen in training, per cent:\n")
+    report.say(report.recall_table({**results["baselines"], name: results["recall"]}))
+
+
+def evaluate_run(workdir: str, step: int | None = None) -> dict:
+    """Evaluates a checkpoint of an earlier run.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; None for the one with the best R@1.
+
+    Returns:
+      {"step": ..., "recall": {"recall_at_1": ...}}; also written to eval-STEP.json,
+      with the picture retrievals-STEP.png beside it.
+
+    Raises:
+      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
+    """
+    path = Path(workdir, "config.json")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no run in {workdir}: it has no config.json. Give the folder of a run "
+            f"with --workdir=, or train one first."
+        )
+    config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    setup = set_up(config)
+    result = evaluate_checkpoint(config, workdir, setup, step, "retrievals-{step}.png")
+    report.write_json(Path(workdir, f"eval-{result['step']}.json"), result)
+    say_recall(config, {**result, "baselines": {}})
+    return result
+
+
+def evaluate_checkpoint(
+    config: ConfigDict, workdir: str, setup: Setup, step: int | None, picture: str
+) -> dict:
+    """Recall of one checkpoint, and a picture of what it retrieves; see `evaluate_run`."""
+    with checkpoint.manager(workdir) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        if step not in checkpoints.all_steps():
+            kept = ", ".join(map(str, sorted(checkpoints.all_steps()))) or "none"
+            raise FileNotFoundError(
+                f"{workdir} has no checkpoint of step {step}; the steps kept are: {kept}."
+            )
+        state = checkpoint.restore(checkpoints, setup.state, step)
+    embeddings = embed_test(config, setup, state)
+    recall = evaluate.recall(embeddings, setup.dataset, config.eval.ks)
+    queries = len(setup.dataset.query.labels)
+    sample = np.random.default_rng(config.seed).permutation(queries)[:256]
+    report.plot_retrievals(
+        Path(workdir, picture.format(step=step)),
+        setup.dataset,
+        sample,
+        evaluate.nearest(embeddings, sample, k=8),
+        f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {recall['recall_at_1']:.1%}",
+    )
+    return {"step": step, "recall": recall}
+
+
+def embed_test(config: ConfigDict, setup: Setup, state: State) -> evaluate.Embeddings:
+    """The embeddings of all test images under the weights of a state."""
+    embed = evaluate.embed_model(setup.model, state.params, state.batch_stats)
+    return evaluate.embed_dataset(embed, setup.dataset, config.eval.batch_size, setup.split)
+
+
+def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
+    """Recall of raw pixels and of the untrained network, measured once a work folder."""
+    path = Path(workdir, "baselines.json")
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    pixels = evaluate.embed_dataset(
+        evaluate.embed_pixels, setup.dataset, config.eval.batch_size, setup.split
+    )
+    baselines = {
+        name: evaluate.recall(embeddings, setup.dataset, config.eval.ks)
+        for name, embeddings in [
+            ("raw pixels", pixels),
+            ("untrained network", embed_test(config, setup, setup.state)),
+        ]
+    }
+    report.write_json(path, baselines)
+    return baselines
+
+
+def claim_workdir(config: ConfigDict, workdir: str) -> None:
+    """Keeps the config in the work folder, or refuses a folder of another config.
+
+    Raises:
+      ConfigError: names every difference.
+    """
+    path = Path(workdir, "config.json")
+    if path.exists():
+        changes = differences(json.loads(path.read_text(encoding="utf-8")), to_dict(config))
+        if changes:
+            listed = "".join(f"\n  {change}" for change in changes)
+            raise ConfigError(
+                f"{workdir} holds a run with another config. Choose another folder with "
+                f"--workdir=, delete this one, or undo the changes:{listed}"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_json(path, to_dict(config))
+
+
+def run_facts(config: ConfigDict, workdir: str, setup: Setup) -> dict[str, str]:
+    """What is worth knowing before a run begins."""
+    parameters = sum(array.size for array in jax.tree.leaves(setup.state.params))
+    flops = flops_per_image(setup.model, setup.state, config.data.image_size)
+    train = config.train
+    images = train.classes_per_batch * train.images_per_class
+    devices = jax.devices()
+    return {
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "network": f"{config.model.backbone}, width {config.model.width}, descriptors "
+        f"{config.model.descriptors}, embedding {config.model.embedding_dim}",
+        "parameters": f"{parameters:,}",
+        "FLOPs per image": f"{flops:,.0f}",
+        "batch": f"{train.classes_per_batch} classes × {train.images_per_class} images = {images}",
+        "steps": f"{train.steps:,}",
+        "work folder": workdir,
+    }
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collects SIGINT and SIGTERM, so that a loop can end where nothing is lost.
+
+    Yields:
+      A list, empty until a signal arrives; then it holds its number. A second
+      Ctrl-C is not caught.
+    """
+    received = []
+
+    def handle(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        report.say(
+            f"\n{signal.Signals(number).name}: finishing this step and saving. "
+            f"Ctrl-C again quits at once and loses what was done since the last checkpoint."
+        )
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

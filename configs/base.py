@@ -1,0 +1,73 @@
+"""Every knob of an experiment, explained once; the other files here change values.
+
+A value is overridden on the command line by its path: `--config.optimizer.learning_rate=1e-3`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The paper's method with a ResNet-50; each data set's file says what differs."""
+    config = ConfigDict()
+    config.seed = 0  # weights, batches and augmentation follow from it
+
+    config.data = data = ConfigDict()
+    data.name = "glyphs"  # which data set: see cgd_jax/datasets
+    data.dir = ""  # where data sets are built; "": where TFDS puts them
+    data.image_size = 224  # pixels the network sees, a square
+
+    config.augment = augment = ConfigDict()
+    augment.pad = 0  # pixels of edge added on every side before the random crop
+    augment.flip = True  # mirrors half of the images, left to right
+
+    config.model = model = ConfigDict()
+    model.backbone = "resnet50"
+    model.width = 64  # channels of the backbone's stem; 64 is the published network
+    model.stem = "7x7"  # "3x3" for images of 64 pixels and less
+    model.stem_stride = 2  # of the stem's convolution; 1 keeps the full resolution
+    model.last_stride = 1  # 1 as in the paper: 14 × 14 positions from 224 pixels; 2 as in ResNet
+    model.descriptors = "SG"  # letters S, M, G, R; the first feeds the auxiliary module
+    model.gem_p = 3.0  # GeM's exponent, or where it starts if it is learned
+    model.learn_p = "fixed"  # "scalar": one exponent is learned; "channel": one a channel
+    model.embedding_dim = 1536  # of all branches together
+    model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
+    model.dtype = "float32"  # of the computation; "bfloat16" on TPUs and recent GPUs
+
+    config.loss = loss = ConfigDict()
+    loss.ranking = "batch_hard_triplet"  # one of the five below
+    loss.ranking_weight = 1.0  # 0 switches the ranking loss off
+    loss.classification_weight = 1.0  # 0 switches the auxiliary loss off (the paper's "Rank")
+    loss.temperature = 0.5  # τ: the logits are divided by it
+    loss.smoothing = 0.1  # ε of the label smoothing
+    loss.batch_hard_triplet = ConfigDict({"margin": 0.1})
+    loss.batch_all_triplet = ConfigDict({"margin": 0.1})
+    loss.semi_hard_triplet = ConfigDict({"margin": 0.1})
+    loss.contrastive = ConfigDict({"margin": 1.0})
+    loss.multi_similarity = ConfigDict(
+        {"alpha": 2.0, "beta": 50.0, "base": 0.5, "mining_margin": 0.1}
+    )
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"  # "adamw", "sgd"
+    optimizer.learning_rate = 1e-4  # the highest of the schedule
+    optimizer.weight_decay = 0.0  # decoupled, for adamw and sgd; adam has none
+    optimizer.momentum = 0.9  # of sgd
+    optimizer.schedule = "step"  # "cosine" (to 0 at the last step), "constant"
+    optimizer.decay_at = (0.5, 0.75)  # of "step": when, as shares of all steps
+    optimizer.decay_factor = 0.1  # of "step": by what
+    optimizer.warmup_steps = 0  # linear from 0, for every schedule
+
+    config.train = train = ConfigDict()
+    train.steps = 1500
+    train.classes_per_batch = 32  # P
+    train.images_per_class = 4  # K; the batch has P × K images
+    train.log_every = 20  # steps between lines in history.csv
+    train.eval_every = 500  # steps between evaluations
+    train.checkpoint_every = 100  # steps between checkpoints
+    train.keep = 2  # latest checkpoints kept, beside the best
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.batch_size = 256  # images
+    evaluation.ks = (1, 2, 4, 8)  # the K of Recall@K
+    evaluation.baselines = True  # also measures raw pixels and the untrained network
+    return config

@@ -1,0 +1,38 @@
+"""Trains and evaluates: `python main.py --config=configs/glyphs.py`."""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from cgd_jax.config import ConfigError, default_workdir, parse_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File of the experiment, with an argument behind a colon if it takes one."
+)
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
+STEP = flags.DEFINE_integer("step", None, "With --mode=eval: the checkpoint; else the best.")
+
+
+def main(argv):
+    from cgd_jax import train  # here, so that a bad flag is answered at once
+
+    logging.set_verbosity(logging.WARNING)  # the libraries' own; ours goes to stdout
+    if len(argv) > 1:
+        sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
+    if not CONFIG.value and not (MODE.value == "eval" and WORKDIR.value):
+        sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
+    experiment = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = WORKDIR.value or default_workdir(experiment)
+    try:
+        if MODE.value == "train":
+            train.train_and_evaluate(CONFIG.value, workdir)
+        else:
+            train.evaluate_run(workdir, STEP.value)
+    except (ConfigError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
