@@ -164,7 +164,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def default_workdir(config_argument: str) -> str:
-    """ "configs/glyphs.py:SMG" → "runs/glyphs-SMG"."""
+    """The folder of a run that names none: configs/glyphs.py:SMG → runs/glyphs-SMG."""
     path, _, argument = config_argument.partition(":")
     return str(Path("runs", "-".join(filter(None, [Path(path).stem, argument]))))
 

@@ -118,7 +118,8 @@ def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
         # In float32: the square of a half-precision maximum may overflow.
         maximum = region.max((-3, -2)).astype(jnp.float32)
         squared_norm = jnp.sum(maximum**2, -1, keepdims=True)
-        total += maximum * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-12))
+        # The floor bounds the gradient of a dead region to what float16 can hold.
+        total += maximum * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-6))
     return total.astype(features.dtype)
 
 

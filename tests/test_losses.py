@@ -1,0 +1,220 @@
+"""Losses against loops over triplets and pairs, finite differences, and the corners."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cgd_jax import losses
+from cgd_jax.losses import RANKING_LOSSES
+
+
+def batch(seed=0, size=12, dim=5, classes=4):
+    rng = np.random.default_rng(seed)
+    embeddings = rng.normal(size=(size, dim))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return embeddings.astype(np.float32), rng.integers(0, classes, size).astype(np.int32)
+
+
+def by_loops(name, embeddings, labels, margin=0.1, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1):
+    """Every ranking loss once more: anchor by anchor, in float64."""
+    x = embeddings.astype(np.float64)
+    n = len(x)
+    d = np.array([[np.sqrt(sum((a - b) ** 2)) for b in x] for a in x])
+    s = np.array([[float(a @ b) for b in x] for a in x])
+    terms = []
+    for a in range(n):
+        positives = [i for i in range(n) if i != a and labels[i] == labels[a]]
+        negatives = [i for i in range(n) if labels[i] != labels[a]]
+        if not positives or not negatives:
+            continue
+        if name == "batch_hard_triplet":
+            worst = max(d[a][p] for p in positives) - min(d[a][i] for i in negatives)
+            terms.append(max(0, worst + margin))
+        elif name == "batch_all_triplet":
+            every = [d[a][p] - d[a][i] + margin for p in positives for i in negatives]
+            terms += [t for t in every if t > 0]
+        elif name == "semi_hard_triplet":
+            for p in positives:
+                farther = [d[a][i] for i in negatives if d[a][i] > d[a][p]]
+                chosen = min(farther) if farther else max(d[a][i] for i in negatives)
+                terms.append(max(0, d[a][p] - chosen + margin))
+        elif name == "contrastive":
+            pull = [d[a][p] ** 2 for p in positives]
+            push = [max(0, margin - d[a][i]) ** 2 for i in negatives]
+            terms.append(sum(pull) / len(pull) + sum(push) / len(push))
+        elif name == "multi_similarity":
+            most = max(s[a][i] for i in negatives)
+            least = min(s[a][p] for p in positives)
+            pull = sum(
+                np.exp(-alpha * (s[a][p] - base)) for p in positives if s[a][p] - epsilon < most
+            )
+            push = sum(
+                np.exp(beta * (s[a][i] - base)) for i in negatives if s[a][i] + epsilon > least
+            )
+            terms.append(np.log(1 + pull) / alpha + np.log(1 + push) / beta)
+    return sum(terms) / len(terms) if terms else 0.0
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from(sorted(RANKING_LOSSES)))
+def test_ranking_losses_against_loops(seed, classes, name):
+    embeddings, labels = batch(seed, classes=classes)
+    margin = {} if name == "multi_similarity" else {"margin": 0.3}
+    value = RANKING_LOSSES[name](jnp.asarray(embeddings), jnp.asarray(labels), **margin)
+    assert value.dtype == jnp.float32 and value.shape == ()
+    np.testing.assert_allclose(value, by_loops(name, embeddings, labels, **margin), 2e-4, 1e-5)
+
+
+def test_worked_by_hand():
+    # On a line: 0 and 3 of one class, 1 and 7 of the other.
+    x = jnp.array([[0.0], [3.0], [1.0], [7.0]])
+    y = jnp.array([0, 0, 1, 1])
+    # Anchors: 3-1, 3-2, 6-1, 6-4, each + 0.1.
+    np.testing.assert_allclose(losses.batch_hard_triplet_loss(x, y), (2.1 + 1.1 + 5.1 + 2.1) / 4)
+    # (0,3): nearest beyond 3 is 7; (3,0): 4; (1,7): none beyond 6, farthest 2; (7,1): 7.
+    semi = (0 + 0 + 4.1 + 0) / 4
+    np.testing.assert_allclose(losses.semi_hard_triplet_loss(x, y), semi, rtol=1e-6)
+    contrastive = (9 + (2 - 1) ** 2 / 2) + 9 + (36 + (2 - 1) ** 2 / 2) + 36
+    np.testing.assert_allclose(losses.contrastive_loss(x, y, margin=2.0), contrastive / 4, 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(RANKING_LOSSES))
+def test_anchors_without_positive_or_negative_are_left_out(name):
+    loss = RANKING_LOSSES[name]
+    embeddings, labels = batch(1, size=8, classes=3)
+    labels[-1] = 99  # alone in its class
+    value = float(loss(jnp.asarray(embeddings), jnp.asarray(labels)))
+    kwargs = {"margin": 1.0} if name == "contrastive" else {}
+    assert value == pytest.approx(by_loops(name, embeddings, labels, **kwargs), rel=1e-4)
+    for labels in (np.arange(8), np.zeros(8, np.int32)):  # no positives; no negatives
+        value, gradient = jax.value_and_grad(loss)(jnp.asarray(embeddings), jnp.asarray(labels))
+        assert value == 0 and np.all(gradient == 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", sorted(RANKING_LOSSES))
+def test_gradients_are_finite_for_identical_embeddings(name, dtype):
+    labels = jnp.array([0, 0, 1, 1, 2, 2])
+    for embeddings in (jnp.ones((6, 4), dtype) / 2, jnp.zeros((6, 4), dtype)):
+        value, gradient = jax.value_and_grad(RANKING_LOSSES[name])(embeddings, labels)
+        assert np.isfinite(value) and np.all(np.isfinite(gradient.astype(jnp.float32)))
+        assert value > 0, "a collapsed batch must cost something"
+
+
+@pytest.mark.parametrize("name", sorted(RANKING_LOSSES))
+def test_ranking_gradients_against_finite_differences(name):
+    embeddings, labels = batch(5, size=8, classes=3)
+    embeddings, labels = jnp.asarray(embeddings), jnp.asarray(labels)
+    loss = RANKING_LOSSES[name]
+    gradient = jax.grad(loss)(embeddings, labels)
+    direction = np.random.default_rng(0).normal(size=embeddings.shape)
+    direction = jnp.asarray(direction / np.linalg.norm(direction), jnp.float32)
+    h = 1e-3
+    numeric = loss(embeddings + h * direction, labels) - loss(embeddings - h * direction, labels)
+    np.testing.assert_allclose(jnp.vdot(gradient, direction), numeric / (2 * h), 0.05, 2e-3)
+    assert float(jnp.abs(gradient).max()) > 1e-3
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 1000), st.sampled_from(sorted(RANKING_LOSSES)))
+def test_order_of_the_batch_and_names_of_classes_do_not_matter(seed, name):
+    embeddings, labels = batch(seed)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    loss = RANKING_LOSSES[name]
+    value = loss(jnp.asarray(embeddings), jnp.asarray(labels))
+    shuffled = loss(jnp.asarray(embeddings[order]), jnp.asarray(1000 - labels[order]))
+    np.testing.assert_allclose(value, shuffled, rtol=1e-4, atol=1e-6)
+
+
+def test_separated_classes_cost_nothing():
+    embeddings = jnp.repeat(jnp.eye(4), 3, 0)
+    labels = jnp.repeat(jnp.arange(4), 3)
+    for name in ("batch_hard_triplet", "batch_all_triplet", "semi_hard_triplet", "contrastive"):
+        assert RANKING_LOSSES[name](embeddings, labels) == 0
+    assert losses.multi_similarity_loss(embeddings, labels) == 0
+
+
+def test_under_jit():
+    embeddings, labels = (jnp.asarray(a) for a in batch(2))
+    for loss in RANKING_LOSSES.values():
+        np.testing.assert_allclose(
+            jax.jit(loss)(embeddings, labels), loss(embeddings, labels), rtol=1e-5
+        )
+
+
+def test_batch_all_memory_grows_with_the_square_of_the_batch():
+    def bytes_of(size):
+        shapes = (
+            jax.ShapeDtypeStruct((size, 8), "float32"),
+            jax.ShapeDtypeStruct((size,), "int32"),
+        )
+        gradient = jax.jit(jax.grad(losses.batch_all_triplet_loss))
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(256) < 8 * bytes_of(128)  # the cube would be 8 times
+
+
+def test_pairwise_distances():
+    x, y = batch(0)[0], batch(1, size=7)[0]
+    expected = np.sqrt(((x[:, None].astype(np.float64) - y[None]) ** 2).sum(-1))
+    np.testing.assert_allclose(
+        losses.pairwise_distances(jnp.asarray(x), jnp.asarray(y)), expected, 1e-5
+    )
+    assert np.all(np.asarray(losses.pairwise_distances(jnp.ones((3, 4)))) == 0)
+
+
+def numpy_cross_entropy(logits, labels, temperature, smoothing):
+    total = 0.0
+    for row, label in zip(logits.astype(np.float64) / temperature, labels, strict=True):
+        probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        target = np.full(len(row), smoothing / len(row))
+        target[label] += 1 - smoothing
+        total -= (target * np.log(probabilities)).sum()
+    return total / len(labels)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 10_000), st.sampled_from([0.05, 0.5, 1.0, 3.0]), st.sampled_from([0, 0.1, 0.9])
+)
+def test_cross_entropy_against_numpy(seed, temperature, smoothing):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(6, 9)).astype(np.float32), rng.integers(0, 9, 6)
+    value = losses.smoothed_cross_entropy(
+        jnp.asarray(logits), jnp.asarray(labels), temperature, smoothing
+    )
+    expected = numpy_cross_entropy(logits, labels, temperature, smoothing)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_cross_entropy_corners():
+    logits, labels = jnp.array([[1e4, -1e4, 0.0]]), jnp.array([1])
+    value, gradient = jax.value_and_grad(losses.smoothed_cross_entropy)(logits, labels)
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+    uniform = losses.smoothed_cross_entropy(jnp.zeros((4, 10)), jnp.arange(4))
+    np.testing.assert_allclose(uniform, np.log(10), rtol=1e-6)
+    half = losses.smoothed_cross_entropy(jnp.zeros((4, 10), jnp.bfloat16), jnp.arange(4))
+    assert half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("loss", [*RANKING_LOSSES.values(), losses.smoothed_cross_entropy])
+def test_bad_input(loss):
+    with pytest.raises(ValueError, match=r"\(4, 2\).*\(3,\)"):
+        loss(jnp.ones((4, 2)), jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match=r"\(4,\)"):
+        loss(jnp.ones(4), jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match="floating point; got int32"):
+        loss(jnp.ones((4, 2), jnp.int32), jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match="integers; got float32"):
+        loss(jnp.ones((4, 2)), jnp.zeros(4))
+
+
+def test_bad_temperature_and_smoothing():
+    logits, labels = jnp.ones((2, 3)), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="temperature"):
+        losses.smoothed_cross_entropy(logits, labels, temperature=0.0)
+    with pytest.raises(ValueError, match="smoothing"):
+        losses.smoothed_cross_entropy(logits, labels, smoothing=1.0)
