@@ -1,0 +1,121 @@
+"""The CGD network: figure 1 of the paper, part by part."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cgd_jax import combination, pooling
+from cgd_jax.models.cgd import CGD, create_model
+from cgd_jax.models.resnet import BACKBONES
+from configs import base
+
+PAPER_SETS = "S M G SM MS SG GS MG GM SMG MSG GSM".split()
+
+
+def tiny(**kwargs):
+    """A CGD of a few thousand parameters with its variables."""
+    backbone = BACKBONES["resnet10"](width=4, stem="3x3")
+    model = CGD(backbone=backbone, num_classes=7, embedding_dim=24, **kwargs)
+    images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+    return model, jax.jit(model.init)(jax.random.key(0), images), images
+
+
+@pytest.mark.parametrize("letters", [*PAPER_SETS, "R", "RSMG"])
+def test_every_descriptor_set(letters):
+    model, variables, images = tiny(descriptors=letters)
+    output = model.apply(variables, images, return_descriptors=True)
+    assert output.embedding.shape == (3, 24) and output.logits.shape == (3, 7)
+    assert [d.shape for d in output.descriptors] == [(3, 32)] * len(letters)
+    np.testing.assert_allclose(np.linalg.norm(output.embedding, axis=1), 1, atol=1e-5)
+
+
+def test_any_order_of_distinct_letters_is_a_set():
+    sets = ["".join(p) for n in (1, 2, 3, 4) for p in itertools.permutations("SMGR", n)]
+    assert len(sets) == 64
+    for letters in sets[::7]:
+        model, variables, images = tiny(descriptors=letters)
+        assert set(variables["params"]) >= {f"fc_{letter}" for letter in letters}
+
+
+def test_it_is_the_functions_put_together():
+    model, variables, images = tiny(descriptors="GMS")
+    params, stats = variables["params"], variables["batch_stats"]
+    output = model.apply(variables, images, return_descriptors=True)
+    features = model.backbone.apply(
+        {"params": params["backbone"], "batch_stats": stats["backbone"]}, images
+    )
+    descriptors = [pooling.gem(features), pooling.mac(features), pooling.spoc(features)]
+    for ours, expected in zip(output.descriptors, descriptors, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    kernels = [params["fc_G"], params["fc_M"], params["fc_S"]]
+    embedding, _ = combination.combine(descriptors, kernels)
+    np.testing.assert_allclose(output.embedding, embedding, atol=1e-6)
+    bn, fc = params["auxiliary_bn"], params["auxiliary_fc"]
+    first = (descriptors[0] - stats["auxiliary_bn"]["mean"]) / np.sqrt(
+        stats["auxiliary_bn"]["var"] + 1e-5
+    )
+    logits = (first * bn["scale"] + bn["bias"]) @ fc["kernel"] + fc["bias"]
+    np.testing.assert_allclose(output.logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("how,branches", [("concat", 1), ("sum", 1), ("separate", 2), ("raw", 1)])
+def test_combinations(how, branches):
+    model, variables, images = tiny(descriptors="SG", combination=how)
+    output = model.apply(variables, images)
+    assert output.embedding.shape == (3, 24) and len(output.ranked) == branches
+    assert output.descriptors is None
+
+
+@pytest.mark.parametrize("learn_p,shape", [("scalar", ()), ("channel", (32,))])
+def test_learned_p_has_a_gradient(learn_p, shape):
+    model, variables, images = tiny(descriptors="SG", learn_p=learn_p, gem_p=2.5)
+    p = variables["params"]["gem_p_learned"]
+    assert p.shape == shape and np.all(p == 2.5)
+    weights = jax.random.normal(jax.random.key(2), (3, 24))
+
+    def value(params):
+        return jnp.sum(model.apply({**variables, "params": params}, images).embedding * weights)
+
+    gradient = jax.jit(jax.grad(value))(variables["params"])["gem_p_learned"]
+    assert np.mean(np.abs(gradient) > 1e-4) > 0.5  # a dead channel or two may have none
+
+
+def test_fixed_p_changes_the_descriptor():
+    embeddings = []
+    for p in (1.0, 3.0):
+        model, variables, images = tiny(descriptors="G", gem_p=p)
+        embeddings.append(model.apply(variables, images).embedding)
+    assert np.abs(embeddings[0] - embeddings[1]).max() > 1e-3
+
+
+def test_only_the_first_descriptor_feeds_the_auxiliary_module():
+    model, variables, images = tiny(descriptors="SG", learn_p="scalar")
+
+    def first_logit(params):
+        return model.apply({**variables, "params": params}, images).logits[0, 0]
+
+    gradient = jax.jit(jax.grad(first_logit))(variables["params"])
+    assert gradient["gem_p_learned"] == 0
+    assert np.all(gradient["fc_S"] == 0), "it branches off before the FC layer"
+    assert np.abs(gradient["backbone"]["conv1"]["kernel"]).max() > 0
+
+
+def test_half_precision_ends_in_float32():
+    model, variables, images = tiny(dtype=jnp.bfloat16)
+    output = model.apply(variables, images)
+    assert output.embedding.dtype == output.logits.dtype == jnp.float32
+
+
+def test_the_papers_network_has_the_size_of_its_re_implementation():
+    config = base.get_config().model
+    model = create_model(config, num_classes=98)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    parameters = sum(a.size for a in jax.tree.leaves(variables["params"]))
+    # 26.86 M in the PyTorch re-implementation for 98 classes.
+    assert round(parameters / 1e6, 2) == 26.86
+    output = jax.eval_shape(model.apply, variables, images)
+    assert output.embedding.shape == (1, 1536) and output.logits.shape == (1, 98)

@@ -1,0 +1,95 @@
+"""Configs: every mistake is answered with the key, the value and what is valid."""
+
+import pytest
+
+from cgd_jax.config import (
+    ConfigError,
+    default_workdir,
+    differences,
+    from_dict,
+    to_dict,
+    validate,
+)
+from configs import base, glyphs
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("data.name", "cub", "glyphs"),
+        ("model.backbone", "resnet49", "resnet18.*resnet50"),
+        ("model.stem", "5x5", "7x7, 3x3"),
+        ("model.combination", "product", "concat, sum, separate, raw"),
+        ("model.learn_p", "yes", "fixed, scalar, channel"),
+        ("model.dtype", "int8", "float32, bfloat16"),
+        ("model.descriptors", "SX", "S, M, G, R"),
+        ("model.descriptors", "SS", "at most once"),
+        ("model.descriptors", "", "one or more"),
+        ("model.descriptors", "SMGR", "embedding_dim: an embedding of 1538"),
+        ("model.last_stride", 3, "must be 1 or 2"),
+        ("model.gem_p", 0.0, "above 0"),
+        ("loss.ranking", "triplet", "batch_hard_triplet, batch_all_triplet"),
+        ("loss.temperature", 0.0, "above 0"),
+        ("loss.smoothing", 1.0, r"\[0, 1\)"),
+        ("loss.ranking_weight", -1.0, "at least 0"),
+        ("optimizer.name", "lion", "adam, adamw, sgd"),
+        ("optimizer.schedule", "linear", "step, cosine, constant"),
+        ("optimizer.weight_decay", 0.1, "adamw"),
+        ("optimizer.learning_rate", 0.0, "above 0"),
+        ("optimizer.decay_at", (400, 800), "between 0 and 1"),
+        ("train.steps", 0, "at least 1"),
+        ("train.images_per_class", 1, "at least 2"),
+        ("eval.ks", (2, 4), "1 among them"),
+        ("eval.ks", (), "positive whole numbers"),
+    ],
+)
+def test_mistakes(key, value, message):
+    config = base.get_config()
+    validate(config)
+    if value == "SMGR":
+        config.model.embedding_dim = 1538
+    group, name = key.split(".")
+    config[group][name] = value
+    with pytest.raises(ConfigError, match=message) as error:
+        validate(config)
+    assert group in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mistakes_that_take_two_keys():
+    config = base.get_config()
+    config.loss.ranking_weight = config.loss.classification_weight = 0.0
+    with pytest.raises(ConfigError, match="nothing to train"):
+        validate(config)
+    config = base.get_config()
+    config.model.descriptors, config.model.learn_p = "SM", "scalar"
+    with pytest.raises(ConfigError, match="no G"):
+        validate(config)
+
+
+def test_configs_are_valid_and_take_their_arguments():
+    for letters in ("SG", "SMG", "GSMR"):
+        config = glyphs.get_config(letters)
+        validate(config)
+        assert config.model.descriptors == letters
+
+
+def test_a_config_survives_json():
+    config = base.get_config()
+    assert from_dict(to_dict(config)) == config
+    assert from_dict(to_dict(config)).eval.ks == (1, 2, 4, 8)
+
+
+def test_differences_name_what_changed_and_pass_over_what_is_free():
+    old, config = to_dict(base.get_config()), base.get_config()
+    assert differences(old, to_dict(config)) == []
+    config.train.steps = 7
+    config.train.log_every = 3
+    config.eval.ks = (1, 10)
+    assert differences(old, to_dict(config)) == ["train.steps: 1500 → 7"]
+    del old["seed"]
+    assert differences(old, to_dict(config))[0] == "seed: absent → 0"
+
+
+def test_default_workdir():
+    assert default_workdir("configs/glyphs.py") == "runs/glyphs"
+    assert default_workdir("/somewhere/else.py:SMG") == "runs/else-SMG"

@@ -1,0 +1,170 @@
+"""Backbones: published sizes and shapes, and one network worked out by hand in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cgd_jax.models.resnet import BACKBONES, Block
+
+# Parameters of the published networks (torchvision; timm for SE-ResNet-50), less
+# their classifiers of C × 1000 + 1000.
+PUBLISHED = {
+    "resnet18": 11_689_512 - 513_000,
+    "resnet34": 21_797_672 - 513_000,
+    "resnet50": 25_557_032 - 2_049_000,
+    "resnet101": 44_549_160 - 2_049_000,
+    "resnet152": 60_192_808 - 2_049_000,
+    "se_resnet50": 28_088_024 - 2_049_000,
+    "resnext50_32x4d": 25_028_904 - 2_049_000,
+}
+
+
+def shapes_of(backbone, size=224, **kwargs):
+    """Shapes of variables and features, without computing anything."""
+    model = BACKBONES[backbone](**kwargs)
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return variables, jax.eval_shape(model.apply, variables, images)
+
+
+@pytest.mark.parametrize("backbone", PUBLISHED)
+def test_parameters_of_the_published_networks(backbone):
+    variables, _ = shapes_of(backbone)
+    assert sum(a.size for a in jax.tree.leaves(variables["params"])) == PUBLISHED[backbone]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_feature_maps(backbone):
+    channels = 2048 if "50" in backbone or "101" in backbone or "152" in backbone else 512
+    assert shapes_of(backbone, last_stride=1)[1].shape == (2, 14, 14, channels)
+    assert shapes_of(backbone, last_stride=2)[1].shape == (2, 7, 7, channels)
+
+
+def test_small_images_and_small_widths():
+    _, features = shapes_of("resnet18", 32, stem="3x3", stem_stride=1, width=8)
+    assert features.shape == (2, 8, 8, 64)
+    _, features = shapes_of("resnet50", 32, stem="3x3", stem_stride=2, width=8, last_stride=2)
+    assert features.shape == (2, 2, 2, 256)
+    variables, features = shapes_of("resnext50_32x4d", 64, width=16)
+    assert features.shape == (2, 4, 4, 512)
+    assert variables["params"]["layer1_0"]["conv2"]["kernel"].shape == (3, 3, 1, 32)
+
+
+def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
+    """Else every second pixel would be lost to the strided 1×1 convolution."""
+    block = Block(
+        width=4, out=8, stride=2, bottleneck=True, groups=1, squeeze_excite=False, dtype="float32"
+    )
+    images = jax.random.normal(jax.random.key(1), (1, 8, 8, 8))
+    variables = block.init(jax.random.key(0), images, False)
+    # Without the shortcut, which does skip pixels.
+    variables["params"]["downsample_conv"]["kernel"] = jnp.zeros((1, 1, 8, 8))
+    gradient = jax.grad(lambda x: block.apply(variables, x, False).sum())(images)
+    assert np.all(np.abs(gradient).sum(-1) > 0)
+
+
+def conv(x, kernel, stride, pad):
+    """A convolution as five loops."""
+    height, width, _, out = kernel.shape
+    x = np.pad(x, ((pad, pad), (pad, pad), (0, 0)))
+    rows = (x.shape[0] - height) // stride + 1
+    columns = (x.shape[1] - width) // stride + 1
+    y = np.zeros((rows, columns, out))
+    for i in range(rows):
+        for j in range(columns):
+            patch = x[i * stride : i * stride + height, j * stride : j * stride + width]
+            for o in range(out):
+                y[i, j, o] = (patch * kernel[..., o]).sum()
+    return y
+
+
+def numpy_resnet(variables, x, blocks, bottleneck, squeeze_excite):
+    """The whole network in evaluation mode, one image at a time, in float64."""
+    variables = jax.tree.map(lambda a: np.asarray(a, np.float64), variables)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def norm(y, p, s):
+        return (y - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
+
+    y = conv(x, params["conv1"]["kernel"], 2, 3)
+    y = np.maximum(norm(y, params["bn1"], stats["bn1"]), 0)
+    padded = np.pad(y, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    side = (y.shape[0] + 1) // 2
+    y = np.stack(
+        [
+            [padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((0, 1)) for j in range(side)]
+            for i in range(side)
+        ]
+    )
+    for stage in range(4):
+        for block in range(blocks[stage]):
+            p, s = (tree[f"layer{stage + 1}_{block}"] for tree in (params, stats))
+            stride = 2 if block == 0 and stage in (1, 2) else 1
+            strides = (1, stride, 1) if bottleneck else (stride, 1)
+            shortcut, z = y, y
+            for n, conv_stride in enumerate(strides, 1):
+                kernel = p[f"conv{n}"]["kernel"]
+                z = conv(z, kernel, conv_stride, kernel.shape[0] // 2)
+                z = norm(z, p[f"bn{n}"], s[f"bn{n}"])
+                if n < len(strides):
+                    z = np.maximum(z, 0)
+            if squeeze_excite:
+                gate = z.mean((0, 1))
+                gate = gate @ p["se"]["fc1"]["kernel"][0, 0] + p["se"]["fc1"]["bias"]
+                gate = np.maximum(gate, 0) @ p["se"]["fc2"]["kernel"][0, 0] + p["se"]["fc2"]["bias"]
+                z = z / (1 + np.exp(-gate))
+            if "downsample_conv" in p:
+                shortcut = conv(y, p["downsample_conv"]["kernel"], stride, 0)
+                shortcut = norm(shortcut, p["downsample_bn"], s["downsample_bn"])
+            y = np.maximum(z + shortcut, 0)
+    return y
+
+
+@pytest.mark.parametrize(
+    "backbone,blocks",
+    [("resnet10", (1, 1, 1, 1)), ("resnet18", (2, 2, 2, 2)), ("se_resnet50", (3, 4, 6, 3))],
+)
+def test_against_a_network_of_loops(backbone, blocks):
+    model = BACKBONES[backbone](width=2)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(1, 32, 32, 3)).astype(np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    # Statistics, scales and biases that matter.
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, a: (
+            jnp.asarray(rng.uniform(0.5, 1.5, a.shape), jnp.float32)
+            if path[-1].key in ("var", "scale", "mean", "bias")
+            else a
+        ),
+        variables,
+    )
+    expected = numpy_resnet(variables, images[0], blocks, "50" in backbone, "se_" in backbone)
+    features = jax.jit(model.apply)(variables, images)[0]
+    assert features.shape == expected.shape and expected.std() > 0
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_training_mode_uses_and_updates_batch_statistics():
+    model = BACKBONES["resnet10"](width=4, stem="3x3")
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3)) * 3 + 1
+    variables = model.init(jax.random.key(1), images)
+    trained, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    assert not np.allclose(trained, model.apply(variables, images))
+    mean = updates["batch_stats"]["bn1"]["mean"]
+    stem = jax.lax.conv_general_dilated(
+        images,
+        variables["params"]["conv1"]["kernel"],
+        (2, 2),
+        [(1, 1), (1, 1)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(mean, 0.1 * stem.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
+    model = BACKBONES["resnet10"](width=4, stem="3x3", dtype=jnp.bfloat16)
+    images = jnp.ones((2, 16, 16, 3))
+    variables = model.init(jax.random.key(0), images)
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert model.apply(variables, images).dtype == jnp.bfloat16
