@@ -1,8 +1,11 @@
 """What several test files share: a data set small enough to train on in seconds."""
 
+import io
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 import cgd_jax.datasets
 from configs import glyphs
@@ -36,13 +39,16 @@ class Blobs(tfds.core.GeneratorBasedBuilder):
             color = rng.integers(40, 216, 3)
             for i in range(3 + label % 3):  # 3 to 5 images a class
                 image = np.clip(color + rng.normal(0, 25, (8, 8, 3)), 0, 255).astype(np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, "PNG")
+                key = f"{label}-{i}"
                 yield (
-                    f"{label}-{i}",
+                    key,
                     {
-                        "image": image,
+                        "image": buffer.getvalue(),
                         "label": label,
                         "class_name": f"colour {label}",
-                        "id": f"{label}-{i}",
+                        "id": key,
                     },
                 )
 

@@ -1,6 +1,7 @@
 """The CGD network: figure 1 of the paper, part by part."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from cgd_jax import combination, pooling
 from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.models.resnet import BACKBONES
 from configs import base
+from tests.variables import random_variables
 
 PAPER_SETS = "S M G SM MS SG GS MG GM SMG MSG GSM".split()
 
@@ -20,13 +22,18 @@ def tiny(**kwargs):
     backbone = BACKBONES["resnet10"](width=4, stem="3x3")
     model = CGD(backbone=backbone, num_classes=7, embedding_dim=24, **kwargs)
     images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
-    return model, jax.jit(model.init)(jax.random.key(0), images), images
+    return model, random_variables(model, images), images
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def apply(model, variables, images, return_descriptors=False):
+    return model.apply(variables, images, return_descriptors=return_descriptors)
 
 
 @pytest.mark.parametrize("letters", [*PAPER_SETS, "R", "RSMG"])
 def test_every_descriptor_set(letters):
     model, variables, images = tiny(descriptors=letters)
-    output = model.apply(variables, images, return_descriptors=True)
+    output = apply(model, variables, images, True)
     assert output.embedding.shape == (3, 24) and output.logits.shape == (3, 7)
     assert [d.shape for d in output.descriptors] == [(3, 32)] * len(letters)
     np.testing.assert_allclose(np.linalg.norm(output.embedding, axis=1), 1, atol=1e-5)
@@ -43,7 +50,7 @@ def test_any_order_of_distinct_letters_is_a_set():
 def test_it_is_the_functions_put_together():
     model, variables, images = tiny(descriptors="GMS")
     params, stats = variables["params"], variables["batch_stats"]
-    output = model.apply(variables, images, return_descriptors=True)
+    output = apply(model, variables, images, True)
     features = model.backbone.apply(
         {"params": params["backbone"], "batch_stats": stats["backbone"]}, images
     )
@@ -64,7 +71,7 @@ def test_it_is_the_functions_put_together():
 @pytest.mark.parametrize("how,branches", [("concat", 1), ("sum", 1), ("separate", 2), ("raw", 1)])
 def test_combinations(how, branches):
     model, variables, images = tiny(descriptors="SG", combination=how)
-    output = model.apply(variables, images)
+    output = apply(model, variables, images)
     assert output.embedding.shape == (3, 24) and len(output.ranked) == branches
     assert output.descriptors is None
 
@@ -87,7 +94,7 @@ def test_fixed_p_changes_the_descriptor():
     embeddings = []
     for p in (1.0, 3.0):
         model, variables, images = tiny(descriptors="G", gem_p=p)
-        embeddings.append(model.apply(variables, images).embedding)
+        embeddings.append(apply(model, variables, images).embedding)
     assert np.abs(embeddings[0] - embeddings[1]).max() > 1e-3
 
 
@@ -105,7 +112,7 @@ def test_only_the_first_descriptor_feeds_the_auxiliary_module():
 
 def test_half_precision_ends_in_float32():
     model, variables, images = tiny(dtype=jnp.bfloat16)
-    output = model.apply(variables, images)
+    output = apply(model, variables, images)
     assert output.embedding.dtype == output.logits.dtype == jnp.float32
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image, ImageFont
 
 from cgd_jax.datasets import glyphs
@@ -36,36 +37,43 @@ def test_lookalikes_are_one_class(classes):
     class_of = {c: n for n, images in enumerate(classes) for _, c, _ in images}
     assert class_of["A"] == class_of["Α"] == class_of["А"]  # Latin, Greek, Cyrillic
     assert class_of["A"] != class_of["B"] and class_of["b"] != class_of["d"]
+    assert class_of[","] != class_of["'"] and class_of["-"] != class_of["_"]
     assert {unicodedata.category(c)[0] for c in class_of} == set("LSNP")
 
 
 def test_images_are_centred_and_not_cut_off(classes):
-    cut = 0
+    rows_off, columns_off, cut = [], [], 0
     for images in classes:
         for _, _, pixels in images:
             image = np.frombuffer(pixels, np.uint8).reshape(32, 32)
             rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
-            assert abs(rows[0] + rows[-1] - 31) <= 2 and abs(columns[0] + columns[-1] - 31) <= 2
+            rows_off.append(abs(rows[0] + rows[-1] - 31))
+            columns_off.append(abs(columns[0] + columns[-1] - 31))
             cut += rows[0] == 0 or columns[0] == 0
-    assert cut < 0.002 * sum(map(len, classes))
+    # Signs that hang high or low keep their height above the baseline.
+    assert np.mean(np.array(rows_off) <= 2) > 0.85 and max(columns_off) < 10
+    assert cut < 0.002 * len(rows_off)
 
 
 def test_builder_splits_by_class_and_is_repeatable(classes, monkeypatch, tmp_path):
     monkeypatch.setattr(glyphs, "glyph_classes", lambda: classes[:40])
     builder = glyphs.Glyphs(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
-    splits = builder.as_data_source()
+    encoded = {"image": tfds.decode.SkipDecoding()}  # else TFDS asks for TensorFlow
+    splits = builder.as_data_source(decoders=encoded)
     labels = {name: {int(example["label"]) for example in splits[name]} for name in splits}
     assert len(labels["train"]) == len(labels["test"]) == 20
     assert not labels["train"] & labels["test"]
     example = splits["train"][0]
-    assert example["image"].shape == (32, 32, 3) and example["image"].dtype == np.uint8
+    assert Image.open(io.BytesIO(example["image"])).size == (32, 32)
     assert example["id"].decode().startswith("U+00")
     assert example["class_name"].decode() == glyphs.class_name(classes[example["label"]])
     again = glyphs.Glyphs(data_dir=tmp_path / "again", file_format="array_record")
     again.download_and_prepare()
-    for ours, theirs in zip(splits["test"], again.as_data_source("test"), strict=True):
-        np.testing.assert_array_equal(ours["image"], theirs["image"])
+    for ours, theirs in zip(
+        splits["test"], again.as_data_source("test", decoders=encoded), strict=True
+    ):
+        assert ours == theirs
 
 
 def test_render_draws_the_character():

@@ -1,11 +1,14 @@
 """Backbones: published sizes and shapes, and one network worked out by hand in NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cgd_jax.models.resnet import BACKBONES, Block
+from tests.variables import random_variables
 
 # Parameters of the published networks (torchvision; timm for SE-ResNet-50), less
 # their classifiers of C × 1000 + 1000.
@@ -57,10 +60,10 @@ def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
         width=4, out=8, stride=2, bottleneck=True, groups=1, squeeze_excite=False, dtype="float32"
     )
     images = jax.random.normal(jax.random.key(1), (1, 8, 8, 8))
-    variables = block.init(jax.random.key(0), images, False)
+    variables = random_variables(block, images, train=False)
     # Without the shortcut, which does skip pixels.
     variables["params"]["downsample_conv"]["kernel"] = jnp.zeros((1, 1, 8, 8))
-    gradient = jax.grad(lambda x: block.apply(variables, x, False).sum())(images)
+    gradient = jax.jit(jax.grad(lambda x: block.apply(variables, x, False).sum()))(images)
     assert np.all(np.abs(gradient).sum(-1) > 0)
 
 
@@ -123,22 +126,13 @@ def numpy_resnet(variables, x, blocks, bottleneck, squeeze_excite):
 
 @pytest.mark.parametrize(
     "backbone,blocks",
-    [("resnet10", (1, 1, 1, 1)), ("resnet18", (2, 2, 2, 2)), ("se_resnet50", (3, 4, 6, 3))],
+    [("resnet10", (1, 1, 1, 1)), ("se_resnet50", (3, 4, 6, 3))],
 )
 def test_against_a_network_of_loops(backbone, blocks):
     model = BACKBONES[backbone](width=2)
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(1, 32, 32, 3)).astype(np.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    # Statistics, scales and biases that matter.
-    variables = jax.tree_util.tree_map_with_path(
-        lambda path, a: (
-            jnp.asarray(rng.uniform(0.5, 1.5, a.shape), jnp.float32)
-            if path[-1].key in ("var", "scale", "mean", "bias")
-            else a
-        ),
-        variables,
-    )
+    images = rng.normal(size=(1, 16, 16, 3)).astype(np.float32)
+    variables = random_variables(model, images)
     expected = numpy_resnet(variables, images[0], blocks, "50" in backbone, "se_" in backbone)
     features = jax.jit(model.apply)(variables, images)[0]
     assert features.shape == expected.shape and expected.std() > 0
@@ -148,9 +142,11 @@ def test_against_a_network_of_loops(backbone, blocks):
 def test_training_mode_uses_and_updates_batch_statistics():
     model = BACKBONES["resnet10"](width=4, stem="3x3")
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3)) * 3 + 1
-    variables = model.init(jax.random.key(1), images)
-    trained, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    assert not np.allclose(trained, model.apply(variables, images))
+    variables = random_variables(model, images)
+    variables["batch_stats"] = jax.tree.map(np.zeros_like, variables["batch_stats"])
+    train = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    trained, updates = train(variables, images)
+    assert not np.allclose(trained, jax.jit(model.apply)(variables, images))
     mean = updates["batch_stats"]["bn1"]["mean"]
     stem = jax.lax.conv_general_dilated(
         images,
@@ -165,6 +161,6 @@ def test_training_mode_uses_and_updates_batch_statistics():
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
     model = BACKBONES["resnet10"](width=4, stem="3x3", dtype=jnp.bfloat16)
     images = jnp.ones((2, 16, 16, 3))
-    variables = model.init(jax.random.key(0), images)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    assert model.apply(variables, images).dtype == jnp.bfloat16
+    assert jax.eval_shape(model.apply, variables, images).dtype == jnp.bfloat16
