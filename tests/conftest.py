@@ -1,79 +1,26 @@
-"""What several test files share: a data set small enough to train on in seconds."""
+"""What several test files share."""
 
-import io
+import os
+import tempfile
 
-import numpy as np
+import jax
 import pytest
-import tensorflow_datasets as tfds
-from PIL import Image
 
-import cgd_jax.datasets
-from configs import glyphs
+from tests import tiny
 
-
-class Blobs(tfds.core.GeneratorBasedBuilder):
-    """12 classes of 8 × 8 pictures, each a colour of its own with noise; 6 train, 6 test."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": np.int64,
-                    "class_name": tfds.features.Text(),
-                    "id": tfds.features.Text(),
-                }
-            ),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(0), "test": self._generate_examples(6)}
-
-    def _generate_examples(self, first):
-        rng = np.random.default_rng(first)
-        for label in range(first, first + 6):
-            color = rng.integers(40, 216, 3)
-            for i in range(3 + label % 3):  # 3 to 5 images a class
-                image = np.clip(color + rng.normal(0, 25, (8, 8, 3)), 0, 255).astype(np.uint8)
-                buffer = io.BytesIO()
-                Image.fromarray(image).save(buffer, "PNG")
-                key = f"{label}-{i}"
-                yield (
-                    key,
-                    {
-                        "image": buffer.getvalue(),
-                        "label": label,
-                        "class_name": f"colour {label}",
-                        "id": key,
-                    },
-                )
+# Many tests compile the same tiny networks; the commands they start share this too.
+_CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
-def blobs(monkeypatch, tmp_path):
-    """Registers the data set for one test; returns the folder it is built in."""
-    monkeypatch.setitem(cgd_jax.datasets.NAMES, "blobs", "tests.conftest:Blobs")
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def blobs_config(blobs):
+def tiny_config(tmp_path):
     """An experiment of 12 steps that takes seconds."""
-    config = glyphs.get_config()
-    config.data.name = "blobs"
-    config.data.dir = str(blobs)
-    config.data.image_size = 8
-    config.model.width = 2
-    config.model.embedding_dim = 8
-    config.train.steps = 12
-    config.train.classes_per_batch = 4
-    config.train.images_per_class = 3
-    config.train.log_every = 2
-    config.train.eval_every = 6
-    config.train.checkpoint_every = 4
-    config.eval.batch_size = 16
+    config = tiny.get_config()
+    config.data.dir = str(tmp_path / "data")
     return config

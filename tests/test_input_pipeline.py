@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
 from cgd_jax.input_pipeline import class_members, load_dataset, pk_batch, prefetch
 
@@ -86,8 +85,8 @@ def test_prefetch_passes_errors_on():
         next(batches)
 
 
-def test_load_dataset_reads_what_the_builder_wrote(blobs):
-    config = ConfigDict({"name": "blobs", "dir": str(blobs), "image_size": 8})
+def test_load_dataset_reads_what_the_builder_wrote(tiny_config):
+    config = tiny_config.data
     dataset = load_dataset(config)
     assert dataset.gallery is None
     assert set(dataset.train.labels) == set(range(6))

@@ -1,0 +1,239 @@
+"""Training: schedules, optimizers, losses put together, and runs that stop and go on."""
+
+import json
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from cgd_jax import checkpoint, losses, report, train
+from cgd_jax.config import ConfigError
+from configs import base
+
+
+def schedule_of(steps=100, **values):
+    config = base.get_config().optimizer
+    config.update(values)
+    return train.learning_rate_schedule(config, steps)
+
+
+def test_step_schedule():
+    schedule = schedule_of(learning_rate=1e-4, decay_at=(0.4, 0.8), warmup_steps=10)
+    rates = [float(schedule(step)) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], 1e-5 * np.arange(10), rtol=1e-5)
+    np.testing.assert_allclose(rates[10:40], 1e-4, rtol=1e-5)
+    np.testing.assert_allclose(rates[40:80], 1e-5, rtol=1e-5)
+    np.testing.assert_allclose(rates[80:], 1e-6, rtol=1e-5)
+
+
+def test_cosine_and_constant_schedules():
+    schedule = schedule_of(schedule="cosine", learning_rate=1.0, warmup_steps=20)
+    np.testing.assert_allclose(schedule(10), 0.5)
+    np.testing.assert_allclose(schedule(20), 1.0)
+    np.testing.assert_allclose(schedule(60), 0.5, atol=1e-6)
+    np.testing.assert_allclose(schedule(100), 0.0, atol=1e-6)
+    assert {float(schedule_of(schedule="constant", learning_rate=2.0)(s)) for s in (0, 99)} == {2.0}
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_first_updates_by_hand(name):
+    config = base.get_config().optimizer
+    config.update(name=name, schedule="constant", learning_rate=0.1)
+    config.weight_decay = 0.0 if name == "adam" else 0.5
+    optimizer = train.make_optimizer(config, 10)
+    params, gradient = jnp.array([2.0, -4.0]), jnp.array([0.3, 0.3])
+    state = optimizer.init(params)
+    updates, state = optimizer.update(gradient, state, params)
+    decay = 0.1 * 0.5 * params
+    if name == "sgd":
+        np.testing.assert_allclose(updates, -0.1 * gradient - decay, rtol=1e-5)
+        updates, _ = optimizer.update(gradient, state, params)
+        np.testing.assert_allclose(updates, -0.1 * 1.9 * gradient - decay, rtol=1e-5)
+    else:  # Adam's first step has the length of the learning rate
+        expected = -0.1 - (decay if name == "adamw" else 0.0)
+        np.testing.assert_allclose(updates, expected * jnp.ones(2), rtol=1e-4)
+
+
+def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
+    config = base.get_config().loss
+    rng = np.random.default_rng(0)
+    vectors = [jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2)]
+    logits = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    labels = jnp.array([0, 0, 1, 1, 2, 2])
+    config.update(ranking_weight=2.0, classification_weight=3.0)
+    config.batch_hard_triplet.margin = 0.7
+    config.temperature = 0.2
+    total, ranking, classification = train.compute_losses(config, vectors, logits, labels)
+    # Rival A: the mean of the losses of its branches.
+    expected = np.mean([losses.batch_hard_triplet_loss(v, labels, 0.7) for v in vectors])
+    np.testing.assert_allclose(ranking, expected, rtol=1e-6)
+    expected = losses.smoothed_cross_entropy(logits, labels, temperature=0.2)
+    np.testing.assert_allclose(classification, expected)
+    np.testing.assert_allclose(total, 2 * ranking + 3 * classification, rtol=1e-6)
+    config.classification_weight = 0.0
+    nan = jnp.full((6, 3), jnp.nan)
+    total, _, classification = train.compute_losses(config, vectors, nan, labels)
+    assert classification == 0 and total == 2 * ranking
+    config.update(ranking_weight=0.0, classification_weight=1.0)
+    total, ranking, _ = train.compute_losses(config, [vectors[0] * jnp.nan], logits, labels)
+    assert ranking == 0 and np.isfinite(total)
+
+
+@pytest.mark.parametrize("name", losses.RANKING_LOSSES)
+def test_every_ranking_loss_takes_the_options_of_the_config(name):
+    config = base.get_config().loss
+    config.ranking = name
+    vectors = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    labels = jnp.array([0, 0, 1, 1, 2, 2])
+    vectors *= 0.1  # close together: every loss is at work
+    before = train.compute_losses(config, [vectors], jnp.zeros((6, 3)), labels)[1]
+    for option in config[name]:
+        changed = ConfigDict(config)
+        changed[name][option] = 1.7 * config[name][option]
+        after = train.compute_losses(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
+        if option != "mining_margin":  # may mine the same pairs
+            assert before != after, f"{name}.{option} does nothing"
+
+
+def state_of(config, workdir):
+    """The state of the latest checkpoint."""
+    setup = train.set_up(config)
+    with checkpoint.manager(workdir) as checkpoints:
+        return checkpoint.restore(checkpoints, setup.state, checkpoints.latest_step())
+
+
+def assert_same(state, other):
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGINT):
+    """A signal arrives while the row of a step is written."""
+    add = report.History.add
+
+    def add_and_interrupt(self, at, values):
+        add(self, at, values)
+        if at == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(report.History, "add", add_and_interrupt)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
+    tiny_config, tmp_path, monkeypatch, capsys, number
+):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    results = train.train_and_evaluate(tiny_config, whole)
+    with monkeypatch.context() as patch:
+        # Not a step at which a checkpoint is due.
+        interrupt_at(patch, 10, number)
+        with pytest.raises(SystemExit) as stop:
+            train.train_and_evaluate(tiny_config, parts)
+    assert stop.value.code == 128 + number
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    output = capsys.readouterr().out
+    assert "Stopped at step 10 of 12" in output and "The same command goes on" in output
+    assert state_of(tiny_config, parts).step == 10
+    resumed = train.train_and_evaluate(tiny_config, parts)
+    assert "Resumed from the checkpoint of step 10" in capsys.readouterr().out
+    assert resumed == results
+    assert_same(state_of(tiny_config, whole), state_of(tiny_config, parts))
+    histories = [report.read_history(Path(w, "history.csv")) for w in (whole, parts)]
+    assert [row["step"] for row in histories[1]] == [2, 4, 6, 8, 10, 12]
+    for ours, theirs in zip(*histories, strict=True):
+        del ours["images_per_second"], theirs["images_per_second"]
+        assert ours == theirs
+
+
+def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
+    workdir = tmp_path / "run"
+    results = train.train_and_evaluate(tiny_config, str(workdir))
+    for name in ("config.json", "history.csv", "curves.png", "retrievals.png", "results.json"):
+        assert (workdir / name).stat().st_size > 0
+    assert list(workdir.glob("tensorboard/events*")) and not list(workdir.glob("*.tmp"))
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert set(results["baselines"]) == {"raw pixels", "untrained network"}
+    history = report.read_history(workdir / "history.csv")
+    best = max((row for row in history if "recall_at_1" in row), key=lambda r: r["recall_at_1"])
+    assert results["recall"]["recall_at_1"] == pytest.approx(best["recall_at_1"], abs=1e-5)
+    # Colours are easy: it has learned something, and rows are plausible.
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert results["recall"]["recall_at_1"] > 0.3
+    # Evaluation by itself gives what training logged, for the best and for any step kept.
+    assert train.evaluate_run(str(workdir))["recall"] == results["recall"]
+    last = train.evaluate_run(str(workdir), 12)
+    assert last["recall"]["recall_at_1"] == pytest.approx(history[-1]["recall_at_1"], abs=1e-5)
+    assert (workdir / "eval-12.json").exists() and (workdir / "retrievals-12.png").exists()
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; the steps kept are: "):
+        train.evaluate_run(str(workdir), 5)
+    # The same command again: nothing is trained, the same is reported.
+    assert train.train_and_evaluate(tiny_config, str(workdir)) == results
+
+
+def test_seeds_decide_runs(tiny_config, tmp_path):
+    tiny_config.eval.baselines = False
+    states = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        tiny_config.seed = seed
+        tiny_config.data.image_size = 8
+        train.train_and_evaluate(tiny_config, str(tmp_path / name))
+        states.append(state_of(tiny_config, str(tmp_path / name)))
+    assert_same(states[0], states[1])
+    kernels = [state.params["backbone"]["conv1"]["kernel"] for state in states]
+    assert not np.array_equal(kernels[0], kernels[2])
+
+
+def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
+    train.claim_workdir(tiny_config, str(tmp_path))
+    train.claim_workdir(tiny_config, str(tmp_path))
+    tiny_config.train.log_every = 1  # free to change
+    train.claim_workdir(tiny_config, str(tmp_path))
+    tiny_config.optimizer.learning_rate = 0.5
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.002 → 0.5"):
+        train.claim_workdir(tiny_config, str(tmp_path))
+
+
+def test_too_many_classes_for_the_data_set(tiny_config):
+    tiny_config.train.classes_per_batch = 7
+    with pytest.raises(ConfigError, match="blobs has 6 training classes"):
+        train.set_up(tiny_config)
+
+
+def test_evaluating_a_folder_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json.*--workdir="):
+        train.evaluate_run(str(tmp_path))
+
+
+def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
+    def state(step):
+        return train.State(jnp.int32(step), {"w": jnp.full(3, float(step))}, {}, optax.EmptyState())
+
+    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+        for step, recall in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.1)]:
+            checkpoint.save(checkpoints, state(step), recall)
+    with checkpoint.manager(str(tmp_path)) as checkpoints:
+        assert sorted(checkpoints.all_steps()) == [2, 5, 6]
+        assert checkpoints.best_step() == 2 and checkpoints.latest_step() == 6
+        np.testing.assert_array_equal(checkpoint.restore(checkpoints, state(0), 2).params["w"], 2)
+
+
+def test_a_save_is_not_changed_by_the_steps_behind_it(tmp_path):
+    """The buffers of a state are handed on to the next one while it is written."""
+    donate = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
+    state = train.State(jnp.int32(0), {"w": jnp.zeros(1_000_000)}, {}, optax.EmptyState())
+    with checkpoint.manager(str(tmp_path), keep=9) as checkpoints:
+        for _ in range(4):
+            state = donate(state)
+            checkpoint.save(checkpoints, state)
+            state = donate(donate(state))
+        for step in checkpoints.all_steps():
+            saved = checkpoint.restore(checkpoints, state, step)
+            assert np.all(np.asarray(saved.params["w"]) == step)

@@ -1,0 +1,23 @@
+"""An experiment of seconds, as a config file: `--config=tests/tiny.py`."""
+
+import cgd_jax.datasets
+from configs import glyphs
+
+cgd_jax.datasets.NAMES["blobs"] = "tests.blobs:Blobs"
+
+
+def get_config(descriptors: str = "SG"):
+    """12 steps on 8 × 8 pictures."""
+    config = glyphs.get_config(descriptors)
+    config.data.name = "blobs"
+    config.data.image_size = 8
+    config.model.width = 2
+    config.model.embedding_dim = 8
+    config.train.steps = 12
+    config.train.classes_per_batch = 4
+    config.train.images_per_class = 3
+    config.train.log_every = 2
+    config.train.eval_every = 6
+    config.train.checkpoint_every = 4
+    config.eval.batch_size = 16
+    return config
