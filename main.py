@@ -18,7 +18,7 @@ STEP = flags.DEFINE_integer("step", None, "With --mode=eval: the checkpoint; els
 def main(argv):
     from cgd_jax import train  # here, so that a bad flag is answered at once
 
-    logging.set_verbosity(logging.WARNING)  # the libraries' own; ours goes to stdout
+    logging.set_verbosity(logging.ERROR)  # of the libraries; ours goes to stdout
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
     if not CONFIG.value and not (MODE.value == "eval" and WORKDIR.value):

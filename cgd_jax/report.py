@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -187,72 +188,60 @@ def plot_curves(
     figure.savefig(path, dpi=120)
 
 
-def choose_queries(
-    nearest: np.ndarray, dataset: Dataset, rows: np.ndarray, random: int, failing: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Picks what to show of a sample of queries: some as they come, some that fail.
-
-    Args:
-      nearest: [R, k] positions of the neighbours of `rows`.
-      dataset: the data set.
-      rows: [R] positions of queries, in random order.
-      random: how many are taken from the start, right or wrong.
-      failing: how many of the rest are taken that have a wrong first neighbour.
-
-    Returns:
-      Indices into `rows` of the first and of the second kind.
-    """
-    gallery = dataset.query if dataset.gallery is None else dataset.gallery
-    wrong = gallery.labels[nearest[:, 0]] != dataset.query.labels[rows]
-    rest = np.arange(len(rows)) >= random
-    return np.arange(min(random, len(rows))), np.flatnonzero(wrong & rest)[:failing]
-
-
 def plot_retrievals(
     path: str | Path, dataset: Dataset, rows: np.ndarray, nearest: np.ndarray, title: str
 ) -> None:
-    """Draws queries with their nearest neighbours.
+    """Draws queries with their nearest neighbours: green frames are right, red ones wrong.
 
-    The first queries are a random choice; below them stand some whose first
-    neighbour is wrong.
+    The first eight queries are drawn as they come; below them stand the next four
+    whose first neighbour is wrong.
 
     Args:
       path: of the PNG.
       dataset: the data set.
       rows: [R] positions of queries, in random order.
-      nearest: [R, k] positions of their neighbours.
+      nearest: [R, k] positions of their neighbours in the gallery (among the
+        queries, if there is none).
       title: of the picture.
     """
     gallery = dataset.query if dataset.gallery is None else dataset.gallery
-    groups = zip(
-        ("Queries drawn at random", "Queries with a wrong first neighbour"),
-        choose_queries(nearest, dataset, rows, random=8, failing=4),
-        strict=True,
-    )
-    groups = [(name, chosen) for name, chosen in groups if len(chosen)]
+    right = gallery.labels[nearest] == dataset.query.labels[rows, None]
+    failing = [i for i in range(8, len(rows)) if not right[i, 0]][:4]
+    lines = [title, "Queries drawn at random", *range(min(8, len(rows)))]
+    if failing:
+        lines += ["Queries with a wrong first neighbour", *failing]
+
+    # One canvas instead of a hundred axes: matplotlib takes seconds for those.
+    cell, frame, gap, heading = 96, 5, 8, 40
+    step = cell + 2 * frame + gap
     columns = 1 + nearest.shape[1]
-    figure = Figure(figsize=(1.15 * columns, 1 + 1.3 * sum(len(c) for _, c in groups)))
-    figure.set_layout_engine("constrained", h_pad=0.06)
-    figure.suptitle(title, fontsize=13)
-    parts = figure.subfigures(len(groups), 1, height_ratios=[len(c) + 0.4 for _, c in groups])
-    for part, (name, chosen) in zip(np.atleast_1d(parts), groups, strict=True):
-        part.suptitle(name, fontsize=11, color=GRAY)
-        grid = part.subplots(len(chosen), columns, squeeze=False)
-        for axes, i in zip(grid, chosen, strict=True):
-            query, neighbours = rows[i], nearest[i]
-            _show(axes[0], dataset.query, query, "black", "query")
-            for rank, (cell, neighbour) in enumerate(zip(axes[1:], neighbours, strict=True), 1):
-                right = gallery.labels[neighbour] == dataset.query.labels[query]
-                _show(cell, gallery, neighbour, GREEN if right else RED, str(rank))
-    figure.savefig(path, dpi=100)
+    heights = [heading if isinstance(line, str) else step for line in lines]
+    canvas = Image.new("RGB", (columns * step + 2 * gap, sum(heights) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
+    def place(split, position, x, y, color):
+        draw.rectangle((x, y, x + cell + 2 * frame - 1, y + cell + 2 * frame - 1), color)
+        pixels = split.images[position]
+        # Small pictures are shown pixel by pixel, large ones smoothly reduced.
+        small = len(pixels) <= cell
+        resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+        picture = Image.fromarray(pixels).resize((cell, cell), resampling)
+        canvas.paste(picture, (x + frame, y + frame))
 
-def _show(axes, split, position, color, title) -> None:
-    axes.imshow(split.images[position], interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=8, color=color, pad=3)
-    for spine in axes.spines.values():
-        spine.set(color=color, linewidth=3)
+    y = 0
+    for line, height in zip(lines, heights, strict=True):
+        if isinstance(line, str):
+            size, color = (20, "black") if y == 0 else (16, GRAY)
+            text_font = ImageFont.truetype(str(font), size)
+            draw.text((gap, y + heading - 10), line, color, text_font, anchor="ls")
+        else:
+            place(dataset.query, rows[line], gap, y, "black")
+            for i, neighbour in enumerate(nearest[line], 1):
+                color = GREEN if right[line, i - 1] else RED
+                place(gallery, neighbour, 2 * gap + i * step, y, color)
+        y += height
+    canvas.save(path)
 
 
 # Drawing never needs a display.

@@ -1,0 +1,131 @@
+"""Whole commands, as a user types them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "main.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments):
+    process = start(*arguments)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "error: say what to run: --config=configs/glyphs.py, for example."),
+        (
+            ["--config=configs/glyphs.py", "--config.train.step=4"],
+            "error: --config.train.step: config.train has no key 'step'; valid keys are "
+            "checkpoint_every, classes_per_batch, eval_every, images_per_class, keep, "
+            "log_every, steps.",
+        ),
+        (
+            ["--config=configs/glyphs.py:SX"],
+            "error: model.descriptors='SX': give one or more of the letters S, M, G, R, each at "
+            "most once, such as SG or GSM.",
+        ),
+        (
+            ["--config=configs/nowhere.py"],
+            "error: --config=configs/nowhere.py: there is no file 'configs/nowhere.py'; there "
+            "are configs/base.py",
+        ),
+        (
+            ["--config=configs/glyphs.py", "--config.loss.ranking=triplet"],
+            "error: loss.ranking='triplet' is unknown; valid names are batch_hard_triplet, ",
+        ),
+        (
+            ["--config=configs/glyphs.py", "--config.model.backbone=vit"],
+            "error: model.backbone='vit' is unknown; valid names are resnet10, ",
+        ),
+        (["--config=configs/glyphs.py", "--mode=tain"], "should be one of <train|eval>"),
+        (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
+        (["--config=configs/glyphs.py", "--config.train=many"], "is a group of keys"),
+        (["--config=configs/glyphs.py", "train"], "error: 'train' is no flag"),
+        (["--mode=eval", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(arguments, message):
+    status, output, errors = run(*arguments)
+    assert status == 1 and output == ""
+    assert message in errors and "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_train_then_evaluate(data, tmp_path):
+    flags = ["--config=tests/tiny.py:GS", f"--config.data.dir={data}", f"--workdir={tmp_path}/run"]
+    status, output, errors = run(*flags)
+    assert status == 0, errors
+    for pattern in [
+        r"split +classes +images",
+        r"train +6 +24\b",
+        r"devices +1 × cpu",
+        r"descriptors GS, embedding 8",
+        r"FLOPs per image +[\d,]+",
+        r"step +12/12  loss .*R@1 ",
+        r"raw pixels( +\d+\.\d\d){4}",
+        r"untrained network( +\d+\.\d\d){4}",
+        r"CGD GS, step \d+( +\d+\.\d\d){4}",
+        r"\d+ s in all\. Look at curves.png and retrievals.png in ",
+    ]:
+        assert re.search(pattern, output), f"{pattern} is not in:\n{output}"
+    assert errors == "", "the output is no terminal: no bars, and no warnings of libraries"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    status, output, _ = run("--mode=eval", f"--workdir={tmp_path}/run")
+    assert status == 0
+    assert f"{100 * results['recall']['recall_at_1']:.2f}" in output
+    status, _, errors = run(*flags, "--config.train.steps=13")
+    assert status == 1 and "train.steps: 12 → 13" in errors
+
+
+def test_ctrl_c_and_the_same_command_again(data, tmp_path):
+    flags = [
+        "--config=tests/tiny.py",
+        f"--config.data.dir={data}",
+        f"--workdir={tmp_path}/run",
+        "--config.train.steps=3000",
+        "--config.train.eval_every=3000",
+        "--config.train.checkpoint_every=3000",
+    ]
+    process = start(*flags)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    stopped = re.search(r"Stopped at step (\d+) of 3000; everything is saved in", output)
+    assert stopped and "The same command goes on from there" in output
+    status, output, errors = run(*flags)
+    assert status == 0, errors
+    assert f"Resumed from the checkpoint of step {stopped[1]}." in output
+    history = np.genfromtxt(tmp_path / "run" / "history.csv", delimiter=",", names=True)
+    assert list(history["step"]) == list(range(2, 3001, 2))
