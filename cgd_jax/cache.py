@@ -125,7 +125,7 @@ def resized(
     Args:
         source: examples of a TFDS data source made with
             ``decoders={"image": tfds.decode.SkipDecoding()}``: dicts of ``image`` (encoded
-            bytes), ``label``, ``id`` and perhaps ``bbox``, read by ``source.__getitems__(numbers)``.
+            bytes), ``label``, ``id`` and perhaps ``bbox``; read by ``source.__getitems__``.
         folder: where caches live, beside the data set.
         key: what tells this split from any other: name, version, fingerprint, split. Size,
             crop, number of images and the way of resizing are added here.

@@ -1,15 +1,14 @@
 """Encoded image bytes → RGB pixels of one size, the same way for training and for test.
 
-JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
-a quarter or an eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
+JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to any
+number of eighths of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
 palette, transparency, other formats) through Pillow. OpenCV resizes. All three release
 Python's lock, so threads use all cores.
 
-Resizing averages areas when it shrinks (every source pixel counts, nothing aliases) and
+Resizing averages when it shrinks (every source pixel counts, nothing aliases) and
 interpolates linearly when it enlarges; the aspect ratio is not kept. Pillow's bilinear
-filter, which followers of the paper use, averages a somewhat wider window: on photographs
-the two differ by one to two grey levels of 255 in the mean (``benchmarks/decoding.py``
-measures it), far below what JPEG compression itself changes.
+filter, which followers of the paper use, averages a somewhat wider window:
+``benchmarks/decoding.py`` measures the difference, about one grey level of 255 in the mean.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def decode(
     if plain:
         try:
             image = simplejpeg.decode_jpeg(
-                data, "RGB", min_height=least_height, min_width=least_width, min_factor=2
+                data, "RGB", min_height=least_height, min_width=least_width
             )
         except ValueError:  # Damaged, or merely odd: Pillow knows the difference.
             pass
@@ -81,14 +80,13 @@ def decode(
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize uint8 [H, W, C] to [size, size, C]: area average down, bilinear up."""
-    height, width = image.shape[:2]
-    shrunk = (min(width, size), min(height, size))
-    if shrunk != (width, height):
-        image = cv2.resize(image, shrunk, interpolation=cv2.INTER_AREA)
-    if shrunk != (size, size):
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
-    return np.ascontiguousarray(image)
+    """Resize uint8 [H, W, 3] to [size, size, 3] without aliasing."""
+    factor = max(image.shape[:2]) / size
+    if factor <= 4 / 3:  # Enlarged, or so little smaller that every pixel still counts.
+        return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+    if factor <= 4:  # Twice too large, then 2x2 means: exact areas take two to three times as long.
+        image = cv2.resize(image, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
 
 
 def check(data: bytes) -> tuple[int, int]:

@@ -87,6 +87,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             **keywords,
         )
 
+    unpacked = staticmethod(sources.unpacked)  # archive → folder, for the time of the build
+
     def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
         """The photographs of each split, listed from the unpacked folder."""
         raise NotImplementedError
@@ -195,7 +197,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         source = self._source
         if source is None:
             source = sources.download(self.DOWNLOAD, Path(self.data_dir_root) / "downloads")
-        with sources.unpacked(source, Path(self.data_dir).parent) as folder:
+        with self.unpacked(source, Path(self.data_dir).parent) as folder:
             self._photographs = self.photographs(folder)
             self._check_list()
             self._skipped: list[tuple[str, str, str]] = []
