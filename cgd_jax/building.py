@@ -27,24 +27,25 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Let one process at a time into the block; the others wait.
+def one_at_a_time(lock: Path) -> Iterator[bool]:
+    """Let one process at a time into the block; the others wait. Yields whether that works.
 
     The operating system drops the lock when its holder dies, so nothing can be left locked.
     It saves double work but is not what keeps files whole (atomic renames are): on a file
-    system without locks everybody goes in at once.
+    system without locks everybody goes in at once and is told so by False.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "a") as file:
-        if fcntl is not None:
+        alone = fcntl is not None
+        if alone:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 logging.info("Another run holds %s; waiting for it to finish.", lock)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
-                logging.info("No file locks on this file system (%s).", lock)
-        yield
+                alone = False
+        yield alone
 
 
 def parallel(function: Callable[[Any], Any], items: Iterable, ahead: int = 4) -> Iterator:

@@ -8,6 +8,7 @@ memory what is used, and gives it back when somebody needs the room.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -62,7 +63,7 @@ class Resized:
 
     def get(self, indices: np.ndarray) -> np.ndarray:
         """Copy the images [B] with these numbers to uint8 [B, size, size, 3]."""
-        return self.images[np.asarray(indices)]
+        return np.asarray(self.images[np.asarray(indices, np.intp)])
 
 
 class Decoded:
@@ -87,7 +88,7 @@ class Decoded:
 
     def get(self, indices: np.ndarray) -> np.ndarray:
         """Decode the images [B] with these numbers to uint8 [B, size, size, 3]."""
-        indices = np.asarray(indices)
+        indices = np.asarray(indices, np.intp)
         images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
 
         def work(chunk):
@@ -148,27 +149,36 @@ def resized(
     text = json.dumps(key, sort_keys=True, default=str)
     key = json.loads(text)
     target = folder / f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    with one_at_a_time(folder / f"{target.name}.lock"):
-        if target.exists():
-            try:
-                cache = Resized(target)
-                if cache.key != key:
-                    raise ValueError(f"{target} belongs to {cache.key}")
-                return cache
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                logging.warning("The cache is damaged and will be built again: %s.", error)
-        for remains in folder.glob(f"incomplete.{target.name}.*"):  # of a run that was killed
-            shutil.rmtree(remains, ignore_errors=True)
+    with one_at_a_time(folder / f"{target.name}.lock") as alone:
+        if cache := _open(target, key):
+            return cache
+        if alone:
+            for remains in folder.glob(f"incomplete.{target.name}.*"):  # of a run that was killed
+                shutil.rmtree(remains, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f"incomplete.{target.name}.", dir=folder))
         try:
             _build(source, part, key)
-            if target.exists():
-                os.rename(target, part / "damaged")
-            os.rename(part, target)
+            if target.exists() and not _open(target, key):
+                shutil.rmtree(target, ignore_errors=True)
+            with contextlib.suppress(OSError):  # Another process was faster.
+                os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(target / "damaged", ignore_errors=True)
         return Resized(target)
+
+
+def _open(folder: Path, key: dict[str, Any]) -> Resized | None:
+    """The cache in a folder, or None if there is none or not a good one."""
+    if not folder.exists():
+        return None
+    try:
+        cache = Resized(folder)
+        if cache.key != key:
+            raise ValueError(f"{folder} belongs to {cache.key}")
+        return cache
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logging.warning("The cache is damaged and will be built again: %s.", error)
+        return None
 
 
 def _build(source: Sequence[dict[str, Any]], folder: Path, key: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Encoded image bytes → RGB pixels of one size, the same way for training and for test.
 
-JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to any
-number of eighths of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
+JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
+a quarter or an eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
 palette, transparency, other formats) through Pillow. OpenCV resizes. All three release
 Python's lock, so threads use all cores.
 
@@ -24,6 +24,9 @@ from PIL import Image, ImageOps
 # The caller decodes many images at once; threads inside of one resize would only compete.
 cv2.setNumThreads(1)
 
+# Ways of decoding a JPEG smaller. Libjpeg-turbo knows all eighths, but those between are
+# neither as fast nor as close to a resized whole image.
+REDUCTIONS = (1, 2, 4, 8)
 # Pillow's own limit for decompression bombs: a quarter of a GiB of RGB.
 MAX_PIXELS = 89_478_485
 
@@ -56,20 +59,10 @@ def decode(
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     if not (x1 > x0 and y1 > y0):
         raise ValueError(f"empty box {tuple(bbox)} in an image of {width}x{height} pixels")
-    # The smallest whole image in which the box still has at least size x size pixels.
-    least = (1.0, 1.0) if size is None else (size / (y1 - y0), size / (x1 - x0))
-    least_height, least_width = (math.ceil(side * min(f, 1)) for side, f in zip(
-        (height, width), least, strict=True))
-    image = None
-    if plain:
-        try:
-            image = simplejpeg.decode_jpeg(
-                data, "RGB", min_height=least_height, min_width=least_width
-            )
-        except ValueError:  # Damaged, or merely odd: Pillow knows the difference.
-            pass
-    if image is None:
-        image = _decode_with_pillow(data, least_height, least_width)
+    # In the reduced image the box still has at least size x size pixels.
+    largest = 1 if size is None else min(y1 - y0, x1 - x0) / size
+    reduction = max(r for r in REDUCTIONS if r <= max(largest, 1))
+    image = _read(data, height, width, plain, reduction)
     if bbox is not None:
         down, across = image.shape[0] / height, image.shape[1] / width
         image = image[
@@ -99,14 +92,18 @@ def check(data: bytes) -> tuple[int, int]:
         ValueError: the reason why it cannot be used, in a few words.
     """
     height, width, plain = _header(data)
-    if plain:
-        try:  # An eighth of the size: all bits are read, few pixels computed.
-            simplejpeg.decode_jpeg(data, "RGB", min_height=1, min_width=1, min_factor=2)
-            return height, width
-        except ValueError:
-            pass
-    _decode_with_pillow(data, 1, 1)
+    _read(data, height, width, plain, max(REDUCTIONS))  # All bits are read, few pixels computed.
     return height, width
+
+
+def _read(data: bytes, height: int, width: int, plain: bool, reduction: int) -> np.ndarray:
+    if plain:
+        least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB", **least)
+        except ValueError:  # Damaged, or merely odd: Pillow knows the difference.
+            pass
+    return _read_with_pillow(data, reduction)
 
 
 def _header(data: bytes) -> tuple[int, int, bool]:
@@ -150,14 +147,12 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(_reason(error)) from error
 
 
-def _decode_with_pillow(data: bytes, least_height: int, least_width: int) -> np.ndarray:
+def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
     with _open(data) as image:
         try:
             _check_size(image.height, image.width)
-            # A JPEG at a half, a quarter or an eighth; nothing happens for other formats.
-            # The larger side twice, because the rotation is not done yet.
-            larger = max(least_height, least_width)
-            image.draft(None, (larger, larger))
+            # Reduces a JPEG; nothing happens for other formats.
+            image.draft(None, tuple(max(side // reduction, 1) for side in image.size))
             image.load()
             image = ImageOps.exif_transpose(image)
         except Exception as error:

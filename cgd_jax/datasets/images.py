@@ -122,13 +122,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 source is not this data set. Nothing is left that looks complete.
         """
         folder = Path(self.data_dir).parent
-        with one_at_a_time(folder / "lock"):
-            if not os.path.exists(self.data_dir):
+        with one_at_a_time(folder / "lock") as alone:
+            if alone and not os.path.exists(self.data_dir):
                 for remains in folder.glob("incomplete.*"):  # of a run that was killed
                     shutil.rmtree(remains, ignore_errors=True)
-            elif not self.info.splits:  # Another process built it since we were made.
-                self.info.read_from_directory(self.data_dir)
             super().download_and_prepare(**keywords)
+            if not self.info.splits:  # Another process built it since this object was made.
+                self.info.read_from_directory(self.data_dir)
         # Also of one built earlier, perhaps under more generous options.
         self._check_bad(
             sum(split.num_examples for split in self.info.splits.values()), self.skipped()
