@@ -123,9 +123,10 @@ def extract(archive: Path, folder: Path) -> None:
         with progress(size, f"unpacking {archive.name}", unit="B") as update:
             for name, is_folder, file, read_bytes in read(archive):
                 update(read_bytes)
-                if any(_litter(part) for part in PurePosixPath(name).parts):
+                path = _safe(name, archive)
+                if any(_litter(part) for part in path.parts):
                     continue
-                target = folder / _safe(name, archive)
+                target = folder / path
                 if is_folder:
                     target.mkdir(parents=True, exist_ok=True)
                     continue
@@ -166,6 +167,8 @@ def _read_tar(archive: Path):
             file = None if folder else opened.extractfile(member)
             yield member.name, folder, file, position - before
             before = position
+        while opened.fileobj.read(1 << 20):  # Up to the checksum, which stands at the very end.
+            pass
 
 
 def _safe(name: str, archive: Path) -> PurePosixPath:
