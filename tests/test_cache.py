@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dataset_samples import picture
 
-from cgd_jax import cache
+from cgd_jax import building, cache
 from cgd_jax.decode import decode
 
 
@@ -35,6 +35,8 @@ class Source:
         return [self.examples[i] for i in numbers]
 
 
+# Not forked: other tests start threads, which do not survive it.
+SPAWN = multiprocessing.get_context("spawn")
 KEY = {"name": "things", "version": "1.0.0", "split": "train"}
 
 
@@ -147,13 +149,16 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     assert len(cache.resized(source, tmp_path, KEY, 16)) == 40
 
 
+def die(folder):
+    cache.pixels = lambda example, *_: os._exit(7)  # In the middle, without any cleaning up.
+    cache.resized(Source(), folder, KEY, 16)
+
+
 def test_remains_of_a_killed_build_are_removed(tmp_path):
-    pid = os.fork()
-    if pid == 0:  # Dies in the middle, without any cleaning up.
-        cache.pixels = lambda example, *_: os._exit(1)
-        cache.resized(Source(), tmp_path, KEY, 16)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    process = SPAWN.Process(target=die, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
     images = cache.resized(Source(), tmp_path, KEY, 16)
     np.testing.assert_array_equal(images.get([5])[0], decode(picture(5, 25, 30), size=16))
@@ -178,7 +183,13 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     assert source.read == 0
 
 
-def build(folder, barrier, results):
+def refuse(*_):
+    raise OSError("no locks available")
+
+
+def build(folder, locks, barrier, results):
+    if not locks:  # As on a file system without them.
+        building.fcntl.flock = refuse
     source = Source()
     barrier.wait()
     images = cache.resized(source, folder, KEY, 16)
@@ -186,15 +197,10 @@ def build(folder, barrier, results):
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_processes_at_once_all_get_a_good_cache(tmp_path, monkeypatch, locks):
-    if not locks:  # As on a file system without them.
-        def refuse(*_):
-            raise OSError("no locks available")
-
-        monkeypatch.setattr("cgd_jax.building.fcntl.flock", refuse)
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=build, args=(tmp_path, barrier, results)) for _ in range(3)]
+def test_processes_at_once_all_get_a_good_cache(tmp_path, locks):
+    barrier, results = SPAWN.Barrier(3), SPAWN.Queue()
+    arguments = (tmp_path, locks, barrier, results)
+    processes = [SPAWN.Process(target=build, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     found = [results.get(timeout=60) for _ in processes]

@@ -176,7 +176,8 @@ def test_another_seed_divides_otherwise():
 
 
 def test_what_may_surprise_is_said(tmp_path, caplog):
-    built(tmp_path, write(tmp_path / "a", FILES | {f"single{i}/x.jpg": picture(i) for i in range(8)}))
+    single = {f"single{i}/x.jpg": picture(i) for i in range(8)}
+    built(tmp_path, write(tmp_path / "a", FILES | single))
     assert "no second image" in caplog.text and "belong to no class folder" in caplog.text
     caplog.clear()
     built(tmp_path, write(tmp_path / "b", {

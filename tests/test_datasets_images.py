@@ -15,11 +15,13 @@ from PIL import Image
 from cgd_jax.datasets import images
 from cgd_jax.datasets.image_folder import ImageFolder
 
+# Not forked: other tests start threads, which do not survive it.
+SPAWN = multiprocessing.get_context("spawn")
+
 
 def folder_of(root, classes=4, each=3):
-    return write(
-        root, {f"class {c}/{i}.jpg": picture(10 * c + i) for c in range(classes) for i in range(each)}
-    )
+    names = {f"class {c}/{i}.jpg": 10 * c + i for c in range(classes) for i in range(each)}
+    return write(root, {name: picture(seed) for name, seed in names.items()})
 
 
 def everything(builder):
@@ -151,14 +153,17 @@ def test_an_interrupted_build_is_not_taken_for_complete(tmp_path, monkeypatch):
     assert len(everything(prepared(tmp_path, source))) == 12
 
 
+def die(tmp_path, source):
+    images._read = lambda row: os._exit(7)
+    prepared(tmp_path, source)
+
+
 def test_a_killed_build_is_not_taken_for_complete(tmp_path):
     source = folder_of(tmp_path / "in")
-    pid = os.fork()
-    if pid == 0:
-        images._read = lambda row: os._exit(1)
-        prepared(tmp_path, source)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    process = SPAWN.Process(target=die, args=(tmp_path, source))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
     folder = ImageFolder(data_dir=tmp_path / "data", source=source).report_path.parent
     assert list(folder.glob("incomplete*"))
     assert len(everything(prepared(tmp_path, source))) == 12
@@ -192,10 +197,9 @@ def build(tmp_path, source, barrier, results):
 
 def test_processes_at_once_build_one_good_data_set(tmp_path):
     source = folder_of(tmp_path / "in")
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(3), context.Queue()
+    barrier, results = SPAWN.Barrier(3), SPAWN.Queue()
     arguments = (tmp_path, source, barrier, results)
-    processes = [context.Process(target=build, args=arguments) for _ in range(3)]
+    processes = [SPAWN.Process(target=build, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     assert [results.get(timeout=60) for _ in processes] == [12] * 3
