@@ -190,6 +190,24 @@ def test_another_source_or_option_is_another_data_set(tmp_path):
     assert lenient.data_dir == changed.data_dir and lenient.is_prepared()
 
 
+def test_the_source_may_be_deleted_afterwards(tmp_path):
+    source = folder_of(tmp_path / "in")
+    builder = prepared(tmp_path, source)
+    moved = source.rename(tmp_path / "elsewhere")
+    again = prepared(tmp_path, source)
+    assert again.data_dir == builder.data_dir and len(everything(again)) == 12
+    with pytest.raises(FileNotFoundError):
+        prepared(tmp_path, source, seed=1)
+    with pytest.raises(FileNotFoundError):
+        prepared(tmp_path, tmp_path / "another")
+    # When something is there again, it counts.
+    write(moved.rename(source), {"class 1/new.jpg": picture(70)})
+    assert len(everything(prepared(tmp_path, source))) == 13
+    # Of two that were made of the same path, the later one is meant.
+    source.rename(tmp_path / "elsewhere")
+    assert len(everything(prepared(tmp_path, source))) == 13
+
+
 def build(tmp_path, source, barrier, results):
     barrier.wait()
     results.put(len(everything(prepared(tmp_path, source))))

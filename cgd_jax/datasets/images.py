@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import logging
 import os
 import re
@@ -47,7 +48,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     ``id`` and, with ``BOXES``, ``bbox`` (float32 [4]: x0, y0, x1, y1 in pixels).
 
     The folder of a prepared data set is keyed by its source and options, so that another
-    archive, or one that changed, is never taken for it.
+    archive, or one that changed, is never taken for it. The source may be deleted afterwards.
 
     Args:
         source: path of the archive or folder; "auto" downloads where a server is known.
@@ -79,12 +80,15 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             raise ValueError(f"max_bad_fraction is a share from 0 to 1, not {max_bad_fraction}.")
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
-        self._source = self._locate(str(source))
+        self._origin = {"source": os.path.abspath(os.path.expanduser(source)),
+                        "options": self.options()}
+        key = None if os.path.exists(self._origin["source"]) else self._built_earlier(data_dir)
+        if key is None:
+            self._source = self._locate(str(source))
+            key = self._key()
         keywords.setdefault("file_format", "array_record")
         super().__init__(
-            data_dir=data_dir,
-            config=tfds.core.BuilderConfig(name=self._key()),
-            **keywords,
+            data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords
         )
 
     unpacked = staticmethod(sources.unpacked)  # archive → folder, for the time of the build
@@ -129,6 +133,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             super().download_and_prepare(**keywords)
             if not self.info.splits:  # Another process built it since this object was made.
                 self.info.read_from_directory(self.data_dir)
+            (folder / "source.json").write_text(json.dumps(self._origin), encoding="utf-8")
         # Also of one built earlier, perhaps under more generous options.
         self._check_bad(
             sum(split.num_examples for split in self.info.splits.values()), self.skipped()
@@ -136,6 +141,17 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self._check_counts(
             {name: (None, split.num_examples) for name, split in self.info.splits.items()}
         )
+
+    def _built_earlier(self, data_dir: str | os.PathLike | None) -> str | None:
+        """Key of the data set made of a source that has been deleted since, to save disk."""
+        root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / self.name
+        built = [
+            path.parent / str(self.VERSION)
+            for path in root.glob("*/source.json")
+            if json.loads(path.read_text(encoding="utf-8")) == self._origin
+        ]
+        built = sorted((path.stat().st_mtime, path) for path in built if path.exists())
+        return built[-1][1].parent.name if built else None
 
     def _locate(self, source: str) -> Path | None:
         """The source's path; None stands for a download to come."""
