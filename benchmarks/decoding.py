@@ -1,0 +1,134 @@
+"""How fast the resized cache is built, beside loops over Pillow on the same cores.
+
+    python benchmarks/decoding.py                     # crops of a photograph, four sizes
+    python benchmarks/decoding.py --images=FOLDER     # your own, a folder per class
+
+The cache is measured whole: reading the prepared data set, decoding, resizing, writing the
+file. The Pillow loops read the files, decode and resize, and keep nothing: one in a single
+thread, as a script has it; one in as many threads as there are cores; and one more that asks
+Pillow to decode large JPEGs smaller (draft), which few people know. The last column is the
+mean difference of the pixels, in grey levels of 255, from Pillow's decode and bilinear resize.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.cbook
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tabulate import tabulate
+
+from cgd_jax import cache
+from cgd_jax.building import CORES
+from cgd_jax.datasets.image_folder import ImageFolder
+
+SIZE = 252
+# Like In-shop, CUB and CARS, SOP's larger ones, and a telephone's.
+KINDS = {"256x256": 600, "500x375": 400, "640x480": 400, "1600x1200": 100}
+
+
+def crops(folder: Path, width: int, height: int, count: int) -> Path:
+    """Write JPEGs cut out of the photograph that matplotlib ships; two classes."""
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        photograph = Image.open(file).convert("RGB")
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        part = rng.uniform(0.5, 1.0)
+        w, h = photograph.width * part, photograph.height * part
+        x, y = rng.uniform(0, photograph.width - w), rng.uniform(0, photograph.height - h)
+        image = photograph.resize((width, height), Image.Resampling.LANCZOS, (x, y, x + w, y + h))
+        path = folder / "train" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=90)
+    # The builder wants a test split as well.
+    shutil.copytree(folder / "train" / "a", folder / "test" / "c")
+    return folder
+
+
+def by_pillow(path: Path, draft: bool = False) -> np.ndarray:
+    """The loop body that everybody writes."""
+    with Image.open(path) as image:
+        if draft:
+            image.draft("RGB", (SIZE, SIZE))
+        image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def seconds(function) -> float:
+    """Time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
+    """Rows of name, images/s, ratio to the first, difference."""
+    builder = ImageFolder(source=folder, data_dir=scratch / "data")
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    source = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    paths = [folder / example["id"].decode() for example in source]
+
+    def build():
+        shutil.rmtree(scratch / "cache", ignore_errors=True)
+        return cache.resized(source, scratch / "cache", {}, SIZE)
+
+    def threads():
+        with ThreadPoolExecutor(CORES) as pool:
+            for _ in pool.map(by_pillow, paths):
+                pass
+
+    ways = {
+        "Pillow, one thread": lambda: [by_pillow(path) is None for path in paths],
+        f"Pillow, {CORES} threads": threads,
+        "Pillow with draft, one thread": lambda: [by_pillow(p, True) is None for p in paths],
+        f"cgd_jax cache, {CORES} threads": build,
+    }
+    times = {name: [] for name in ways}
+    for _ in range(rounds):  # In turns, so that a busy machine disturbs all alike.
+        for name, way in ways.items():
+            times[name].append(seconds(way))
+    rates = {name: len(paths) / statistics.median(values) for name, values in times.items()}
+    images = build()
+    some = range(0, len(paths), max(len(paths) // 50, 1))
+    difference = np.mean(
+        [np.abs(images.images[i].astype(int) - by_pillow(paths[i])).mean() for i in some]
+    )
+    first = next(iter(rates.values()))
+    return [
+        (name, rate, rate / first, difference if "cache" in name else None)
+        for name, rate in rates.items()
+    ]
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, help="folder of one subfolder per class")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        rows = []
+        if options.images:
+            rows = [("yours", *row) for row in measure(options.images, scratch, options.rounds)]
+        for kind, count in () if options.images else KINDS.items():
+            folder = crops(scratch / kind, *map(int, kind.split("x")), count)
+            rows += [(kind, *row) for row in measure(folder, scratch, options.rounds)]
+    print(f"To {SIZE}x{SIZE} uint8, {CORES} cores, median of {options.rounds} rounds")
+    headers = ("JPEGs", "way", "images/s", "ratio", "difference")
+    print(tabulate(rows, headers, floatfmt=("", "", ",.0f", ".2f", ".2f"), missingval=""))
+
+
+if __name__ == "__main__":
+    main()

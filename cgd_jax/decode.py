@@ -1,0 +1,176 @@
+"""Encoded image bytes → RGB pixels of one size, the same way for training and for test.
+
+JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
+a quarter or an eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
+palette, transparency, other formats) through Pillow. OpenCV resizes. All three release
+Python's lock, so threads use all cores.
+
+Resizing averages when it shrinks (every source pixel counts, nothing aliases) and
+interpolates linearly when it enlarges; the aspect ratio is not kept. Pillow's bilinear
+filter, which followers of the paper use, averages a somewhat wider window:
+``benchmarks/decoding.py`` measures the difference, in the mean one grey level of 255 or less
+on most photographs and two on very detailed ones.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+# The caller decodes many images at once; threads inside of one resize would only compete.
+cv2.setNumThreads(1)
+
+# Ways of decoding a JPEG smaller. Libjpeg-turbo knows all eighths, but those between are
+# neither as fast nor as close to a resized whole image.
+REDUCTIONS = (1, 2, 4, 8)
+# Pillow's own limit for decompression bombs: a quarter of a GiB of RGB.
+MAX_PIXELS = 89_478_485
+
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def decode(
+    data: bytes,
+    bbox: tuple[float, float, float, float] | None = None,
+    size: int | None = None,
+) -> np.ndarray:
+    """Decode an image, cut out a box and resize to a square.
+
+    Args:
+        data: the bytes of a JPEG, PNG, WebP, BMP or any other file that Pillow reads.
+        bbox: (x0, y0, x1, y1) in pixels of the image as displayed, that is after its EXIF
+            rotation; clipped to the image, and widened to whole pixels.
+        size: side in pixels of the square that comes back; None keeps what there is.
+
+    Returns:
+        uint8 [size, size, 3], RGB; [H, W, 3] without ``size``. Transparency is laid on white,
+        16 bits are scaled to 8, the first frame stands for an animation.
+
+    Raises:
+        ValueError: not a readable, whole image of at most ``MAX_PIXELS``, or an empty box.
+            The message is the reason in a few words.
+    """
+    height, width, plain = _header(data)
+    x0, y0, x1, y1 = (0, 0, width, height) if bbox is None else map(float, bbox)
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if not (x1 > x0 and y1 > y0):
+        raise ValueError(f"empty box {tuple(bbox)} in an image of {width}x{height} pixels")
+    # In the reduced image the box still has at least size x size pixels.
+    largest = 1 if size is None else min(y1 - y0, x1 - x0) / size
+    reduction = max(r for r in REDUCTIONS if r <= max(largest, 1))
+    image = _read(data, height, width, plain, reduction)
+    if bbox is not None:
+        down, across = image.shape[0] / height, image.shape[1] / width
+        image = image[
+            math.floor(y0 * down) : math.ceil(y1 * down),
+            math.floor(x0 * across) : math.ceil(x1 * across),
+        ]
+    return image if size is None else resize(image, size)
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize uint8 [H, W, 3] to [size, size, 3] without aliasing."""
+    factor = max(image.shape[:2]) / size
+    if factor <= 4 / 3:  # Enlarged, or so little smaller that every pixel still counts.
+        return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+    if factor <= 4:  # Twice too large, then 2x2 means: exact areas take two to three times as long.
+        image = cv2.resize(image, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def check(data: bytes) -> tuple[int, int]:
+    """Read an image to its end without keeping it; as cheap as that can be.
+
+    Returns:
+        (height, width) in pixels, as displayed.
+
+    Raises:
+        ValueError: the reason why it cannot be used, in a few words.
+    """
+    height, width, plain = _header(data)
+    _read(data, height, width, plain, max(REDUCTIONS))  # All bits are read, few pixels computed.
+    return height, width
+
+
+def _read(data: bytes, height: int, width: int, plain: bool, reduction: int) -> np.ndarray:
+    if plain:
+        least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB", **least)
+        except ValueError:  # Damaged, or merely odd: Pillow knows the difference.
+            pass
+    return _read_with_pillow(data, reduction)
+
+
+def _header(data: bytes) -> tuple[int, int, bool]:
+    """Height and width as displayed, and whether it is a JPEG without peculiarities."""
+    if not data:
+        raise ValueError("empty file")
+    # Without an EXIF block there is no rotation and no need for Pillow, whose header
+    # parsing takes longer than everything else here.
+    if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:65536]:
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            pass
+        else:
+            _check_size(height, width)
+            return height, width, colorspace in ("YCbCr", "Gray", "RGB")
+    with _open(data) as image:
+        width, height = image.size
+        _check_size(height, width)
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+        try:
+            rotation = image.getexif().get(ORIENTATION, 1)
+        except Exception:  # A broken EXIF block does not make the picture unreadable.
+            rotation = 1
+        if rotation in (5, 6, 7, 8):
+            height, width = width, height
+        return height, width, plain and rotation not in range(2, 9)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"{width}x{height} pixels are more than {MAX_PIXELS:,} (a decompression bomb?)"
+        )
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
+        raise ValueError(_reason(error)) from error
+
+
+def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
+    with _open(data) as image:
+        try:
+            _check_size(image.height, image.width)
+            # Reduces a JPEG; nothing happens for other formats.
+            image.draft(None, tuple(max(side // reduction, 1) for side in image.size))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+        except Exception as error:
+            raise ValueError(_reason(error)) from error
+        if image.mode.startswith("I"):  # 16 (or 32) bits of grey, which Pillow would clip.
+            pixels = np.asarray(image).astype(np.int64)
+            grey = np.clip(pixels >> 8, 0, 255).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=-1)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or damaged at its beginning"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
+    return f"{error}" or type(error).__name__
