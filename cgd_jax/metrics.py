@@ -227,8 +227,11 @@ def write_per_class(path, rows):
 def normalize(x):
     """L2 normalization in float32 of the last axis, [..., D]; zero vectors stay zero."""
     x = x.astype(jnp.float32)
-    x = x / jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-30)  # squares stay finite
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+    # First to about 1, so that no square overflows or vanishes. Products, because XLA makes
+    # x / a / b into x / (a * b), which does overflow.
+    x = x * (1 / jnp.clip(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-37, 8e37))
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x * (1 / jnp.where(norm > 0, norm, 1))
 
 
 def _true_match_ranks(
@@ -331,11 +334,11 @@ def _true_match_ranks(
         others = _others_before(
             *jax.device_put(blocks, NamedSharding(mesh, rows_of_query)),
             gallery,
+            np.float32(TIES[ties]),
             mesh=mesh,
             shard=shard,
             padding=padding,
             first=first,
-            offsets=TIES[ties],
             precision=precision,
         )
         others = np.asarray(others).reshape(steps * block, -1)[: len(some)]
@@ -343,22 +346,23 @@ def _true_match_ranks(
         yield some, matched, ranks if first else np.where(slot < matched[:, None], ranks, np.inf)
 
 
-@partial(jax.jit, static_argnames=("mesh", "shard", "padding", "first", "offsets", "precision"))
-def _others_before(query, true, own, gallery, *, mesh, shard, padding, first, offsets, precision):
+@partial(jax.jit, static_argnames=("mesh", "shard", "padding", "first", "precision"))
+def _others_before(query, true, own, gallery, offsets, *, mesh, shard, padding, first, precision):
     """Counts the items of other classes before each true match.
 
     Args:
         query: [S, B, D]. true: [S, B, W], where in the gallery the true matches are, -1 for
             none. own: [S, B, 1], where the query itself is, -1 for nowhere.
         gallery: [G, D], normalized; its last ``padding`` rows are zero and do not count.
+        offsets: [T], what is added to a true match's similarity before others are compared.
 
     Returns:
         [S, B, W] int32, or [S, B, 1] with ``first``; most similar true match first, summed
-        over the tie offsets; 0 for no true match.
+        over the offsets; 0 for no true match.
     """
     axes = mesh.axis_names if shard == "gallery" else ()
 
-    def local(query, true, own, gallery):
+    def local(query, true, own, gallery, offsets):
         total = lambda x: lax.psum(x, axes) if axes else x
         size = len(gallery)
         begin = lax.axis_index(axes) * size if axes else 0
@@ -378,7 +382,7 @@ def _others_before(query, true, own, gallery, *, mesh, shard, padding, first, of
             # Read from the product that is counted, so that true matches, and the query
             # itself, leave the count exactly as they entered it.
             every, own = similarity_at(true), similarity_at(own)
-            true = -jnp.sort(-every, axis=1)[:, : 1 if first else None]
+            true = lax.top_k(every, 1 if first else every.shape[1])[0]
 
             def before(i):
                 others = 0
@@ -399,10 +403,10 @@ def _others_before(query, true, own, gallery, *, mesh, shard, padding, first, of
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(queries, queries, queries, rows),
+        in_specs=(queries, queries, queries, rows, P()),
         out_specs=queries,
         check_vma=False,
-    )(query, true, own, gallery)
+    )(query, true, own, gallery, offsets)
 
 
 def _partition(mesh, shard):
