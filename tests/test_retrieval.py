@@ -129,8 +129,8 @@ X = np.eye(4)
     "message, args, options",
     [
         ("row 2 of gallery is NaN", (X, np.where(np.arange(4)[:, None] == 2, np.nan, X), 1), {}),
-        ("row 0 of query is NaN or infinite", (X * np.inf, X, 1), {}),
-        ("row 0 of query is NaN or infinite", (jnp.asarray(X * np.inf), X, 1), {}),
+        ("row 0 of query is NaN or infinite", (X + np.inf, X, 1), {}),
+        ("row 0 of query is NaN or infinite", (jnp.asarray(X + np.inf), X, 1), {}),
         (r"one size, got \(4, 4\) and \(4, 3\)", (X, X[:, :3], 1), {}),
         (r"query must be \[N, D\].*\(0, 4\)", (X[:0], X, 1), {}),
         (r"gallery must be \[N, D\].*\(4,\)", (X, X[0], 1), {}),
