@@ -157,6 +157,38 @@ def evaluate(
     return result
 
 
+def recall_of_ranking(index, query_labels, gallery_labels, ks=(1, 2, 4, 8), itself=False):
+    """Recall of rankings that do not come from embeddings alone, as `rerank.k_reciprocal`'s.
+
+    Args:
+        index: [Q, K], gallery items in order, the query itself left out.
+        query_labels: [Q]. gallery_labels: [G].
+        ks: values of k, at most K.
+        itself: True where the gallery holds the query itself, bool or [Q] bools.
+
+    Returns:
+        ``{k: recall}`` over the queries that have a true match.
+
+    Raises:
+        ValueError: shapes that do not fit, k beyond the ranking, or no query with a match.
+    """
+    index, query_labels, gallery_labels = map(np.asarray, (index, query_labels, gallery_labels))
+    ks = _check_ks(ks)
+    if index.ndim != 2 or query_labels.shape != index.shape[:1] or max(ks) > index.shape[1]:
+        raise ValueError(
+            f"index must be [Q, K] with K at least {max(ks)} and query_labels [Q], got "
+            f"{index.shape} and {query_labels.shape}"
+        )
+    code, gallery_code = _shared_codes("labels", query_labels, gallery_labels)
+    matches = np.bincount(gallery_code, minlength=code.max() + 1)[code] - np.asarray(itself)
+    if not (matches > 0).any():
+        raise ValueError(
+            "no query has a true match in the gallery: check that both are labelled alike"
+        )
+    hit = gallery_code[index[matches > 0]] == code[matches > 0, None]
+    return {k: float(np.mean(hit[:, :k].any(1))) for k in ks}
+
+
 def confidence_intervals(sums, count, resamplings=1000, seed=0, level=0.95):
     """Percentile bootstrap over classes of means over queries.
 

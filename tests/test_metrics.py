@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cgd_jax import metrics
+from cgd_jax import metrics, retrieval
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = np.load(Path(__file__).parent / "goldens/metrics.npz")
@@ -254,6 +254,19 @@ def test_per_class_table(tmp_path):
     assert [int(r["class"]) for r in read] == [r["class"] for r in rows]
     assert float(read[-1]["mrr"]) == rows[-1]["mrr"]
     assert os.listdir(tmp_path) == ["classes.csv"]
+
+
+def test_recall_of_a_ranking():
+    rng = np.random.default_rng(8)
+    x, labels = rng.normal(size=(50, 4)), rng.integers(0, 25, 50)
+    _, index = retrieval.top_k(metrics.normalize(x), metrics.normalize(x), 8, exclude=np.arange(50))
+    assert metrics.recall_of_ranking(index, labels, labels, itself=True) == pytest.approx(
+        metrics.recall_at_k(x, labels)
+    )
+    with pytest.raises(ValueError, match="at least 9"):
+        metrics.recall_of_ranking(index, labels, labels, ks=(9,))
+    with pytest.raises(ValueError, match="no query has a true match"):
+        metrics.recall_of_ranking(index, labels, labels + 99)
 
 
 X, LABELS = np.eye(4), np.array([0, 0, 1, 1])
