@@ -1,0 +1,189 @@
+"""What can be done to embeddings, or to a ranking, after the network and before the metrics.
+
+Pure functions, applied in this order: PCA-whitening, database-side augmentation, α-query
+expansion, k-reciprocal re-ranking. The first three give embeddings that `metrics` measures
+like any others; the last gives, per query, a new order of its nearest gallery items.
+"""
+
+import numpy as np
+from scipy import sparse
+
+from cgd_jax.metrics import normalize
+from cgd_jax.retrieval import top_k
+
+
+def learn_whitening(embeddings, dim=None, shrink=0.0):
+    """PCA-whitening of L2-normalized embeddings (https://arxiv.org/abs/1210.1386).
+
+    Learn it on the training set: on the test set it would look at what is measured.
+
+    Args:
+        embeddings: [N, D], any real dtype.
+        dim: number of leading components that are kept, at most D and N - 1; None for all
+            with a variance above round-off.
+        shrink: share in [0, 1] of the mean variance in every direction's: 0 whitens fully,
+            1 only rotates. Small variances are noise that whitening would amplify.
+
+    Returns:
+        (mean [D], projection [D, dim]), float32, for `whiten`.
+
+    Raises:
+        ValueError: bad shapes, values that are not finite, or ``dim`` larger than what
+            these embeddings span.
+    """
+    x = _checked("embeddings", embeddings).astype(np.float64)
+    if not 0 <= shrink <= 1:
+        raise ValueError(f"shrink must be in [0, 1], got {shrink}")
+    mean = x.mean(0)
+    x = x - mean
+    variance, axes = np.linalg.eigh(x.T @ x / max(len(x) - 1, 1))
+    variance, axes = variance[::-1], axes[:, ::-1]
+    spanned = int(np.sum(variance > max(variance[0], 0) * 1e-7)) if variance[0] > 1e-12 else 0
+    dim = spanned if dim is None else dim
+    if not 1 <= dim <= spanned:
+        raise ValueError(f"dim must be from 1 to {spanned}, which these embeddings span; got {dim}")
+    scale = (1 - shrink) * variance[:dim] + shrink * variance[:spanned].mean()
+    return mean.astype(np.float32), (axes[:, :dim] / np.sqrt(scale)).astype(np.float32)
+
+
+def whiten(embeddings, mean, projection):
+    """Applies `learn_whitening`: [N, D] → [N, dim] float32, L2-normalized before and after."""
+    x = _checked("embeddings", embeddings)
+    if x.shape[1] != len(mean) or x.shape[1] != len(projection):
+        raise ValueError(
+            f"whitening was learned for {len(mean)} dimensions, the embeddings have {x.shape[1]}"
+        )
+    return np.asarray(normalize((x - mean) @ projection))
+
+
+def expand_queries(query, gallery, k=3, alpha=3.0, *, exclude=None, mesh=None):
+    """α-query expansion (Radenović et al., https://arxiv.org/abs/1711.02512, section 3.3).
+
+    Every query becomes the normalized sum of itself, with weight 1, and its k nearest
+    gallery items, with weight cosine^α (0 for negative cosines).
+
+    Args:
+        query: [Q, D]. gallery: [G, D].
+        k: neighbours that are added.
+        alpha: 0 for plain averages; the larger, the more the nearest count.
+        exclude, mesh: as for `retrieval.top_k`.
+
+    Returns:
+        [Q, D] float32, L2-normalized.
+
+    Raises:
+        ValueError: as `retrieval.top_k`; negative alpha.
+    """
+    if alpha < 0:
+        raise ValueError(f"alpha must not be negative, got {alpha}")
+    query, gallery = _checked("query", query), _checked("gallery", gallery)
+    similarity, index = top_k(query, gallery, k, exclude=exclude, mesh=mesh)
+    weight = np.where(similarity > 0, np.maximum(similarity, 0) ** alpha, 0)
+    expanded = query.copy()
+    for neighbour in range(k):  # one [Q, D] array at a time
+        expanded += weight[:, neighbour, None] * gallery[index[:, neighbour]]
+    return np.asarray(normalize(expanded))
+
+
+def augment_database(gallery, k=3, alpha=3.0, *, mesh=None):
+    """Database-side augmentation (Arandjelović and Zisserman, CVPR 2012).
+
+    α-query expansion of every gallery item by the others: [G, D] → [G, D] float32.
+    """
+    return expand_queries(gallery, gallery, k, alpha, exclude=np.arange(len(gallery)), mesh=mesh)
+
+
+def k_reciprocal(query, gallery=None, k=100, *, k1=20, k2=6, original=0.3, exclude=None, mesh=None):
+    """k-reciprocal re-ranking (Zhong et al., https://arxiv.org/abs/1701.08398).
+
+    Two items are alike if their reciprocal neighbourhoods are: the distance of a query and
+    a gallery item is the Jaccard distance of their encoded neighbourhoods, plus a share of
+    their original distance 1 - cosine. All neighbourhoods are sparse, and only the k
+    nearest gallery items of each query are re-ordered, so that memory grows with
+    (Q + G) × k1 × k2 and not with the square. It lets queries see each other.
+
+    Args:
+        query: [Q, D]. gallery: [G, D]; None for the queries themselves, each without itself.
+        k: gallery items to re-order per query.
+        k1: neighbours that may be reciprocal. k2: neighbours whose encodings are averaged,
+            the item itself the first of them.
+        original: share λ in [0, 1] of the original distance.
+        exclude: as for `retrieval.top_k`; only with a gallery.
+        mesh: as for `retrieval.top_k`.
+
+    Returns:
+        (distance [Q, k] float32, index [Q, k] int32), nearest first, as `metrics.recall_of_ranking`
+        reads it; at equal distances the original order.
+
+    Raises:
+        ValueError: as `retrieval.top_k`, for any of k, k1 and k2; ``original`` outside [0, 1].
+    """
+    if not 0 <= original <= 1:
+        raise ValueError(f"original must be in [0, 1], got {original}")
+    if not 1 <= k2 <= k1 + 1:
+        raise ValueError(f"k2 must be from 1 to k1 + 1 = {k1 + 1}, got {k2}")
+    query = _checked("query", query)
+    if gallery is None:
+        if exclude is not None:
+            raise ValueError("exclude without a gallery: there every query excludes itself")
+        items, first, exclude = query, 0, np.arange(len(query))
+        gallery = query
+    else:
+        gallery = _checked("gallery", gallery)
+        items, first = np.concatenate([query, gallery]), len(query)
+    similarity, index = top_k(query, gallery, k, exclude=exclude, mesh=mesh)
+    nearest = top_k(items, items, k1, exclude=np.arange(len(items)), mesh=mesh)[1]
+    nearest = np.concatenate([np.arange(len(items))[:, None], nearest], 1)
+
+    # Reciprocal neighbours, and those of half as many neighbours that mostly agree.
+    reciprocal = _reciprocal(nearest)
+    half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
+    agreeing = (reciprocal @ half.T).multiply(reciprocal).tocsr()
+    needed = 2 / 3 * np.asarray(half.sum(1)).ravel()
+    agreeing.data = (agreeing.data >= needed[agreeing.indices]).astype(np.float32)
+    expanded = (reciprocal + agreeing @ half).tocsr()
+    expanded.eliminate_zeros()
+
+    # Encoded by nearness, each row summing to 1, then averaged over the nearest.
+    row = np.repeat(np.arange(len(items)), np.diff(expanded.indptr))
+    for at in range(0, len(row), 2**16):
+        some = slice(at, at + 2**16)
+        cosine = np.einsum("nd,nd->n", items[row[some]], items[expanded.indices[some]])
+        expanded.data[some] = np.exp(cosine - 1)
+    encoded = sparse.diags(1 / np.asarray(expanded.sum(1)).ravel()) @ expanded
+    encoded = (_rows(nearest[:, :k2]) / k2 @ encoded).tocsr()
+
+    shared = np.empty(index.shape, np.float32)
+    step = max(1, 2**15 // k)
+    for at in range(0, len(query), step):
+        some = np.arange(at, min(at + step, len(query)))
+        pairs = encoded[np.repeat(some, k)].minimum(encoded[first + index[some].ravel()])
+        shared[some] = np.asarray(pairs.sum(1)).reshape(-1, k)
+    # Rows sum to 1, so that the sum of the maxima is 2 minus the sum of the minima.
+    distance = (1 - original) * (1 - shared / (2 - shared)) + original * (1 - similarity)
+    order = np.argsort(distance, 1, kind="stable")
+    return np.take_along_axis(distance, order, 1), np.take_along_axis(index, order, 1)
+
+
+def _rows(columns):
+    """Sparse [N, N] float32 with ones at columns [N, k] of every row."""
+    size, k = columns.shape
+    ones = np.ones(columns.size, np.float32)
+    return sparse.csr_array((ones, columns.ravel(), np.arange(0, size * k + 1, k)), (size, size))
+
+
+def _reciprocal(nearest):
+    neighbours = _rows(nearest)
+    return neighbours.multiply(neighbours.T).tocsr()
+
+
+def _checked(name, x):
+    """[N, D] in float32, L2-normalized; ValueError if it cannot be."""
+    x = np.asarray(x)
+    if x.ndim != 2 or not x.size:
+        raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {x.shape}")
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32, copy=False)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+    return np.array(normalize(x))

@@ -1,0 +1,191 @@
+"""Exact nearest neighbours for galleries of any size.
+
+The gallery comes in blocks, from host memory if it is there (a NumPy array or a memory
+map), so that only one block and one block of similarities are on a device. Over a mesh
+every device searches its share of each block and the shares' best are merged.
+
+    similarity, index = retrieval.top_k(query, gallery, k=8)
+
+Similarity is the dot product: cosine for normalized embeddings.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def top_k(
+    query,
+    gallery,
+    k,
+    *,
+    exclude=None,
+    approx=False,
+    recall_target=0.95,
+    precision="highest",
+    mesh=None,
+    query_block=256,
+    gallery_block=2**16,
+):
+    """The k gallery items most similar to each query.
+
+    Args:
+        query: [Q, D], any real dtype, used in float32.
+        gallery: [G, D], likewise; NumPy arrays are streamed.
+        k: neighbours per query, at most G (G - 1 with ``exclude``).
+        exclude: None, or [Q] integers: the gallery row that is the query itself and is not
+            to be found; -1 for none.
+        approx: True uses `lax.approx_max_k` (https://arxiv.org/abs/2206.14286), faster on a
+            TPU; elsewhere it finds the exact neighbours.
+        recall_target: of the approximate search, in (0, 1].
+        precision: of the matrix product, "highest" (full float32), "high" or "default".
+        mesh: `jax.sharding.Mesh` whose devices divide the gallery; None for one device.
+        query_block, gallery_block: rows of one product; memory is gallery_block × D +
+            query_block × gallery_block floats, over the devices of the mesh.
+
+    Returns:
+        (similarity [Q, k] float32, index [Q, k] int32), NumPy arrays, most similar first;
+        among equals the lower index.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinite values, or too large a k.
+    """
+    query, gallery = _matrix("query", query), _matrix("gallery", gallery)
+    if query.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"query and gallery must have vectors of one size, got {query.shape} and "
+            f"{gallery.shape}"
+        )
+    most = len(gallery) - (exclude is not None)
+    if k != int(k) or not 1 <= k <= most:
+        raise ValueError(f"k must be a whole number from 1 to {most} for this gallery, got {k}")
+    exclude = np.full(len(query), -1) if exclude is None else np.asarray(exclude)
+    if exclude.shape != (len(query),) or exclude.dtype.kind not in "iu":
+        raise ValueError(
+            f"exclude must be {len(query)} integers, one per query; got {exclude.dtype} "
+            f"{exclude.shape}"
+        )
+    if precision not in ("highest", "high", "default"):
+        raise ValueError(f"precision is one of highest, high, default, not {precision!r}")
+    if mesh is None:
+        mesh = jax.make_mesh((1,), ("all",), devices=jax.devices()[:1])
+    divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
+    block = min(query_block, len(query))
+    queries = -(-len(query) // block)
+    fill = -len(query) % block  # rows of zeros, so that all blocks have one shape
+    exclude = np.pad(exclude, (0, fill))
+    best = [(np.full((block, k), -np.inf, np.float32), np.full((block, k), -1, np.int32))] * queries
+
+    for start in range(0, len(gallery), gallery_block):
+        items = _finite("gallery", gallery[start : start + gallery_block], start)
+        padding = -len(items) % mesh.size
+        if padding:
+            items = np.pad(items, ((0, padding), (0, 0)))
+        items = jax.device_put(items, divided)
+        # While one block of the gallery is searched the next is read, and no third one:
+        # device memory holds two.
+        jax.block_until_ready(best)
+        for i in range(queries):
+            rows = slice(i * block, (i + 1) * block)
+            some = _finite("query", query[rows], rows.start)
+            some = np.pad(some, ((0, block - len(some)), (0, 0)))
+            best[i] = _search(
+                *jax.device_put((some, exclude[rows] - start, *best[i]), everywhere),
+                items,
+                np.int32(start),
+                mesh=mesh,
+                padding=padding,
+                approx=approx,
+                recall_target=recall_target,
+                precision=precision,
+            )
+    similarity, index = (np.concatenate(x)[: len(query)] for x in zip(*best, strict=True))
+    return similarity, index
+
+
+@partial(jax.jit, static_argnames=("mesh", "padding", "approx", "recall_target", "precision"))
+def _search(
+    query,
+    exclude,
+    similarity,
+    index,
+    items,
+    start,
+    *,
+    mesh,
+    padding,
+    approx,
+    recall_target,
+    precision,
+):
+    """Merges the best of one block of the gallery into the best so far, [B, k] each."""
+    k = similarity.shape[1]
+    axes = mesh.axis_names
+
+    def local(query, exclude, similarity, index, items, start):
+        size = len(items)
+        begin = lax.axis_index(axes) * size
+        product = jnp.matmul(query, items.T, precision=precision)
+        if padding:
+            real = mesh.size * size - padding
+            product = jnp.where(begin + jnp.arange(size) < real, product, -jnp.inf)
+        column = exclude - begin
+        column = jnp.where(column < 0, size, column)  # a negative index would wrap around
+        product = product.at[jnp.arange(len(query)), column].set(-jnp.inf, mode="drop")
+        if approx:
+            value, at = lax.approx_max_k(product, min(k, size), recall_target=recall_target)
+        else:
+            value, at = _largest(product, min(k, size))
+        # Lower indices stand to the left, and lax.top_k keeps the leftmost among equals.
+        value, at = lax.all_gather((value, start + begin + at), axes, axis=1, tiled=True)
+        similarity, chosen = lax.top_k(jnp.concatenate([similarity, value], 1), k)
+        return similarity, jnp.take_along_axis(jnp.concatenate([index, at], 1), chosen, 1)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), P(), P(), P(), P(axes), P()),
+        out_specs=P(),
+        check_vma=False,
+    )(query, exclude, similarity, index, items, start)
+
+
+def _largest(x, k):
+    """lax.top_k of the rows of [B, N], reading most of x only once.
+
+    The k largest entries lie in the k groups of columns with the largest maxima: any other
+    group has k maxima at least as large before it. Of equals the leftmost is kept.
+    """
+    rows, size = x.shape
+    group = 2 ** int(np.log2(size / k) / 2)  # about as many groups as candidates
+    if group < 4:
+        return lax.top_k(x, k)
+    grouped = jnp.pad(x, ((0, 0), (0, -size % group)), constant_values=-jnp.inf)
+    grouped = grouped.reshape(rows, -1, group)
+    chosen = jnp.sort(lax.top_k(grouped.max(-1), k)[1], 1)
+    candidates = jnp.take_along_axis(grouped, chosen[:, :, None], 1).reshape(rows, -1)
+    value, at = lax.top_k(candidates, k)
+    return value, jnp.take_along_axis(chosen, at // group, 1) * group + at % group
+
+
+def _matrix(name, x):
+    x = x if hasattr(x, "shape") else np.asarray(x)
+    if len(x.shape) != 2 or 0 in x.shape:
+        raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {x.shape}")
+    return x
+
+
+def _finite(name, rows, start):
+    """A block of rows in float32 where it is; ValueError if one is NaN or infinite."""
+    on_device = isinstance(rows, jax.Array)
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32) if on_device else np.asarray(rows, np.float32)
+    finite = np.asarray((jnp if on_device else np).isfinite(rows).all(1))
+    if not finite.all():
+        raise ValueError(f"row {start + int(finite.argmin())} of {name} is NaN or infinite")
+    return rows

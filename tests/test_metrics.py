@@ -1,0 +1,345 @@
+"""Metrics against a brute-force loop, other libraries' numbers, and their own definitions."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cgd_jax import metrics, retrieval
+
+ROOT = Path(__file__).parents[1]
+GOLDENS = np.load(Path(__file__).parent / "goldens/metrics.npz")
+KINDS = ("random", "clustered", "duplicated", "collapsed", "single class")
+SEARCHED = ("itself", "gallery")
+
+
+def golden(kind, searched):
+    prefix = f"{kind}/{searched}/"
+    arrays = {k.removeprefix(prefix): v for k, v in GOLDENS.items() if k.startswith(prefix)}
+    names = ("query", "query_labels", "gallery", "gallery_labels")
+    return [arrays[n] for n in names if n in arrays], arrays
+
+
+def brute_force(query, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8), ids=None, tie=1):
+    """One query and one gallery item at a time, in float64; tie: 1 against the query, -1 for it."""
+    if gallery is None:
+        gallery, gallery_labels, ids = query, labels, (range(len(query)),) * 2
+    cosine = lambda a, b: a @ b / max(np.sqrt(a @ a) * np.sqrt(b @ b), 1e-300)
+    sums, queries = {}, 0
+    for i, q in enumerate(np.asarray(query, np.float64)):
+        true, false = [], []
+        for j, g in enumerate(np.asarray(gallery, np.float64)):
+            if ids is None or ids[0][i] != ids[1][j]:
+                (true if gallery_labels[j] == labels[i] else false).append(cosine(q, g))
+        if not true:
+            continue
+        queries += 1
+        # A list that a person would read: sorted, ties on the wrong side of true matches.
+        marked = [(round(s, 7), 0, True) for s in true] + [(round(s, 7), tie, False) for s in false]
+        hits = [hit for _, _, hit in sorted(marked, reverse=True)]
+        precisions = [sum(hits[: n + 1]) / (n + 1) for n in range(len(hits))]
+        r = len(true)
+        found = {f"recall@{k}": any(hits[:k]) for k in ks}
+        found |= {f"precision@{k}": sum(hits[:k]) / k for k in ks}
+        found["r_precision"] = sum(hits[:r]) / r
+        found["map@r"] = (
+            sum(p for p, hit in list(zip(precisions, hits, strict=True))[:r] if hit) / r
+        )
+        found["map"] = sum(p for p, hit in zip(precisions, hits, strict=True) if hit) / r
+        found["mrr"] = 1 / (hits.index(True) + 1)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + value
+    return {n: s / queries for n, s in sums.items()} | {
+        "queries": queries,
+        "excluded": len(query) - queries,
+    }
+
+
+@pytest.mark.parametrize("searched", SEARCHED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_a_brute_force_loop(kind, searched):
+    arrays, _ = golden(kind, searched)
+    for ties, tie in (("pessimistic", 1), ("optimistic", -1)):
+        expected = brute_force(*arrays, tie=tie)
+        assert metrics.evaluate(*arrays, ties=ties) == pytest.approx(expected, abs=1e-6)
+        recall = metrics.recall_at_k(*arrays, ties=ties)
+        assert recall == pytest.approx({k: expected[f"recall@{k}"] for k in recall}, abs=1e-6)
+
+
+@pytest.mark.parametrize("searched", SEARCHED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_pytorch_metric_learning(kind, searched):
+    arrays, theirs = golden(kind, searched)
+    names = {
+        "precision@1": "precision_at_1",
+        "r_precision": "r_precision",
+        "map@r": "mean_average_precision_at_r",
+    }
+    worst, best = (metrics.evaluate(*arrays, ties=t) for t in ("pessimistic", "optimistic"))
+    for ours, name in names.items():
+        if kind in ("duplicated", "collapsed"):  # their ties fall as they happen to be stored
+            assert worst[ours] - 1e-6 <= theirs[name] <= best[ours] + 1e-6
+        else:
+            assert worst[ours] == pytest.approx(float(theirs[name]), abs=1e-6)
+            assert best[ours] == pytest.approx(float(theirs[name]), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicated", "single class"])
+def test_cluster_agreement_equals_scikit_learn(kind):
+    pytest.importorskip("sklearn")
+    arrays, theirs = golden(kind, "itself")
+    ours = metrics.evaluate(*arrays, clustering=True)
+    assert ours["nmi"] == pytest.approx(float(theirs["nmi"]), abs=1e-6)
+    assert ours["ami"] == pytest.approx(float(theirs["ami"]), abs=1e-6)
+
+
+def test_cluster_agreement_without_scikit_learn_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        metrics.cluster_agreement(np.eye(3), [0, 1, 2])
+
+
+@pytest.mark.parametrize("size, dim", [(4, 1), (37, 5), (257, 33), (1025, 64), (301, 511)])
+def test_a_collapsed_model_scores_zero(size, dim):
+    labels = np.arange(size) % (size // 2)
+    rng = np.random.default_rng(0)
+    for point in (np.ones(dim), np.zeros(dim), rng.normal(size=dim)):
+        scaled = point * rng.uniform(0.1, 10, (size, 1))  # one direction, rounded differently
+        for x in (np.tile(point, (size, 1)), scaled):
+            assert metrics.recall_at_k(x, labels, ks=(1,)) == {1: 0.0}
+        copies = np.tile(point, (size, 1))
+        assert metrics.recall_at_k(copies, labels, ks=(1,), ties="optimistic") == {1: 1.0}
+
+
+def test_ties_by_hand():
+    # The query's true match, [1, 0], is tied with two items of other classes.
+    gallery, labels = [[1.0, 0]] * 3 + [[0, 1.0]], [0, 1, 2, 1]
+    ranks = {
+        t: 1 / metrics.evaluate([[2.0, 0]], [0], gallery, labels, ties=t)["mrr"]
+        for t in metrics.TIES
+    }
+    assert ranks == pytest.approx({"pessimistic": 3, "optimistic": 1, "mean": 2})
+
+
+def test_similarity_and_not_its_copy_in_lower_precision_decides():
+    # 1e-5 apart: beyond a tie, lost in bfloat16.
+    angle = np.array([0.0, 0.0100, 0.0110])
+    x = np.stack([np.cos(angle), np.sin(angle)], 1)
+    assert metrics.recall_at_k(x[:1], [0], x[1:], [0, 1], ks=(1,)) == {1: 1.0}
+    assert metrics.recall_at_k(x[:1], [0], x[1:], [1, 0], ks=(1,)) == {1: 0.0}
+
+
+def test_self_is_removed_by_identity():
+    # Row 0 has a copy under another id, which is a true match, and one in another class.
+    x, labels = np.array([[1.0, 0], [1, 0], [0, 1]]), ["a", "a", "b"]
+    assert metrics.recall_at_k(x, labels, ks=(1,)) == {1: 1.0}
+    shuffled = [2, 1, 0]
+    ids = np.array(["x", "y", "z"])
+    args = (x, labels, x[shuffled], np.array(labels)[shuffled])
+    same = metrics.evaluate(*args, query_ids=ids, gallery_ids=ids[shuffled])
+    assert same == metrics.evaluate(x, labels)
+    assert (same["queries"], same["excluded"]) == (2, 1)
+    assert metrics.evaluate(*args)["queries"] == 3  # without ids everyone finds itself
+    disjoint = metrics.evaluate(*args, query_ids=[0, 1, 2], gallery_ids=[3, 4, 5])
+    assert disjoint == metrics.evaluate(*args)
+
+
+def test_self_under_another_label_is_not_a_false_match():
+    x = np.array([[1.0, 0], [0.9, 0.1]])
+    options = {"query_ids": [7], "gallery_ids": [7, 8], "ks": (1,)}
+    assert metrics.recall_at_k(x[:1], [0], x, [1, 0], **options) == {1: 1.0}
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_shared_image_set_with_some_queries_outside(ids):
+    rng = np.random.default_rng(3)
+    x, labels = rng.normal(size=(60, 4)), rng.integers(0, 15, 60)
+    query, gallery = np.arange(0, 40), rng.permutation(np.arange(20, 60))
+    args = (x[query], labels[query], x[gallery], labels[gallery])
+    options = {"query_ids": query, "gallery_ids": gallery} if ids else {}
+    expected = brute_force(*args, ids=(query, gallery) if ids else None)
+    assert metrics.evaluate(*args, **options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_blocks_do_not_show(monkeypatch):
+    rng = np.random.default_rng(4)
+    labels = np.concatenate([np.zeros(40, int), rng.integers(1, 30, 90), [77]])
+    x = rng.normal(size=(131, 8))
+    whole = metrics.evaluate(x, labels)
+    for block, steps in ((7, 3), (50, 1)):
+        monkeypatch.setattr(metrics, "BLOCK", block)
+        monkeypatch.setattr(metrics, "STEPS", steps)
+        assert metrics.evaluate(x, labels) == pytest.approx(whole, abs=1e-12)
+    assert whole["excluded"] == np.sum(np.bincount(labels) == 1) > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 30))
+def test_invariances(seed, copies):
+    rng = np.random.default_rng(seed)
+    x, labels = rng.normal(size=(50, 5)), np.concatenate([[0, 0], rng.integers(0, 9, 48)])
+    x[rng.integers(0, 50, copies)] = x[rng.integers(0, 50, copies)]
+    result = metrics.evaluate(x, labels)
+    order = rng.permutation(50)
+    names = np.array([f"class {n}" for n in rng.permutation(9)])
+    scale = np.exp(rng.normal(size=(50, 1)) * 3)
+    other = metrics.evaluate((x * scale)[order], names[labels][order])
+    assert other == pytest.approx(result, abs=1e-9)
+    optimistic = metrics.evaluate(x, labels, ties="optimistic")
+    mean = metrics.evaluate(x, labels, ties="mean")
+    for name in ("recall@1", "recall@8", "map@r", "map", "mrr"):
+        assert result[name] - 1e-12 <= mean[name] <= optimistic[name] + 1e-12
+    assert result["recall@1"] <= result["recall@2"] <= result["recall@8"]
+    assert result["map@r"] <= result["r_precision"]
+
+
+def test_normalize_at_the_ends_of_float32():
+    x = np.array([[3.0, -4.0], [3e38, -3e38], [3e-38, 4e-38], [0, 0], [1e38, 1]], np.float32)
+    half = np.sqrt(0.5)
+    expected = [[0.6, -0.8], [half, -half], [0.6, 0.8], [0, 0], [1, 0]]
+    np.testing.assert_allclose(metrics.normalize(x), expected, atol=1e-6)
+
+
+def test_extreme_scales_and_dtypes():
+    rng = np.random.default_rng(5)
+    x, labels = rng.normal(size=(40, 4)).astype(np.float16), rng.integers(0, 9, 40)
+    expected = metrics.recall_at_k(x, labels)
+    for same in (x.astype(np.float32) * 1e37, x.astype(np.float64) * 1e-30, jnp.asarray(x)):
+        assert metrics.recall_at_k(same, labels) == expected
+    assert metrics.recall_at_k(jnp.asarray(x, jnp.bfloat16), jnp.asarray(labels)).keys() == {
+        1,
+        2,
+        4,
+        8,
+    }
+    assert metrics.recall_at_k([[1, 0], [1, 1], [0, 1]], [0, 0, 1], ks=[1]) == {1: 0.5}
+
+
+def test_confidence_intervals_draw_classes():
+    rng = np.random.default_rng(6)
+    # Within a class all queries agree: 40 classes are 40 observations, not 4000.
+    hit = rng.random(40) < 0.5
+    sums, count = hit[:, None] * 100.0, np.full(40, 100)
+    low, high = metrics.confidence_intervals(sums, count, 2000, seed=0)
+    deviation = np.sqrt(hit.mean() * (1 - hit.mean()) / 40)
+    assert low[0] == pytest.approx(hit.mean() - 1.96 * deviation, abs=0.03)
+    assert high[0] == pytest.approx(hit.mean() + 1.96 * deviation, abs=0.03)
+    arrays, _ = golden("clustered", "gallery")
+    result = metrics.evaluate(*arrays, bootstrap=200, seed=1)
+    assert result["confidence"] == metrics.evaluate(*arrays, bootstrap=200, seed=1)["confidence"]
+    for name, (low, high) in result["confidence"].items():
+        assert low <= result[name] <= high
+
+
+def test_per_class_table(tmp_path):
+    arrays, _ = golden("clustered", "gallery")
+    result = metrics.evaluate(*arrays, per_class=True)
+    rows = result["per_class"]
+    assert [r["recall@1"] for r in rows] == sorted(r["recall@1"] for r in rows)
+    assert sum(r["queries"] for r in rows) == result["queries"]
+    for row in rows:
+        of_class = arrays[1] == row["class"]
+        alone = metrics.evaluate(arrays[0][of_class], arrays[1][of_class], *arrays[2:])
+        assert row["map@r"] == pytest.approx(alone["map@r"])
+    metrics.write_per_class(tmp_path / "classes.csv", rows)
+    with open(tmp_path / "classes.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [int(r["class"]) for r in read] == [r["class"] for r in rows]
+    assert float(read[-1]["mrr"]) == rows[-1]["mrr"]
+    assert os.listdir(tmp_path) == ["classes.csv"]
+
+
+def test_recall_of_a_ranking():
+    rng = np.random.default_rng(8)
+    x, labels = rng.normal(size=(50, 4)), rng.integers(0, 25, 50)
+    _, index = retrieval.top_k(metrics.normalize(x), metrics.normalize(x), 8, exclude=np.arange(50))
+    assert metrics.recall_of_ranking(index, labels, labels, itself=True) == pytest.approx(
+        metrics.recall_at_k(x, labels)
+    )
+    with pytest.raises(ValueError, match="at least 9"):
+        metrics.recall_of_ranking(index, labels, labels, ks=(9,))
+    with pytest.raises(ValueError, match="no query has a true match"):
+        metrics.recall_of_ranking(index, labels, labels + 99)
+
+
+X, LABELS = np.eye(4), np.array([0, 0, 1, 1])
+NAN, INF = np.where(X == 1, np.nan, X), np.where(X == 1, np.inf, X)
+
+
+@pytest.mark.parametrize(
+    "message, args, options",
+    [
+        ("query are NaN or infinite.*row 0", (NAN, LABELS), {}),
+        ("query are NaN or infinite", (INF, LABELS), {}),
+        ("gallery are NaN or infinite", (X, LABELS, NAN, LABELS), {}),
+        ("infinite in float32", (X * 1e300, LABELS), {}),
+        (r"query must be \[N, D\].*\(0, 4\)", (X[:0], LABELS[:0]), {}),
+        (r"gallery must be \[N, D\].*\(0, 4\)", (X, LABELS, X[:0], LABELS[:0]), {}),
+        (r"query must be \[N, D\].*\(4, 0\)", (X[:, :0], LABELS), {}),
+        (r"query must be \[N, D\].*\(4,\)", (X[0], LABELS), {}),
+        (r"\(4, 4\) and \(3,\)", (X, LABELS[:3]), {}),
+        (r"one size, got \(4, 4\) and \(4, 3\)", (X, LABELS, X[:, :3], LABELS), {}),
+        ("both gallery and gallery_labels", (X, LABELS, X), {}),
+        ("real numbers, not complex", (X * 1j, LABELS), {}),
+        ("real numbers", (np.full((4, 4), "x"), LABELS), {}),
+        ("none of the 4 queries has a true match", (X, np.arange(4)), {}),
+        ("none of the 4 queries has a true match", (X, LABELS, X, LABELS + 5), {}),
+        ("both be integers or both be strings", (X, LABELS, X, LABELS.astype(str)), {}),
+        ("integers or both be strings", (X, LABELS * 1.5), {}),
+        ("ks must be whole numbers", (X, LABELS), {"ks": (0, 1)}),
+        ("ks must be whole numbers", (X, LABELS), {"ks": ()}),
+        ("pessimistic, optimistic, mean", (X, LABELS), {"ties": "random"}),
+        ("highest, high, default", (X, LABELS), {"precision": "low"}),
+        ("gallery, query", (X, LABELS), {"shard": "batch"}),
+        ("both query_ids and gallery_ids", (X, LABELS, X, LABELS), {"query_ids": LABELS}),
+        ("gallery_ids without a gallery", (X, LABELS), {"gallery_ids": LABELS}),
+        ("one per row", (X, LABELS), {"query_ids": [1, 2]}),
+        ("5.*comes twice", (X, LABELS), {"query_ids": [5, 6, 5, 7]}),
+    ],
+)
+def test_bad_input_raises_and_says_why(message, args, options):
+    for measure in (metrics.recall_at_k, metrics.evaluate):
+        with pytest.raises(ValueError, match=message):
+            measure(*args, **options)
+
+
+def test_any_number_of_devices_gives_the_same_ranks():
+    script = """
+import jax, numpy as np
+from jax.sharding import Mesh
+from cgd_jax import metrics
+rng = np.random.default_rng(0)
+x, labels = rng.normal(size=(203, 9)), rng.integers(0, 40, 203)
+x[rng.integers(0, 203, 60)] = x[rng.integers(0, 203, 60)]  # ties within and across shards
+y, gallery_labels = x[rng.permutation(203)[:101]], rng.integers(0, 40, 101)
+assert len(jax.devices()) == 8
+args = (x, labels, y, gallery_labels)
+alone = metrics.evaluate(*args)
+two = Mesh(np.array(jax.devices()[:2]), ("data",))
+eight = Mesh(np.array(jax.devices()).reshape(2, 4), ("host", "device"))
+explicit = jax.make_mesh((8,), ("data",))
+for mesh, shard in ((two, "gallery"), (eight, "gallery"), (eight, "query"), (explicit, "query")):
+    assert metrics.evaluate(*args, mesh=mesh, shard=shard) == alone, (mesh, shard)
+assert metrics.evaluate(x, labels, mesh=explicit) == metrics.evaluate(x, labels)
+"""
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+
+
+def test_imports_jax_and_numpy_only():
+    script = (
+        "import sys; from cgd_jax import metrics, retrieval;"
+        "print([m for m in ('flax', 'optax', 'tensorflow_datasets', 'sklearn', 'torch')"
+        " if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr

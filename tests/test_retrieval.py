@@ -1,0 +1,147 @@
+"""Top-k against a full sort, streamed, over a mesh, with ties and with bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cgd_jax import retrieval
+
+ROOT = Path(__file__).parents[1]
+
+
+def grid(rng, rows, dim=6):
+    """Small integers: dot products are exact in float32, and full of ties."""
+    return rng.integers(-2, 3, (rows, dim)).astype(np.float32)
+
+
+def by_sorting(query, gallery, k, exclude=None):
+    """Most similar first, the lower index first among equals."""
+    product = np.asarray(query, np.float64) @ np.asarray(gallery, np.float64).T
+    if exclude is not None:
+        for row, column in enumerate(exclude):
+            if column >= 0:
+                product[row, column] = -np.inf
+    index = np.argsort(-product, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(product, index, 1), index
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (5, 3), (130, 7), (300, 300), (2049, 2)])
+)
+def test_equals_a_stable_sort(seed, shape):
+    rng = np.random.default_rng(seed)
+    size, k = shape
+    query, gallery = grid(rng, 9), grid(rng, size)
+    for found, expected in zip(
+        retrieval.top_k(query, gallery, k), by_sorting(query, gallery, k), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("gallery_block", [1, 7, 64, 300, 1000])
+@pytest.mark.parametrize("excluding", [False, True])
+def test_blocks_do_not_show(gallery_block, excluding):
+    rng = np.random.default_rng(0)
+    query, gallery = grid(rng, 23), grid(rng, 300)
+    exclude = np.concatenate([[-1, 0, 299, 299], rng.integers(0, 300, 19)]) if excluding else None
+    for k in (1, 20):
+        similarity, index = retrieval.top_k(
+            query, gallery, k, exclude=exclude, query_block=8, gallery_block=gallery_block
+        )
+        expected = by_sorting(query, gallery, k, exclude)
+        np.testing.assert_array_equal(similarity, expected[0])
+        np.testing.assert_array_equal(index, expected[1])
+    assert (similarity.dtype, index.dtype) == (np.float32, np.int32)
+
+
+def test_excluding_itself_leaves_copies():
+    x = np.array([[1.0, 0], [1, 0], [0, 1]])
+    _, index = retrieval.top_k(x, x, 2, exclude=np.arange(3))
+    np.testing.assert_array_equal(index, [[1, 2], [0, 2], [0, 1]])
+
+
+def test_gallery_from_disk_device_and_list(tmp_path):
+    rng = np.random.default_rng(1)
+    query, gallery = grid(rng, 4), grid(rng, 50)
+    expected = by_sorting(query, gallery, 5)[1]
+    stored = np.memmap(tmp_path / "gallery", np.float32, "w+", shape=gallery.shape)
+    stored[:] = gallery
+    for same in (stored, jnp.asarray(gallery), gallery.tolist(), gallery.astype(np.float16)):
+        np.testing.assert_array_equal(
+            retrieval.top_k(query, same, 5, gallery_block=16)[1], expected
+        )
+    np.testing.assert_array_equal(retrieval.top_k(jnp.asarray(query), gallery, 5)[1], expected)
+
+
+def test_approximate_finds_most():
+    rng = np.random.default_rng(2)
+    query, gallery = rng.normal(size=(20, 16)), rng.normal(size=(3000, 16))
+    exact = retrieval.top_k(query, gallery, 10)[1]
+    close = retrieval.top_k(query, gallery, 10, approx=True, gallery_block=1024)[1]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, close, strict=True)]) >= 0.9
+
+
+@pytest.mark.parametrize("size, k", [(5, 1), (64, 3), (65, 3), (4096, 5), (1000, 1000), (777, 100)])
+def test_largest_equals_lax_top_k(size, k):
+    x = jnp.asarray(np.random.default_rng(3).integers(0, 50, (6, size)), jnp.float32)
+    for ours, theirs in zip(retrieval._largest(x, k), jax.lax.top_k(x, k), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_any_number_of_devices_finds_the_same():
+    script = """
+import jax, numpy as np
+from jax.sharding import Mesh
+from cgd_jax import retrieval
+rng = np.random.default_rng(0)
+query, gallery = (rng.integers(-2, 3, (n, 6)).astype(np.float32) for n in (13, 203))
+exclude = rng.integers(-1, 203, 13)
+for k, block in ((3, 2**16), (60, 30)):
+    options = dict(exclude=exclude, gallery_block=block)
+    alone = retrieval.top_k(query, gallery, k, **options)
+    for mesh in (
+        Mesh(np.array(jax.devices()[:2]), ("data",)),
+        Mesh(np.array(jax.devices()).reshape(2, 4), ("host", "device")),
+        jax.make_mesh((8,), ("data",)),
+    ):
+        shared = retrieval.top_k(query, gallery, k, mesh=mesh, **options)
+        assert all(np.array_equal(a, b) for a, b in zip(alone, shared)), (mesh, k)
+"""
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+
+
+X = np.eye(4)
+
+
+@pytest.mark.parametrize(
+    "message, args, options",
+    [
+        ("row 2 of gallery is NaN", (X, np.where(np.arange(4)[:, None] == 2, np.nan, X), 1), {}),
+        ("row 0 of query is NaN or infinite", (X + np.inf, X, 1), {}),
+        ("row 0 of query is NaN or infinite", (jnp.asarray(X + np.inf), X, 1), {}),
+        (r"one size, got \(4, 4\) and \(4, 3\)", (X, X[:, :3], 1), {}),
+        (r"query must be \[N, D\].*\(0, 4\)", (X[:0], X, 1), {}),
+        (r"gallery must be \[N, D\].*\(4,\)", (X, X[0], 1), {}),
+        ("from 1 to 4", (X, X, 5), {}),
+        ("from 1 to 4", (X, X, 0), {}),
+        ("from 1 to 3", (X, X, 4), {"exclude": np.arange(4)}),
+        ("exclude must be 4 integers", (X, X, 1), {"exclude": np.arange(3)}),
+        ("exclude must be 4 integers", (X, X, 1), {"exclude": np.ones(4)}),
+        ("highest, high, default", (X, X, 1), {"precision": "low"}),
+    ],
+)
+def test_bad_input_raises_and_says_why(message, args, options):
+    with pytest.raises(ValueError, match=message):
+        retrieval.top_k(*args, **options)
