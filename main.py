@@ -10,15 +10,16 @@ from cgd_jax.config import ConfigError, default_workdir, parse_flags
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
 )
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data"], "What to do.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
 STEP = flags.DEFINE_integer("step", None, "With --mode=eval: the checkpoint; else the best.")
 
 
 def main(argv):
-    from cgd_jax import train  # here, so that a bad flag is answered at once
+    from cgd_jax import report, train  # here, so that a bad flag is answered at once
 
     logging.set_verbosity(logging.ERROR)  # of the libraries; ours goes to stdout
+    report.show_log()
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
     if not CONFIG.value and not (MODE.value == "eval" and WORKDIR.value):
@@ -28,6 +29,8 @@ def main(argv):
     try:
         if MODE.value == "train":
             train.train_and_evaluate(CONFIG.value, workdir)
+        elif MODE.value == "data":
+            train.show_data(CONFIG.value, workdir)
         else:
             train.evaluate_run(workdir, STEP.value)
     except (ConfigError, FileNotFoundError) as error:

@@ -8,18 +8,16 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def normalize(images: jax.Array, mean=MEAN, std=STD) -> jax.Array:
+def normalize(images: jax.Array) -> jax.Array:
     """Scales pixels as ImageNet networks expect them.
 
     Args:
-      images: [..., 3] uint8.
-      mean: three numbers between 0 and 1.
-      std: three numbers between 0 and 1.
+      images: [..., 3], values from 0 to 255.
 
     Returns:
       Same shape, float32.
     """
-    return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+    return (images.astype(jnp.float32) / 255.0 - jnp.array(MEAN)) / jnp.array(STD)
 
 
 def random_crop(key: jax.Array, images: jax.Array, size: int, pad: int = 0) -> jax.Array:
@@ -61,6 +59,100 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
+def random_resized_crop(
+    key: jax.Array, images: jax.Array, size: int, min_area: float
+) -> jax.Array:
+    """Cuts out a random rectangle of every image and scales it to a square.
+
+    Szegedy et al., https://arxiv.org/abs/1409.4842: the area is drawn evenly between
+    `min_area` and the whole, the aspect ratio between 3:4 and 4:3 on a log scale. A
+    rectangle that is longer than the image is cut to it.
+
+    Args:
+      key: random key.
+      images: [B, H, W, C].
+      size: side of the square, in pixels.
+      min_area: the smallest share of the area, in (0, 1].
+
+    Returns:
+      [B, size, size, C] float32.
+    """
+    height, width, channels = images.shape[1:]
+
+    def crop(key, image):
+        area_key, ratio_key, corner_key = jax.random.split(key, 3)
+        area = jax.random.uniform(area_key, minval=min_area)
+        log_ratio = jax.random.uniform(ratio_key, minval=-jnp.log(4 / 3), maxval=jnp.log(4 / 3))
+        sides = jnp.sqrt(area * jnp.exp(jnp.array([1.0, -1.0]) * log_ratio))
+        sides = jnp.minimum(sides, 1.0) * jnp.array([height, width])
+        corner = jax.random.uniform(corner_key, (2,)) * (jnp.array([height, width]) - sides)
+        scale = size / sides
+        shape = (size, size, channels)
+        return jax.image.scale_and_translate(
+            image, shape, (0, 1), scale, -corner * scale, "linear", antialias=True
+        )
+
+    keys = jax.random.split(key, len(images))
+    return jax.vmap(crop)(keys, images.astype(jnp.float32))
+
+
+def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+    """Changes brightness, contrast and saturation, each by a random factor.
+
+    Args:
+      key: random key.
+      images: [B, H, W, 3], values from 0 to 255.
+      strength: factors are drawn between 1 - strength and 1 + strength.
+
+    Returns:
+      [B, H, W, 3] float32, clipped to 0 to 255.
+    """
+    factors = jax.random.uniform(
+        key, (3, len(images), 1, 1, 1), minval=max(0.0, 1 - strength), maxval=1 + strength
+    )
+    luma = jnp.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as everybody's jitter has it
+    images = jnp.clip(images.astype(jnp.float32) * factors[0], 0, 255)
+    gray = jnp.sum(images * luma, -1, keepdims=True).mean((1, 2), keepdims=True)
+    images = jnp.clip(gray + (images - gray) * factors[1], 0, 255)
+    gray = jnp.sum(images * luma, -1, keepdims=True)
+    return jnp.clip(gray + (images - gray) * factors[2], 0, 255)
+
+
+def random_erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
+    """Sets a random rectangle to zero, which is the mean of normalized images.
+
+    Zhong et al., https://arxiv.org/abs/1708.04896, with their ranges: 2 to 40 % of the
+    area, aspect ratio between 0.3 and 1/0.3.
+
+    Args:
+      key: random key.
+      images: [B, H, W, C], normalized.
+      probability: of an image to be touched.
+
+    Returns:
+      Same shape and dtype.
+    """
+    batch, height, width, _ = images.shape
+    keys = jax.random.split(key, 4)
+    area = jax.random.uniform(keys[0], (batch, 1, 1), minval=0.02, maxval=0.4)
+    limit = jnp.log(0.3)
+    ratio = jnp.exp(jax.random.uniform(keys[1], (batch, 1, 1), minval=limit, maxval=-limit))
+    tall = jnp.minimum(jnp.sqrt(area * ratio), 1.0) * height
+    wide = jnp.minimum(jnp.sqrt(area / ratio), 1.0) * width
+    corner = jax.random.uniform(keys[2], (2, batch, 1, 1))
+    top, left = corner[0] * (height - tall), corner[1] * (width - wide)
+    row, column = jnp.arange(height)[:, None] + 0.5, jnp.arange(width)[None] + 0.5
+    inside = (row > top) & (row < top + tall) & (column > left) & (column < left + wide)
+    touched = jax.random.bernoulli(keys[3], probability, (batch, 1, 1))
+    return jnp.where((inside & touched)[..., None], 0, images)
+
+
+def center_crop(images: jax.Array, size: int) -> jax.Array:
+    """Cuts the middle out: [B, H, W, C] → [B, size, size, C]."""
+    top, left = ((side - size) // 2 for side in images.shape[1:3])
+    return images[:, top : top + size, left : left + size]
+
+
 def augment(key: jax.Array, images: jax.Array, config, size: int) -> jax.Array:
     """Everything that a config asks for, in order; the result is normalized.
 
@@ -73,8 +165,16 @@ def augment(key: jax.Array, images: jax.Array, config, size: int) -> jax.Array:
     Returns:
       [B, size, size, 3] float32.
     """
-    crop_key, flip_key = jax.random.split(key)
-    images = random_crop(crop_key, images, size, config.pad)
+    crop_key, flip_key, jitter_key, erase_key = jax.random.split(key, 4)
+    if config.min_area < 1:
+        images = random_resized_crop(crop_key, images, size, config.min_area)
+    else:
+        images = random_crop(crop_key, images, size, config.pad)
     if config.flip:
         images = random_flip(flip_key, images)
-    return normalize(images)
+    if config.jitter:
+        images = color_jitter(jitter_key, images, config.jitter)
+    images = normalize(images)
+    if config.erase:
+        images = random_erase(erase_key, images, config.erase)
+    return images

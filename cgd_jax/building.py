@@ -23,6 +23,8 @@ try:
 except ImportError:  # Not a POSIX system.
     fcntl = None
 
+log = logging.getLogger(__name__)
+
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -41,7 +43,7 @@ def one_at_a_time(lock: Path) -> Iterator[bool]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logging.info("Another run holds %s; waiting for it to finish.", lock)
+                log.info("Another run holds %s; waiting for it to finish.", lock)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
                 alone = False
@@ -86,7 +88,7 @@ def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0
             last = now
             rate = done / (now - start)
             left = f"{(total - done) / rate:.0f} s left" if total and rate else ""
-            logging.info("%s: %d of %d, %.0f %s/s %s", what, done, total, rate, unit, left)
+            log.info("%s: %d of %d, %.0f %s/s %s", what, done, total, rate, unit, left)
 
     yield update
-    logging.info("%s: %d in %.1f s", what, done, time.monotonic() - start)
+    log.info("%s: %d in %.1f s", what, done, time.monotonic() - start)

@@ -24,6 +24,8 @@ import numpy as np
 from cgd_jax.building import one_at_a_time, parallel, progress
 from cgd_jax.decode import decode
 
+log = logging.getLogger(__name__)
+
 # Raised whenever decode.py would give other pixels for the same bytes.
 FORMAT = 1
 CHUNK = 16  # examples that a thread takes at once
@@ -36,6 +38,7 @@ class Resized:
         images: uint8 [N, size, size, 3], read-only, backed by the file.
         labels: int64 [N].
         ids: N names, the paths in the archive.
+        class_names: class number → name.
     """
 
     def __init__(self, folder: Path):
@@ -50,6 +53,8 @@ class Resized:
         self.images = np.load(folder / "images.npy", mmap_mode="r")
         self.labels = np.load(folder / "labels.npy")
         self.ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+        names = json.loads((folder / "class_names.json").read_text(encoding="utf-8"))
+        self.class_names = {int(label): name for label, name in names.items()}
         side = self.key["size"]
         if (
             self.images.dtype != np.uint8
@@ -58,35 +63,36 @@ class Resized:
         ):
             raise ValueError(f"{folder} holds arrays of the wrong shape")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def get(self, indices: np.ndarray) -> np.ndarray:
-        """Copy the images [B] with these numbers to uint8 [B, size, size, 3]."""
-        return np.asarray(self.images[np.asarray(indices, np.intp)])
-
 
 class Decoded:
-    """The same interface without a file: images are decoded when asked for, on all cores.
+    """Images that are decoded when asked for, on all cores; for sets larger than the disk.
 
-    For data sets larger than the disk. Labels and names are read once at the start.
+    ``decoded[indices]`` gives what ``Resized(...).images[indices]`` would.
+
+    Attributes:
+        labels: int64 [N], read once at the start, like the two below.
+        ids: N names, the paths in the archive.
+        class_names: class number → name.
+        shape: of all images together, [N, size, size, 3].
     """
 
     def __init__(self, source: Sequence[dict[str, Any]], size: int, crop: bool = True):
         """See `resized` for the arguments."""
         self._source, self._size, self._crop = source, size, crop
-        self.labels, self.ids = np.zeros(len(source), np.int64), []
+        self.shape = (len(source), size, size, 3)
+        self.labels, self.ids, self.class_names = np.zeros(len(source), np.int64), [], {}
         with progress(len(source), "reading labels") as update:
             for chunk in _chunks(np.arange(len(source))):
                 for i, example in zip(chunk, source.__getitems__(chunk), strict=True):
                     self.labels[i] = example["label"]
                     self.ids.append(_text(example["id"]))
+                    self.class_names[int(example["label"])] = _text(example["class_name"])
                 update(len(chunk))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def get(self, indices: np.ndarray) -> np.ndarray:
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """Decode the images [B] with these numbers to uint8 [B, size, size, 3]."""
         indices = np.asarray(indices, np.intp)
         images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
@@ -126,7 +132,8 @@ def resized(
     Args:
         source: examples of a TFDS data source made with
             ``decoders={"image": tfds.decode.SkipDecoding()}``: dicts of ``image`` (encoded
-            bytes), ``label``, ``id`` and perhaps ``bbox``; read by ``source.__getitems__``.
+            bytes), ``label``, ``class_name``, ``id`` and perhaps ``bbox``; read by
+            ``source.__getitems__``.
         folder: where caches live, beside the data set.
         key: what tells this split from any other: name, version, fingerprint, split. Size,
             crop, number of images and the way of resizing are added here.
@@ -177,7 +184,7 @@ def _open(folder: Path, key: dict[str, Any]) -> Resized | None:
             raise ValueError(f"{folder} belongs to {cache.key}")
         return cache
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logging.warning("The cache is damaged and will be built again: %s.", error)
+        log.warning("The cache is damaged and will be built again: %s.", error)
         return None
 
 
@@ -194,8 +201,8 @@ def _build(source: Sequence[dict[str, Any]], folder: Path, key: dict[str, Any]) 
             f"Not enough disk: {announcement}. Free some, let --config.data.dir point to a larger "
             "disk, or decode on the fly with --config.data.cache=none."
         )
-    logging.info("Building: %s.", announcement)
-    labels, ids = np.zeros(count, np.int64), [""] * count
+    log.info("Building: %s.", announcement)
+    labels, ids, class_names = np.zeros(count, np.int64), [""] * count, {}
 
     with open(folder / "images.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(
@@ -211,6 +218,7 @@ def _build(source: Sequence[dict[str, Any]], folder: Path, key: dict[str, Any]) 
             ):
                 images[i] = pixels(example, size, crop)
                 labels[number], ids[number] = example["label"], _text(example["id"])
+                class_names[int(example["label"])] = _text(example["class_name"])
             # Writing, unlike touching pages of a memory map, reports a full disk.
             data, offset = memoryview(images).cast("B"), start + chunk[0] * row
             while data:
@@ -224,6 +232,7 @@ def _build(source: Sequence[dict[str, Any]], folder: Path, key: dict[str, Any]) 
         os.fsync(file.fileno())
     np.save(folder / "labels.npy", labels)
     (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
+    (folder / "class_names.json").write_text(json.dumps(class_names), encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     with open(folder / "key.json", "w", encoding="utf-8") as file:
         json.dump({"key": key, "bytes": sizes}, file, indent=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from cgd_jax import combination, datasets, losses, pooling
+from cgd_jax import combination, datasets, input_pipeline, losses, pooling
 from cgd_jax.models import cgd, resnet
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -15,7 +15,7 @@ SCHEDULES = ("step", "cosine", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # What may differ when a run is continued: none of it changes what is trained.
-FREE_TO_CHANGE = ("data.dir", "train.log_every", "train.checkpoint_every", "train.keep", "eval")
+FREE_TO_CHANGE = ("data.dir", "data.source", "data.cache", "train.log_every", "train.checkpoint_every", "train.keep", "eval")
 
 
 class ConfigError(ValueError):
@@ -32,6 +32,7 @@ def validate(config: ConfigDict) -> None:
       ConfigError: names the key, its value, and the values that are valid.
     """
     _check_name("data.name", config.data.name, datasets.NAMES)
+    _check_name("data.cache", config.data.cache, ("disk", "none"))
     _check_name("model.backbone", config.model.backbone, resnet.BACKBONES)
     _check_name("model.stem", config.model.stem, resnet.STEMS)
     _check_name("model.combination", config.model.combination, combination.COMBINATIONS)
@@ -64,7 +65,33 @@ def validate(config: ConfigDict) -> None:
     _check_at_least(config, 1, "train.classes_per_batch train.images_per_class train.log_every")
     _check_at_least(config, 1, "train.eval_every train.checkpoint_every train.keep")
     _check_at_least(config, 1, "eval.batch_size")
-    _check_at_least(config, 0, "seed augment.pad optimizer.weight_decay optimizer.warmup_steps")
+    _check_at_least(config, 1, "data.resize")
+    _check_at_least(config, 0, "seed data.split_seed augment.pad augment.jitter")
+    _check(config, "augment.min_area", lambda share: 0 < share <= 1, "must be in (0, 1]")
+    _check(config, "augment.erase", lambda p: 0 <= p <= 1, "must be a probability")
+    _check(config, "data.max_bad_fraction", lambda s: 0 <= s <= 1, "must be a share, 0 to 1")
+    _check(config, "data.test_fraction", lambda s: 0 < s < 1, "must be between 0 and 1")
+    if config.data.resize + 2 * config.augment.pad < config.data.image_size:
+        raise ConfigError(
+            f"data.image_size={config.data.image_size} is larger than data.resize="
+            f"{config.data.resize} with augment.pad={config.augment.pad} on every side; images "
+            f"are cropped after they are resized."
+        )
+    if config.augment.pad and config.augment.min_area < 1:
+        raise ConfigError(
+            "augment.pad goes with plain crops, augment.min_area below 1 with resized ones; "
+            "set only one of them."
+        )
+    if config.eval.center_crop and config.data.resize < config.data.image_size:
+        raise ConfigError(
+            f"eval.center_crop cuts data.image_size={config.data.image_size} out of images of "
+            f"data.resize={config.data.resize}, which must not be smaller."
+        )
+    if config.data.source and not input_pipeline.needs_source(config.data.name):
+        raise ConfigError(
+            f"data.source={config.data.source!r}, but {config.data.name} is drawn, not read."
+        )
+    _check_at_least(config, 0, " optimizer.weight_decay optimizer.warmup_steps")
     _check_at_least(config, 0, "loss.ranking_weight loss.classification_weight")
     _check(config, "model.gem_p", lambda p: p > 0, "must be above 0")
     _check(config, "model.stem_stride", lambda stride: stride in (1, 2), "must be 1 or 2")
@@ -158,7 +185,9 @@ def parse_flags(argv: list[str]) -> list[str]:
             flags.FLAGS["config"].value.to_dict()
         return arguments
     except flags.Error as error:
-        raise SystemExit(f"error: {error}") from None
+        # A value for a whole group of keys fails in the flag's own parser.
+        text = _explain(argv, error) if "as a ConfigDict" in str(error) else error
+        raise SystemExit(f"error: {text}") from None
     except (AttributeError, KeyError, TypeError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {_explain(argv, error)}") from None
 

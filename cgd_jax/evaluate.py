@@ -1,6 +1,7 @@
 """Evaluation: embed the test images, then see at which rank the first true match stands."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from cgd_jax import metrics
-from cgd_jax.augment import normalize
+from cgd_jax.augment import center_crop, normalize
 from cgd_jax.datasets import Dataset
+from cgd_jax.input_pipeline import prefetch
+from cgd_jax.models.cgd import CGD
 
 
 class Embeddings(NamedTuple):
@@ -20,15 +23,27 @@ class Embeddings(NamedTuple):
     gallery: np.ndarray | None  # [G, D] float32; None: queries search each other
 
 
-def embed_model(model, params, batch_stats) -> Callable[[jax.Array], jax.Array]:
-    """The trained (or untrained) network as a function: [B, S, S, 3] uint8 → [B, D]."""
+def embed_model(
+    model: CGD, params: dict, batch_stats: dict, image_size: int
+) -> Callable[[jax.Array], jax.Array]:
+    """The trained (or untrained) network as a function: [B, S, S, 3] uint8 → [B, D].
+
+    Args:
+      model: the network.
+      params: its weights.
+      batch_stats: its BatchNorm statistics.
+      image_size: what the network sees; of larger images it is the centre.
+
+    Returns:
+      A jitted function.
+    """
     variables = {"params": params, "batch_stats": batch_stats}
-    return lambda images: _model_embeddings(model, variables, images)
+    return lambda images: _model_embeddings(model, variables, images, image_size)
 
 
-@jax.jit(static_argnums=0)
-def _model_embeddings(model, variables, images):
-    return model.apply(variables, normalize(images)).embedding
+@partial(jax.jit, static_argnames=("model", "image_size"))
+def _model_embeddings(model, variables, images, image_size):
+    return model.apply(variables, normalize(center_crop(images, image_size))).embedding
 
 
 @jax.jit
@@ -67,16 +82,19 @@ def embed_images(
     """
     devices = sharding.mesh.size
     batch_size = -(-batch_size // devices) * devices
+    count = len(images)
+
+    def make_batch(i):
+        chosen = np.arange(i * batch_size, min((i + 1) * batch_size, count))
+        # The last batch is filled up: another shape would compile once more.
+        return (images[np.resize(chosen, batch_size)],)
+
     parts = []
-    with tqdm(total=len(images), desc=title, unit="image", leave=False, disable=None) as bar:
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            # The last batch is filled up: another shape would compile once more.
-            missing = batch_size - len(batch)
-            padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            parts.append(np.asarray(embed(jax.device_put(padded, sharding)))[: len(batch)])
-            bar.update(len(batch))
-    return np.concatenate(parts).astype(np.float32)
+    with tqdm(total=count, desc=title, unit="image", leave=False, disable=None) as bar:
+        for (batch,) in prefetch(make_batch, range(-(-count // batch_size)), sharding):
+            parts.append(np.asarray(embed(batch)))
+            bar.update(min(batch_size, count - bar.n))
+    return np.concatenate(parts)[:count].astype(np.float32)
 
 
 def embed_dataset(

@@ -5,33 +5,45 @@ So a run is resumed by its step number alone, and any number of devices sees the
 same batches.
 """
 
-import io
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
-from tqdm import tqdm
 
+from cgd_jax import cache
 from cgd_jax.datasets import Dataset, Split, builder_class
 
 
-def load_dataset(config) -> Dataset:
-    """Builds a data set if it is not there yet, and reads it.
+def load_dataset(config, center_crop: bool = False) -> Dataset:
+    """Builds a data set and its caches if they are not there yet, and opens them.
+
+    Training images have the side `config.resize`, from which the network's input is
+    cropped at random. Test images have the side `config.image_size`, as in the paper,
+    or are made like the training images when the centre is to be cut out of them.
 
     Args:
       config: the `data` part of an experiment's config.
+      center_crop: whether evaluation crops.
 
     Returns:
-      The data set, images of side `config.image_size`.
+      The data set.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: what is wrong with the source, the data
+        set or the disk, and what to do.
     """
     tfds.disable_progress_bar()  # the builders show their own
-    builder = builder_class(config.name)(data_dir=config.dir or None, file_format="array_record")
+    builder = make_builder(config)
     builder.download_and_prepare()
-    splits = {name: read_split(builder, name, config.image_size) for name in builder.info.splits}
+    test_size = config.resize if center_crop else config.image_size
+    splits = {
+        name: open_split(builder, name, config.resize if name == "train" else test_size, config)
+        for name in builder.info.splits
+    }
     return Dataset(
         train=splits["train"],
         query=splits["query"] if "query" in splits else splits["test"],
@@ -39,33 +51,51 @@ def load_dataset(config) -> Dataset:
     )
 
 
-def read_split(builder, name: str, image_size: int) -> Split:
-    """Decodes one split into memory.
+def make_builder(config):
+    """The TFDS builder that the `data` part of a config describes."""
+    options = {}
+    if config.name == "image_folder":
+        options = {
+            "seed": config.split_seed,
+            "test_fraction": config.test_fraction,
+            "nested_classes": config.nested_classes,
+        }
+    builder = builder_class(config.name)
+    if needs_source(config.name):
+        options["source"] = config.source
+        options["allow_incomplete"] = config.allow_incomplete
+        options["max_bad_fraction"] = config.max_bad_fraction
+    return builder(data_dir=config.dir or None, file_format="array_record", **options)
+
+
+def needs_source(name: str) -> bool:
+    """Whether a data set is made of files that the user has, rather than drawn."""
+    return hasattr(builder_class(name), "WANTED")
+
+
+def open_split(builder, name: str, size: int, config) -> Split:
+    """The images of one split, resized to squares.
 
     Args:
       builder: a prepared TFDS builder with the features image, label, class_name, id.
       name: of the split.
-      image_size: S; images of another size are resized to S × S.
+      size: side of the images in pixels.
+      config: the `data` part of an experiment's config.
 
     Returns:
       The split, in the order of the files.
     """
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
-    images = np.empty((len(source), image_size, image_size, 3), np.uint8)
-    labels = np.empty(len(source), np.int64)
-    class_names, ids = [], []
-    progress = tqdm(
-        source, desc=f"{builder.name}: reading {name}", unit="image", leave=False, disable=None
-    )
-    for i, example in enumerate(progress):
-        image = Image.open(io.BytesIO(example["image"])).convert("RGB")
-        if image.size != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        images[i] = np.asarray(image)
-        labels[i] = example["label"]
-        class_names.append(example["class_name"].decode())
-        ids.append(example["id"].decode())
-    return Split(images, labels, class_names, ids)
+    if config.cache == "none":
+        opened = cache.Decoded(source, size, config.bbox_crop)
+        images = opened
+    else:
+        key = {"data set": builder.info.full_name, "split": name}
+        folder = Path(builder.data_dir, "cache")
+        opened = cache.resized(source, folder, key, size, config.bbox_crop)
+        images = opened.images
+    skipped = Counter(row["split"] for row in getattr(builder, "skipped", list)())
+    return Split(images, opened.labels, opened.ids, opened.class_names, skipped[name])
 
 
 def class_members(labels: np.ndarray) -> list[np.ndarray]:

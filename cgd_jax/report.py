@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 from tqdm import tqdm
 
+from cgd_jax.augment import MEAN, STD
 from cgd_jax.datasets import Dataset
 
 GREEN, RED, GRAY = "#2a9d3c", "#d1342f", "#555555"
@@ -21,6 +23,19 @@ GREEN, RED, GRAY = "#2a9d3c", "#d1342f", "#555555"
 def say(text: str) -> None:
     """Prints without tearing a progress bar apart."""
     tqdm.write(text)
+
+
+def show_log() -> None:
+    """Prints what the modules of this package log: what is built, skipped or repaired."""
+
+    class Say(logging.Handler):
+        def emit(self, record):
+            say(record.getMessage())
+
+    logger = logging.getLogger("cgd_jax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [Say()]
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -42,10 +57,13 @@ def dataset_table(dataset: Dataset) -> str:
         if split is None:
             continue
         counts = np.unique(split.labels, return_counts=True)[1]
+        images = len(split.labels)
         rows.append(
-            [name, len(counts), len(split.labels), counts.min(), np.median(counts), counts.max()]
+            [name, len(counts), images, counts.min(), np.median(counts), counts.max()]
+            + [split.skipped]
         )
-    return tabulate(rows, ["split", "classes", "images", "per class: min", "median", "max"])
+    header = ["split", "classes", "images", "per class: min", "median", "max", "skipped"]
+    return tabulate(rows, header, intfmt=",")
 
 
 def recall_table(recalls: dict[str, dict[str, float]]) -> str:
@@ -188,6 +206,32 @@ def plot_curves(
     figure.savefig(path, dpi=120)
 
 
+def plot_samples(path: str | Path, images: np.ndarray, columns: int) -> None:
+    """Draws training images as the network sees them.
+
+    Args:
+      path: of the PNG.
+      images: [B, S, S, 3], normalized as for the network.
+      columns: images in a row.
+    """
+    pixels = np.clip((images * np.array(STD) + np.array(MEAN)) * 255, 0, 255).astype(np.uint8)
+    side, gap = min(max(images.shape[1], 64), 128), 4
+    rows = -(-len(images) // columns)
+    size = (columns * (side + gap) + gap, rows * (side + gap) + gap)
+    canvas = Image.new("RGB", size, "white")
+    for i, image in enumerate(pixels):
+        place = (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
+        canvas.paste(_thumbnail(image, side), place)
+    canvas.save(path)
+
+
+def _thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
+    """Small pictures pixel by pixel, large ones smoothly reduced."""
+    small = len(pixels) <= side
+    resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return Image.fromarray(pixels).resize((side, side), resampling)
+
+
 def plot_retrievals(
     path: str | Path, dataset: Dataset, rows: np.ndarray, nearest: np.ndarray, title: str
 ) -> None:
@@ -222,12 +266,8 @@ def plot_retrievals(
 
     def place(split, position, x, y, color):
         draw.rectangle((x, y, x + cell + 2 * frame - 1, y + cell + 2 * frame - 1), color)
-        pixels = split.images[position]
-        # Small pictures are shown pixel by pixel, large ones smoothly reduced.
-        small = len(pixels) <= cell
-        resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-        picture = Image.fromarray(pixels).resize((cell, cell), resampling)
-        canvas.paste(picture, (x + frame, y + frame))
+        pixels = split.images[np.array([position])][0]
+        canvas.paste(_thumbnail(pixels, cell), (x + frame, y + frame))
 
     y = 0
     for line, height in zip(lines, heights, strict=True):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from tensorboardX import SummaryWriter
 
 from cgd_jax import checkpoint, evaluate, losses, report
@@ -159,7 +159,7 @@ def make_train_step(
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
 
     def train_step(state: State, images: jax.Array, labels: jax.Array):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = step_key(config.seed, state.step)
         images = augment(key, images, config.augment, config.data.image_size)
 
         def loss_of(params):
@@ -191,6 +191,11 @@ def make_train_step(
         in_shardings=(replicated, split, split),
         out_shardings=(replicated, replicated),
     )
+
+
+def step_key(seed: int, step: jax.Array | int) -> jax.Array:
+    """The random key of a training step: all that is random in it follows from it."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def shardings(
@@ -247,18 +252,72 @@ def set_up(config: ConfigDict) -> Setup:
             f"train.classes_per_batch × train.images_per_class = {batch_size} images cannot be "
             f"split over {mesh.size} devices; a multiple of {mesh.size} can."
         )
-    dataset = load_dataset(config.data)
+    dataset, labels = open_data(config)
+    classes = np.unique(labels)
+    model = create_model(config.model, len(classes))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = create_state(model, optimizer, config.seed, config.data.image_size)
+    state = jax.device_put(state, replicated)
+    return Setup(dataset, labels, model, optimizer, state, split)
+
+
+def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
+    """The data set of a config, and the labels [N] int32 of its training images in [0, M).
+
+    Raises:
+      ConfigError: what is wrong with the source, the data set or the disk.
+    """
+    try:
+        dataset = load_dataset(config.data, config.eval.center_crop)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
     classes, labels = np.unique(dataset.train.labels, return_inverse=True)
     if config.train.classes_per_batch > len(classes):
         raise ConfigError(
             f"train.classes_per_batch={config.train.classes_per_batch}, but {config.data.name} "
             f"has {len(classes)} training classes."
         )
-    model = create_model(config.model, len(classes))
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = create_state(model, optimizer, config.seed, config.data.image_size)
-    state = jax.device_put(state, replicated)
-    return Setup(dataset, labels.astype(np.int32), model, optimizer, state, split)
+    return dataset, labels.astype(np.int32)
+
+
+def make_batches(config: ConfigDict, dataset: Dataset, labels: np.ndarray):
+    """Batches as a function of the step: step → (images [B, S, S, 3] uint8, labels [B])."""
+    members = class_members(labels)
+    train = config.train
+
+    def make_batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = pk_batch(
+            members, config.seed, step, train.classes_per_batch, train.images_per_class
+        )
+        return dataset.train.images[chosen], labels[chosen]
+
+    return make_batch
+
+
+def show_data(config: ConfigDict, workdir: str) -> None:
+    """Builds the data set and its caches, prints its splits, draws what the network will see.
+
+    Args:
+      config: of the experiment.
+      workdir: where samples.png goes: the images of the first batch after augmentation,
+        class by class.
+
+    Raises:
+      ConfigError: a config that cannot be run, or data that cannot be used.
+    """
+    validate(config)
+    dataset, labels = open_data(config)
+    report.say(report.dataset_table(dataset))
+    images, _ = make_batches(config, dataset, labels)(0)
+    key = step_key(config.seed, 0)
+    images = jax.jit(augment, static_argnums=(2, 3))(
+        key, images, FrozenConfigDict(config.augment), config.data.image_size
+    )
+    path = Path(workdir, "samples.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    per_class = config.train.images_per_class
+    report.plot_samples(path, np.asarray(images), per_class * max(1, 12 // per_class))
+    report.say(f"\nLook at {path}: the first batch, {per_class} images of a class side by side.")
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
@@ -293,18 +352,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         report.say(f"Resumed from the checkpoint of step {int(state.step)}.")
 
     batch_size = config.train.classes_per_batch * config.train.images_per_class
-    members = class_members(setup.labels)
-
-    def make_batch(step):
-        chosen = pk_batch(
-            members,
-            config.seed,
-            step,
-            config.train.classes_per_batch,
-            config.train.images_per_class,
-        )
-        return dataset.train.images[chosen], setup.labels[chosen]
-
+    make_batch = make_batches(config, dataset, setup.labels)
     first, steps = int(state.step), config.train.steps
     train_step = make_train_step(config, setup.model, setup.optimizer, setup.split.mesh)
     history = report.History(Path(workdir, "history.csv"), first)
@@ -421,7 +469,8 @@ def evaluate_checkpoint(
 
 def embed_test(config: ConfigDict, setup: Setup, state: State) -> evaluate.Embeddings:
     """The embeddings of all test images under the weights of a state."""
-    embed = evaluate.embed_model(setup.model, state.params, state.batch_stats)
+    size = config.data.image_size
+    embed = evaluate.embed_model(setup.model, state.params, state.batch_stats, size)
     return evaluate.embed_dataset(embed, setup.dataset, config.eval.batch_size, setup.split)
 
 

@@ -13,12 +13,25 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "glyphs"  # which data set: see cgd_jax/datasets
-    data.dir = ""  # where data sets are built; "": where TFDS puts them
+    data.source = ""  # the archive you have, or the folder it unpacks to; "auto": download
+    data.dir = ""  # where data sets and caches are built; "": where TFDS puts them
+    data.resize = 252  # pixels: training images are resized to this square, ratio not kept
     data.image_size = 224  # pixels the network sees, a square
+    data.bbox_crop = True  # cuts out the bounding box first, where there is one (CUB, CARS)
+    data.cache = "disk"  # "none": decode as needed, for sets larger than the disk
+    data.allow_incomplete = False  # goes on though counts differ from the published ones
+    data.max_bad_fraction = 0.01  # share of unreadable files that stops a build
+    data.split_seed = 0  # image_folder: which classes train and which test
+    data.test_fraction = 0.5  # image_folder: share of the classes that test
+    data.nested_classes = False  # image_folder: every folder with images is a class
 
+    # What training does to an image beyond a random crop; all but the flip is off in the paper.
     config.augment = augment = ConfigDict()
-    augment.pad = 0  # pixels of edge added on every side before the random crop
     augment.flip = True  # mirrors half of the images, left to right
+    augment.pad = 0  # pixels of edge added on every side before the random crop
+    augment.min_area = 1.0  # below 1: resized crops of at least this share of the area
+    augment.jitter = 0.0  # brightness, contrast, saturation: by up to this factor
+    augment.erase = 0.0  # probability that a rectangle is blanked out
 
     config.model = model = ConfigDict()
     model.backbone = "resnet50"
@@ -68,6 +81,7 @@ def get_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 256  # images
+    evaluation.center_crop = False  # of images resized as for training; else straight to size
     evaluation.ks = (1, 2, 4, 8)  # the K of Recall@K
     evaluation.baselines = True  # also measures raw pixels and the untrained network
     return config

@@ -12,6 +12,7 @@ def get_config(descriptors: str = "SG"):
     config = base.get_config()
 
     config.data.name = "glyphs"
+    config.data.resize = 32
     config.data.image_size = 32
     config.augment.pad = 2
     config.augment.flip = False  # a mirrored b is a d

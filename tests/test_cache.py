@@ -18,7 +18,7 @@ class Source:
 
     def __init__(self, count=40, boxes=False, broken=None):
         self.examples = [
-            {"image": picture(i, 20 + i, 30), "label": i // 3, "id": f"ä b/{i}.jpg".encode()}
+            {"image": picture(i, 20 + i, 30), "label": i // 3, "class_name": b"thing", "id": f"ä b/{i}.jpg".encode()}
             | ({"bbox": np.array([2, 3, 15, 20], np.float32)} if boxes else {})
             for i in range(count)
         ]
@@ -45,21 +45,23 @@ KEY = {"name": "things", "version": "1.0.0", "split": "train"}
 def test_every_image_is_what_decoding_gives(tmp_path, make, crop):
     source = Source(boxes=True)
     if make == "file":
-        images = cache.resized(source, tmp_path, KEY, 16, crop)
+        found = cache.resized(source, tmp_path, KEY, 16, crop)
+        images = found.images
     else:
-        images = cache.Decoded(source, 16, crop)
-    assert len(images) == 40
+        found = images = cache.Decoded(source, 16, crop)
+    assert images.shape == (40, 16, 16, 3)
     order = np.array([39, 0, 7, 7, 21])
     expected = [
         decode(source.examples[i]["image"], (2, 3, 15, 20) if crop else None, 16) for i in order
     ]
-    batch = images.get(order)
+    batch = images[order]
     assert batch.dtype == np.uint8 and batch.flags.writeable
     np.testing.assert_array_equal(batch, expected)
-    np.testing.assert_array_equal(images.labels, np.arange(40) // 3)
-    assert images.labels.dtype == np.int64
-    assert list(images.ids) == [f"ä b/{i}.jpg" for i in range(40)]
-    assert images.get([]).shape == (0, 16, 16, 3)
+    np.testing.assert_array_equal(found.labels, np.arange(40) // 3)
+    assert found.labels.dtype == np.int64
+    assert list(found.ids) == [f"ä b/{i}.jpg" for i in range(40)]
+    assert found.class_names == dict.fromkeys(range(14), "thing")
+    assert images[np.array([], int)].shape == (0, 16, 16, 3)
 
 
 def test_the_second_time_nothing_is_decoded(tmp_path):
@@ -146,7 +148,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         cache.resized(source, tmp_path, KEY, 16)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     monkeypatch.undo()
-    assert len(cache.resized(source, tmp_path, KEY, 16)) == 40
+    assert len(cache.resized(source, tmp_path, KEY, 16).images) == 40
 
 
 def die(folder):
@@ -161,14 +163,14 @@ def test_remains_of_a_killed_build_are_removed(tmp_path):
     assert process.exitcode == 7
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
     images = cache.resized(Source(), tmp_path, KEY, 16)
-    np.testing.assert_array_equal(images.get([5])[0], decode(picture(5, 25, 30), size=16))
+    np.testing.assert_array_equal(images.images[5], decode(picture(5, 25, 30), size=16))
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
 def test_a_broken_image_is_named(tmp_path):
     for use in (
         lambda source: cache.resized(source, tmp_path, KEY, 16),
-        lambda source: cache.Decoded(source, 16).get([7]),
+        lambda source: cache.Decoded(source, 16)[np.array([7])],
     ):
         with pytest.raises(ValueError, match=r"ä b/7\.jpg"):
             use(Source(broken=7))
@@ -193,7 +195,7 @@ def build(folder, locks, barrier, results):
     source = Source()
     barrier.wait()
     images = cache.resized(source, folder, KEY, 16)
-    results.put((source.read, int(images.get(np.arange(40)).astype(np.int64).sum())))
+    results.put((source.read, int(images.images.astype(np.int64).sum())))
 
 
 @pytest.mark.parametrize("locks", [True, False])

@@ -19,7 +19,7 @@ def sharding():
 def split_of(vectors, labels):
     images = np.zeros((len(labels), 2, 2, 3), np.uint8)
     images[:, 0, 0, : vectors.shape[1]] = vectors
-    return Split(images, np.asarray(labels), [""] * len(labels), [""] * len(labels))
+    return Split(images, np.asarray(labels), [""] * len(labels), {})
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])

@@ -93,8 +93,20 @@ def test_load_dataset_reads_what_the_builder_wrote(tiny_config):
     assert set(dataset.query.labels) == set(range(6, 12))
     assert dataset.train.images.shape == (len(dataset.train.labels), 8, 8, 3)
     assert dataset.train.ids[:4] == ["0-0", "0-1", "0-2", "1-0"]
-    assert dataset.query.class_names[0] == "colour 6"
+    assert dataset.query.class_names == {i: f"colour {i}" for i in range(6, 12)}
     again = load_dataset(config)  # now from disk
     np.testing.assert_array_equal(again.train.images, dataset.train.images)
-    config.image_size = 4
+    with config.unlocked():
+        config.image_size = 4
     assert load_dataset(config).query.images.shape[1:] == (4, 4, 3)
+    assert load_dataset(config, center_crop=True).query.images.shape[1:] == (8, 8, 3)
+    assert load_dataset(config).train.images.shape[1:] == (8, 8, 3)
+
+
+def test_decoding_as_needed_gives_the_same_images(tiny_config):
+    cached = load_dataset(tiny_config.data)
+    tiny_config.data.cache = "none"
+    streamed = load_dataset(tiny_config.data)
+    chosen = np.array([3, 0, 3, 11])
+    np.testing.assert_array_equal(streamed.train.images[chosen], cached.train.images[chosen])
+    np.testing.assert_array_equal(streamed.train.labels, cached.train.labels)

@@ -12,9 +12,7 @@ def split_of(labels, size=8):
     """Images in the gray of their class."""
     labels = np.asarray(labels)
     images = np.broadcast_to(labels[:, None, None, None] * 10, (len(labels), size, size, 3))
-    return Split(
-        images.astype(np.uint8), labels, [f"c{i}" for i in labels], [str(i) for i in labels]
-    )
+    return Split(images.astype(np.uint8), labels, [str(i) for i in labels], {}, 7)
 
 
 def test_tables_line_up():
@@ -28,9 +26,9 @@ def test_tables_line_up():
     assert len({line.rindex(line.split()[-1]) + len(line.split()[-1]) for line in lines}) == 1
     table = report.dataset_table(Dataset(split_of([0, 0, 0, 1]), split_of([2, 2]), split_of([2])))
     assert [line.split() for line in table.splitlines()[2:]] == [
-        ["train", "2", "4", "1", "2", "3"],
-        ["query", "1", "2", "2", "2", "2"],
-        ["gallery", "1", "1", "1", "1", "1"],
+        ["train", "2", "4", "1", "2", "3", "7"],
+        ["query", "1", "2", "2", "2", "2", "7"],
+        ["gallery", "1", "1", "1", "1", "1", "7"],
     ]
 
 

@@ -10,6 +10,7 @@ def get_config(descriptors: str = "SG"):
     """12 steps on 8 × 8 pictures."""
     config = glyphs.get_config(descriptors)
     config.data.name = "blobs"
+    config.data.resize = 8
     config.data.image_size = 8
     config.model.width = 2
     config.model.embedding_dim = 8

@@ -9,16 +9,23 @@ import numpy as np
 # packages that other data sets do without.
 NAMES = {
     "glyphs": "cgd_jax.datasets.glyphs:Glyphs",
+    "cub200": "cgd_jax.datasets.cub200:Cub200",
+    "cars196": "cgd_jax.datasets.cars196:Cars196",
+    "sop": "cgd_jax.datasets.sop:Sop",
+    "inshop": "cgd_jax.datasets.inshop:Inshop",
+    "grocery": "cgd_jax.datasets.grocery:Grocery",
+    "image_folder": "cgd_jax.datasets.image_folder:ImageFolder",
 }
 
 
 class Split(NamedTuple):
     """Images of one part of a data set, aligned by position."""
 
-    images: np.ndarray  # [N, S, S, 3] uint8
+    images: np.ndarray  # [N, S, S, 3] uint8, or what is indexed like it
     labels: np.ndarray  # [N] int64, the class numbers of the whole data set
-    class_names: list[str]  # of every image
-    ids: list[str]  # unique within the data set
+    ids: list[str]  # of every image, unique within the data set
+    class_names: dict[int, str]  # class number → name
+    skipped: int = 0  # files that could not be used
 
 
 class Dataset(NamedTuple):

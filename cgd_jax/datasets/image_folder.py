@@ -12,6 +12,8 @@ import numpy as np
 from cgd_jax.datasets import sources
 from cgd_jax.datasets.images import ImageBuilder, Photograph
 
+log = logging.getLogger(__name__)
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SPLITS = ({"train", "test"}, {"train", "query", "gallery"})
 
@@ -125,7 +127,7 @@ def _from_folders(root: Path, nested: bool, from_archive: bool) -> dict[str, lis
         name = "/".join(inner[:-1]) if nested else inner[0]
         found[split].append(("/".join(parts), name, path))
     if outside:
-        logging.warning("image_folder: %d images in %s belong to no class folder; left out.",
+        log.warning("image_folder: %d images in %s belong to no class folder; left out.",
                         outside, root)
     return found
 
@@ -175,8 +177,8 @@ def _warn(splits: dict[str, list[Photograph]]) -> None:
         lonely = sum(label not in labels["gallery"] for label in labels["query"])
         searched = labels["query"]
     if lonely:
-        logging.warning("image_folder: %d test classes have no second image that a query could "
+        log.warning("image_folder: %d test classes have no second image that a query could "
                         "find; it counts as a miss, or not at all, in every metric.", lonely)
     if shared := len(labels["train"].keys() & searched.keys()):
-        logging.warning("image_folder: %d classes are in train and in test, so the numbers are "
+        log.warning("image_folder: %d classes are in train and in test, so the numbers are "
                         "not those of unseen classes.", shared)

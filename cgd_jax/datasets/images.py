@@ -27,6 +27,8 @@ from cgd_jax import decode
 from cgd_jax.building import one_at_a_time, parallel, progress
 from cgd_jax.datasets import sources
 
+log = logging.getLogger(__name__)
+
 # One shard is in memory while it is written.
 SHARD_IMAGES, SHARD_BYTES = 1024, 128 << 20
 
@@ -227,12 +229,12 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 if self.BOXES:
                     _write_report(self.boxes_path, self._degenerate)
         if self._skipped:
-            logging.warning(
+            log.warning(
                 "%s: skipped %d files, listed with reasons in %s",
                 self.name, len(self._skipped), self.report_path,
             )
         if self._degenerate:
-            logging.warning(
+            log.warning(
                 "%s: %d boxes without area replaced by the whole image, listed in %s",
                 self.name, len(self._degenerate), self.boxes_path,
             )

@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from cgd_jax.building import progress
 
+log = logging.getLogger(__name__)
+
 ARCHIVE_ENDINGS = (".tgz", ".tar.gz", ".tar", ".zip")
 
 
@@ -118,7 +120,7 @@ def extract(archive: Path, folder: Path) -> None:
             f"Unpacking {archive} takes at least {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
             f"are free at {folder}. Free some disk, or let --config.data.dir point elsewhere."
         )
-    logging.info("Unpacking %s (%.2f GB) into %s", archive, size / 1e9, folder)
+    log.info("Unpacking %s (%.2f GB) into %s", archive, size / 1e9, folder)
     try:
         with progress(size, f"unpacking {archive.name}", unit="B") as update:
             for name, is_folder, file, read_bytes in read(archive):
