@@ -156,8 +156,10 @@ def resized(
     text = json.dumps(key, sort_keys=True, default=str)
     key = json.loads(text)
     target = folder / f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if cache := _open(target, key):
+        return cache
     with one_at_a_time(folder / f"{target.name}.lock") as alone:
-        if cache := _open(target, key):
+        if cache := _open(target, key):  # Built while we waited.
             return cache
         if alone:
             for remains in folder.glob(f"incomplete.{target.name}.*"):  # of a run that was killed

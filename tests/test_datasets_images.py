@@ -190,6 +190,18 @@ def test_another_source_or_option_is_another_data_set(tmp_path):
     assert lenient.data_dir == changed.data_dir and lenient.is_prepared()
 
 
+def test_a_prepared_data_set_may_be_read_only(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "in")
+    prepared(tmp_path, source)
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(images, "one_at_a_time", refuse)
+    monkeypatch.setattr(images.Path, "write_text", refuse)
+    assert len(everything(prepared(tmp_path, source))) == 12
+
+
 def test_the_source_may_be_deleted_afterwards(tmp_path):
     source = folder_of(tmp_path / "in")
     builder = prepared(tmp_path, source)

@@ -8,6 +8,7 @@ data set's own lists; batches are shuffled at training time anyway.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -128,14 +129,18 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 source is not this data set. Nothing is left that looks complete.
         """
         folder = Path(self.data_dir).parent
-        with one_at_a_time(folder / "lock") as alone:
-            if alone and not os.path.exists(self.data_dir):
-                for remains in folder.glob("incomplete.*"):  # of a run that was killed
-                    shutil.rmtree(remains, ignore_errors=True)
-            super().download_and_prepare(**keywords)
-            if not self.info.splits:  # Another process built it since this object was made.
-                self.info.read_from_directory(self.data_dir)
-            (folder / "source.json").write_text(json.dumps(self._origin), encoding="utf-8")
+        if not os.path.exists(self.data_dir):  # Else it may well be read-only.
+            with one_at_a_time(folder / "lock") as alone:
+                if alone and not os.path.exists(self.data_dir):
+                    for remains in folder.glob("incomplete.*"):  # of a run that was killed
+                        shutil.rmtree(remains, ignore_errors=True)
+                super().download_and_prepare(**keywords)
+        if not self.info.splits:  # Another process built it since this object was made.
+            self.info.read_from_directory(self.data_dir)
+        with contextlib.suppress(OSError):
+            part = folder / f"incomplete.{os.getpid()}.json"
+            part.write_text(json.dumps(self._origin), encoding="utf-8")
+            part.replace(folder / "source.json")
         # Also of one built earlier, perhaps under more generous options.
         self._check_bad(
             sum(split.num_examples for split in self.info.splits.values()), self.skipped()
