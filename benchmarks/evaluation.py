@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import metrics, retrieval  # noqa: E402
+from cgd_jax import metrics, retrieval
 
 KS = (1, 10, 100, 1000)
 

@@ -59,9 +59,7 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def random_resized_crop(
-    key: jax.Array, images: jax.Array, size: int, min_area: float
-) -> jax.Array:
+def random_resized_crop(key: jax.Array, images: jax.Array, size: int, min_area: float) -> jax.Array:
     """Cuts out a random rectangle of every image and scales it to a square.
 
     Szegedy et al., https://arxiv.org/abs/1409.4842: the area is drawn evenly between

@@ -15,7 +15,15 @@ SCHEDULES = ("step", "cosine", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # What may differ when a run is continued: none of it changes what is trained.
-FREE_TO_CHANGE = ("data.dir", "data.source", "data.cache", "train.log_every", "train.checkpoint_every", "train.keep", "eval")
+FREE_TO_CHANGE = (
+    "data.dir",
+    "data.source",
+    "data.cache",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "eval",
+)
 
 
 class ConfigError(ValueError):

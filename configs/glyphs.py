@@ -1,4 +1,4 @@
-"""Characters in unseen typefaces: trains in five minutes on two CPU cores.
+"""Characters in unseen typefaces: trains in minutes on two CPU cores.
 
 The data set needs no download. The optional argument is the descriptor set:
 `--config=configs/glyphs.py:SMG`.
@@ -8,7 +8,7 @@ from configs import base
 
 
 def get_config(descriptors: str = "SG"):
-    """A tiny ResNet on 32 × 32 pixels."""
+    """A small ResNet on 32 × 32 pixels, trained from scratch."""
     config = base.get_config()
 
     config.data.name = "glyphs"
@@ -18,17 +18,27 @@ def get_config(descriptors: str = "SG"):
     config.augment.flip = False  # a mirrored b is a d
 
     config.model.backbone = "resnet10"
-    config.model.width = 16
+    config.model.width = 32
     config.model.stem = "3x3"
     config.model.descriptors = descriptors
     config.model.embedding_dim = 252  # shared evenly by 1, 2, 3 or 4 descriptors
 
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 20
+    # Weights from scratch want a wider margin than ImageNet's, and a lighter auxiliary
+    # loss: at weight 1 the training classes are learned by heart.
+    config.loss.batch_hard_triplet.margin = 0.2
+    config.loss.classification_weight = 0.1
 
-    config.train.steps = 450
-    config.train.eval_every = 150
-    config.train.checkpoint_every = 50
+    config.optimizer.name = "adamw"
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 50
+
+    config.train.steps = 1100
+    config.train.classes_per_batch = 32
+    config.train.images_per_class = 2
+    config.train.log_every = 50
+    config.train.eval_every = 550
+    config.train.checkpoint_every = 100
     config.eval.batch_size = 512
     return config

@@ -53,7 +53,11 @@ def pack(path: Path, files: dict[str, bytes | str]) -> Path:
 def examples(builder, split: str) -> list[dict]:
     """All examples of a prepared split, with text as str."""
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return [
-        {k: v.decode() if k in ("id", "class_name") else v for k, v in example.items()}
-        for example in source.__getitems__(list(range(len(source))))
-    ] if len(source) else []
+    return (
+        [
+            {k: v.decode() if k in ("id", "class_name") else v for k, v in example.items()}
+            for example in source.__getitems__(list(range(len(source))))
+        ]
+        if len(source)
+        else []
+    )

@@ -87,7 +87,9 @@ def test_jitter_changes_what_it_says_and_nothing_at_strength_zero():
     flat = jnp.full((400, 4, 4, 3), 100, jnp.uint8)
     brightness = np.asarray(color_jitter(jax.random.key(0), flat, 0.3))
     # No contrast and no colour to change: brightness alone.
-    np.testing.assert_allclose(brightness, brightness[:, :1, :1, :1] * np.ones((4, 4, 3)), rtol=1e-4)
+    np.testing.assert_allclose(
+        brightness, brightness[:, :1, :1, :1] * np.ones((4, 4, 3)), rtol=1e-4
+    )
     factors = brightness[:, 0, 0, 0] / 100
     assert 0.69 < factors.min() < 0.72 and 1.28 < factors.max() < 1.31
     jittered = np.asarray(color_jitter(jax.random.key(1), images, 0.9))

@@ -7,10 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
-from dataset_samples import picture
 
 from cgd_jax import building, cache
 from cgd_jax.decode import decode
+from tests.dataset_samples import picture
 
 
 class Source:
@@ -18,7 +18,12 @@ class Source:
 
     def __init__(self, count=40, boxes=False, broken=None):
         self.examples = [
-            {"image": picture(i, 20 + i, 30), "label": i // 3, "class_name": b"thing", "id": f"ä b/{i}.jpg".encode()}
+            {
+                "image": picture(i, 20 + i, 30),
+                "label": i // 3,
+                "class_name": b"thing",
+                "id": f"ä b/{i}.jpg".encode(),
+            }
             | ({"bbox": np.array([2, 3, 15, 20], np.float32)} if boxes else {})
             for i in range(count)
         ]
@@ -81,7 +86,7 @@ def test_whatever_shapes_the_content_has_a_cache_of_its_own(tmp_path, change):
     arguments = {"key": KEY, "size": 16, "crop": True, "count": 40} | change
     source = Source(arguments.pop("count"))
     other = cache.resized(source, tmp_path, **arguments)
-    assert source.read == len(source) == len(other)
+    assert source.read == len(source) == len(other.images)
     assert other.images.filename != first.images.filename
 
 

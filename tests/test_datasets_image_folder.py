@@ -2,19 +2,19 @@
 
 import numpy as np
 import pytest
-from dataset_samples import examples, pack, picture, write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cgd_jax.datasets import image_folder
 from cgd_jax.datasets.image_folder import ImageFolder
 from cgd_jax.datasets.images import Photograph
+from tests.dataset_samples import examples, pack, picture, write
 
 FILES = {
     "Äpfel und Birnen/a b.JPG": picture(1),
     "Äpfel und Birnen/2021/sommer/日本.jpeg": picture(2),
-    "c, \"quoted\"/x.PNG": picture(3, kind="PNG"),
-    "c, \"quoted\"/y.WebP": picture(4, kind="WEBP"),
+    'c, "quoted"/x.PNG': picture(3, kind="PNG"),
+    'c, "quoted"/y.WebP': picture(4, kind="WEBP"),
     "one image/z.bmp": picture(5, kind="BMP"),
     "d/1.jpg": picture(6),
     "d/2.jpg": picture(7),
@@ -24,7 +24,7 @@ FILES = {
     "empty/readme.md": b"no image",
     "stray.jpg": picture(8),
 }
-CLASSES = {"Äpfel und Birnen": 2, "c, \"quoted\"": 2, "one image": 1, "d": 2}
+CLASSES = {"Äpfel und Birnen": 2, 'c, "quoted"': 2, "one image": 1, "d": 2}
 
 
 def built(tmp_path, source, **options):
@@ -53,8 +53,11 @@ def test_a_folder_per_class(tmp_path, form):
     assert len(train) == len(test) == 2
     rows = splits["train"] + splits["test"]
     assert {row["id"]: row["image"] for row in rows} == {
-        name: data for name, data in FILES.items()
-        if "/" in name and name.partition("/")[0] in CLASSES and not name.endswith(".txt")
+        name: data
+        for name, data in FILES.items()
+        if "/" in name
+        and name.partition("/")[0] in CLASSES
+        and not name.endswith(".txt")
         and ".hidden" not in name
     }
     numbers = {row["class_name"]: row["label"] for row in rows}
@@ -63,13 +66,21 @@ def test_a_folder_per_class(tmp_path, form):
 
 
 def test_every_folder_with_images_can_be_a_class(tmp_path):
-    source = write(tmp_path / "in", {
-        f"{kind}/{name}/{i}.jpg": picture(i) for kind in ("fruit", "veg") for name in "ab"
-        for i in range(2)
-    })
+    source = write(
+        tmp_path / "in",
+        {
+            f"{kind}/{name}/{i}.jpg": picture(i)
+            for kind in ("fruit", "veg")
+            for name in "ab"
+            for i in range(2)
+        },
+    )
     splits = built(tmp_path, source, nested_classes=True)
     assert counts(splits["train"] + splits["test"]) == {
-        "fruit/a": 2, "fruit/b": 2, "veg/a": 2, "veg/b": 2
+        "fruit/a": 2,
+        "fruit/b": 2,
+        "veg/a": 2,
+        "veg/b": 2,
     }
     splits = built(tmp_path, source)
     assert counts(splits["train"] + splits["test"]) == {"fruit": 4, "veg": 4}
@@ -77,10 +88,15 @@ def test_every_folder_with_images_can_be_a_class(tmp_path):
 
 @pytest.mark.parametrize("names", [("train", "test"), ("train", "query", "gallery")])
 def test_folders_that_name_splits(tmp_path, names):
-    source = write(tmp_path / "in", {
-        f"{split}/{'old' if split == 'train' else 'new'} {c}/{i}.jpg": picture(100 * c + i)
-        for split in names for c in range(2) for i in range(2)
-    })
+    source = write(
+        tmp_path / "in",
+        {
+            f"{split}/{'old' if split == 'train' else 'new'} {c}/{i}.jpg": picture(100 * c + i)
+            for split in names
+            for c in range(2)
+            for i in range(2)
+        },
+    )
     write(source, {"others/x/1.jpg": picture(9)})
     splits = built(tmp_path, source)
     assert set(splits) == set(names)
@@ -95,9 +111,10 @@ def test_folders_that_name_splits(tmp_path, names):
 
 
 def test_half_of_a_retrieval_split_is_refused(tmp_path):
-    source = write(tmp_path / "in", {
-        f"{split}/c{i}/1.jpg": picture(i) for split in ("train", "query") for i in range(2)
-    })
+    source = write(
+        tmp_path / "in",
+        {f"{split}/c{i}/1.jpg": picture(i) for split in ("train", "query") for i in range(2)},
+    )
     with pytest.raises(ValueError, match="only one of query and gallery"):
         built(tmp_path, source)
 
@@ -109,7 +126,8 @@ def test_csv(tmp_path):
         "Ä, Äpfel und Birnen/a b.JPG\n"
         "Ä, Äpfel und Birnen/2021/sommer/日本.jpeg\n"
         '7,"c, ""quoted""/x.PNG"\n'
-        "7,d/1.jpg\n", encoding="utf-8",
+        "7,d/1.jpg\n",
+        encoding="utf-8",
     )
     splits = built(tmp_path, tmp_path / "in" / "list.csv")
     assert counts(splits["train"] + splits["test"]) == {"Ä": 2, "7": 2}
@@ -119,11 +137,15 @@ def test_csv(tmp_path):
 def test_csv_with_splits(tmp_path):
     write(tmp_path / "in", FILES)
     path = tmp_path / "list.csv"
-    path.write_text("path,label,split\nin/d/1.jpg,a,train\nin/d/2.jpg,b,Query\n"
-                    "in/one image/z.bmp,b,gallery\nin/gone.jpg,b,gallery\n")
+    path.write_text(
+        "path,label,split\nin/d/1.jpg,a,train\nin/d/2.jpg,b,Query\n"
+        "in/one image/z.bmp,b,gallery\nin/gone.jpg,b,gallery\n"
+    )
     splits = built(tmp_path, path, max_bad_fraction=0.3)
     assert {split: counts(rows) for split, rows in splits.items()} == {
-        "train": {"a": 1}, "query": {"b": 1}, "gallery": {"b": 1}
+        "train": {"a": 1},
+        "query": {"b": 1},
+        "gallery": {"b": 1},
     }
     one = ImageFolder(data_dir=tmp_path, source=path).data_dir
     write(tmp_path, {"in/gone.jpg": picture(5)})
@@ -180,10 +202,18 @@ def test_what_may_surprise_is_said(tmp_path, caplog):
     built(tmp_path, write(tmp_path / "a", FILES | single))
     assert "no second image" in caplog.text and "belong to no class folder" in caplog.text
     caplog.clear()
-    built(tmp_path, write(tmp_path / "b", {
-        f"{split}/{c}/{i}.jpg": picture(i) for split in ("train", "test") for c in "xy"
-        for i in range(2)
-    }))
+    built(
+        tmp_path,
+        write(
+            tmp_path / "b",
+            {
+                f"{split}/{c}/{i}.jpg": picture(i)
+                for split in ("train", "test")
+                for c in "xy"
+                for i in range(2)
+            },
+        ),
+    )
     assert "2 classes are in train and in test" in caplog.text
 
 

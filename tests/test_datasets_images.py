@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from dataset_samples import encoded, examples, picture, write
 from PIL import Image
 
 from cgd_jax.datasets import images
 from cgd_jax.datasets.image_folder import ImageFolder
+from tests.dataset_samples import encoded, examples, picture, write
 
 # Not forked: other tests start threads, which do not survive it.
 SPAWN = multiprocessing.get_context("spawn")
@@ -175,7 +175,10 @@ def test_another_source_or_option_is_another_data_set(tmp_path):
     folders = {
         ImageFolder(data_dir=tmp_path, source=source, **options).data_dir
         for source, options in (
-            (one, {}), (two, {}), (one, {"seed": 1}), (one, {"test_fraction": 0.3}),
+            (one, {}),
+            (two, {}),
+            (one, {"seed": 1}),
+            (one, {"test_fraction": 0.3}),
             (one, {"nested_classes": True}),
         )
     }
@@ -248,8 +251,14 @@ def test_boxes_are_clipped_and_degenerate_ones_replaced():
     assert clip(-5, -1, 100, 200) == [0, 0, 30, 20]
     assert not builder._degenerate
     whole = [0, 0, 30, 20]
-    for box in ((5, 5, 5, 9), (9, 5, 5, 9), (31, 0, 40, 9), (0, -9, 9, 0), (5, 5, 5.5, 9),
-                (np.nan, 0, 5, 5)):
+    for box in (
+        (5, 5, 5, 9),
+        (9, 5, 5, 9),
+        (31, 0, 40, 9),
+        (0, -9, 9, 0),
+        (5, 5, 5.5, 9),
+        (np.nan, 0, 5, 5),
+    ):
         assert clip(*box) == whole, box
     assert len(builder._degenerate) == 6
 

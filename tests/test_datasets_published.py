@@ -6,7 +6,6 @@ import zipfile
 import numpy as np
 import pytest
 import scipy.io
-from dataset_samples import encoded, examples, pack, picture, write
 from PIL import Image
 
 from cgd_jax.datasets.cars196 import Cars196
@@ -14,14 +13,19 @@ from cgd_jax.datasets.cub200 import Cub200
 from cgd_jax.datasets.grocery import Grocery
 from cgd_jax.datasets.inshop import Inshop
 from cgd_jax.datasets.sop import Sop
+from tests.dataset_samples import encoded, examples, pack, picture, write
 
 BUILDERS = [Cub200, Cars196, Sop, Inshop, Grocery]
 
 
 def cub_files():
     """Classes 1, 100, 101 and 200, two images each, the second of each with a bad box."""
-    names = {1: "001.Black_footed_Albatross", 100: "100.Brown_Pelican", 101: "101.White_Pelican",
-             200: "200.Common_Yellowthroat"}
+    names = {
+        1: "001.Black_footed_Albatross",
+        100: "100.Brown_Pelican",
+        101: "101.White_Pelican",
+        200: "200.Common_Yellowthroat",
+    }
     files, images, labels, boxes, split = {}, [], [], [], []
     number = 0
     for label, folder in names.items():
@@ -34,8 +38,12 @@ def cub_files():
             boxes.append(f"{number} " + ("5.0 4.0 100.0 10.0" if i else "2.0 3.0 11.0 12.0"))
             split.append(f"{number} {i}")
     boxes[-1] = f"{number} 3.0 4.0 0.0 10.0"
-    for name, rows in (("images", images), ("image_class_labels", labels),
-                       ("bounding_boxes", boxes), ("train_test_split", split)):
+    for name, rows in (
+        ("images", images),
+        ("image_class_labels", labels),
+        ("bounding_boxes", boxes),
+        ("train_test_split", split),
+    ):
         files[f"CUB_200_2011/{name}.txt"] = "\n".join(rows) + "\n"
     # Others in the archive have files of the same names.
     files["CUB_200_2011/attributes/images.txt"] = "garbage"
@@ -175,8 +183,10 @@ def inshop_zipped():
 
 def grocery_files():
     """Classes 0, 40 and 41, 80; a validation photograph of each half."""
-    files = {"dataset/classes.csv": "Class Name (str),Class ID (int),Coarse Class Name (str)\n"
-             "Golden-Delicious,0,Apple\nA,40,B\nPassion-Fruit,41,Passion-Fruit\nZucchini,80,Z\n"}
+    files = {
+        "dataset/classes.csv": "Class Name (str),Class ID (int),Coarse Class Name (str)\n"
+        "Golden-Delicious,0,Apple\nA,40,B\nPassion-Fruit,41,Passion-Fruit\nZucchini,80,Z\n"
+    }
     for part in ("train", "val", "test"):
         lines = []
         for label in (0, 40, 41, 80):
@@ -240,8 +250,11 @@ def test_layout(tmp_path, layout, form):
 def test_cars_from_the_archives_that_people_downloaded(tmp_path):
     files = cars_two_archives()
     folder = tmp_path / "downloads"
-    for archive, start in (("cars_train.tgz", "cars_train/"), ("cars_test.tgz", "cars_test/"),
-                           ("car_devkit.tgz", "devkit/")):
+    for archive, start in (
+        ("cars_train.tgz", "cars_train/"),
+        ("cars_test.tgz", "cars_test/"),
+        ("car_devkit.tgz", "devkit/"),
+    ):
         pack(folder / archive, {n: c for n, c in files.items() if n.startswith(start)})
     name = "cars_test_annos_withlabels.mat"
     write(folder, {name: files[name]})
@@ -271,8 +284,11 @@ def test_counts_stop_an_incomplete_archive_before_it_is_read(tmp_path, layout):
     source = write(tmp_path / "in", make())
     builder = cls(data_dir=tmp_path / "data", source=source)
     images = cls.PUBLISHED["train"][1]
-    with pytest.raises(ValueError, match=rf"split train: expected {images:,} images, found \d.*"
-                                         r"allow_incomplete=True"):
+    with pytest.raises(
+        ValueError,
+        match=rf"split train: expected {images:,} images, found \d.*"
+        r"allow_incomplete=True",
+    ):
         builder.download_and_prepare()
     assert not (tmp_path / "data" / cls.name / builder.info.config_name / "1.0.0").exists()
 
@@ -300,9 +316,7 @@ def test_published_counts(cls, tmp_path, monkeypatch):
 
 def test_published_numbers_are_those_of_the_literature():
     totals = {cls: sum(images for _, images in cls.PUBLISHED.values()) for cls in BUILDERS}
-    assert totals == {
-        Cub200: 11_788, Cars196: 16_185, Sop: 120_053, Inshop: 52_712, Grocery: 5_274
-    }
+    assert totals == {Cub200: 11_788, Cars196: 16_185, Sop: 120_053, Inshop: 52_712, Grocery: 5_274}
 
 
 @pytest.mark.parametrize("cls", BUILDERS)

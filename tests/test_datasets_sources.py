@@ -11,9 +11,9 @@ import threading
 import zipfile
 
 import pytest
-from dataset_samples import pack, write
 
 from cgd_jax.datasets import sources
+from tests.dataset_samples import pack, write
 
 FILES = {
     "top/a b/ü.JPG": b"one",
@@ -29,7 +29,8 @@ def test_archives_unpack_and_go_away(tmp_path, name):
     with sources.unpacked(archive, tmp_path / "scratch") as folder:
         found = {
             path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()
+            for path in folder.rglob("*")
+            if path.is_file()
         }
         assert found == {"top/a b/ü.JPG": b"one", "top/list.txt": b"two"}
     assert not list((tmp_path / "scratch").iterdir())

@@ -6,13 +6,13 @@ import zlib
 
 import numpy as np
 import pytest
-from dataset_samples import encoded, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cgd_jax import decode as decode_module
 from cgd_jax.decode import check, decode, resize
+from tests.dataset_samples import encoded, picture
 
 
 def photograph(width, height, seed=0):

@@ -96,8 +96,9 @@ class ImageFolder(ImageBuilder):
         mark = super()._fingerprint()
         if self._source.suffix.lower() == ".csv":  # The files it names count as well.
             listed = (row for rows in _from_csv(self._source).values() for row in rows)
-            mark += "".join(sources.fingerprint(path) if path.is_file() else "-"
-                            for _, _, path in listed)
+            mark += "".join(
+                sources.fingerprint(path) if path.is_file() else "-" for _, _, path in listed
+            )
         return mark
 
 
@@ -127,8 +128,9 @@ def _from_folders(root: Path, nested: bool, from_archive: bool) -> dict[str, lis
         name = "/".join(inner[:-1]) if nested else inner[0]
         found[split].append(("/".join(parts), name, path))
     if outside:
-        log.warning("image_folder: %d images in %s belong to no class folder; left out.",
-                        outside, root)
+        log.warning(
+            "image_folder: %d images in %s belong to no class folder; left out.", outside, root
+        )
     return found
 
 
@@ -177,8 +179,14 @@ def _warn(splits: dict[str, list[Photograph]]) -> None:
         lonely = sum(label not in labels["gallery"] for label in labels["query"])
         searched = labels["query"]
     if lonely:
-        log.warning("image_folder: %d test classes have no second image that a query could "
-                        "find; it counts as a miss, or not at all, in every metric.", lonely)
+        log.warning(
+            "image_folder: %d test classes have no second image that a query could "
+            "find; it counts as a miss, or not at all, in every metric.",
+            lonely,
+        )
     if shared := len(labels["train"].keys() & searched.keys()):
-        log.warning("image_folder: %d classes are in train and in test, so the numbers are "
-                        "not those of unseen classes.", shared)
+        log.warning(
+            "image_folder: %d classes are in train and in test, so the numbers are "
+            "not those of unseen classes.",
+            shared,
+        )

@@ -83,16 +83,16 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             raise ValueError(f"max_bad_fraction is a share from 0 to 1, not {max_bad_fraction}.")
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
-        self._origin = {"source": os.path.abspath(os.path.expanduser(source)),
-                        "options": self.options()}
+        self._origin = {
+            "source": os.path.abspath(os.path.expanduser(source)),
+            "options": self.options(),
+        }
         key = None if os.path.exists(self._origin["source"]) else self._built_earlier(data_dir)
         if key is None:
             self._source = self._locate(str(source))
             key = self._key()
         keywords.setdefault("file_format", "array_record")
-        super().__init__(
-            data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords
-        )
+        super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
 
     unpacked = staticmethod(sources.unpacked)  # archive → folder, for the time of the build
 
@@ -236,12 +236,16 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         if self._skipped:
             log.warning(
                 "%s: skipped %d files, listed with reasons in %s",
-                self.name, len(self._skipped), self.report_path,
+                self.name,
+                len(self._skipped),
+                self.report_path,
             )
         if self._degenerate:
             log.warning(
                 "%s: %d boxes without area replaced by the whole image, listed in %s",
-                self.name, len(self._degenerate), self.boxes_path,
+                self.name,
+                len(self._degenerate),
+                self.boxes_path,
             )
         self._check_counts(
             {name: (None, split.num_examples) for name, split in self.info.splits.items()}
@@ -278,7 +282,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             if wrong:
                 skipped = (
                     f" Files that could not be used are listed in {self.report_path}."
-                    if self.report_path.exists() else ""
+                    if self.report_path.exists()
+                    else ""
                 )
                 raise ValueError(
                     f"{self.name}, split {split}: {' and '.join(wrong)}, so results would not "

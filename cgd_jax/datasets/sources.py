@@ -142,7 +142,6 @@ def extract(archive: Path, folder: Path) -> None:
         ) from error
 
 
-
 def _read_zip(archive: Path):
     with zipfile.ZipFile(archive) as opened:
         for member in opened.infolist():
