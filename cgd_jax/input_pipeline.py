@@ -5,6 +5,7 @@ So a run is resumed by its step number alone, and any number of devices sees the
 same batches.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ import tensorflow_datasets as tfds
 
 from cgd_jax import cache
 from cgd_jax.datasets import Dataset, Split, builder_class
+
+log = logging.getLogger(__name__)
 
 
 def load_dataset(config, center_crop: bool = False) -> Dataset:
@@ -38,6 +41,11 @@ def load_dataset(config, center_crop: bool = False) -> Dataset:
     """
     tfds.disable_progress_bar()  # the builders show their own
     builder = make_builder(config)
+    # In place of its announcements of a download of unknown size.
+    builder._log_download_bytes = lambda: log.info(
+        "Building %s in %s", config.name, builder.data_dir
+    )
+    builder._log_download_done = lambda: None
     builder.download_and_prepare()
     test_size = config.resize if center_crop else config.image_size
     splits = {

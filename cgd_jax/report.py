@@ -198,6 +198,7 @@ def plot_curves(
         height = 100 * values["recall_at_1"]
         right.axhline(height, linestyle=style, color=GRAY, label=f"R@1, {name}")
     right.set(xlabel="step", ylabel="per cent", title="Unseen classes")
+    right.set_xlim(left=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -34,11 +34,11 @@ def get_config(descriptors: str = "SG"):
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 50
 
-    config.train.steps = 1100
+    config.train.steps = 1000
     config.train.classes_per_batch = 32
     config.train.images_per_class = 2
     config.train.log_every = 50
-    config.train.eval_every = 550
+    config.train.eval_every = 500
     config.train.checkpoint_every = 100
     config.eval.batch_size = 512
     return config
