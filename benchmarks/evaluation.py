@@ -2,13 +2,14 @@
 
     pip install faiss-cpu torch pytorch-metric-learning
     python benchmarks/evaluation.py speed      # against the bare product, faiss, PML
+    python benchmarks/evaluation.py full       # all queries, the bare product and ours only
     python benchmarks/evaluation.py memory     # peak above the embeddings
     python benchmarks/evaluation.py growth     # gallery of 15 k to 120 k
     python benchmarks/evaluation.py top_k      # against faiss for k up to 100
 
 60,502 embeddings of 1,536 dimensions in 11,316 classes of 2 to 12 images, as in the test
-split of Stanford Online Products. By default a random part of them queries the whole
-gallery (``--queries``; 60502 for all). Rounds alternate between the candidates, the
+split of Stanford Online Products. They are shuffled; by default the first of them query the whole
+gallery (``--queries``). Rounds alternate between the candidates, the
 median is printed, and compilation is outside.
 """
 
@@ -23,7 +24,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cgd_jax import metrics, retrieval
@@ -50,21 +50,8 @@ def sop(size=60_502, dim=1536, per_class=60_502 / 11_316, seed=0):
 
 
 @jax.jit
-def product_in_place(blocks, gallery):
-    """The product and nothing else, its memory used again: only a few numbers come out."""
-    product = lambda q: jnp.matmul(q, gallery.T, precision="highest")[:, ::4096]
-    return lax.map(product, blocks)
-
-
-@jax.jit
 def product(block, gallery):
     return jnp.matmul(block, gallery.T, precision="highest")
-
-
-def bare_in_place(queries, gallery):
-    for at in range(0, len(queries), 1024):
-        blocks = np.resize(queries[at : at + 1024], (4, 256, queries.shape[1]))
-        product_in_place(blocks, gallery).block_until_ready()
 
 
 def bare(queries, gallery):
@@ -139,23 +126,18 @@ def alternate(candidates, rounds):
     return {name: (float(np.median(s)), results[name]) for name, s in seconds.items()}
 
 
-def some_queries(size, count):
-    return np.sort(np.random.default_rng(1).permutation(size)[:count])
-
-
-def speed(queries, rounds):
+def speed(queries, rounds, libraries=True):
     x, labels = sop()
-    query, few = some_queries(len(x), queries), some_queries(len(x), 1024)
+    query, few = np.arange(queries), np.arange(min(queries, 8192))  # few has all widths
     gallery = jax.device_put(x)
     pick = lambda warm: few if warm else query
     candidates = {
-        "bare product, blocks of 1024": lambda warm: bare(x[pick(warm)], gallery),
-        "bare product, 4 x 256 in place": lambda warm: bare_in_place(x[pick(warm)], gallery),
+        "bare product": lambda warm: bare(x[pick(warm)], gallery),
         "metrics.recall_at_k": lambda warm: ours(metrics.recall_at_k, x, labels, pick(warm)),
-        # All queries' widths must be compiled, so that it warms up on what it measures.
-        "metrics.evaluate": lambda warm: ours(metrics.evaluate, x, labels, query),
+        "metrics.evaluate": lambda warm: ours(metrics.evaluate, x, labels, pick(warm)),
     }
-    if faiss := optional("faiss", "faiss-cpu"):
+    faiss = libraries and optional("faiss", "faiss-cpu")
+    if faiss:
         candidates["faiss IndexFlatIP k=1001 + labels"] = lambda warm: faiss_and_labels(
             faiss, x, labels, pick(warm)
         )
@@ -164,7 +146,7 @@ def speed(queries, rounds):
             x, labels, pick(warm)
         )
     timed = alternate(candidates, rounds)
-    base = min(seconds for name, (seconds, _) in timed.items() if name.startswith("bare"))
+    base = timed["bare product"][0]
     print(f"{len(query):,} queries x {len(x):,} gallery items, {x.shape[1]} dimensions")
     print(f"{'':36}{'seconds':>9}{'x bare':>8}{'R@1':>9}{'R@10':>9}{'R@1000':>9}{'MAP@R':>9}")
     for name, (seconds, found) in timed.items():
@@ -186,7 +168,7 @@ def memory(queries, _):
 
 def peak(candidate, queries):
     x, labels = sop()
-    query = some_queries(len(x), queries)
+    query = np.arange(queries)
     peak_mb = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     before = peak_mb()
     with open("/proc/self/statm") as file:
@@ -217,7 +199,7 @@ def growth(queries, rounds):
 
 def grown(size, queries, rounds):
     x, labels = sop(size)
-    query = some_queries(size, queries)
+    query = np.arange(queries)
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * resource.getpagesize() / 2**20
     timed = alternate(
@@ -239,7 +221,7 @@ def top_k(queries, rounds):
     if not (faiss := optional("faiss", "faiss-cpu")):
         return
     x, _ = sop()
-    query, few = some_queries(len(x), queries), some_queries(len(x), 256)
+    query, few = np.arange(queries), np.arange(256)
     index = faiss.IndexFlatIP(x.shape[1])
     index.add(x)
     print(f"{len(query):,} queries x {len(x):,} gallery items")
@@ -258,13 +240,16 @@ def top_k(queries, rounds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("speed", "memory", "growth", "top_k", "peak", "grown"))
+    parser.add_argument(
+        "part", choices=("speed", "full", "memory", "growth", "top_k", "peak", "grown")
+    )
     parser.add_argument("--queries", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--candidate", help="of peak, which memory calls")
     parser.add_argument("--size", type=int, help="of grown, which growth calls")
     arguments = parser.parse_args()
     run = {
+        "full": partial(speed, 60_502, arguments.rounds, libraries=False),
         "peak": partial(peak, arguments.candidate, arguments.queries),
         "grown": partial(grown, arguments.size, arguments.queries, arguments.rounds),
     }.get(arguments.part)

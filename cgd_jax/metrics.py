@@ -32,7 +32,7 @@ PRECISIONS = ("highest", "high", "default")
 
 # One product is at most BLOCK queries × the gallery and at most BLOCK_BYTES a device; one
 # call runs STEPS of them in the same memory, because fresh pages cost as much as counting.
-BLOCK, BLOCK_BYTES, STEPS = 256, 2**28, 4
+BLOCK, BLOCK_BYTES, STEPS = 1024, 2**28, 2
 
 
 def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8), **options):

@@ -29,7 +29,7 @@ def top_k(
     recall_target=0.95,
     precision="highest",
     mesh=None,
-    query_block=256,
+    query_block=1024,
     gallery_block=2**16,
 ):
     """The k gallery items most similar to each query.
