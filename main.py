@@ -32,7 +32,7 @@ def main(argv):
         elif MODE.value == "data":
             train.show_data(CONFIG.value, workdir)
         else:
-            train.evaluate_run(workdir, STEP.value)
+            train.evaluate_run(workdir, STEP.value, CONFIG.value)
     except (ConfigError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

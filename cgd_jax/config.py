@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from cgd_jax import combination, datasets, input_pipeline, losses, pooling
+from cgd_jax import combination, datasets, evaluate, input_pipeline, losses, metrics, pooling
 from cgd_jax.models import cgd, resnet
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -120,6 +120,23 @@ def validate(config: ConfigDict) -> None:
         lambda ks: len(ks) > 0 and all(isinstance(k, int) and k > 0 for k in ks) and 1 in ks,
         "must be positive whole numbers with 1 among them (the best checkpoint goes by R@1)",
     )
+    _check_name(
+        "eval.vector",
+        config.eval.vector,
+        evaluate.vectors_of(config.model.descriptors, config.model.combination),
+    )
+    _check_name("eval.precision", config.eval.precision, metrics.PRECISIONS)
+    _check_at_least(config, 1, "eval.bootstrap")
+    _check_at_least(config, 0, "eval.whitening_dim eval.database_augmentation")
+    _check_at_least(config, 0, "eval.query_expansion eval.alpha")
+    _check(
+        config,
+        "eval.scales",
+        lambda scales: len(scales) > 0 and all(scale > 0 for scale in scales),
+        "must be factors above 0, such as (0.7, 1.0, 1.4)",
+    )
+    if config.eval.clustering and importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("eval.clustering needs scikit-learn: pip install scikit-learn.")
     if config.loss.ranking_weight == 0 and config.loss.classification_weight == 0:
         raise ConfigError(
             "loss.ranking_weight and loss.classification_weight are both 0: nothing to train."

@@ -1,7 +1,9 @@
 """Evaluation: embed the test images, then see at which rank the first true match stands."""
 
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -9,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cgd_jax import metrics
+from cgd_jax import metrics, rerank
 from cgd_jax.augment import center_crop, normalize
+from cgd_jax.combination import l2_normalize
 from cgd_jax.datasets import Dataset
 from cgd_jax.input_pipeline import prefetch
-from cgd_jax.models.cgd import CGD
+from cgd_jax.models.cgd import CGD, Output
 
 
 class Embeddings(NamedTuple):
@@ -24,7 +27,13 @@ class Embeddings(NamedTuple):
 
 
 def embed_model(
-    model: CGD, params: dict, batch_stats: dict, image_size: int
+    model: CGD,
+    params: dict,
+    batch_stats: dict,
+    image_size: int,
+    vector: str = "embedding",
+    flip: bool = False,
+    scales: tuple[float, ...] = (1.0,),
 ) -> Callable[[jax.Array], jax.Array]:
     """The trained (or untrained) network as a function: [B, S, S, 3] uint8 → [B, D].
 
@@ -33,17 +42,63 @@ def embed_model(
       params: its weights.
       batch_stats: its BatchNorm statistics.
       image_size: what the network sees; of larger images it is the centre.
+      vector: which of its vectors is compared, see `select_vector`.
+      flip: whether the vector of the mirrored image is added.
+      scales: factors of `image_size`; the vectors of all of them are added.
 
     Returns:
-      A jitted function.
+      A jitted function; its vectors have unit length.
     """
     variables = {"params": params, "batch_stats": batch_stats}
-    return lambda images: _model_embeddings(model, variables, images, image_size)
+    return lambda images: _embed(model, variables, images, image_size, vector, flip, scales)
 
 
-@partial(jax.jit, static_argnames=("model", "image_size"))
-def _model_embeddings(model, variables, images, image_size):
-    return model.apply(variables, normalize(center_crop(images, image_size))).embedding
+@partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales"))
+def _embed(model, variables, images, image_size, vector, flip, scales):
+    images = normalize(center_crop(images, image_size))
+    views = []
+    for scale in scales:
+        side = round(scale * image_size)
+        shape = (len(images), side, side, 3)
+        view = images if side == image_size else jax.image.resize(images, shape, "linear")
+        views += [view, view[:, :, ::-1]] if flip else [view]
+
+    def embed(view):
+        output = model.apply(variables, view, return_descriptors=vector != "embedding")
+        return l2_normalize(select_vector(output, model.descriptors, vector))
+
+    return l2_normalize(sum(map(embed, views)))
+
+
+def vectors_of(descriptors: str, combination: str) -> list[str]:
+    """The names that `select_vector` knows for a descriptor set and a combination."""
+    names = ["embedding", "descriptors", *(f"descriptor_{letter}" for letter in descriptors)]
+    if combination in ("concat", "separate"):  # else the branches cannot be told apart
+        names += [f"branch_{letter}" for letter in descriptors]
+    return names
+
+
+def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
+    """One of the vectors that the network computes on its way.
+
+    Args:
+      output: of the network, with its descriptors.
+      descriptors: the letters of the descriptor set.
+      vector: "embedding", what is trained; "descriptors", all descriptors as they come
+        out of the pooling, before the FC layers, each normalized; "descriptor_S", one
+        of them; "branch_S", the part of the embedding that comes from one of them.
+
+    Returns:
+      [B, D].
+    """
+    kind, _, letter = vector.partition("_")
+    if kind == "embedding":
+        return output.embedding
+    if kind == "branch":
+        return jnp.split(output.embedding, len(descriptors), 1)[descriptors.index(letter)]
+    chosen = descriptors if kind == "descriptors" else letter
+    chosen = [output.descriptors[descriptors.index(letter)] for letter in chosen]
+    return jnp.concatenate([l2_normalize(d.astype(jnp.float32)) for d in chosen], 1)
 
 
 @jax.jit
@@ -111,25 +166,139 @@ def embed_dataset(
     return Embeddings(query, gallery)
 
 
-def recall(embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...]) -> dict[str, float]:
-    """Recall@K of the test images.
+def embed_raw_pixels(
+    dataset: Dataset, batch_size: int, sharding: jax.sharding.NamedSharding
+) -> Embeddings:
+    """The pixels of the test images as embeddings. Arguments as for `embed_images`."""
+    query, gallery = embed_dataset(embed_pixels, dataset, batch_size, sharding)
+    parts = [part.reshape(len(part), -1, 3) for part in (query, gallery) if part is not None]
+    if all(
+        np.array_equal(p[..., 0], p[..., 1]) and np.array_equal(p[..., 1], p[..., 2]) for p in parts
+    ):
+        # Gray images hold every number three times.
+        query, gallery = query[:, ::3], None if gallery is None else gallery[:, ::3]
+    return Embeddings(query, gallery)
+
+
+def recall(
+    embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...], **options
+) -> dict[str, float]:
+    """Recall@K of the test images, all that is measured while training.
 
     Args:
       embeddings: from `embed_dataset`.
       dataset: the data set that was embedded.
       ks: the numbers of neighbours K.
+      **options: precision and mesh of `metrics.evaluate`.
 
     Returns:
-      {"recall_at_1": between 0 and 1, ...}.
+      {"recall@1": between 0 and 1, ...}.
     """
-    recalls = metrics.recall_at_k(
-        embeddings.query,
-        dataset.query.labels,
-        embeddings.gallery,
-        None if dataset.gallery is None else dataset.gallery.labels,
-        ks=ks,
+    recalls = metrics.recall_at_k(**_measured(embeddings, dataset), ks=ks, **options)
+    return {f"recall@{k}": value for k, value in recalls.items()}
+
+
+def measure(embeddings: Embeddings, dataset: Dataset, config, **options) -> dict:
+    """All metrics of the test images: `metrics.evaluate` as a config wants it.
+
+    Args:
+      embeddings: from `embed_dataset`.
+      dataset: the data set that was embedded.
+      config: the `eval` part of an experiment's config.
+      **options: of `metrics.evaluate`.
+
+    Returns:
+      Its dict.
+    """
+    return metrics.evaluate(
+        **_measured(embeddings, dataset), ks=config.ks, precision=config.precision, **options
     )
-    return {f"recall_at_{k}": float(value) for k, value in recalls.items()}
+
+
+def _measured(embeddings: Embeddings, dataset: Dataset) -> dict:
+    """Embeddings and labels as `metrics` takes them."""
+    measured = {"query": embeddings.query, "query_labels": dataset.query.labels}
+    if embeddings.gallery is None:
+        return measured
+    if dataset.gallery is not None:
+        labels = dataset.gallery.labels
+        return measured | {"gallery": embeddings.gallery, "gallery_labels": labels}
+    # The queries search themselves, under other vectors: known by their positions.
+    itself = np.arange(len(dataset.query.labels))
+    return measured | {
+        "gallery": embeddings.gallery,
+        "gallery_labels": dataset.query.labels,
+        "query_ids": itself,
+        "gallery_ids": itself,
+    }
+
+
+def postprocess(embeddings: Embeddings, training: np.ndarray | None, config, mesh) -> Embeddings:
+    """Whitening, database-side augmentation and query expansion, those that a config wants.
+
+    Args:
+      embeddings: from `embed_dataset`.
+      training: [N, D] of the training images; needed for whitening only.
+      config: the `eval` part of an experiment's config.
+      mesh: whose devices share the work.
+
+    Returns:
+      Embeddings to measure in place of the given ones.
+    """
+    query, gallery = embeddings
+    if config.whitening_dim:
+        mean, projection = rerank.learn_whitening(training, config.whitening_dim)
+        query = rerank.whiten(query, mean, projection)
+        gallery = None if gallery is None else rerank.whiten(gallery, mean, projection)
+    k, alpha = config.database_augmentation, config.alpha
+    if k and gallery is not None:
+        gallery = rerank.augment_database(gallery, k, alpha, mesh=mesh)
+    elif k:  # the queries are the database
+        query = rerank.augment_database(query, k, alpha, mesh=mesh)
+    k = config.query_expansion
+    if k:
+        # Queries that search each other stay themselves as a database: a pair of which
+        # both were moved towards the other would count its likeness twice.
+        itself = np.arange(len(query)) if gallery is None else None
+        database = query if gallery is None else gallery
+        query = rerank.expand_queries(query, database, k, alpha, exclude=itself, mesh=mesh)
+        gallery = database
+    return Embeddings(query, gallery)
+
+
+def reranked_recall(
+    embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...], mesh
+) -> dict[str, float]:
+    """Recall@K after k-reciprocal re-ranking of the nearest neighbours; see `recall`."""
+    query, gallery = embeddings
+    itself = dataset.gallery is None
+    exclude = np.arange(len(query)) if itself and gallery is not None else None
+    k = min(max(100, *ks), len(query if gallery is None else gallery) - itself)
+    index = rerank.k_reciprocal(query, gallery, k, exclude=exclude, mesh=mesh)[1]
+    labels = dataset.query.labels if itself else dataset.gallery.labels
+    recalls = metrics.recall_of_ranking(index, dataset.query.labels, labels, ks, itself)
+    return {f"recall@{k}": value for k, value in recalls.items()}
+
+
+def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:
+    """Writes vectors with ids and labels for other tools: `numpy.load(path)["query"]`.
+
+    Args:
+      path: of the .npz; its arrays are query [N, D], query_labels [N], query_ids [N],
+        and the same for a gallery.
+      embeddings: from `embed_dataset`.
+      dataset: the data set that was embedded.
+    """
+    arrays = {}
+    for name, vectors in embeddings._asdict().items():
+        split = getattr(dataset, name)
+        if vectors is not None and split is not None:
+            arrays[name] = vectors
+            arrays[f"{name}_labels"] = split.labels
+            arrays[f"{name}_ids"] = np.array(split.ids)
+    with open(f"{path}.tmp", "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(f"{path}.tmp", path)
 
 
 def nearest(embeddings: Embeddings, rows: np.ndarray, k: int) -> np.ndarray:

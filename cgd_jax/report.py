@@ -66,16 +66,22 @@ def dataset_table(dataset: Dataset) -> str:
     return tabulate(rows, header, intfmt=",")
 
 
-def recall_table(recalls: dict[str, dict[str, float]]) -> str:
-    """Recall@K in per cent, one row for each way of embedding.
+def metrics_table(rows: dict[str, dict[str, float]]) -> str:
+    """Recall@K and MAP@R in per cent, one row for each way of embedding.
 
     Args:
-      recalls: name of the row → {"recall_at_1": between 0 and 1, ...}.
+      rows: name of the row → {"recall@1": between 0 and 1, ..., "map@r": ...}; what a
+        row lacks stays empty.
     """
-    keys = list(next(iter(recalls.values())))
-    header = ["", *(key.replace("recall_at_", "R@") for key in keys)]
-    rows = [[name, *(100 * values[key] for key in keys)] for name, values in recalls.items()]
-    return tabulate(rows, header, floatfmt=".2f")
+    first = next(iter(rows.values()))
+    keys = [key for key in first if key.startswith("recall@")] + ["map@r"]
+    header = ["", *(key.replace("recall@", "R@").replace("map@r", "MAP@R") for key in keys)]
+    cells = [
+        [name, *(f"{100 * values[key]:.2f}" if key in values else "" for key in keys)]
+        for name, values in rows.items()
+    ]
+    align = ["left"] + ["right"] * len(keys)
+    return tabulate(cells, header, colalign=align, disable_numparse=True, preserve_whitespace=True)
 
 
 def run_table(facts: dict[str, str]) -> str:
@@ -106,11 +112,11 @@ class Progress:
         """Shows a row of the history: in the bar, or as a line."""
         parts = [f"{label} {row[key]:.{digits}f}" for key, label, digits in _SHOWN if key in row]
         parts += [
-            f"{key.replace('recall_at_', 'R@')} {100 * row[key]:.2f} %"
+            f"{key.replace('recall@', 'R@')} {100 * row[key]:.2f} %"
             for key in row
-            if key.startswith("recall_at_")
+            if key.startswith("recall@")
         ]
-        if self.bar.disable or "recall_at_1" in row:
+        if self.bar.disable or "recall@1" in row:
             left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
             minutes, seconds = divmod(round(left), 60)
             say(
@@ -175,7 +181,7 @@ def plot_curves(
     Args:
       path: of the PNG.
       rows: of the history.
-      baselines: name → {"recall_at_1": ...}; their R@1 become dashed lines.
+      baselines: name → {"recall@1": ...}; their R@1 become dashed lines.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -188,14 +194,14 @@ def plot_curves(
         if points:
             left.plot(*zip(*points, strict=True), label=label, linewidth=1.5)
     left.set(xlabel="step", ylabel="loss", title="Training", yscale="log")
-    evaluated = [row for row in rows if "recall_at_1" in row]
+    evaluated = [row for row in rows if "recall@1" in row]
     for key in evaluated[0] if evaluated else []:
-        if key.startswith("recall_at_"):
+        if key.startswith("recall@"):
             points = [(row["step"], 100 * row[key]) for row in evaluated if key in row]
-            name = key.replace("recall_at_", "R@")
+            name = key.replace("recall@", "R@")
             right.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
     for style, (name, values) in zip(("--", ":", "-."), baselines.items(), strict=False):
-        height = 100 * values["recall_at_1"]
+        height = 100 * values["recall@1"]
         right.axhline(height, linestyle=style, color=GRAY, label=f"R@1, {name}")
     right.set(xlabel="step", ylabel="per cent", title="Unseen classes")
     right.set_xlim(left=0)

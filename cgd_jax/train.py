@@ -21,6 +21,7 @@ from cgd_jax.augment import augment, normalize
 from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validate
 from cgd_jax.datasets import Dataset
 from cgd_jax.input_pipeline import class_members, load_dataset, pk_batch, prefetch
+from cgd_jax.metrics import write_per_class
 from cgd_jax.models.cgd import CGD, create_model
 
 
@@ -353,8 +354,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
 
     batch_size = config.train.classes_per_batch * config.train.images_per_class
     make_batch = make_batches(config, dataset, setup.labels)
+    mesh = setup.split.mesh
     first, steps = int(state.step), config.train.steps
-    train_step = make_train_step(config, setup.model, setup.optimizer, setup.split.mesh)
+    train_step = make_train_step(config, setup.model, setup.optimizer, mesh)
     history = report.History(Path(workdir, "history.csv"), first)
     tensorboard = SummaryWriter(str(Path(workdir, "tensorboard")), purge_step=first + 1)
     progress = report.Progress(first, steps)
@@ -376,14 +378,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                 row["images_per_second"] = len(unlogged) * batch_size / (time.time() - since)
                 unlogged, since = [], time.time()
             if step % config.train.eval_every == 0 or step == steps:
-                row |= evaluate.recall(embed_test(config, setup, state), dataset, config.eval.ks)
+                embeddings = embed_test(config, setup, state)
+                row |= evaluate.recall(
+                    embeddings, dataset, config.eval.ks, precision=config.eval.precision, mesh=mesh
+                )
                 since = time.time()
             if row:
                 history.add(step, row)
                 progress.log(step, row)
                 for name, value in row.items():
                     tensorboard.add_scalar(name, value, step)
-            recall = row.get("recall_at_1")
+            recall = row.get("recall@1")
             if step % config.train.checkpoint_every == 0 or recall is not None or stopped_by:
                 checkpoint.save(checkpoints, state, recall)
             if stopped_by and step < steps:
@@ -400,32 +405,43 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     result = evaluate_checkpoint(config, workdir, setup, None, "retrievals.png")
     results = {**result, "baselines": baselines}
     report.write_json(Path(workdir, "results.json"), results)
-    say_recall(config, results)
+    say_results(config, results)
     seconds = time.time() - started
     report.say(f"\n{seconds:.0f} s in all. Look at curves.png and retrievals.png in {workdir}.")
     return results
 
 
-def say_recall(config: ConfigDict, results: dict) -> None:
-    """Prints the table of recalls, baselines first."""
+def say_results(config: ConfigDict, results: dict) -> None:
+    """Prints the table of metrics, baselines first."""
     name = f"CGD {config.model.descriptors}, step {results['step']}"
-    report.say("\nRecall on classes never seen in training, per cent:\n")
-    report.say(report.recall_table({**results["baselines"], name: results["recall"]}))
+    rows = {**results["baselines"], name: results["metrics"]}
+    for label, measured in results.get("with options", {}).items():
+        rows[f"  {label}"] = measured
+    report.say("\nClasses never seen in training, per cent:\n")
+    report.say(report.metrics_table(rows))
+    low, high = results["metrics"]["confidence"]["recall@1"]
+    report.say(
+        f"\n95 % interval of R@1, bootstrapped over classes: {100 * low:.2f} to {100 * high:.2f}"
+    )
+    if results["metrics"]["excluded"]:
+        report.say(f"{results['metrics']['excluded']} queries without a true match are left out.")
 
 
-def evaluate_run(workdir: str, step: int | None = None) -> dict:
+def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
     """Evaluates a checkpoint of an earlier run.
 
     Args:
       workdir: folder of the run.
       step: of the checkpoint; None for the one with the best R@1.
+      config: the run's own, perhaps with another `eval` part; None for just the run's.
 
     Returns:
-      {"step": ..., "recall": {"recall_at_1": ...}}; also written to eval-STEP.json,
-      with the picture retrievals-STEP.png beside it.
+      What is written to eval-STEP.json: see `evaluate_checkpoint`. The picture
+      retrievals-STEP.png lies beside it.
 
     Raises:
       FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
+      ConfigError: `config` describes another network, or cannot be run.
     """
     path = Path(workdir, "config.json")
     if not path.exists():
@@ -433,18 +449,37 @@ def evaluate_run(workdir: str, step: int | None = None) -> dict:
             f"There is no run in {workdir}: it has no config.json. Give the folder of a run "
             f"with --workdir=, or train one first."
         )
-    config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    if config is None:
+        config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    validate(config)
+    check_same_run(config, workdir)
     setup = set_up(config)
     result = evaluate_checkpoint(config, workdir, setup, step, "retrievals-{step}.png")
     report.write_json(Path(workdir, f"eval-{result['step']}.json"), result)
-    say_recall(config, {**result, "baselines": {}})
+    say_results(config, {**result, "baselines": {}})
     return result
 
 
 def evaluate_checkpoint(
     config: ConfigDict, workdir: str, setup: Setup, step: int | None, picture: str
 ) -> dict:
-    """Recall of one checkpoint, and a picture of what it retrieves; see `evaluate_run`."""
+    """All metrics of one checkpoint, with and without what `config.eval` asks for.
+
+    Args:
+      config: of the experiment.
+      workdir: folder of the run; per_class.csv and the picture are written there.
+      setup: from `set_up`.
+      step: of the checkpoint; None for the one with the best R@1.
+      picture: name of the picture of retrievals; {step} is filled in.
+
+    Returns:
+      {"step": ..., "metrics": of the embedding as it is trained, "with options": name →
+      metrics, one for every kind of option that the config sets}.
+
+    Raises:
+      FileNotFoundError: no such checkpoint.
+    """
+    dataset, wanted = setup.dataset, config.eval
     with checkpoint.manager(workdir) as checkpoints:
         step = checkpoints.best_step() if step is None else step
         if step not in checkpoints.all_steps():
@@ -454,36 +489,108 @@ def evaluate_checkpoint(
             )
         state = checkpoint.restore(checkpoints, setup.state, step)
     embeddings = embed_test(config, setup, state)
-    recall = evaluate.recall(embeddings, setup.dataset, config.eval.ks)
-    queries = len(setup.dataset.query.labels)
+    measured = evaluate.measure(
+        embeddings,
+        dataset,
+        wanted,
+        bootstrap=wanted.bootstrap,
+        per_class=True,
+        clustering=wanted.clustering,
+        seed=config.seed,
+        mesh=setup.split.mesh,
+    )
+    names = dataset.query.class_names
+    rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
+    write_per_class(Path(workdir, "per_class.csv"), rows)
+    queries = len(dataset.query.labels)
     sample = np.random.default_rng(config.seed).permutation(queries)[:256]
     report.plot_retrievals(
         Path(workdir, picture.format(step=step)),
-        setup.dataset,
+        dataset,
         sample,
         evaluate.nearest(embeddings, sample, k=8),
-        f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {recall['recall_at_1']:.1%}",
+        f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
-    return {"step": step, "recall": recall}
+
+    with_options = measure_options(config, workdir, setup, state, embeddings)
+    return {"step": step, "metrics": measured, "with options": with_options}
 
 
-def embed_test(config: ConfigDict, setup: Setup, state: State) -> evaluate.Embeddings:
-    """The embeddings of all test images under the weights of a state."""
+def measure_options(
+    config: ConfigDict,
+    workdir: str,
+    setup: Setup,
+    state: State,
+    embeddings: evaluate.Embeddings,
+) -> dict[str, dict]:
+    """Metrics with each kind of inference option that `config.eval` sets, one upon the other.
+
+    Args:
+      config: of the experiment.
+      workdir: folder of the run; embeddings.npz is written there if the config wants it.
+      setup: from `set_up`.
+      state: the weights.
+      embeddings: of the test images, without any option.
+
+    Returns:
+      What was done → metrics; empty if nothing is asked for.
+    """
+    dataset, mesh, wanted = setup.dataset, setup.split.mesh, config.eval
+    measured = {}
+    views = {"vector": wanted.vector, "flip": wanted.flip, "scales": wanted.scales}
+    if views != {"vector": "embedding", "flip": False, "scales": (1.0,)}:
+        embeddings = embed_test(config, setup, state, **views)
+        name = f"{wanted.vector}{', flip' * wanted.flip}"
+        if wanted.scales != (1.0,):
+            name += f", scales {' '.join(f'{scale:g}' for scale in wanted.scales)}"
+        measured[name] = evaluate.measure(embeddings, dataset, wanted, mesh=mesh)
+    if wanted.save_embeddings:
+        evaluate.save_embeddings(Path(workdir, "embeddings.npz"), embeddings, dataset)
+
+    done = {
+        "whitened to": wanted.whitening_dim,
+        "database augmented by": wanted.database_augmentation,
+        "queries expanded by": wanted.query_expansion,
+    }
+    if any(done.values()):
+        training = None
+        if wanted.whitening_dim:
+            embed = embed_state(config, setup, state, **views)
+            images = dataset.train.images
+            training = evaluate.embed_images(
+                embed, images, wanted.batch_size, setup.split, "embedding training images"
+            )
+        try:
+            embeddings = evaluate.postprocess(embeddings, training, wanted, mesh)
+        except ValueError as error:  # more dimensions or neighbours than there are
+            raise ConfigError(f"eval: {error}") from error
+        name = ", ".join(f"{what} {number}" for what, number in done.items() if number)
+        measured[name] = evaluate.measure(embeddings, dataset, wanted, mesh=mesh)
+    if wanted.rerank:
+        measured["re-ranked"] = evaluate.reranked_recall(embeddings, dataset, wanted.ks, mesh)
+    return measured
+
+
+def embed_state(config: ConfigDict, setup: Setup, state: State, **views):
+    """The network with the weights of a state as `evaluate.embed_images` takes it."""
     size = config.data.image_size
-    embed = evaluate.embed_model(setup.model, state.params, state.batch_stats, size)
+    return evaluate.embed_model(setup.model, state.params, state.batch_stats, size, **views)
+
+
+def embed_test(config: ConfigDict, setup: Setup, state: State, **views) -> evaluate.Embeddings:
+    """The embeddings of all test images; `views` as for `evaluate.embed_model`."""
+    embed = embed_state(config, setup, state, **views)
     return evaluate.embed_dataset(embed, setup.dataset, config.eval.batch_size, setup.split)
 
 
 def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
-    """Recall of raw pixels and of the untrained network, measured once a work folder."""
+    """Metrics of raw pixels and of the untrained network, measured once a work folder."""
     path = Path(workdir, "baselines.json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    pixels = evaluate.embed_dataset(
-        evaluate.embed_pixels, setup.dataset, config.eval.batch_size, setup.split
-    )
+    pixels = evaluate.embed_raw_pixels(setup.dataset, config.eval.batch_size, setup.split)
     baselines = {
-        name: evaluate.recall(embeddings, setup.dataset, config.eval.ks)
+        name: evaluate.measure(embeddings, setup.dataset, config.eval, mesh=setup.split.mesh)
         for name, embeddings in [
             ("raw pixels", pixels),
             ("untrained network", embed_test(config, setup, setup.state)),
@@ -501,15 +608,21 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
     """
     path = Path(workdir, "config.json")
     if path.exists():
-        changes = differences(json.loads(path.read_text(encoding="utf-8")), to_dict(config))
-        if changes:
-            listed = "".join(f"\n  {change}" for change in changes)
-            raise ConfigError(
-                f"{workdir} holds a run with another config. Choose another folder with "
-                f"--workdir=, delete this one, or undo the changes:{listed}"
-            )
+        check_same_run(config, workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(path, to_dict(config))
+
+
+def check_same_run(config: ConfigDict, workdir: str) -> None:
+    """Raises a ConfigError that lists how a config differs from that of a work folder."""
+    stored = json.loads(Path(workdir, "config.json").read_text(encoding="utf-8"))
+    changes = differences(stored, to_dict(config))
+    if changes:
+        listed = "".join(f"\n  {change}" for change in changes)
+        raise ConfigError(
+            f"{workdir} holds a run with another config. Choose another folder with "
+            f"--workdir=, delete this one, or undo the changes:{listed}"
+        )
 
 
 def run_facts(config: ConfigDict, workdir: str, setup: Setup) -> dict[str, str]:

@@ -81,7 +81,21 @@ def get_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 256  # images
-    evaluation.center_crop = False  # of images resized as for training; else straight to size
     evaluation.ks = (1, 2, 4, 8)  # the K of Recall@K
     evaluation.baselines = True  # also measures raw pixels and the untrained network
+    evaluation.center_crop = False  # of images resized as for training; else straight to size
+    evaluation.precision = "highest"  # of the products; "default" is the device's fastest
+    evaluation.bootstrap = 1000  # resamplings of the classes for 95 % intervals
+    evaluation.clustering = False  # also NMI and AMI by k-means (needs scikit-learn; slow)
+    evaluation.save_embeddings = False  # writes embeddings.npz: vectors, ids, labels
+    # What may be done to a trained model; measured beside the plain embedding, at the end
+    # and by --mode=eval. In this order:
+    evaluation.vector = "embedding"  # or descriptors, descriptor_S, branch_S (any letter)
+    evaluation.flip = False  # adds the vector of the mirrored image
+    evaluation.scales = (1.0,)  # adds up vectors at several scales of image_size
+    evaluation.whitening_dim = 0  # PCA-whitening learned on the training images; 0: none
+    evaluation.database_augmentation = 0  # nearest neighbours added to every gallery item
+    evaluation.query_expansion = 0  # nearest gallery items added to every query
+    evaluation.alpha = 3.0  # of both: a neighbour's weight is its similarity to this power
+    evaluation.rerank = False  # k-reciprocal re-ranking
     return config

@@ -8,6 +8,10 @@ import pytest
 from cgd_jax import evaluate
 from cgd_jax.datasets import Dataset, Split
 from cgd_jax.evaluate import Embeddings
+from cgd_jax.models.cgd import CGD, Output
+from cgd_jax.models.resnet import BACKBONES
+from configs import base
+from tests.variables import random_variables
 
 
 @pytest.fixture
@@ -48,11 +52,103 @@ def test_recall_with_and_without_a_gallery():
     train = split_of(vectors[:1], [0])
     together = Dataset(train, split_of(vectors, [1, 1, 2, 2]), None)
     embeddings = Embeddings(vectors.astype(np.float32), None)
-    assert evaluate.recall(embeddings, together, (1, 2)) == {"recall_at_1": 1, "recall_at_2": 1}
+    assert evaluate.recall(embeddings, together, (1, 2)) == {"recall@1": 1, "recall@2": 1}
     apart = Dataset(train, split_of(vectors[:2], [1, 2]), split_of(vectors[2:], [1, 2]))
     embeddings = Embeddings(np.float32(vectors[:2]), np.float32(vectors[2:]))
     # Both queries are nearest to the second of the gallery, which is of class 2.
-    assert evaluate.recall(embeddings, apart, (1, 2)) == {"recall_at_1": 0.5, "recall_at_2": 1}
+    assert evaluate.recall(embeddings, apart, (1, 2)) == {"recall@1": 0.5, "recall@2": 1}
+
+
+def test_queries_that_were_expanded_do_not_find_themselves():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(12, 4)).astype(np.float32)
+    dataset = Dataset(None, split_of(np.zeros((12, 1)), np.arange(12) // 2), None)
+    plain = Embeddings(vectors, None)
+    twice = Embeddings(vectors, vectors)  # the same, as a gallery of its own
+    assert evaluate.recall(plain, dataset, (1, 2)) == evaluate.recall(twice, dataset, (1, 2))
+    config = base.get_config().eval
+    config.query_expansion, config.database_augmentation = 2, 1
+    query, gallery = evaluate.postprocess(plain, None, config, None)
+    assert query.shape == gallery.shape == (12, 4)
+    assert np.abs(query - gallery).max() > 1e-3
+    config.query_expansion = 0
+    query, gallery = evaluate.postprocess(plain, None, config, None)
+    assert gallery is None and np.abs(query - vectors).max() > 1e-3
+
+
+@pytest.mark.parametrize("with_gallery", [True, False])
+def test_reranked_recall_of_clusters_is_perfect(with_gallery):
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) // 8
+    vectors = (np.eye(5)[labels] + 0.05 * rng.normal(size=(40, 5))).astype(np.float32)
+    split = split_of(np.zeros((40, 1)), labels)
+    dataset = Dataset(None, split, split if with_gallery else None)
+    embeddings = Embeddings(vectors, vectors if with_gallery else None)
+    assert evaluate.reranked_recall(embeddings, dataset, (1, 4), None) == {
+        "recall@1": 1,
+        "recall@4": 1,
+    }
+
+
+def test_vectors_on_the_way():
+    output = Output(
+        embedding=jnp.arange(12.0).reshape(2, 6),
+        ranked=[],
+        logits=None,
+        descriptors=[jnp.full((2, 3), 2.0), jnp.eye(2, 3) * 5],
+    )
+
+    def select(vector):
+        return evaluate.select_vector(output, "SG", vector)
+
+    np.testing.assert_array_equal(select("embedding"), output.embedding)
+    np.testing.assert_array_equal(select("branch_G"), output.embedding[:, 3:])
+    np.testing.assert_allclose(select("descriptor_S"), np.full((2, 3), 3**-0.5), rtol=1e-6)
+    np.testing.assert_allclose(select("descriptor_G"), np.eye(2, 3), rtol=1e-6)
+    assert select("descriptors").shape == (2, 6)
+    assert evaluate.vectors_of("SG", "concat") == [
+        "embedding", "descriptors", "descriptor_S", "descriptor_G", "branch_S", "branch_G",
+    ]  # fmt: skip
+    assert evaluate.vectors_of("S", "raw") == ["embedding", "descriptors", "descriptor_S"]
+
+
+def test_flip_and_scales_make_the_embedding_blind_to_mirroring():
+    model = CGD(BACKBONES["resnet10"](width=2, stem="3x3"), 3, "SG", 8)
+    images = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3)).astype(np.uint8)
+    variables = random_variables(model, images[:, :8, :8] / 255)
+    arguments = (model, variables["params"], variables["batch_stats"], 8)
+    plain, both = (evaluate.embed_model(*arguments, flip=flip) for flip in (False, True))
+    mirrored = images[:, :, ::-1]
+    assert np.abs(plain(images) - plain(mirrored)).max() > 1e-3
+    np.testing.assert_allclose(both(images), both(mirrored), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(both(images), axis=1), 1, atol=1e-5)
+    # Larger images are cut to their middle.
+    np.testing.assert_allclose(plain(images), plain(images[:, 2:10, 2:10]), atol=1e-6)
+    scaled = evaluate.embed_model(*arguments, scales=(1.0, 1.5))
+    assert np.abs(scaled(images) - plain(images)).max() > 1e-4
+
+
+def test_saved_embeddings_carry_ids_and_labels(tmp_path):
+    split = split_of(np.zeros((2, 1)), [4, 5])._replace(ids=["a/ü.jpg", "b"])
+    vectors = np.float32([[1, 0], [0, 1]])
+    path = tmp_path / "embeddings.npz"
+    evaluate.save_embeddings(path, Embeddings(vectors, vectors), Dataset(split, split, split))
+    saved = np.load(path)
+    np.testing.assert_array_equal(saved["gallery"], vectors)
+    assert saved["query_ids"].tolist() == ["a/ü.jpg", "b"] and saved["query_labels"][1] == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["embeddings.npz"]
+
+
+def test_raw_pixels_of_gray_images_are_kept_once(sharding):
+    gray = np.repeat(np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1)), 3, -1)
+    split = Split(gray.astype(np.uint8), np.zeros(5), [], {})
+    assert evaluate.embed_raw_pixels(Dataset(split, split, None), 2, sharding).query.shape == (
+        5,
+        16,
+    )
+    coloured = split._replace(images=split.images * np.array([1, 1, 0], np.uint8))
+    dataset = Dataset(split, split, coloured)
+    assert evaluate.embed_raw_pixels(dataset, 2, sharding).gallery.shape == (5, 48)
 
 
 def test_nearest_never_is_the_query_itself():

@@ -65,7 +65,7 @@ def data(tmp_path_factory):
             ["--config=configs/glyphs.py", "--config.model.backbone=vit"],
             "error: model.backbone='vit' is unknown; valid names are resnet10, ",
         ),
-        (["--config=configs/glyphs.py", "--mode=tain"], "should be one of <train|eval>"),
+        (["--config=configs/glyphs.py", "--mode=tain"], "should be one of <train|eval|data>"),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (["--config=configs/glyphs.py", "--config.train=many"], "is a group of keys"),
         (["--config=configs/glyphs.py", "train"], "error: 'train' is no flag"),
@@ -85,14 +85,15 @@ def test_train_then_evaluate(data, tmp_path):
     assert status == 0, errors
     for pattern in [
         r"split +classes +images",
-        r"train +6 +24\b",
+        r"train +6 +24 +3 +4 +5 +0",
         r"devices +1 × cpu",
         r"descriptors GS, embedding 8",
         r"FLOPs per image +[\d,]+",
         r"step +12/12  loss .*R@1 ",
-        r"raw pixels( +\d+\.\d\d){4}",
-        r"untrained network( +\d+\.\d\d){4}",
-        r"CGD GS, step \d+( +\d+\.\d\d){4}",
+        r"raw pixels( +\d+\.\d\d){5}",
+        r"untrained network( +\d+\.\d\d){5}",
+        r"CGD GS, step \d+( +\d+\.\d\d){5}",
+        r"95 % interval of R@1, bootstrapped over classes: \d+\.\d\d to \d+\.\d\d",
         r"\d+ s in all\. Look at curves.png and retrievals.png in ",
     ]:
         assert re.search(pattern, output), f"{pattern} is not in:\n{output}"
@@ -100,9 +101,21 @@ def test_train_then_evaluate(data, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     status, output, _ = run("--mode=eval", f"--workdir={tmp_path}/run")
     assert status == 0
-    assert f"{100 * results['recall']['recall_at_1']:.2f}" in output
+    assert f"{100 * results['metrics']['recall@1']:.2f}" in output
     status, _, errors = run(*flags, "--config.train.steps=13")
     assert status == 1 and "train.steps: 12 → 13" in errors
+
+
+def test_data_mode(data, tmp_path):
+    status, output, errors = run(
+        "--mode=data",
+        "--config=tests/tiny.py",
+        f"--config.data.dir={data}",
+        f"--workdir={tmp_path}/run",
+    )
+    assert status == 0, errors
+    assert re.search(r"query +6 +24 +3 +4 +5 +0", output)
+    assert (tmp_path / "run" / "samples.png").stat().st_size > 0
 
 
 def test_ctrl_c_and_the_same_command_again(data, tmp_path):

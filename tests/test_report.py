@@ -17,13 +17,13 @@ def split_of(labels, size=8):
 
 def test_tables_line_up():
     recalls = {
-        "raw pixels": {"recall_at_1": 0.5, "recall_at_1000": 1.0},
-        "CGD": {"recall_at_1": 0.98765, "recall_at_1000": 1.0},
+        "raw pixels": {"recall@1": 0.5, "recall@1000": 1.0},
+        "CGD": {"recall@1": 0.98765, "recall@1000": 1.0, "map@r": 0.5},
     }
-    lines = report.recall_table(recalls).splitlines()
-    assert lines[0].split() == ["R@1", "R@1000"]
-    assert lines[-1].split() == ["CGD", "98.77", "100.00"]
-    assert len({line.rindex(line.split()[-1]) + len(line.split()[-1]) for line in lines}) == 1
+    lines = report.metrics_table(recalls).splitlines()
+    assert lines[0].split() == ["R@1", "R@1000", "MAP@R"]
+    assert lines[-1].split() == ["CGD", "98.77", "100.00", "50.00"]
+    assert len({line.index(".", 20) for line in lines[2:]}) == 1
     table = report.dataset_table(Dataset(split_of([0, 0, 0, 1]), split_of([2, 2]), split_of([2])))
     assert [line.split() for line in table.splitlines()[2:]] == [
         ["train", "2", "4", "1", "2", "3", "7"],
@@ -36,13 +36,13 @@ def test_history_goes_on_where_the_run_does(tmp_path):
     path = tmp_path / "history.csv"
     history = report.History(path, 0)
     history.add(1, {"loss": 0.5})
-    history.add(2, {"loss": 0.25, "recall_at_1": 1 / 3})
+    history.add(2, {"loss": 0.25, "recall@1": 1 / 3})
     history.add(3, {"loss": 0.1})
-    assert path.read_text().splitlines()[0] == "step,loss,recall_at_1"
+    assert path.read_text().splitlines()[0] == "step,loss,recall@1"
     again = report.History(path, 2)
     assert again.rows == [
         {"step": 1, "loss": 0.5},
-        {"step": 2, "loss": 0.25, "recall_at_1": 0.333333},
+        {"step": 2, "loss": 0.25, "recall@1": 0.333333},
     ]
     again.add(3, {"loss": 0.2})
     assert [row["loss"] for row in report.read_history(path)] == [0.5, 0.25, 0.2]
@@ -98,19 +98,17 @@ def test_failing_queries_get_a_part_of_their_own(tmp_path):
 def test_curves_are_drawn_with_and_without_evaluations(tmp_path):
     rows = [
         {"step": 1.0, "loss": 2.0, "ranking_loss": 0.0, "classification_loss": 2.0},
-        {"step": 2.0, "loss": 1.0, "recall_at_1": 0.5, "recall_at_2": 0.7},
+        {"step": 2.0, "loss": 1.0, "recall@1": 0.5, "recall@2": 0.7},
     ]
     for name, some in [("all", rows), ("first", rows[:1]), ("none", [])]:
-        report.plot_curves(tmp_path / f"{name}.png", some, {"raw pixels": {"recall_at_1": 0.3}})
+        report.plot_curves(tmp_path / f"{name}.png", some, {"raw pixels": {"recall@1": 0.3}})
         assert Image.open(tmp_path / f"{name}.png").size == (1320, 480)
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(capsys):
     with report.Progress(10, 200) as progress:
         progress.update()
-        progress.log(
-            20, {"loss": 0.5, "images_per_second": 99.6, "recall_at_1": 0.5, "accuracy": 1}
-        )
+        progress.log(20, {"loss": 0.5, "images_per_second": 99.6, "recall@1": 0.5, "accuracy": 1})
     line = capsys.readouterr().out
     assert line.startswith("step  20/200  loss 0.5000  images/s 100  R@1 50.00 %")
     assert line.rstrip().endswith("left")

@@ -156,26 +156,72 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
 def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
     workdir = tmp_path / "run"
     results = train.train_and_evaluate(tiny_config, str(workdir))
-    for name in ("config.json", "history.csv", "curves.png", "retrievals.png", "results.json"):
+    for name in (
+        "config.json",
+        "history.csv",
+        "curves.png",
+        "retrievals.png",
+        "results.json",
+        "per_class.csv",
+    ):
         assert (workdir / name).stat().st_size > 0
     assert list(workdir.glob("tensorboard/events*")) and not list(workdir.glob("*.tmp"))
     assert json.loads((workdir / "results.json").read_text()) == results
     assert set(results["baselines"]) == {"raw pixels", "untrained network"}
     history = report.read_history(workdir / "history.csv")
-    best = max((row for row in history if "recall_at_1" in row), key=lambda r: r["recall_at_1"])
-    assert results["recall"]["recall_at_1"] == pytest.approx(best["recall_at_1"], abs=1e-5)
+    best = max((row for row in history if "recall@1" in row), key=lambda r: r["recall@1"])
+    assert results["metrics"]["recall@1"] == pytest.approx(best["recall@1"], abs=1e-5)
     # Colours are easy: it has learned something, and rows are plausible.
     assert history[-1]["loss"] < history[0]["loss"]
-    assert results["recall"]["recall_at_1"] > 0.3
+    assert results["metrics"]["recall@1"] > 0.3
     # Evaluation by itself gives what training logged, for the best and for any step kept.
-    assert train.evaluate_run(str(workdir))["recall"] == results["recall"]
+    assert train.evaluate_run(str(workdir))["metrics"] == results["metrics"]
     last = train.evaluate_run(str(workdir), 12)
-    assert last["recall"]["recall_at_1"] == pytest.approx(history[-1]["recall_at_1"], abs=1e-5)
+    assert last["metrics"]["recall@1"] == pytest.approx(history[-1]["recall@1"], abs=1e-5)
     assert (workdir / "eval-12.json").exists() and (workdir / "retrievals-12.png").exists()
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; the steps kept are: "):
         train.evaluate_run(str(workdir), 5)
     # The same command again: nothing is trained, the same is reported.
     assert train.train_and_evaluate(tiny_config, str(workdir)) == results
+
+
+def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, tmp_path):
+    tiny_config.eval.baselines = False
+    tiny_config.train.steps = 2
+    plain = train.train_and_evaluate(tiny_config, str(tmp_path))
+    assert plain["with options"] == {}
+    tiny_config.eval.update(
+        vector="descriptor_S",
+        flip=True,
+        scales=(1.0, 1.5),
+        whitening_dim=3,
+        database_augmentation=1,
+        query_expansion=2,
+        rerank=True,
+        clustering=True,
+        save_embeddings=True,
+        center_crop=True,
+    )
+    result = train.evaluate_run(str(tmp_path), config=tiny_config)
+    assert list(result["with options"]) == [
+        "descriptor_S, flip, scales 1 1.5",
+        "whitened to 3, database augmented by 1, queries expanded by 2",
+        "re-ranked",
+    ]
+    for values in result["with options"].values():
+        assert 0 <= values["recall@1"] <= 1
+    assert result["metrics"]["recall@1"] == plain["metrics"]["recall@1"]
+    assert 0 <= result["metrics"]["nmi"] <= 1
+    saved = np.load(tmp_path / "embeddings.npz")
+    assert saved["query"].shape == (24, 16)
+    np.testing.assert_allclose(np.linalg.norm(saved["query"], axis=1), 1, atol=1e-5)
+    assert list(saved["query_ids"][:2]) == ["6-0", "6-1"] and saved["query_labels"][0] == 6
+    tiny_config.eval.whitening_dim = 17
+    with pytest.raises(ConfigError, match="eval: dim must be"):
+        train.evaluate_run(str(tmp_path), config=tiny_config)
+    tiny_config.model.embedding_dim = 16
+    with pytest.raises(ConfigError, match="model.embedding_dim: 8 → 16"):
+        train.evaluate_run(str(tmp_path), config=tiny_config)
 
 
 def test_seeds_decide_runs(tiny_config, tmp_path):
@@ -197,7 +243,7 @@ def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
     tiny_config.train.log_every = 1  # free to change
     train.claim_workdir(tiny_config, str(tmp_path))
     tiny_config.optimizer.learning_rate = 0.5
-    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.002 → 0.5"):
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.004 → 0.5"):
         train.claim_workdir(tiny_config, str(tmp_path))
 
 
