@@ -24,8 +24,9 @@ def main(argv):
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
     if not CONFIG.value and not (MODE.value == "eval" and WORKDIR.value):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
-    experiment = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = WORKDIR.value or default_workdir(experiment)
+    workdir = WORKDIR.value
+    if not workdir:
+        workdir = default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     try:
         if MODE.value == "train":
             train.train_and_evaluate(CONFIG.value, workdir)
@@ -35,6 +36,9 @@ def main(argv):
             train.evaluate_run(workdir, STEP.value, CONFIG.value)
     except (ConfigError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

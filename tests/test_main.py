@@ -99,8 +99,9 @@ def test_train_then_evaluate(data, tmp_path):
         assert re.search(pattern, output), f"{pattern} is not in:\n{output}"
     assert errors == "", "the output is no terminal: no bars, and no warnings of libraries"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    status, output, _ = run("--mode=eval", f"--workdir={tmp_path}/run")
-    assert status == 0
+    status, output, errors = run("--mode=eval", *flags, "--config.eval.flip=True")
+    assert status == 0, errors
+    assert re.search(r"embedding, flip( +\d+\.\d\d){5}", output)
     assert f"{100 * results['metrics']['recall@1']:.2f}" in output
     status, _, errors = run(*flags, "--config.train.steps=13")
     assert status == 1 and "train.steps: 12 → 13" in errors
@@ -129,7 +130,7 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path):
     ]
     process = start(*flags)
     for line in process.stdout:
-        if line.startswith("step"):
+        if re.match(r"step +\d+/3000", line):
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

@@ -126,22 +126,22 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(report.History, "add", add_and_interrupt)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
-    tiny_config, tmp_path, monkeypatch, capsys, number
+    tiny_config, tmp_path, monkeypatch, capsys
 ):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     results = train.train_and_evaluate(tiny_config, whole)
-    with monkeypatch.context() as patch:
-        # Not a step at which a checkpoint is due.
-        interrupt_at(patch, 10, number)
-        with pytest.raises(SystemExit) as stop:
-            train.train_and_evaluate(tiny_config, parts)
-    assert stop.value.code == 128 + number
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    output = capsys.readouterr().out
-    assert "Stopped at step 10 of 12" in output and "The same command goes on" in output
-    assert state_of(tiny_config, parts).step == 10
+    # Not steps at which a checkpoint is due.
+    for step, number in [(2, signal.SIGTERM), (10, signal.SIGINT)]:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step, number)
+            with pytest.raises(SystemExit) as stop:
+                train.train_and_evaluate(tiny_config, parts)
+        assert stop.value.code == 128 + number
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        output = capsys.readouterr().out
+        assert f"Stopped at step {step} of 12" in output and "The same command goes on" in output
+        assert state_of(tiny_config, parts).step == step
     resumed = train.train_and_evaluate(tiny_config, parts)
     assert "Resumed from the checkpoint of step 10" in capsys.readouterr().out
     assert resumed == results
@@ -172,7 +172,7 @@ def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
     best = max((row for row in history if "recall@1" in row), key=lambda r: r["recall@1"])
     assert results["metrics"]["recall@1"] == pytest.approx(best["recall@1"], abs=1e-5)
     # Colours are easy: it has learned something, and rows are plausible.
-    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["classification_loss"] < history[0]["classification_loss"]
     assert results["metrics"]["recall@1"] > 0.3
     # Evaluation by itself gives what training logged, for the best and for any step kept.
     assert train.evaluate_run(str(workdir))["metrics"] == results["metrics"]
@@ -224,17 +224,17 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
         train.evaluate_run(str(tmp_path), config=tiny_config)
 
 
-def test_seeds_decide_runs(tiny_config, tmp_path):
-    tiny_config.eval.baselines = False
-    states = []
-    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
+    kernels, batches, keys = [], [], []
+    for seed in (0, 0, 1):
         tiny_config.seed = seed
-        tiny_config.data.image_size = 8
-        train.train_and_evaluate(tiny_config, str(tmp_path / name))
-        states.append(state_of(tiny_config, str(tmp_path / name)))
-    assert_same(states[0], states[1])
-    kernels = [state.params["backbone"]["conv1"]["kernel"] for state in states]
-    assert not np.array_equal(kernels[0], kernels[2])
+        setup = train.set_up(tiny_config)
+        kernels.append(np.asarray(setup.state.params["backbone"]["conv1"]["kernel"]))
+        batches.append(train.make_batches(tiny_config, setup.dataset, setup.labels)(3)[0])
+        keys.append(jax.random.key_data(train.step_key(seed, 3)))
+    for first, again, other in (kernels, batches, keys):
+        np.testing.assert_array_equal(first, again)
+        assert not np.array_equal(first, other)
 
 
 def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
