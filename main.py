@@ -5,6 +5,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cgd_jax import report, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -16,8 +17,6 @@ STEP = flags.DEFINE_integer("step", None, "With --mode=eval: the checkpoint; els
 
 
 def main(argv):
-    from cgd_jax import report, train  # here, so that a bad flag is answered at once
-
     logging.set_verbosity(logging.ERROR)  # of the libraries; ours goes to stdout
     report.show_log()
     if len(argv) > 1:

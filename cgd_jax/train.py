@@ -340,8 +340,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     """
     started = time.time()
     validate(config)
-    claim_workdir(config, workdir)
+    check_workdir(config, workdir)
     setup = set_up(config)
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    report.write_json(Path(workdir, "config.json"), to_dict(config))
     dataset, state = setup.dataset, setup.state
     report.say(report.dataset_table(dataset) + "\n")
     report.say(report.run_table(run_facts(config, workdir, setup)) + "\n")
@@ -452,7 +454,7 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
     if config is None:
         config = from_dict(json.loads(path.read_text(encoding="utf-8")))
     validate(config)
-    check_same_run(config, workdir)
+    check_workdir(config, workdir)
     setup = set_up(config)
     result = evaluate_checkpoint(config, workdir, setup, step, "retrievals-{step}.png")
     report.write_json(Path(workdir, f"eval-{result['step']}.json"), result)
@@ -600,23 +602,16 @@ def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
     return baselines
 
 
-def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Keeps the config in the work folder, or refuses a folder of another config.
+def check_workdir(config: ConfigDict, workdir: str) -> None:
+    """Refuses a work folder that holds a run of another config.
 
     Raises:
       ConfigError: names every difference.
     """
     path = Path(workdir, "config.json")
-    if path.exists():
-        check_same_run(config, workdir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_json(path, to_dict(config))
-
-
-def check_same_run(config: ConfigDict, workdir: str) -> None:
-    """Raises a ConfigError that lists how a config differs from that of a work folder."""
-    stored = json.loads(Path(workdir, "config.json").read_text(encoding="utf-8"))
-    changes = differences(stored, to_dict(config))
+    if not path.exists():
+        return
+    changes = differences(json.loads(path.read_text(encoding="utf-8")), to_dict(config))
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         raise ConfigError(

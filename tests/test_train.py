@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, losses, report, train
-from cgd_jax.config import ConfigError
+from cgd_jax.config import ConfigError, to_dict
 from configs import base
 
 
@@ -238,13 +238,20 @@ def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
 
 
 def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
-    train.claim_workdir(tiny_config, str(tmp_path))
-    train.claim_workdir(tiny_config, str(tmp_path))
+    train.check_workdir(tiny_config, str(tmp_path))  # nothing there yet
+    report.write_json(tmp_path / "config.json", to_dict(tiny_config))
     tiny_config.train.log_every = 1  # free to change
-    train.claim_workdir(tiny_config, str(tmp_path))
+    train.check_workdir(tiny_config, str(tmp_path))
     tiny_config.optimizer.learning_rate = 0.5
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.004 → 0.5"):
-        train.claim_workdir(tiny_config, str(tmp_path))
+        train.check_workdir(tiny_config, str(tmp_path))
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path):
+    tiny_config.train.classes_per_batch = 7
+    with pytest.raises(ConfigError):
+        train.train_and_evaluate(tiny_config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_many_classes_for_the_data_set(tiny_config):
