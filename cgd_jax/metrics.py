@@ -33,6 +33,8 @@ PRECISIONS = ("highest", "high", "default")
 # One product is at most BLOCK queries × the gallery and at most BLOCK_BYTES a device; one
 # call runs STEPS of them in the same memory, because fresh pages cost as much as counting.
 BLOCK, BLOCK_BYTES, STEPS = 1024, 2**28, 2
+# Columns of a product that are counted at a time.
+TILE = 4096
 
 
 def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8), **options):
@@ -390,7 +392,7 @@ def _others_before(query, true, own, gallery, offsets, *, mesh, shard, padding, 
 
     Returns:
         [S, B, W] int32, or [S, B, 1] with ``first``; most similar true match first, summed
-        over the offsets; 0 for no true match.
+        over the offsets; without meaning for no true match.
     """
     axes = mesh.axis_names if shard == "gallery" else ()
 
@@ -398,8 +400,6 @@ def _others_before(query, true, own, gallery, offsets, *, mesh, shard, padding, 
         total = lambda x: lax.psum(x, axes) if axes else x
         size = len(gallery)
         begin = lax.axis_index(axes) * size if axes else 0
-        # Sums of ones in float32 are twice as fast on a CPU, and exact up to 2**24.
-        dtype = jnp.float32 if size <= 2**24 else jnp.int32
 
         def one_block(block):
             query, true, own = block
@@ -416,18 +416,23 @@ def _others_before(query, true, own, gallery, offsets, *, mesh, shard, padding, 
             every, own = similarity_at(true), similarity_at(own)
             true = lax.top_k(every, 1 if first else every.shape[1])[0]
 
-            def before(i):
-                others = 0
-                for offset in offsets:
-                    above = true[:, i, None] + offset
-                    count = lambda x: jnp.sum(x > above, 1, dtype=dtype).astype(jnp.int32)  # noqa: B023
-                    others += total(count(similarity)) - count(every) - count(own)
-                    others -= padding * (above[:, 0] < 0)  # zero rows have similarity 0
-                return others
-
             most = jnp.max(jnp.sum(true > -jnp.inf, 1))
-            fill = lambda i, counts: counts.at[:, i].set(before(i))
-            return lax.fori_loop(0, most, fill, jnp.zeros(true.shape, jnp.int32))
+            counts = 0
+            for offset in offsets:
+                above = partial(_count_above, true + offset, most)
+                # By tiles, which stay in the cache while every true match is compared.
+                width = min(TILE, size)
+                tiles = size // width
+                tile = lambda i: lax.dynamic_slice_in_dim(similarity, i * width, width, 1)  # noqa: B023
+                everything = lax.fori_loop(
+                    0,
+                    tiles,
+                    lambda i, count: count + above(tile(i)),  # noqa: B023
+                    above(similarity[:, tiles * width :]),
+                )
+                counts += total(everything) - above(every) - above(own)
+                counts -= padding * (true + offset < 0)  # zero rows have similarity 0
+            return counts
 
         return lax.map(one_block, (query, true, own))
 
@@ -439,6 +444,17 @@ def _others_before(query, true, own, gallery, offsets, *, mesh, shard, padding, 
         out_specs=queries,
         check_vma=False,
     )(query, true, own, gallery, offsets)
+
+
+def _count_above(thresholds, most, values):
+    """[B, W] int32, how many of values [B, N] exceed the first ``most`` of thresholds [B, W]."""
+
+    def fill(i, counts):
+        # Sums of ones in float32 are twice as fast on a CPU, and exact up to 2**24.
+        above = jnp.sum(values > thresholds[:, i, None], 1, dtype=jnp.float32)
+        return counts.at[:, i].set(above.astype(jnp.int32))
+
+    return lax.fori_loop(0, most, fill, jnp.zeros(thresholds.shape, jnp.int32))
 
 
 def _partition(mesh, shard):

@@ -173,7 +173,8 @@ def test_blocks_do_not_show(monkeypatch):
     labels = np.concatenate([np.zeros(40, int), rng.integers(1, 30, 90), [77]])
     x = rng.normal(size=(131, 8))
     whole = metrics.evaluate(x, labels)
-    for block, steps in ((7, 3), (50, 1)):
+    for block, steps, tile in ((7, 3, 10), (50, 1, 131)):
+        monkeypatch.setattr(metrics, "TILE", tile)
         monkeypatch.setattr(metrics, "BLOCK", block)
         monkeypatch.setattr(metrics, "STEPS", steps)
         assert metrics.evaluate(x, labels) == pytest.approx(whole, abs=1e-12)
