@@ -124,19 +124,19 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path):
         "--config=tests/tiny.py",
         f"--config.data.dir={data}",
         f"--workdir={tmp_path}/run",
-        "--config.train.steps=3000",
-        "--config.train.eval_every=3000",
-        "--config.train.checkpoint_every=3000",
+        "--config.train.steps=1000",
+        "--config.train.eval_every=1000",
+        "--config.train.checkpoint_every=1000",
     ]
     process = start(*flags)
     for line in process.stdout:
-        if re.match(r"step +\d+/3000", line):
+        if re.match(r"step +\d+/1000", line):
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    stopped = re.search(r"Stopped at step (\d+) of 3000; everything is saved in", output)
+    stopped = re.search(r"Stopped at step (\d+) of 1000; everything is saved in", output)
     assert stopped and "The same command goes on from there" in output
     status, output, errors = run(*flags)
     assert status == 0, errors
