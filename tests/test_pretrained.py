@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import subprocess
 import sys
 import types
 import zipfile
@@ -256,58 +257,70 @@ def test_sources_that_are_none(small, tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stand-in for the Hugging Face client: `hub.files` is what it can give."""
-    errors = types.ModuleType("huggingface_hub.errors")
+def hub(monkeypatch):
+    """A stand-in for the Hugging Face client, which gives `hub.folder` or fails."""
+    hub = types.SimpleNamespace(asked=[], failure=None, folder=None)
 
-    class EntryNotFoundError(OSError):
-        pass
+    def snapshot_download(repository, revision, allow_patterns):
+        hub.asked.append((repository, revision, allow_patterns))
+        if hub.failure:
+            raise hub.failure
+        return hub.folder
 
-    class LocalEntryNotFoundError(EntryNotFoundError):
-        pass
-
-    errors.EntryNotFoundError = EntryNotFoundError
-    errors.LocalEntryNotFoundError = LocalEntryNotFoundError
     module = types.ModuleType("huggingface_hub")
-    module.errors, module.asked, module.files, module.failure = errors, [], {}, None
-
-    def hf_hub_download(repository, name, revision=None):
-        module.asked.append((repository, name, revision))
-        if module.failure:
-            raise module.failure
-        if name not in module.files:
-            raise EntryNotFoundError(name)
-        return module.files[name]
-
-    module.hf_hub_download = hf_hub_download
+    module.snapshot_download = snapshot_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-    return module
+    return hub
 
 
 def test_hugging_face(small, tmp_path, hub):
     save_file(pretrained.to_torchvision(small), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3}))
-    hub.files = {name: str(tmp_path / name) for name in ("model.safetensors", "config.json")}
+    hub.folder = str(tmp_path)
     loaded, normalization = pretrained.load(small, "timm/resnet18.tv_in1k@v1.0")
     assert_same(loaded, small)
     assert normalization.mean[0] == 0.5
-    assert ("timm/resnet18.tv_in1k", "model.safetensors", "v1.0") in hub.asked
-    assert "pytorch_model.bin" not in [name for _, name, _ in hub.asked]
+    # The same weights in another format are not downloaded too.
+    ((repository, revision, patterns),) = hub.asked
+    assert (repository, revision) == ("timm/resnet18.tv_in1k", "v1.0")
+    assert patterns == ["config.json", "preprocessor_config.json", "model.safetensors"]
 
 
-def test_hugging_face_in_vain(small, hub, monkeypatch):
-    no_network = hub.errors.LocalEntryNotFoundError("cannot reach\nthe hub")
-    for hub.failure in (None, no_network, OSError("401: no such repository"), ValueError("bad id")):
+def test_hugging_face_in_vain(small, tmp_path, hub, monkeypatch):
+    hub.folder = str(tmp_path)
+    for hub.failure in (None, OSError("no network\nat all"), ValueError("unknown repository")):
         with pytest.raises(FileNotFoundError) as error:
             pretrained.load(small, "timm/nothing@abc")
         message = str(error.value)
         assert "https://huggingface.co/timm/nothing/tree/abc" in message and "\n" not in message
-        if hub.failure:
-            assert str(hub.failure).split()[-1] in message
+        reason = str(hub.failure or "holds neither model.safetensors nor pytorch_model.bin")
+        assert reason.replace("\n", " ") in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
         pretrained.load(small, "timm/nothing")
+
+
+def test_the_hugging_face_client_in_its_own_cache(small, tmp_path):
+    """The real package, without a network, and what an earlier download left."""
+    pytest.importorskip("huggingface_hub")
+    commit = "a" * 40
+    repository = tmp_path / "hub" / "models--timm--tiny"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    save_file(pretrained.to_torchvision(small), snapshot / "model.safetensors")
+    # The package reads its environment once, when it is imported.
+    code = (
+        "from cgd_jax.models import pretrained; print(pretrained._download('timm/tiny')); "
+        "pretrained._download('timm/absent')"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == str(snapshot / "model.safetensors")
+    assert "FileNotFoundError: There is no file or folder 'timm/absent'" in run.stderr
 
 
 def test_a_missing_wheel(monkeypatch):

