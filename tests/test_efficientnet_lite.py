@@ -79,7 +79,7 @@ def test_depthwise_convolution_against_loops(height, width, side, stride):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("side,stride", [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize("side,stride", [(3, 2), (5, 1)])
 def test_gradients_of_both_formulations_agree(side, stride):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
@@ -118,7 +118,7 @@ def test_where_the_input_is_added():
 
 
 def test_training_mode_uses_and_updates_batch_statistics():
-    model = EfficientNetLite(width=0.2, depth=0.3)
+    model = EfficientNetLite(width=0.2, depth=0.2)
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     variables = random_variables(model, images)
     train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))

@@ -121,8 +121,9 @@ def thin(array, count=16):
 def cgd_goldens(name):
     """What the whole network computes in both modes, and one step of Adam; in float64.
 
-    In float32 a few in a million activations lie within rounding of zero. Where a ReLU cuts
-    one of them on one side only, the gradient of the first convolution differs by 4e-3.
+    In float32 one in a million activations lies within rounding of zero. Where a ReLU cuts it
+    on one side only, gradients of the first convolution differ by per cents: those of torch
+    itself by 2e-2 from its own in float64, for ResNet-50 in training mode.
     """
     goldens = {}
     for mode in ("eval", "train"):
@@ -171,7 +172,7 @@ def feature_goldens(name):
 
 
 def lite_goldens():
-    """EfficientNet-Lite0 with its ImageNet weights."""
+    """EfficientNet-Lite0 with its ImageNet weights, Lite2 with random ones."""
     goldens = {}
     for last_stride in (1, 2):
         blocks, parameters = get_model_params("efficientnet-lite0", {})
@@ -183,12 +184,11 @@ def lite_goldens():
         with torch.no_grad():
             maps = model.extract_features(as_input(draw_images(2, 96))).permute(0, 2, 3, 1)
         goldens[f"efficientnet_lite0/features/{last_stride}"] = maps.numpy()[..., ::40]
-    for name in ("tf_efficientnet_lite1", "tf_efficientnet_lite2"):
-        model = timm.create_model(name).eval()
-        fill(model)
-        with torch.no_grad():
-            maps = model.forward_features(as_input(draw_images(2, 96))).permute(0, 2, 3, 1)
-        goldens[f"{name[3:]}/features/2"] = maps.numpy()[..., ::40]
+    model = timm.create_model("tf_efficientnet_lite2").eval()
+    fill(model)
+    with torch.no_grad():
+        maps = model.forward_features(as_input(draw_images(2, 96))).permute(0, 2, 3, 1)
+    goldens["efficientnet_lite2/features/2"] = maps.numpy()[..., ::40]
     return goldens
 
 
