@@ -47,6 +47,14 @@ def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(Path(workdir, FOLDER).resolve(), options=options)
 
 
+def exist(workdir: str) -> bool:
+    """Whether a work folder holds any checkpoint."""
+    if not Path(workdir, FOLDER).exists():
+        return False
+    with manager(workdir) as checkpoints:
+        return checkpoints.latest_step() is not None
+
+
 def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = None) -> None:
     """Starts to save a state; the writing goes on in the background.
 

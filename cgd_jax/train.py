@@ -22,6 +22,7 @@ from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validat
 from cgd_jax.datasets import Dataset
 from cgd_jax.input_pipeline import class_members, load_dataset, pk_batch, prefetch
 from cgd_jax.metrics import write_per_class
+from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import CGD, create_model
 
 
@@ -262,6 +263,36 @@ def set_up(config: ConfigDict) -> Setup:
     return Setup(dataset, labels, model, optimizer, state, split)
 
 
+def load_pretrained(source: str, state: State) -> State:
+    """Puts published weights into the backbone of a state at step 0.
+
+    Args:
+      source: as `pretrained.load` takes it.
+      state: from `create_state`.
+
+    Returns:
+      The state with them, laid over the devices as before.
+
+    Raises:
+      ConfigError: no such source, one that does not fit the network, or one that wants
+        its images normalized in another way.
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    try:
+        loaded, normalization = pretrained.load(variables, source)
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(f"model.pretrained: {error}") from error
+    if not np.allclose(normalization, pretrained.IMAGENET, atol=1e-3):
+        raise ConfigError(
+            f"model.pretrained={source!r} wants images normalized by mean "
+            f"{np.round(normalization.mean, 3)} and standard deviation "
+            f"{np.round(normalization.std, 3)}; training normalizes as ImageNet networks do, by "
+            f"{np.round(pretrained.IMAGENET.mean, 3)} and {np.round(pretrained.IMAGENET.std, 3)}."
+        )
+    loaded = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, variables)
+    return state.replace(params=loaded["params"], batch_stats=loaded["batch_stats"])
+
+
 def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
     """The data set of a config, and the labels [N] int32 of its training images in [0, M).
 
@@ -342,6 +373,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     validate(config)
     check_workdir(config, workdir)
     setup = set_up(config)
+    if config.model.pretrained and not checkpoint.exist(workdir):
+        setup = setup._replace(state=load_pretrained(config.model.pretrained, setup.state))
     Path(workdir).mkdir(parents=True, exist_ok=True)
     report.write_json(Path(workdir, "config.json"), to_dict(config))
     dataset, state = setup.dataset, setup.state
@@ -586,7 +619,7 @@ def embed_test(config: ConfigDict, setup: Setup, state: State, **views) -> evalu
 
 
 def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
-    """Metrics of raw pixels and of the untrained network, measured once a work folder."""
+    """Metrics of raw pixels and of the network before training, measured once a work folder."""
     path = Path(workdir, "baselines.json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -595,7 +628,10 @@ def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
         name: evaluate.measure(embeddings, setup.dataset, config.eval, mesh=setup.split.mesh)
         for name, embeddings in [
             ("raw pixels", pixels),
-            ("untrained network", embed_test(config, setup, setup.state)),
+            (
+                "pretrained network" if config.model.pretrained else "untrained network",
+                embed_test(config, setup, setup.state),
+            ),
         ]
     }
     report.write_json(path, baselines)

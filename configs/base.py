@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.backbone = "resnet50"
+    model.pretrained = ""  # weights to start from: a file, a run, a Hugging Face repository
     model.width = 64  # channels of the backbone's stem; 64 is the published network
     model.stem = "7x7"  # "3x3" for images of 64 pixels and less
     model.stem_stride = 2  # of the stem's convolution; 1 keeps the full resolution

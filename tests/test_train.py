@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, losses, report, train
 from cgd_jax.config import ConfigError, to_dict
+from cgd_jax.models import pretrained
 from configs import base
 
 
@@ -252,6 +253,24 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path):
     with pytest.raises(ConfigError):
         train.train_and_evaluate(tiny_config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
+    setup = train.set_up(tiny_config)
+    variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
+    doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
+    path = tmp_path / "weights.safetensors"
+    pretrained.save(path, doubled, pretrained.IMAGENET)
+    state = train.load_pretrained(str(path), setup.state)
+    kernel = state.params["backbone"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
+    assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
+    pretrained.save(path, doubled, pretrained.EFFICIENTNET_LITE)
+    with pytest.raises(ConfigError, match="wants images normalized by"):
+        train.load_pretrained(str(path), setup.state)
+    tiny_config.model.pretrained = str(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ConfigError, match="model.pretrained: .*nowhere.safetensors"):
+        train.train_and_evaluate(tiny_config, str(tmp_path / "run"))
 
 
 def test_too_many_classes_for_the_data_set(tiny_config):
