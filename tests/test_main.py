@@ -142,4 +142,4 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path):
     assert status == 0, errors
     assert f"Resumed from the checkpoint of step {stopped[1]}." in output
     history = np.genfromtxt(tmp_path / "run" / "history.csv", delimiter=",", names=True)
-    assert list(history["step"]) == list(range(2, 3001, 2))
+    assert list(history["step"]) == list(range(2, 1001, 2))
