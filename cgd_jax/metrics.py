@@ -1,4 +1,4 @@
-"""How high do the true matches rank? Exact retrieval metrics in the memory of one block.
+"""How high do the true matches rank? Exact retrieval metrics in constant memory.
 
 The rank of a true match is a count: the gallery items of other classes at least as
 similar to the query, plus the true matches before it. Counting needs one matrix product
@@ -30,11 +30,15 @@ TIE = 1e-6
 TIES = {"pessimistic": (-TIE,), "optimistic": (TIE,), "mean": (-TIE, TIE)}
 PRECISIONS = ("highest", "high", "default")
 
-# One product is at most BLOCK queries × the gallery and at most BLOCK_BYTES a device; one
-# call runs STEPS of them in the same memory, because fresh pages cost as much as counting.
-BLOCK, BLOCK_BYTES, STEPS = 1024, 2**28, 2
-# Columns of a product that are counted at a time.
-TILE = 4096
+# One product is at most BLOCK queries × GALLERY_BLOCK items. STEPS blocks of queries meet a
+# block of the gallery while it is on the device.
+BLOCK, STEPS, GALLERY_BLOCK = 1024, 8, 2**14
+# Rows and columns of a product that are counted at a time on a CPU, and stay in its cache.
+TILE = (256, 4096)
+# Side of the small products that only look at true matches.
+WINDOW = 256
+# Numbers per query and true match that a call may hold.
+MATCHES = 2**24
 
 
 def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8), **options):
@@ -49,7 +53,7 @@ def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2
             finds itself.
         gallery_labels: [G]; given if and only if ``gallery`` is.
         ks: the values of k.
-        **options: query_ids, gallery_ids, ties, precision, mesh and shard of `evaluate`.
+        **options: query_ids, gallery_ids, ties, precision and mesh of `evaluate`.
 
     Returns:
         ``{k: recall}``, floats in [0, 1] over the queries that have a true match.
@@ -99,8 +103,7 @@ def evaluate(
             ties: "pessimistic" (default), "optimistic" or "mean", see the module.
             precision: of the matrix product, "highest" (default; full float32 on every
                 device), "high" or "default" (the device's fastest: TF32 or bfloat16).
-            mesh: `jax.sharding.Mesh` whose devices share the work; None for one device.
-            shard: what the mesh divides: "gallery" (default; its memory too) or "query".
+            mesh: `jax.sharding.Mesh` whose devices share the queries; None for one device.
 
     Returns:
         dict of plain numbers. With R the number of the query's true matches, means over
@@ -281,7 +284,6 @@ def _true_match_ranks(
     ties="pessimistic",
     precision="highest",
     mesh=None,
-    shard="gallery",
 ):
     """Ranks of the true matches, block by block.
 
@@ -292,7 +294,6 @@ def _true_match_ranks(
     for name, value, valid in (
         ("ties", ties, tuple(TIES)),
         ("precision", precision, PRECISIONS),
-        ("shard", shard, ("gallery", "query")),
     ):
         if value not in valid:
             raise ValueError(f"{name} is one of {', '.join(valid)}, not {value!r}")
@@ -315,153 +316,236 @@ def _true_match_ranks(
         if (query_ids is None) != (gallery_ids is None):
             raise ValueError("give both query_ids and gallery_ids, or neither")
 
-    # Members of class c are order[start : start + count]: true matches are known by index.
+    # The members of a query's class are order[start : end]: true matches are known by index.
+    # Large classes come last, so that blocks of queries have about as many matches each.
     code, gallery_code = _shared_codes("labels", query_labels, gallery_labels)
-    order = np.argsort(gallery_code, kind="stable")
-    sorted_code = gallery_code[order]
-    start = np.searchsorted(sorted_code, code)
-    matches = np.searchsorted(sorted_code, code, side="right") - start
+    members = np.bincount(gallery_code, minlength=code.max() + 1)
+    order = np.lexsort((gallery_code, members[gallery_code]))
+    start = np.zeros(len(members), int)
+    start[gallery_code[order[::-1]]] = np.arange(len(order))[::-1]
+    start, end = start[code], start[code] + members[code]
     own = np.full(len(query), -1)  # where the query itself stands in the gallery
-    skip = np.full(len(query), len(gallery))  # its place among the members of its class
+    matches = members[code]
     if query_ids is not None:
         own = _own_index(query_ids, gallery_ids, len(query), len(gallery))
-        present = np.flatnonzero(own >= 0)
-        present = present[gallery_code[own[present]] == code[present]]
-        place = np.empty(len(gallery), int)
-        place[order] = np.arange(len(gallery))
-        skip[present] = place[own[present]] - start[present]
-        matches[present] -= 1
+        matches = matches - ((own >= 0) & (gallery_code[own] == code))
     rows = np.flatnonzero(matches)
     if not len(rows):
         raise ValueError(
             f"none of the {len(query)} queries has a true match among the {len(gallery)} gallery "
             "items: check that both are labelled alike"
         )
-    rows = rows[np.argsort(matches[rows], kind="stable")]  # blocks of equal work
+    rows = rows[np.argsort(start[rows], kind="stable")]
 
     if mesh is None:
         mesh = jax.make_mesh((1,), ("all",), devices=jax.devices()[:1])
-    ways = mesh.size if shard == "query" else 1
-    padding = 0 if shard == "query" else -len(gallery) % mesh.size
-    local = (len(gallery) + padding) * ways // mesh.size
-    block = ways * int(np.clip(BLOCK_BYTES // (4 * local), 1, min(BLOCK, -(-len(rows) // ways))))
-    steps = min(STEPS, -(-len(rows) // block))
-    rows_of_query, rows_of_gallery = _partition(mesh, shard)
-    if padding:
-        gallery = np.concatenate([gallery, np.zeros((padding, gallery.shape[1]), gallery.dtype)])
-    gallery = normalize(jax.device_put(gallery, NamedSharding(mesh, rows_of_gallery)))
+    ways = mesh.size
+    at_once = int(np.clip(MATCHES // members[code[rows[-1]]], 1, STEPS * BLOCK))
+    block = ways * _even(min(BLOCK, at_once, -(-len(rows) // ways)), TILE[0])[0]
+    steps = min(STEPS, -(-at_once // BLOCK), -(-len(rows) // block))
+    divided = NamedSharding(mesh, P(None, mesh.axis_names))
 
     for at in range(0, len(rows), steps * block):
         some = rows[at : at + steps * block]
-        matched = matches[some]
         # Few widths, so that few programs are compiled; the loop inside stops at the last.
-        width = 4 ** int(np.ceil(np.log2(matched[-1]) / 2))
-        slot = np.arange(width)
-        member = start[some, None] + slot + (slot >= skip[some, None])
-        true = np.where(
-            slot < matched[:, None], order[np.minimum(member, len(gallery_code) - 1)], -1
+        width = 4 ** int(np.ceil(np.log2(end[some[-1]] - start[some[-1]]) / 2))
+        place = start[some, None] + np.arange(width)
+        true = np.where(place < end[some, None], order[np.minimum(place, len(order) - 1)], -1)
+        true = np.where(true == own[some, None], -1, true)
+        similarity = _similarity_of_matches(
+            query, gallery, order, some, start[some], end[some], width, precision
         )
-        blocks = [
-            np.resize(x, (steps, block, *x.shape[1:]))  # the last call repeats some queries
-            for x in (query[some], true, own[some, None])
-        ]
-        others = _others_before(
-            *jax.device_put(blocks, NamedSharding(mesh, rows_of_query)),
-            gallery,
-            np.float32(TIES[ties]),
-            mesh=mesh,
-            shard=shard,
-            padding=padding,
-            first=first,
-            precision=precision,
-        )
-        others = np.asarray(others).reshape(steps * block, -1)[: len(some)]
+        similarity[true < 0] = -np.inf
+        for _ in range(2):
+            descending = -np.sort(-similarity, 1)
+            others, seen = _count_others_before(
+                *(
+                    # The last call repeats some queries.
+                    jax.device_put(np.resize(x, (steps, block, *x.shape[1:])), divided)
+                    for x in (
+                        query[some],
+                        descending[:, :1] if first else descending,
+                        true,
+                        own[some, None],
+                    )
+                ),
+                gallery,
+                np.float32(TIES[ties]),
+                mesh,
+                precision,
+            )
+            others, seen = (
+                np.asarray(x).reshape(steps * block, -1)[: len(some)] for x in (others, seen)
+            )
+            # Sums of a thousand equal terms, of a collapsed model, differ between products by
+            # more than TIE. Then true matches are compared as the counted product has them.
+            if np.allclose(seen, similarity, rtol=0, atol=TIE / 2):
+                break
+            similarity = seen
         ranks = 1 + np.arange(others.shape[1]) + others / len(TIES[ties])
-        yield some, matched, ranks if first else np.where(slot < matched[:, None], ranks, np.inf)
+        matched = matches[some]
+        within = np.arange(others.shape[1]) < matched[:, None]
+        yield some, matched, np.where(within, ranks, np.inf)
 
 
-@partial(jax.jit, static_argnames=("mesh", "shard", "padding", "first", "precision"))
-def _others_before(query, true, own, gallery, offsets, *, mesh, shard, padding, first, precision):
+def _similarity_of_matches(query, gallery, order, rows, start, end, width, precision):
+    """[S, width], similarity of queries to the members order[start : end] of their class.
+
+    ``rows`` [S] are the queries, in the order of ``start``, so that small products of
+    neighbouring queries and items hold what is asked for; the rest is undefined.
+    """
+    similarity = np.zeros((len(rows), width), np.float32)
+    slot = np.arange(width)
+    for a in range(start[0], end[-1], WINDOW):
+        b = min(a + WINDOW, end[-1])
+        items = _padded(gallery[order[a:b]], WINDOW)
+        # Queries with members between a and b.
+        lo, hi = np.searchsorted(end, a, "right"), np.searchsorted(start, b)
+        for at in range(lo, hi, WINDOW):
+            some = slice(at, min(at + WINDOW, hi))
+            # Powers of two are few shapes to compile.
+            few = _padded(query[rows[some]], 2 ** int(np.ceil(np.log2(some.stop - at))))
+            product = np.asarray(_product(few, items, precision))
+            column = start[some, None] + slot - a
+            i, j = np.nonzero((column >= 0) & (column < b - a))
+            similarity[at + i, j] = product[i, column[i, j]]
+    return similarity
+
+
+def _padded(rows, size):
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
+
+
+@partial(jax.jit, static_argnames="precision")
+def _product(query, items, precision):
+    """[B, N], cosines of [B, D] and [N, D]."""
+    return jnp.matmul(normalize(query), normalize(items).T, precision=precision)
+
+
+def _count_others_before(query, similarity, true, own, gallery, offsets, mesh, precision):
     """Counts the items of other classes before each true match.
 
     Args:
-        query: [S, B, D]. true: [S, B, W], where in the gallery the true matches are, -1 for
-            none. own: [S, B, 1], where the query itself is, -1 for nowhere.
-        gallery: [G, D], normalized; its last ``padding`` rows are zero and do not count.
+        query: [S, B, D]. similarity: [S, B, M], of the true matches to count for, the most
+            similar first, -inf for none. true: [S, B, W], where in the gallery all true
+            matches are, -1 for none. own: [S, B, 1], where the query itself is, -1 for
+            nowhere. Their blocks are divided over the devices.
+        gallery: [G, D], on the host.
         offsets: [T], what is added to a true match's similarity before others are compared.
+        mesh: the devices. precision: of the product.
 
     Returns:
-        [S, B, W] int32, or [S, B, 1] with ``first``; most similar true match first, summed
-        over the offsets; without meaning for no true match.
+        [S, B, M] int32, summed over the offsets, without meaning for no true match; and
+        [S, B, W], the similarities of the true matches in the product that was counted.
     """
-    axes = mesh.axis_names if shard == "gallery" else ()
+    size, columns = _even(_even(len(gallery), GALLERY_BLOCK)[1], TILE[1])
+    rows = _even(query.shape[1] // mesh.size, TILE[0])[1]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    counts = jax.device_put(np.zeros(similarity.shape, np.int32), query.sharding)
+    seen = jax.device_put(np.full(true.shape, -np.inf, np.float32), query.sharding)
+    for begin in range(0, len(gallery), size):
+        items = gallery[begin : begin + size]
+        padding = size - len(items)
+        items = jax.device_put(_padded(items, size), NamedSharding(mesh, P()))
+        # While one block of the gallery is counted the next is read, and no third one.
+        counts.block_until_ready()
+        counts, seen = _add_count(
+            *(counts, seen),
+            *(query, similarity, true, own, items),
+            *(np.int32(begin), np.int32(padding), offsets),
+            mesh=mesh,
+            precision=precision,
+            tile=(rows, columns) if on_cpu else (query.shape[1] // mesh.size, size),
+        )
+    return counts, seen
 
-    def local(query, true, own, gallery, offsets):
-        total = lambda x: lax.psum(x, axes) if axes else x
-        size = len(gallery)
-        begin = lax.axis_index(axes) * size if axes else 0
 
-        def one_block(block):
-            query, true, own = block
-            similarity = jnp.matmul(normalize(query), gallery.T, precision=precision)
+@partial(jax.jit, static_argnames=("mesh", "precision", "tile"), donate_argnums=(0, 1))
+def _add_count(
+    counts,
+    seen,
+    query,
+    similarity,
+    true,
+    own,
+    items,
+    begin,
+    padding,
+    offsets,
+    *,
+    mesh,
+    precision,
+    tile,
+):
+    """Adds the counts of `_count_others_before` in one block of the gallery.
 
-            def similarity_at(index):
-                column = jnp.clip(index - begin, 0, size - 1)
-                value = jnp.take_along_axis(similarity, column, 1)
-                value = total(jnp.where(column == index - begin, value, 0.0))
-                return jnp.where(index < 0, -jnp.inf, value)
+    Its last ``padding`` rows are zero and do not count.
+    """
+    size = len(items)
 
-            # Read from the product that is counted, so that true matches, and the query
-            # itself, leave the count exactly as they entered it.
-            every, own = similarity_at(true), similarity_at(own)
-            true = lax.top_k(every, 1 if first else every.shape[1])[0]
+    def one_block(items, offsets, counts, seen, query, true_similarity, true, own):
+        similarity = jnp.matmul(normalize(query), items.T, precision=precision)
 
-            most = jnp.max(jnp.sum(true > -jnp.inf, 1))
-            counts = 0
-            for offset in offsets:
-                above = partial(_count_above, true + offset, most)
-                # By tiles, which stay in the cache while every true match is compared.
-                width = min(TILE, size)
-                tiles = size // width
-                tile = lambda i: lax.dynamic_slice_in_dim(similarity, i * width, width, 1)  # noqa: B023
-                everything = lax.fori_loop(
-                    0,
-                    tiles,
-                    lambda i, count: count + above(tile(i)),  # noqa: B023
-                    above(similarity[:, tiles * width :]),
-                )
-                counts += total(everything) - above(every) - above(own)
-                counts -= padding * (true + offset < 0)  # zero rows have similarity 0
-            return counts
+        def similarity_at(index):
+            column = jnp.clip(index - begin, 0, size - 1)
+            value = jnp.take_along_axis(similarity, column, 1)
+            return jnp.where((index >= 0) & (column == index - begin), value, -jnp.inf)
 
-        return lax.map(one_block, (query, true, own))
+        # Read from the product that is counted, so that true matches, and the query
+        # itself, leave the count exactly as they entered it.
+        leaving = jnp.concatenate([similarity_at(true), similarity_at(own)], 1)
+        for offset in offsets:
+            limits = true_similarity + offset
+            counts += _count_above(similarity, limits, tile)
+            counts -= _count_above(leaving, limits, leaving.shape)
+            counts -= padding * (limits < 0)  # zero rows have similarity 0
+        return counts, jnp.maximum(seen, leaving[:, :-1])
 
-    queries, rows = _partition(mesh, shard)
+    def local(items, offsets, *blocks):
+        items = normalize(items)
+        return lax.map(lambda block: one_block(items, offsets, *block), blocks)
+
+    blocks = P(None, mesh.axis_names)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(queries, queries, queries, rows, P()),
-        out_specs=queries,
+        in_specs=(P(), P(), *[blocks] * 6),
+        out_specs=(blocks, blocks),
         check_vma=False,
-    )(query, true, own, gallery, offsets)
+    )(items, offsets, counts, seen, query, similarity, true, own)
 
 
-def _count_above(thresholds, most, values):
-    """[B, W] int32, how many of values [B, N] exceed the first ``most`` of thresholds [B, W]."""
+def _count_above(values, limits, tile):
+    """[B, M] int32, how many of values [B, N] exceed each of limits [B, M].
 
-    def fill(i, counts):
-        # Sums of ones in float32 are twice as fast on a CPU, and exact up to 2**24.
-        above = jnp.sum(values > thresholds[:, i, None], 1, dtype=jnp.float32)
-        return counts.at[:, i].set(above.astype(jnp.int32))
+    Limits are in descending order, -inf for none. ``tile`` divides [B, N].
+    """
+    across = values.shape[1] // tile[1]
 
-    return lax.fori_loop(0, most, fill, jnp.zeros(thresholds.shape, jnp.int32))
+    def one_tile(i, counts):
+        row = i // across * tile[0]
+        some = lax.dynamic_slice(values, (row, i % across * tile[1]), tile)
+        these = lax.dynamic_slice(limits, (row, 0), (tile[0], limits.shape[1]))
+
+        def one_limit(j, counts):
+            # Sums of ones in float32 are faster on a CPU, and exact up to 2**24.
+            above = jnp.sum(some > these[:, j, None], 1, dtype=jnp.float32)
+            return counts.at[:, j].add(above.astype(jnp.int32))
+
+        most = jnp.max(jnp.sum(these > -jnp.inf, 1))
+        before = lax.dynamic_slice(counts, (row, 0), these.shape)
+        after = lax.fori_loop(0, most, one_limit, before)
+        return lax.dynamic_update_slice(counts, after, (row, 0))
+
+    tiles = values.shape[0] // tile[0] * across
+    return lax.fori_loop(0, tiles, one_tile, jnp.zeros(limits.shape, jnp.int32))
 
 
-def _partition(mesh, shard):
-    """How the mesh divides blocks of queries [S, B, …] and the gallery [G, D]."""
-    if shard == "query":
-        return P(None, mesh.axis_names), P()
-    return P(), P(mesh.axis_names)
+def _even(total, most):
+    """(covered, size) of equal parts of at most ``most`` that together cover ``total``."""
+    parts = -(-total // most)
+    size = -(-total // parts)
+    return parts * size, size
 
 
 def _check(name, embeddings, labels_name, labels):
@@ -477,7 +561,9 @@ def _check(name, embeddings, labels_name, labels):
             embeddings = embeddings.astype(np.float32, casting="same_kind", copy=False)
     except TypeError:
         raise ValueError(f"{name} must be real numbers, not {embeddings.dtype}") from None
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(1))
+    # In parts, since a mask of everything is a quarter of the embeddings in size.
+    parts = np.array_split(embeddings, -(-len(embeddings) // 4096))
+    bad = np.flatnonzero(np.concatenate([~np.isfinite(part).all(1) for part in parts]))
     if len(bad):
         raise ValueError(
             f"{len(bad)} of the {len(embeddings)} rows of {name} are NaN or infinite in float32, "

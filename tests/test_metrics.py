@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,7 +107,9 @@ def test_cluster_agreement_without_scikit_learn_says_what_to_install(monkeypatch
         metrics.cluster_agreement(np.eye(3), [0, 1, 2])
 
 
-@pytest.mark.parametrize("size, dim", [(4, 1), (37, 5), (257, 33), (1025, 64), (301, 511)])
+@pytest.mark.parametrize(
+    "size, dim", [(4, 1), (37, 5), (257, 33), (1025, 64), (301, 511), (90, 1536)]
+)
 def test_a_collapsed_model_scores_zero(size, dim):
     labels = np.arange(size) % (size // 2)
     rng = np.random.default_rng(0)
@@ -173,10 +176,18 @@ def test_blocks_do_not_show(monkeypatch):
     labels = np.concatenate([np.zeros(40, int), rng.integers(1, 30, 90), [77]])
     x = rng.normal(size=(131, 8))
     whole = metrics.evaluate(x, labels)
-    for block, steps, tile in ((7, 3, 10), (50, 1, 131)):
+    for block, steps, gallery_block, tile, window, held in (
+        (7, 3, 131, (3, 10), 20, 2**24),
+        (50, 1, 40, (50, 131), 5, 2**24),
+        (50, 2, 17, (9, 5), 300, 39 * 20),
+    ):
         monkeypatch.setattr(metrics, "TILE", tile)
         monkeypatch.setattr(metrics, "BLOCK", block)
         monkeypatch.setattr(metrics, "STEPS", steps)
+        monkeypatch.setattr(metrics, "GALLERY_BLOCK", gallery_block)
+        monkeypatch.setattr(metrics, "WINDOW", window)
+        monkeypatch.setattr(metrics, "MATCHES", held)
+        jax.clear_caches()  # the sizes are read when a program is compiled
         assert metrics.evaluate(x, labels) == pytest.approx(whole, abs=1e-12)
     assert whole["excluded"] == np.sum(np.bincount(labels) == 1) > 0
 
@@ -298,7 +309,6 @@ NAN, INF = np.where(X == 1, np.nan, X), np.where(X == 1, np.inf, X)
         ("ks must be whole numbers", (X, LABELS), {"ks": ()}),
         ("pessimistic, optimistic, mean", (X, LABELS), {"ties": "random"}),
         ("highest, high, default", (X, LABELS), {"precision": "low"}),
-        ("gallery, query", (X, LABELS), {"shard": "batch"}),
         ("both query_ids and gallery_ids", (X, LABELS, X, LABELS), {"query_ids": LABELS}),
         ("gallery_ids without a gallery", (X, LABELS), {"gallery_ids": LABELS}),
         ("one per row", (X, LABELS), {"query_ids": [1, 2]}),
@@ -326,8 +336,8 @@ alone = metrics.evaluate(*args)
 two = Mesh(np.array(jax.devices()[:2]), ("data",))
 eight = Mesh(np.array(jax.devices()).reshape(2, 4), ("host", "device"))
 explicit = jax.make_mesh((8,), ("data",))
-for mesh, shard in ((two, "gallery"), (eight, "gallery"), (eight, "query"), (explicit, "query")):
-    assert metrics.evaluate(*args, mesh=mesh, shard=shard) == alone, (mesh, shard)
+for mesh in (two, eight, explicit):
+    assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 assert metrics.evaluate(x, labels, mesh=explicit) == metrics.evaluate(x, labels)
 """
     flags = "--xla_force_host_platform_device_count=8"
