@@ -1,23 +1,43 @@
 """What happens to a batch of uint8 images on the device, inside the jitted step."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-
-# Of ImageNet, in units of a full-scale pixel: red, green, blue.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+import numpy as np
 
 
-def normalize(images: jax.Array) -> jax.Array:
-    """Scales pixels as ImageNet networks expect them.
+class Normalization(NamedTuple):
+    """What a network expects of pixels scaled to [0, 1]: (pixel - mean) / std.
+
+    It belongs to the weights, and is kept with them.
+    """
+
+    mean: np.ndarray  # [3] float32: red, green, blue
+    std: np.ndarray  # [3] float32
+
+    @classmethod
+    def of(cls, mean, std) -> "Normalization":
+        """From two sequences of three numbers, or two numbers."""
+        mean, std = (np.broadcast_to(np.float32(value), 3).copy() for value in (mean, std))
+        return cls(mean, std)
+
+
+IMAGENET = Normalization.of((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+EFFICIENTNET_LITE = Normalization.of(127 / 255, 128 / 255)
+
+
+def normalize(images: jax.Array, normalization: Normalization) -> jax.Array:
+    """Scales pixels as a network expects them.
 
     Args:
       images: [..., 3], values from 0 to 255.
+      normalization: what it expects.
 
     Returns:
       Same shape, float32.
     """
-    return (images.astype(jnp.float32) / 255.0 - jnp.array(MEAN)) / jnp.array(STD)
+    return (images.astype(jnp.float32) / 255.0 - normalization.mean) / normalization.std
 
 
 def random_crop(key: jax.Array, images: jax.Array, size: int, pad: int = 0) -> jax.Array:
@@ -151,7 +171,9 @@ def center_crop(images: jax.Array, size: int) -> jax.Array:
     return images[:, top : top + size, left : left + size]
 
 
-def augment(key: jax.Array, images: jax.Array, config, size: int) -> jax.Array:
+def augment(
+    key: jax.Array, images: jax.Array, config, size: int, normalization: Normalization
+) -> jax.Array:
     """Everything that a config asks for, in order; the result is normalized.
 
     Args:
@@ -159,6 +181,7 @@ def augment(key: jax.Array, images: jax.Array, config, size: int) -> jax.Array:
       images: [B, H, W, 3] uint8.
       config: the `augment` part of an experiment's config.
       size: side of what the network sees, in pixels.
+      normalization: what the network expects.
 
     Returns:
       [B, size, size, 3] float32.
@@ -172,7 +195,7 @@ def augment(key: jax.Array, images: jax.Array, config, size: int) -> jax.Array:
         images = random_flip(flip_key, images)
     if config.jitter:
         images = color_jitter(jitter_key, images, config.jitter)
-    images = normalize(images)
+    images = normalize(images, normalization)
     if config.erase:
         images = random_erase(erase_key, images, config.erase)
     return images

@@ -55,6 +55,18 @@ def exist(workdir: str) -> bool:
         return checkpoints.latest_step() is not None
 
 
+def check_step(checkpoints: ocp.CheckpointManager, step: int | None, workdir: str | Path) -> None:
+    """Raises FileNotFoundError, with the steps that are kept, if a checkpoint is not there."""
+    steps = sorted(checkpoints.all_steps())
+    if not steps:
+        raise FileNotFoundError(f"The run in {workdir} has no checkpoint yet.")
+    if step not in steps:
+        kept = ", ".join(map(str, steps))
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint of step {step}; the steps kept are: {kept}."
+        )
+
+
 def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = None) -> None:
     """Starts to save a state; the writing goes on in the background.
 

@@ -41,7 +41,7 @@ def validate(config: ConfigDict) -> None:
     """
     _check_name("data.name", config.data.name, datasets.NAMES)
     _check_name("data.cache", config.data.cache, ("disk", "none"))
-    _check_name("model.backbone", config.model.backbone, resnet.BACKBONES)
+    _check_name("model.backbone", config.model.backbone, cgd.BACKBONES)
     _check_name("model.stem", config.model.stem, resnet.STEMS)
     _check_name("model.combination", config.model.combination, combination.COMBINATIONS)
     _check_name("model.learn_p", config.model.learn_p, cgd.LEARN_P)
@@ -49,6 +49,15 @@ def validate(config: ConfigDict) -> None:
     _check_name("loss.ranking", config.loss.ranking, losses.RANKING_LOSSES)
     _check_name("optimizer.name", config.optimizer.name, OPTIMIZERS)
     _check_name("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
+
+    published = {"width": 64, "stem": "7x7", "stem_stride": 2}
+    if config.model.backbone not in resnet.BACKBONES:
+        for name in cgd.RESNET_OPTIONS:
+            if config.model[name] != published[name]:
+                raise ConfigError(
+                    f"model.{name}={config.model[name]!r} is an option of ResNets; "
+                    f"{config.model.backbone} has none, leave {published[name]!r}."
+                )
 
     letters = config.model.descriptors
     valid = "".join(pooling.POOLINGS)
@@ -99,7 +108,9 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"data.source={config.data.source!r}, but {config.data.name} is drawn, not read."
         )
-    _check_at_least(config, 0, " optimizer.weight_decay optimizer.warmup_steps")
+    _check_at_least(config, 0, "optimizer.weight_decay optimizer.warmup_steps")
+    _check_at_least(config, 0, "optimizer.backbone_rate optimizer.freeze_backbone_steps")
+    _check(config, "optimizer.average", lambda decay: 0 <= decay < 1, "must be in [0, 1)")
     _check_at_least(config, 0, "loss.ranking_weight loss.classification_weight")
     _check(config, "model.gem_p", lambda p: p > 0, "must be above 0")
     _check(config, "model.stem_stride", lambda stride: stride in (1, 2), "must be 1 or 2")

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cgd_jax import metrics, rerank
-from cgd_jax.augment import center_crop, normalize
+from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.datasets import Dataset
 from cgd_jax.input_pipeline import prefetch
@@ -28,8 +28,8 @@ class Embeddings(NamedTuple):
 
 def embed_model(
     model: CGD,
-    params: dict,
-    batch_stats: dict,
+    variables: dict,
+    normalization: Normalization,
     image_size: int,
     vector: str = "embedding",
     flip: bool = False,
@@ -39,8 +39,8 @@ def embed_model(
 
     Args:
       model: the network.
-      params: its weights.
-      batch_stats: its BatchNorm statistics.
+      variables: its weights and BatchNorm statistics.
+      normalization: of the pixels, which belongs to the weights.
       image_size: what the network sees; of larger images it is the centre.
       vector: which of its vectors is compared, see `select_vector`.
       flip: whether the vector of the mirrored image is added.
@@ -49,13 +49,14 @@ def embed_model(
     Returns:
       A jitted function; its vectors have unit length.
     """
-    variables = {"params": params, "batch_stats": batch_stats}
-    return lambda images: _embed(model, variables, images, image_size, vector, flip, scales)
+    return lambda images: _embed(
+        model, variables, normalization, images, image_size, vector, flip, scales
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales"))
-def _embed(model, variables, images, image_size, vector, flip, scales):
-    images = normalize(center_crop(images, image_size))
+def _embed(model, variables, normalization, images, image_size, vector, flip, scales):
+    images = normalize(center_crop(images, image_size), normalization)
     views = []
     for scale in scales:
         side = round(scale * image_size)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 from tqdm import tqdm
 
-from cgd_jax.augment import MEAN, STD
+from cgd_jax.augment import IMAGENET
 from cgd_jax.datasets import Dataset
 
 GREEN, RED, GRAY = "#2a9d3c", "#d1342f", "#555555"
@@ -218,10 +218,10 @@ def plot_samples(path: str | Path, images: np.ndarray, columns: int) -> None:
 
     Args:
       path: of the PNG.
-      images: [B, S, S, 3], normalized as for the network.
+      images: [B, S, S, 3], normalized by `augment.IMAGENET`.
       columns: images in a row.
     """
-    pixels = np.clip((images * np.array(STD) + np.array(MEAN)) * 255, 0, 255).astype(np.uint8)
+    pixels = np.clip((images * IMAGENET.std + IMAGENET.mean) * 255, 0, 255).astype(np.uint8)
     side, gap = min(max(images.shape[1], 64), 128), 4
     rows = -(-len(images) // columns)
     size = (columns * (side + gap) + gap, rows * (side + gap) + gap)

@@ -17,13 +17,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from tensorboardX import SummaryWriter
 
 from cgd_jax import checkpoint, evaluate, losses, report
-from cgd_jax.augment import augment, normalize
+from cgd_jax.augment import IMAGENET, Normalization, augment, normalize
 from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validate
 from cgd_jax.datasets import Dataset
 from cgd_jax.input_pipeline import class_members, load_dataset, pk_batch, prefetch
 from cgd_jax.metrics import write_per_class
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import CGD, create_model
+from cgd_jax.optimizer import learning_rate_schedule, make_optimizer, moving_average
 
 
 @flax.struct.dataclass
@@ -34,56 +35,24 @@ class State:
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
+    normalization: Normalization  # of the pixels; it belongs to the weights
+    average: dict | None  # of the parameters over the steps, if it is wanted
 
-
-# The optimizer.
-
-
-def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step.
-
-    Args:
-      config: the `optimizer` part of an experiment's config.
-      steps: of the whole run.
-
-    Returns:
-      step → learning rate.
-    """
-    rate, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(rate, max(1, steps - warmup))
-    elif config.schedule == "step":
-        # Counted from the end of the warm-up, where this schedule begins.
-        boundaries = [round(share * steps) - warmup for share in config.decay_at]
-        schedule = optax.piecewise_constant_schedule(
-            rate, dict.fromkeys(boundaries, config.decay_factor)
-        )
-    else:
-        schedule = optax.constant_schedule(rate)
-    if not warmup:
-        return schedule
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
-
-
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The optimizer that a config names. Arguments as for `learning_rate_schedule`."""
-    schedule = learning_rate_schedule(config, steps)
-    if config.name == "adam":
-        return optax.adam(schedule)
-    if config.name == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay)
-    return optax.chain(
-        optax.trace(config.momentum),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(schedule),
-    )
+    def variables(self) -> dict:
+        """What is evaluated: the averaged parameters if there are any."""
+        params = self.params if self.average is None else self.average
+        return {"params": params, "batch_stats": self.batch_stats}
 
 
 # One step.
 
 
 def create_state(
-    model: CGD, optimizer: optax.GradientTransformation, seed: int, image_size: int
+    model: CGD,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    image_size: int,
+    average: bool = False,
 ) -> State:
     """Draws the initial weights.
 
@@ -92,9 +61,10 @@ def create_state(
       optimizer: from `make_optimizer`.
       seed: of the experiment.
       image_size: side of the images, in pixels.
+      average: whether the parameters are averaged over the steps.
 
     Returns:
-      The state at step 0.
+      The state at step 0, with the normalization that the backbone is published with.
     """
 
     @jax.jit
@@ -103,7 +73,12 @@ def create_state(
         variables = model.init(jax.random.key(seed), images)
         params = variables["params"]
         return State(
-            jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params)
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(params),
+            normalization=jax.tree.map(jnp.asarray, pretrained.usual_normalization(variables)),
+            average=params if average else None,
         )
 
     return init()
@@ -162,7 +137,7 @@ def make_train_step(
 
     def train_step(state: State, images: jax.Array, labels: jax.Array):
         key = step_key(config.seed, state.step)
-        images = augment(key, images, config.augment, config.data.image_size)
+        images = augment(key, images, config.augment, config.data.image_size, state.normalization)
 
         def loss_of(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -184,7 +159,17 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics["learning_rate"] = schedule(state.step)
         params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, batch_stats, opt_state), metrics
+        average = state.average
+        if average is not None:
+            average = moving_average(average, params, state.step, config.optimizer.average)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            average=average,
+        )
+        return state, metrics
 
     replicated, split = shardings(mesh)
     return jax.jit(
@@ -214,8 +199,11 @@ def shardings(
 def flops_per_image(model: CGD, state: State, image_size: int) -> float:
     """Floating-point operations of one forward pass, as the compiler counts them."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    lowered = jax.jit(lambda v, x: model.apply(v, normalize(x)).embedding).lower(variables, images)
+
+    def embed(state, images):
+        return model.apply(state.variables(), normalize(images, state.normalization)).embedding
+
+    lowered = jax.jit(embed).lower(state, images)
     return (lowered.cost_analysis() or {}).get("flops", float("nan"))
 
 
@@ -258,7 +246,8 @@ def set_up(config: ConfigDict) -> Setup:
     classes = np.unique(labels)
     model = create_model(config.model, len(classes))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = create_state(model, optimizer, config.seed, config.data.image_size)
+    averaged = config.optimizer.average > 0
+    state = create_state(model, optimizer, config.seed, config.data.image_size, averaged)
     state = jax.device_put(state, replicated)
     return Setup(dataset, labels, model, optimizer, state, split)
 
@@ -274,23 +263,16 @@ def load_pretrained(source: str, state: State) -> State:
       The state with them, laid over the devices as before.
 
     Raises:
-      ConfigError: no such source, one that does not fit the network, or one that wants
-        its images normalized in another way.
+      ConfigError: no such source, or one that does not fit the network.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     try:
         loaded, normalization = pretrained.load(variables, source)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
-    if not np.allclose(normalization, pretrained.IMAGENET, atol=1e-3):
-        raise ConfigError(
-            f"model.pretrained={source!r} wants images normalized by mean "
-            f"{np.round(normalization.mean, 3)} and standard deviation "
-            f"{np.round(normalization.std, 3)}; training normalizes as ImageNet networks do, by "
-            f"{np.round(pretrained.IMAGENET.mean, 3)} and {np.round(pretrained.IMAGENET.std, 3)}."
-        )
-    loaded = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, variables)
-    return state.replace(params=loaded["params"], batch_stats=loaded["batch_stats"])
+    average = None if state.average is None else loaded["params"]
+    new = state.replace(**loaded, normalization=normalization, average=average)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, state)
 
 
 def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
@@ -343,7 +325,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     images, _ = make_batches(config, dataset, labels)(0)
     key = step_key(config.seed, 0)
     images = jax.jit(augment, static_argnums=(2, 3))(
-        key, images, FrozenConfigDict(config.augment), config.data.image_size
+        key, images, FrozenConfigDict(config.augment), config.data.image_size, IMAGENET
     )
     path = Path(workdir, "samples.png")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -517,11 +499,7 @@ def evaluate_checkpoint(
     dataset, wanted = setup.dataset, config.eval
     with checkpoint.manager(workdir) as checkpoints:
         step = checkpoints.best_step() if step is None else step
-        if step not in checkpoints.all_steps():
-            kept = ", ".join(map(str, sorted(checkpoints.all_steps()))) or "none"
-            raise FileNotFoundError(
-                f"{workdir} has no checkpoint of step {step}; the steps kept are: {kept}."
-            )
+        checkpoint.check_step(checkpoints, step, workdir)
         state = checkpoint.restore(checkpoints, setup.state, step)
     embeddings = embed_test(config, setup, state)
     measured = evaluate.measure(
@@ -609,7 +587,8 @@ def measure_options(
 def embed_state(config: ConfigDict, setup: Setup, state: State, **views):
     """The network with the weights of a state as `evaluate.embed_images` takes it."""
     size = config.data.image_size
-    return evaluate.embed_model(setup.model, state.params, state.batch_stats, size, **views)
+    variables = state.variables()
+    return evaluate.embed_model(setup.model, variables, state.normalization, size, **views)
 
 
 def embed_test(config: ConfigDict, setup: Setup, state: State, **views) -> evaluate.Embeddings:
@@ -623,16 +602,21 @@ def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
     path = Path(workdir, "baselines.json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    pixels = evaluate.embed_raw_pixels(setup.dataset, config.eval.batch_size, setup.split)
+    embeddings = {
+        "raw pixels": evaluate.embed_raw_pixels(setup.dataset, config.eval.batch_size, setup.split)
+    }
+    if config.model.pretrained:
+        # The FC layers are new: what was pretrained is compared as it comes out of the pooling.
+        together = embed_test(config, setup, setup.state, vector="descriptors")
+        letters = config.model.descriptors
+        for i, letter in enumerate(letters):
+            part = [x if x is None else np.split(x, len(letters), 1)[i] for x in together]
+            embeddings[f"pretrained {letter}"] = evaluate.Embeddings(*part)
+    else:
+        embeddings["untrained network"] = embed_test(config, setup, setup.state)
     baselines = {
-        name: evaluate.measure(embeddings, setup.dataset, config.eval, mesh=setup.split.mesh)
-        for name, embeddings in [
-            ("raw pixels", pixels),
-            (
-                "pretrained network" if config.model.pretrained else "untrained network",
-                embed_test(config, setup, setup.state),
-            ),
-        ]
+        name: evaluate.measure(found, setup.dataset, config.eval, mesh=setup.split.mesh)
+        for name, found in embeddings.items()
     }
     report.write_json(path, baselines)
     return baselines
@@ -665,7 +649,7 @@ def run_facts(config: ConfigDict, workdir: str, setup: Setup) -> dict[str, str]:
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} × {devices[0].device_kind}",
-        "network": f"{config.model.backbone}, width {config.model.width}, descriptors "
+        "network": f"{config.model.backbone}, descriptors "
         f"{config.model.descriptors}, embedding {config.model.embedding_dim}",
         "parameters": f"{parameters:,}",
         "FLOPs per image": f"{flops:,.0f}",

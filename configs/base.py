@@ -36,15 +36,16 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.backbone = "resnet50"
     model.pretrained = ""  # weights to start from: a file, a run, a Hugging Face repository
-    model.width = 64  # channels of the backbone's stem; 64 is the published network
-    model.stem = "7x7"  # "3x3" for images of 64 pixels and less
-    model.stem_stride = 2  # of the stem's convolution; 1 keeps the full resolution
+    model.width = 64  # channels of a ResNet's stem; 64 is the published network
+    model.stem = "7x7"  # "3x3" for images of 64 pixels and less; of a ResNet
+    model.stem_stride = 2  # of a ResNet's first convolution; 1 keeps the full resolution
     model.last_stride = 1  # 1 as in the paper: 14 × 14 positions from 224 pixels; 2 as in ResNet
     model.descriptors = "SG"  # letters S, M, G, R; the first feeds the auxiliary module
     model.gem_p = 3.0  # GeM's exponent, or where it starts if it is learned
     model.learn_p = "fixed"  # "scalar": one exponent is learned; "channel": one a channel
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
+    model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
     model.dtype = "float32"  # of the computation; "bfloat16" on TPUs and recent GPUs
 
     config.loss = loss = ConfigDict()
@@ -64,12 +65,15 @@ def get_config() -> ConfigDict:
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # "adamw", "sgd"
     optimizer.learning_rate = 1e-4  # the highest of the schedule
-    optimizer.weight_decay = 0.0  # decoupled, for adamw and sgd; adam has none
+    optimizer.backbone_rate = 1.0  # the backbone's learning rate, as a factor of this one
+    optimizer.freeze_backbone_steps = 0  # for so many steps only the new layers learn
+    optimizer.weight_decay = 0.0  # decoupled, for adamw and sgd; of kernels only
     optimizer.momentum = 0.9  # of sgd
     optimizer.schedule = "step"  # "cosine" (to 0 at the last step), "constant"
     optimizer.decay_at = (0.5, 0.75)  # of "step": when, as shares of all steps
     optimizer.decay_factor = 0.1  # of "step": by what
     optimizer.warmup_steps = 0  # linear from 0, for every schedule
+    optimizer.average = 0.0  # above 0: evaluates a moving average of the weights, of this decay
 
     config.train = train = ConfigDict()
     train.steps = 1500

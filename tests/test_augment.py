@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cgd_jax.augment import (
-    MEAN,
-    STD,
+    EFFICIENTNET_LITE,
+    IMAGENET,
     augment,
     center_crop,
     color_jitter,
@@ -63,8 +63,11 @@ def test_flips_mirror_about_half_of_the_images():
 
 def test_normalize_against_numpy():
     images = images_of(2)
-    expected = (images / 255 - np.array(MEAN)) / np.array(STD)
-    np.testing.assert_allclose(normalize(jnp.asarray(images)), expected, atol=1e-5)
+    expected = (images.astype(float) - 127) / 128
+    found = normalize(jnp.asarray(images), EFFICIENTNET_LITE)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    red = (images[..., 0] / 255 - 0.485) / 0.229
+    np.testing.assert_allclose(normalize(jnp.asarray(images), IMAGENET)[..., 0], red, atol=1e-5)
 
 
 def test_resized_crops_of_a_ramp_are_ramps_of_their_part():
@@ -126,9 +129,11 @@ def augment_config(**values):
 def test_augment_follows_config_and_key():
     images = jnp.asarray(images_of(8))
     plain = augment_config(flip=False)
-    np.testing.assert_array_equal(augment(jax.random.key(0), images, plain, 12), normalize(images))
+    np.testing.assert_array_equal(
+        augment(jax.random.key(0), images, plain, 12, IMAGENET), normalize(images, IMAGENET)
+    )
     first, again, other = (
-        augment(jax.random.key(k), images, augment_config(), 8) for k in (0, 0, 1)
+        augment(jax.random.key(k), images, augment_config(), 8, IMAGENET) for k in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0
@@ -139,8 +144,10 @@ def test_augment_follows_config_and_key():
 )
 def test_every_option_does_something(option):
     images = jnp.asarray(images_of(8))
-    plain = augment(jax.random.key(0), images, augment_config(flip=False), 12)
-    changed = augment(jax.random.key(0), images, augment_config(**{"flip": False, **option}), 12)
+    plain, changed = (
+        augment(jax.random.key(0), images, augment_config(**{"flip": False, **more}), 12, IMAGENET)
+        for more in ({}, option)
+    )
     assert changed.shape == plain.shape and np.abs(changed - plain).max() > 0.1
 
 

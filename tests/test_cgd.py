@@ -126,3 +126,32 @@ def test_the_papers_network_has_the_size_of_its_re_implementation():
     assert round(parameters / 1e6, 2) == 26.86
     output = jax.eval_shape(model.apply, variables, images)
     assert output.embedding.shape == (1, 1536) and output.logits.shape == (1, 98)
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics():
+    free, variables, images = tiny()
+    frozen, _, _ = tiny(freeze_batch_norm=True)
+    train = jax.jit(
+        lambda m, v, x: m.apply(v, x, train=True, mutable=["batch_stats"]), static_argnums=0
+    )
+    output, updates = train(frozen, variables, images)
+    # As in evaluation, but for the auxiliary module, which is new and learns.
+    np.testing.assert_allclose(
+        output.embedding, apply(frozen, variables, images).embedding, atol=1e-6
+    )
+    before, after = variables["batch_stats"], updates["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, before["backbone"], after["backbone"])
+    assert np.abs(before["auxiliary_bn"]["mean"] - after["auxiliary_bn"]["mean"]).max() > 0
+    _, updates = train(free, variables, images)
+    after = updates["batch_stats"]["backbone"]["bn1"]["mean"]
+    assert np.abs(before["backbone"]["bn1"]["mean"] - after).max() > 0
+
+
+def test_an_efficientnet_is_a_backbone():
+    config = base.get_config().model
+    config.update(backbone="efficientnet_lite0", embedding_dim=8)
+    model = create_model(config, 3)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    output, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert output.embedding.shape == (1, 8)
+    assert variables["params"]["fc_S"].shape == (1280, 4)

@@ -37,6 +37,8 @@ from configs import base, glyphs
         ("optimizer.weight_decay", 0.1, "adamw"),
         ("optimizer.learning_rate", 0.0, "above 0"),
         ("optimizer.decay_at", (400, 800), "between 0 and 1"),
+        ("optimizer.average", 1.0, r"\[0, 1\)"),
+        ("optimizer.backbone_rate", -0.1, "at least 0"),
         ("train.steps", 0, "at least 1"),
         ("train.images_per_class", 1, "at least 2"),
         ("eval.ks", (2, 4), "1 among them"),
@@ -63,6 +65,15 @@ def test_mistakes_that_take_two_keys():
     config = base.get_config()
     config.model.descriptors, config.model.learn_p = "SM", "scalar"
     with pytest.raises(ConfigError, match="no G"):
+        validate(config)
+
+
+def test_options_of_resnets_with_another_backbone():
+    config = base.get_config()
+    config.model.backbone = "efficientnet_lite0"
+    validate(config)
+    config.model.width = 32
+    with pytest.raises(ConfigError, match="model.width=32 is an option of ResNets.*leave 64"):
         validate(config)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cgd_jax import evaluate
+from cgd_jax.augment import IMAGENET
 from cgd_jax.datasets import Dataset, Split
 from cgd_jax.evaluate import Embeddings
 from cgd_jax.models.cgd import CGD, Output
@@ -116,7 +117,7 @@ def test_flip_and_scales_make_the_embedding_blind_to_mirroring():
     model = CGD(BACKBONES["resnet10"](width=2, stem="3x3"), 3, "SG", 8)
     images = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3)).astype(np.uint8)
     variables = random_variables(model, images[:, :8, :8] / 255)
-    arguments = (model, variables["params"], variables["batch_stats"], 8)
+    arguments = (model, variables, IMAGENET, 8)
     plain, both = (evaluate.embed_model(*arguments, flip=flip) for flip in (False, True))
     mirrored = images[:, :, ::-1]
     assert np.abs(plain(images) - plain(mirrored)).max() > 1e-3

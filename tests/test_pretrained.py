@@ -22,7 +22,7 @@ import safetensors
 from flax import struct
 from safetensors.numpy import save_file
 
-from cgd_jax import checkpoint
+from cgd_jax import augment, checkpoint
 from cgd_jax.models import efficientnet_lite, pretrained, resnet
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.torch_file import read_torch_file
@@ -177,7 +177,7 @@ def test_a_backbone_goes_into_a_whole_network_and_out_of_it(small, tmp_path):
     assert_same(loaded["params"]["fc_S"], variables["params"]["fc_S"])
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
 
-    lite = pretrained.EFFICIENTNET_LITE
+    lite = augment.EFFICIENTNET_LITE
     path = tmp_path / "whole.safetensors"
     pretrained.save(path, loaded, lite, {"config": "{}"})
     again, normalization = pretrained.load(variables, str(path))
@@ -201,14 +201,18 @@ class State:
     step: jax.Array
     params: dict
     batch_stats: dict
-    normalization: pretrained.Normalization | None = None
+    normalization: augment.Normalization = augment.IMAGENET
+    average: dict | None = None
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_an_earlier_run(small, tmp_path, recorded):
-    lite = pretrained.EFFICIENTNET_LITE if recorded else None
+@pytest.mark.parametrize("averaged", [True, False])
+def test_an_earlier_run(small, tmp_path, averaged):
+    lite = augment.EFFICIENTNET_LITE
     tree = jax.tree.map(jnp.asarray, small)
     best = State(jnp.int32(5), tree["params"], tree["batch_stats"], lite)
+    if averaged:  # the average is what was evaluated
+        other = jax.tree.map(lambda a: a + 1, tree["params"])
+        best = best.replace(params=other, average=tree["params"])
     worse = State(jnp.int32(9), *jax.tree.map(lambda a: a + 1, (best.params, best.batch_stats)))
     worse = worse.replace(normalization=lite)
     with checkpoint.manager(tmp_path, keep=2) as checkpoints:
@@ -217,7 +221,14 @@ def test_an_earlier_run(small, tmp_path, recorded):
     loaded, normalization = pretrained.load(small, str(tmp_path))
     assert_same(loaded, small)
     assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(loaded))
-    assert_same(normalization, lite or pretrained.IMAGENET)
+    assert_same(normalization, lite)
+    weights, _, step = pretrained.read_run(tmp_path, 9)
+    assert_same(weights["batch_stats"], worse.batch_stats)
+    assert step == 9
+    with pytest.raises(
+        FileNotFoundError, match="no checkpoint of step 7; the steps kept are: 5, 9"
+    ):
+        pretrained.read_run(tmp_path, 7)
 
 
 def test_a_run_that_was_never_evaluated_or_never_saved(small, tmp_path):
@@ -242,7 +253,7 @@ def test_a_downloaded_repository_declares_its_normalization(small, tmp_path, fil
     (tmp_path / file).write_text(json.dumps(content))
     for source in (tmp_path, tmp_path / "model.safetensors"):
         _, normalization = pretrained.load(small, str(source))
-        assert_same(normalization, pretrained.Normalization.of(0.5, 0.25))
+        assert_same(normalization, augment.Normalization.of(0.5, 0.25))
     (tmp_path / file).write_text("{")
     with pytest.raises(ValueError, match=f"{file}.*damaged"):
         pretrained.load(small, str(tmp_path))

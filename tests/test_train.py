@@ -11,9 +11,11 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, losses, report, train
+from cgd_jax import checkpoint, evaluate, losses, report, train
+from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError, to_dict
 from cgd_jax.models import pretrained
+from cgd_jax.optimizer import moving_average
 from configs import base
 
 
@@ -47,17 +49,56 @@ def test_first_updates_by_hand(name):
     config.update(name=name, schedule="constant", learning_rate=0.1)
     config.weight_decay = 0.0 if name == "adam" else 0.5
     optimizer = train.make_optimizer(config, 10)
-    params, gradient = jnp.array([2.0, -4.0]), jnp.array([0.3, 0.3])
+    params = {"fc": jnp.array([[2.0, -4.0]])}
+    gradient = {"fc": jnp.array([[0.3, 0.3]])}
     state = optimizer.init(params)
     updates, state = optimizer.update(gradient, state, params)
-    decay = 0.1 * 0.5 * params
+    decay = 0.1 * 0.5 * params["fc"]
     if name == "sgd":
-        np.testing.assert_allclose(updates, -0.1 * gradient - decay, rtol=1e-5)
+        np.testing.assert_allclose(updates["fc"], -0.1 * gradient["fc"] - decay, rtol=1e-5)
         updates, _ = optimizer.update(gradient, state, params)
-        np.testing.assert_allclose(updates, -0.1 * 1.9 * gradient - decay, rtol=1e-5)
+        np.testing.assert_allclose(updates["fc"], -0.1 * 1.9 * gradient["fc"] - decay, rtol=1e-5)
     else:  # Adam's first step has the length of the learning rate
         expected = -0.1 - (decay if name == "adamw" else 0.0)
-        np.testing.assert_allclose(updates, expected * jnp.ones(2), rtol=1e-4)
+        np.testing.assert_allclose(updates["fc"], expected * jnp.ones((1, 2)), rtol=1e-4)
+
+
+def test_learning_rates_of_backbone_and_new_layers():
+    config = base.get_config().optimizer
+    config.update(schedule="constant", learning_rate=0.1, backbone_rate=0.25)
+    config.freeze_backbone_steps = 2
+    optimizer = train.make_optimizer(config, 10)
+    params = {"backbone": {"kernel": jnp.ones((1, 1))}, "fc_S": jnp.ones((1, 1))}
+    state = optimizer.init(params)
+    for step in range(4):  # of a constant gradient, Adam's steps have the learning rate's length
+        updates, state = optimizer.update(params, state, params)
+        np.testing.assert_allclose(updates["fc_S"], -0.1, rtol=1e-4)
+        expected = 0.0 if step < 2 else -0.025
+        np.testing.assert_allclose(updates["backbone"]["kernel"], expected, rtol=1e-4)
+
+
+def test_weight_decay_spares_norms_and_biases():
+    config = base.get_config().optimizer
+    config.update(name="adamw", weight_decay=0.5, schedule="constant", learning_rate=0.1)
+    optimizer = train.make_optimizer(config, 10)
+    params = {
+        "backbone": {"bn1": {"scale": jnp.ones(2)}, "conv1": {"kernel": jnp.ones((1, 1, 2, 2))}},
+        "gem_p_learned": jnp.ones(()),
+        "auxiliary_fc": {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))},
+    }
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    changed = {path[-1].key for path, u in jax.tree_util.tree_leaves_with_path(updates) if u.any()}
+    assert changed == {"kernel"}
+    np.testing.assert_allclose(updates["auxiliary_fc"]["kernel"], -0.05, rtol=1e-6)
+
+
+def test_moving_average_by_hand():
+    average, params = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 2.0])}
+    found = moving_average(average, params, jnp.int32(0), 0.9)  # 0.1 of the old
+    np.testing.assert_allclose(found["w"], [0.9, 1.8], rtol=1e-6)
+    found = moving_average(average, params, jnp.int32(1000), 0.9)
+    np.testing.assert_allclose(found["w"], [0.1, 0.2], rtol=1e-6)
 
 
 def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
@@ -260,14 +301,15 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
     variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
     doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
     path = tmp_path / "weights.safetensors"
-    pretrained.save(path, doubled, pretrained.IMAGENET)
+    pretrained.save(path, doubled, EFFICIENTNET_LITE)
     state = train.load_pretrained(str(path), setup.state)
     kernel = state.params["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
     assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
-    pretrained.save(path, doubled, pretrained.EFFICIENTNET_LITE)
-    with pytest.raises(ConfigError, match="wants images normalized by"):
-        train.load_pretrained(str(path), setup.state)
+    # Whatever was normalized otherwise before.
+    np.testing.assert_array_equal(setup.state.normalization.mean, IMAGENET.mean)
+    np.testing.assert_array_equal(state.normalization.mean, EFFICIENTNET_LITE.mean)
+    np.testing.assert_array_equal(state.normalization.std, EFFICIENTNET_LITE.std)
     tiny_config.model.pretrained = str(tmp_path / "nowhere.safetensors")
     with pytest.raises(ConfigError, match="model.pretrained: .*nowhere.safetensors"):
         train.train_and_evaluate(tiny_config, str(tmp_path / "run"))
@@ -284,9 +326,14 @@ def test_evaluating_a_folder_without_a_run(tmp_path):
         train.evaluate_run(str(tmp_path))
 
 
+def state_with(step, weights):
+    normalization = jax.tree.map(jnp.asarray, IMAGENET)
+    return train.State(jnp.int32(step), {"w": weights}, {}, optax.EmptyState(), normalization, None)
+
+
 def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     def state(step):
-        return train.State(jnp.int32(step), {"w": jnp.full(3, float(step))}, {}, optax.EmptyState())
+        return state_with(step, jnp.full(3, float(step)))
 
     with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
         for step, recall in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.1)]:
@@ -300,7 +347,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
 def test_a_save_is_not_changed_by_the_steps_behind_it(tmp_path):
     """The buffers of a state are handed on to the next one while it is written."""
     donate = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
-    state = train.State(jnp.int32(0), {"w": jnp.zeros(1_000_000)}, {}, optax.EmptyState())
+    state = state_with(0, jnp.zeros(1_000_000))
     with checkpoint.manager(str(tmp_path), keep=9) as checkpoints:
         for _ in range(4):
             state = donate(state)
@@ -309,3 +356,22 @@ def test_a_save_is_not_changed_by_the_steps_behind_it(tmp_path):
         for step in checkpoints.all_steps():
             saved = checkpoint.restore(checkpoints, state, step)
             assert np.all(np.asarray(saved.params["w"]) == step)
+
+
+def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
+    tiny_config.optimizer.average = 0.5
+    workdir = str(tmp_path / "run")
+    result = train.train_and_evaluate(tiny_config, workdir)
+    state = state_of(tiny_config, workdir)
+    gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, state.average)
+    assert max(jax.tree.leaves(gap)) > 1e-4
+    assert state.variables()["params"] is state.average
+    setup = train.set_up(tiny_config)
+    best, _, step = pretrained.read_run(workdir)
+    assert step == result["step"]
+    with checkpoint.manager(workdir) as checkpoints:
+        state = checkpoint.restore(checkpoints, setup.state, step)
+    assert_same(state.average, best["params"])
+    embeddings = train.embed_test(tiny_config, setup, state.replace(params=None))
+    recall = evaluate.recall(embeddings, setup.dataset, (1,))["recall@1"]
+    assert recall == pytest.approx(result["metrics"]["recall@1"])

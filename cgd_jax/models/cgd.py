@@ -7,9 +7,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax import combination, pooling
-from cgd_jax.models.resnet import BACKBONES, batch_norm
+from cgd_jax.models import efficientnet_lite, resnet
 
-__all__ = ["CGD", "LEARN_P", "Output", "create_model"]
+__all__ = ["BACKBONES", "CGD", "LEARN_P", "Output", "create_model"]
+
+# The names under which configs select a backbone.
+BACKBONES = resnet.BACKBONES | efficientnet_lite.BACKBONES
+
+# Options of a config that only ResNets have.
+RESNET_OPTIONS = ("width", "stem", "stem_stride")
 
 # How GeM's exponent is learned: not at all, one for all channels, one a channel.
 LEARN_P = ("fixed", "scalar", "channel")
@@ -41,6 +47,8 @@ class CGD(nn.Module):
       combination: one of `combination.COMBINATIONS`.
       gem_p: GeM's exponent, or its initial value when it is learned.
       learn_p: one of `LEARN_P`.
+      freeze_batch_norm: whether the backbone normalizes by its stored statistics in
+        training too, and leaves them as they are.
       dtype: of the projections' inputs; norms and logits are float32.
     """
 
@@ -51,13 +59,14 @@ class CGD(nn.Module):
     combination: str = "concat"
     gem_p: float = 3.0
     learn_p: str = "fixed"
+    freeze_batch_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
         self, images: jax.Array, train: bool = False, return_descriptors: bool = False
     ) -> Output:
-        features = self.backbone(images, train)
+        features = self.backbone(images, train and not self.freeze_batch_norm)
         descriptors = [self.pool(letter, features) for letter in self.descriptors]
 
         shapes = combination.kernel_shapes(
@@ -70,7 +79,7 @@ class CGD(nn.Module):
         ]
         embedding, ranked = combination.combine(descriptors, kernels, self.combination)
 
-        auxiliary = batch_norm(train, jnp.float32, "auxiliary_bn")(descriptors[0])
+        auxiliary = resnet.batch_norm(train, jnp.float32, "auxiliary_bn")(descriptors[0])
         # Small weights: else temperature-scaled logits of thousands of classes start
         # out confidently wrong.
         small = nn.initializers.normal(0.01)
@@ -99,20 +108,17 @@ def create_model(config, num_classes: int) -> CGD:
       The module; `model.init(key, images)` gives its variables.
     """
     dtype = jnp.dtype(config.dtype)
-    backbone = BACKBONES[config.backbone](
-        width=config.width,
-        stem=config.stem,
-        stem_stride=config.stem_stride,
-        last_stride=config.last_stride,
-        dtype=dtype,
-    )
+    options = {"last_stride": config.last_stride, "dtype": dtype}
+    if config.backbone in resnet.BACKBONES:
+        options |= {name: config[name] for name in RESNET_OPTIONS}
     return CGD(
-        backbone=backbone,
+        backbone=BACKBONES[config.backbone](**options),
         num_classes=num_classes,
         descriptors=config.descriptors,
         embedding_dim=config.embedding_dim,
         combination=config.combination,
         gem_p=config.gem_p,
         learn_p=config.learn_p,
+        freeze_batch_norm=config.freeze_batch_norm,
         dtype=dtype,
     )

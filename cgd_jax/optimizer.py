@@ -1,0 +1,90 @@
+"""Optimizer and learning rates, from the `optimizer` part of an experiment's config."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+__all__ = ["learning_rate_schedule", "make_optimizer", "moving_average"]
+
+
+def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step.
+
+    Args:
+      config: the `optimizer` part of an experiment's config.
+      steps: of the whole run.
+
+    Returns:
+      step → learning rate.
+    """
+    rate, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(rate, max(1, steps - warmup))
+    elif config.schedule == "step":
+        # Counted from the end of the warm-up, where this schedule begins.
+        boundaries = [round(share * steps) - warmup for share in config.decay_at]
+        schedule = optax.piecewise_constant_schedule(
+            rate, dict.fromkeys(boundaries, config.decay_factor)
+        )
+    else:
+        schedule = optax.constant_schedule(rate)
+    if not warmup:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimizer that a config names, with a learning rate of its own for the backbone.
+
+    Weight decay leaves out what has fewer than two axes: scales and biases of norms, biases
+    of layers, GeM's exponents.
+
+    Args:
+      config: the `optimizer` part of an experiment's config.
+      steps: of the whole run.
+
+    Returns:
+      A transformation of gradients for parameters with the top-level key "backbone" and others.
+    """
+    schedule = learning_rate_schedule(config, steps)
+
+    def backbone_schedule(step):
+        rate = config.backbone_rate * schedule(step)
+        return jnp.where(step < config.freeze_backbone_steps, 0.0, rate)
+
+    def groups(params):
+        name = lambda path, _: "backbone" if path[0].key == "backbone" else "new"
+        return jax.tree_util.tree_map_with_path(name, params)
+
+    def is_kernel(params):
+        return jax.tree.map(lambda array: array.ndim > 1, params)
+
+    return optax.chain(
+        optax.trace(config.momentum) if config.name == "sgd" else optax.scale_by_adam(),
+        optax.add_decayed_weights(config.weight_decay, is_kernel),
+        optax.multi_transform(
+            {
+                "backbone": optax.scale_by_learning_rate(backbone_schedule),
+                "new": optax.scale_by_learning_rate(schedule),
+            },
+            groups,
+        ),
+    )
+
+
+def moving_average(average, params, step: jax.Array, decay: float):
+    """One step of an exponential moving average of parameters.
+
+    Args:
+      average: tree of arrays, the average so far.
+      params: the same tree, the parameters after this step.
+      step: int32, how many steps were averaged before this one.
+      decay: share of the old average, in (0, 1). At the beginning it is less, (1 + step) /
+        (10 + step), so that the first weights are soon forgotten.
+
+    Returns:
+      The new average.
+    """
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(params, average, 1 - decay)
