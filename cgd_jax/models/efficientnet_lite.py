@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-__all__ = ["BACKBONES", "EfficientNetLite", "depthwise_conv"]
+from cgd_jax.models.conv import DepthwiseConv, PointwiseConv, kernel_init
+
+__all__ = ["BACKBONES", "EfficientNetLite"]
 
 # A stage a row: blocks, side of the kernel, stride, expansion, channels.
 _STAGES = (
@@ -28,70 +30,6 @@ _STAGES = (
 )
 _LAST_DOWNSAMPLING = max(i for i, stage in enumerate(_STAGES) if stage[2] == 2)
 
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolves every channel with a kernel of its own, padded as TensorFlow's "SAME".
-
-    On CPU it is a sum of shifted products, which XLA fuses into one loop; its native
-    depthwise convolution is several times slower there (benchmarks/depthwise.py). On
-    GPU and TPU it is the native one.
-
-    Args:
-      x: [B, H, W, C].
-      kernel: [k, k, 1, C].
-      stride: of the output, in positions.
-
-    Returns:
-      [B, ⌈H/stride⌉, ⌈W/stride⌉, C], the dtype of `x`.
-    """
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(depthwise_shifted, stride=stride),
-        default=partial(depthwise_native, stride=stride),
-    )
-
-
-def depthwise_native(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """`depthwise_conv` as XLA's convolution."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
-
-
-def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """`depthwise_conv` as a sum of shifted products."""
-    side = kernel.shape[0]
-    pads = jax.lax.padtype_to_pads(x.shape[1:3], (side, side), (stride, stride), "SAME")
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    height, width = (math.ceil(n / stride) for n in x.shape[1:3])
-    rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
-    return sum(
-        padded[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
-        for i in range(side)
-        for j in range(side)
-    )
-
-
-class DepthwiseConv(nn.Module):
-    """`depthwise_conv` with its kernel as a parameter. [B, H, W, C] → [B, H/s, W/s, C]."""
-
-    side: int
-    stride: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _kernel_init, (self.side, self.side, 1, x.shape[-1]))
-        return depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
-
 
 class InvertedResidual(nn.Module):
     """1×1 that expands, depthwise convolution, 1×1 that projects; the input is added."""
@@ -104,7 +42,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv1x1 = partial(_conv, kernel_size=(1, 1), dtype=self.dtype)
+        conv1x1 = partial(PointwiseConv, dtype=self.dtype)
         norm = partial(_batch_norm, train=train, dtype=self.dtype)
         y = x
         if self.expansion != 1:
@@ -134,7 +72,16 @@ class EfficientNetLite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         norm = partial(_batch_norm, train=train, dtype=self.dtype)
-        x = _conv(32, (3, 3), strides=2, dtype=self.dtype, name="stem_conv")(x.astype(self.dtype))
+        stem = nn.Conv(
+            32,
+            (3, 3),
+            strides=2,
+            use_bias=False,
+            kernel_init=kernel_init,
+            dtype=self.dtype,
+            name="stem_conv",
+        )
+        x = stem(x.astype(self.dtype))
         x = nn.relu6(norm(name="stem_bn")(x))
         for stage, (blocks, side, stride, expansion, channels) in enumerate(_STAGES):
             if stage not in (0, len(_STAGES) - 1):
@@ -150,11 +97,8 @@ class EfficientNetLite(nn.Module):
                     dtype=self.dtype,
                     name=f"blocks{stage}_{block}",
                 )(x, train)
-        x = _conv(1280, (1, 1), dtype=self.dtype, name="head_conv")(x)
+        x = PointwiseConv(1280, dtype=self.dtype, name="head_conv")(x)
         return nn.relu6(norm(name="head_bn")(x))
-
-
-_conv = partial(nn.Conv, use_bias=False, padding="SAME", kernel_init=_kernel_init)
 
 
 def _batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:

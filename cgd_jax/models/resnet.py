@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cgd_jax.models.conv import PointwiseConv, kernel_init
+
 __all__ = ["BACKBONES", "STEMS", "ResNet"]
 
 STEMS = ("7x7", "3x3")
-
-# He et al., "Delving Deep into Rectifiers", with the fan of the output.
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class SqueezeExcite(nn.Module):
@@ -49,24 +48,31 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=_kernel_init)
+        conv1x1 = partial(PointwiseConv, dtype=self.dtype)
+        conv3x3 = partial(
+            nn.Conv,
+            kernel_size=(3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=kernel_init,
+            dtype=self.dtype,
+        )
         norm = partial(batch_norm, train=train, dtype=self.dtype)
-        conv3x3 = partial(conv, kernel_size=(3, 3), padding=1)
-        stride = (self.stride, self.stride)
+        strides = (self.stride, self.stride)
         if self.bottleneck:
-            y = nn.relu(norm(name="bn1")(conv(self.width, (1, 1), name="conv1")(x)))
-            y = conv3x3(self.width, strides=stride, feature_group_count=self.groups, name="conv2")(
+            y = nn.relu(norm(name="bn1")(conv1x1(self.width, name="conv1")(x)))
+            y = conv3x3(self.width, strides=strides, feature_group_count=self.groups, name="conv2")(
                 y
             )
             y = nn.relu(norm(name="bn2")(y))
-            y = norm(name="bn3")(conv(self.out, (1, 1), name="conv3")(y))
+            y = norm(name="bn3")(conv1x1(self.out, name="conv3")(y))
         else:
-            y = nn.relu(norm(name="bn1")(conv3x3(self.width, strides=stride, name="conv1")(x)))
+            y = nn.relu(norm(name="bn1")(conv3x3(self.width, strides=strides, name="conv1")(x)))
             y = norm(name="bn2")(conv3x3(self.out, name="conv2")(y))
         if self.squeeze_excite:
             y = SqueezeExcite(dtype=self.dtype, name="se")(y)
         if x.shape[-1] != self.out or self.stride != 1:
-            x = conv(self.out, (1, 1), strides=stride, name="downsample_conv")(x)
+            x = conv1x1(self.out, self.stride, name="downsample_conv")(x)
             x = norm(name="downsample_bn")(x)
         return nn.relu(x + y)
 
@@ -105,11 +111,18 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=_kernel_init)
-        x = x.astype(self.dtype)
         kernel, padding = ((7, 7), 3) if self.stem == "7x7" else ((3, 3), 1)
-        strides = (self.stem_stride, self.stem_stride)
-        x = conv(self.width, kernel, strides=strides, padding=padding, name="conv1")(x)
+        stem = nn.Conv(
+            self.width,
+            kernel,
+            strides=(self.stem_stride, self.stem_stride),
+            padding=padding,
+            use_bias=False,
+            kernel_init=kernel_init,
+            dtype=self.dtype,
+            name="conv1",
+        )
+        x = stem(x.astype(self.dtype))
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="bn1")(x))
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
