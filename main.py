@@ -5,15 +5,20 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import report, train
+from cgd_jax import export, report, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
 )
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data", "export"], "What to do.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
-STEP = flags.DEFINE_integer("step", None, "With --mode=eval: the checkpoint; else the best.")
+STEP = flags.DEFINE_integer(
+    "step", None, "With --mode=eval and export: the checkpoint; else the best."
+)
+PUSH = flags.DEFINE_string(
+    "push_to_hub", None, "With --mode=export: a Hugging Face repository, owner/name, to upload to."
+)
 
 
 def main(argv):
@@ -21,7 +26,9 @@ def main(argv):
     report.show_log()
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
-    if not CONFIG.value and not (MODE.value == "eval" and WORKDIR.value):
+    if PUSH.value and MODE.value != "export":
+        sys.exit("error: --push_to_hub goes with --mode=export.")
+    if not CONFIG.value and not (MODE.value in ("eval", "export") and WORKDIR.value):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
     workdir = WORKDIR.value
     if not workdir:
@@ -31,9 +38,14 @@ def main(argv):
             train.train_and_evaluate(CONFIG.value, workdir)
         elif MODE.value == "data":
             train.show_data(CONFIG.value, workdir)
-        else:
+        elif MODE.value == "eval":
             train.evaluate_run(workdir, STEP.value, CONFIG.value)
-    except (ConfigError, FileNotFoundError) as error:
+        else:
+            folder = export.export_run(workdir, STEP.value)
+            report.say(f"{folder} holds the network; its README.md says how to open it.")
+            if PUSH.value:
+                report.say(f"Uploaded to {export.push_to_hub(folder, PUSH.value)}")
+    except (ConfigError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -66,12 +66,13 @@ def dataset_table(dataset: Dataset) -> str:
     return tabulate(rows, header, intfmt=",")
 
 
-def metrics_table(rows: dict[str, dict[str, float]]) -> str:
+def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
     """Recall@K and MAP@R in per cent, one row for each way of embedding.
 
     Args:
       rows: name of the row → {"recall@1": between 0 and 1, ..., "map@r": ...}; what a
         row lacks stays empty.
+      style: "simple" for a terminal, "github" for Markdown.
     """
     first = next(iter(rows.values()))
     keys = [key for key in first if key.startswith("recall@")] + ["map@r"]
@@ -81,7 +82,9 @@ def metrics_table(rows: dict[str, dict[str, float]]) -> str:
         for name, values in rows.items()
     ]
     align = ["left"] + ["right"] * len(keys)
-    return tabulate(cells, header, colalign=align, disable_numparse=True, preserve_whitespace=True)
+    return tabulate(
+        cells, header, style, colalign=align, disable_numparse=True, preserve_whitespace=True
+    )
 
 
 def run_table(facts: dict[str, str]) -> str:

@@ -26,7 +26,9 @@ from cgd_jax.models.torch_file import read_torch_file
 
 __all__ = [
     "convert_state_dict",
+    "find",
     "load",
+    "read_header",
     "read_run",
     "save",
     "to_torchvision",
@@ -302,16 +304,29 @@ def load(variables, source: str) -> tuple[dict, Normalization]:
     elif (path / checkpoint.FOLDER).is_dir():
         weights, normalization, _ = read_run(path)
     else:
-        if path.is_dir():
-            path = _weights_in(path)
-        elif not path.is_file():
-            path = _download(source)
+        path = find(source)
         weights, normalization = _read_file(path)
         normalization = normalization or _declared_normalization(path.parent)
     if "params" not in weights:
         weights = convert_state_dict(weights, _backbone(variables))
     filled = _fill(weights, variables)
     return filled, normalization or usual_normalization(filled)
+
+
+def find(source: str) -> Path:
+    """The file of weights that a source names, downloaded if need be.
+
+    Args:
+      source: a file, a folder with a published network, or a Hugging Face repository, as
+        for `load`.
+
+    Raises:
+      FileNotFoundError: there is no such source, or it cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _weights_in(path)
+    return path if path.is_file() else _download(source)
 
 
 def usual_normalization(variables) -> Normalization:
@@ -340,6 +355,20 @@ def save(path: str | Path, variables, normalization: Normalization, metadata=Non
     temporary = Path(f"{path}.tmp")
     save_file(arrays, temporary, metadata)
     temporary.replace(path)
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The metadata of a .safetensors file, and the shapes of its tensors by name.
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return file.metadata() or {}, shapes
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable .safetensors file: {error}.") from error
 
 
 def _read_file(path: Path) -> tuple[dict, Normalization | None]:
