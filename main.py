@@ -5,7 +5,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import export, report, train
+from cgd_jax import export, processes, report, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -19,6 +19,14 @@ STEP = flags.DEFINE_integer(
 PUSH = flags.DEFINE_string(
     "push_to_hub", None, "With --mode=export: a Hugging Face repository, owner/name, to upload to."
 )
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several processes, as SLURM, Open MPI or the TPU pod has started them."
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several processes, started by hand: HOST:PORT of the first one."
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.")
+PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator: which one, from 0.")
 
 
 def main(argv):
@@ -26,10 +34,18 @@ def main(argv):
     report.show_log()
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
+    by_hand = [COORDINATOR.value, PROCESSES.value, PROCESS.value]
+    if by_hand.count(None) not in (0, 3):
+        sys.exit("error: --coordinator, --num_processes and --process_id go together.")
     if PUSH.value and MODE.value != "export":
         sys.exit("error: --push_to_hub goes with --mode=export.")
     if not CONFIG.value and not (MODE.value in ("eval", "export") and WORKDIR.value):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
+    if DISTRIBUTED.value or COORDINATOR.value:
+        try:
+            processes.start(*by_hand)
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
     workdir = WORKDIR.value
     if not workdir:
         workdir = default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))

@@ -12,7 +12,7 @@ from cgd_jax.models import cgd, resnet
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("step", "cosine", "constant")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # What may differ when a run is continued: none of it changes what is trained.
 FREE_TO_CHANGE = (
@@ -83,6 +83,7 @@ def validate(config: ConfigDict) -> None:
     _check_at_least(config, 1, "train.eval_every train.checkpoint_every train.keep")
     _check_at_least(config, 1, "eval.batch_size")
     _check_at_least(config, 1, "data.resize")
+    _check_at_least(config, 0, "train.embed_chunk")
     _check_at_least(config, 0, "seed data.split_seed augment.pad augment.jitter")
     _check(config, "augment.min_area", lambda share: 0 < share <= 1, "must be in (0, 1]")
     _check(config, "augment.erase", lambda p: 0 <= p <= 1, "must be a probability")

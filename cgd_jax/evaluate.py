@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cgd_jax import metrics, rerank
+from cgd_jax import metrics, processes, rerank
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.datasets import Dataset
@@ -140,15 +140,17 @@ def embed_images(
     batch_size = -(-batch_size // devices) * devices
     count = len(images)
 
+    rows = processes.local_rows(sharding, batch_size)
+
     def make_batch(i):
         chosen = np.arange(i * batch_size, min((i + 1) * batch_size, count))
         # The last batch is filled up: another shape would compile once more.
-        return (images[np.resize(chosen, batch_size)],)
+        return (images[np.resize(chosen, batch_size)[rows]],)
 
     parts = []
     with tqdm(total=count, desc=title, unit="image", leave=False, disable=None) as bar:
         for (batch,) in prefetch(make_batch, range(-(-count // batch_size)), sharding):
-            parts.append(np.asarray(embed(batch)))
+            parts.append(processes.to_host(embed(batch)))
             bar.update(min(batch_size, count - bar.n))
     return np.concatenate(parts)[:count].astype(np.float32)
 

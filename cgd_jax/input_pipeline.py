@@ -164,7 +164,8 @@ def prefetch(
     """Makes batches in a thread while the device works, two steps ahead.
 
     Args:
-      make_batch: step → tuple of arrays whose first axis is the batch.
+      make_batch: step → tuple of arrays whose first axis is the batch, or of several
+        processes the rows that this one provides.
       steps: the steps whose batches are wanted.
       sharding: how the first axis is laid over the devices.
 
@@ -173,7 +174,9 @@ def prefetch(
     """
 
     def put(step):
-        return tuple(jax.device_put(array, sharding) for array in make_batch(step))
+        return tuple(
+            jax.make_array_from_process_local_data(sharding, array) for array in make_batch(step)
+        )
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         ahead = deque(pool.submit(put, step) for step in steps[:2])

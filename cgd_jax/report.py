@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
 from tqdm import tqdm
 
+from cgd_jax import processes
 from cgd_jax.augment import IMAGENET
 from cgd_jax.datasets import Dataset
 
@@ -21,8 +22,9 @@ GREEN, RED, GRAY = "#2a9d3c", "#d1342f", "#555555"
 
 
 def say(text: str) -> None:
-    """Prints without tearing a progress bar apart."""
-    tqdm.write(text)
+    """Prints without tearing a progress bar apart; of several processes only the first does."""
+    if processes.is_first():
+        tqdm.write(text)
 
 
 def show_log() -> None:

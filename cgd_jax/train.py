@@ -1,213 +1,35 @@
-"""Training: state, step, loop. Read it from top to bottom."""
+"""Runs: training from start to end, and evaluating what was trained."""
 
 import contextlib
-import functools
 import json
 import signal
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 from tensorboardX import SummaryWriter
 
-from cgd_jax import checkpoint, evaluate, losses, report
-from cgd_jax.augment import IMAGENET, Normalization, augment, normalize
+from cgd_jax import checkpoint, evaluate, processes, report
+from cgd_jax.augment import IMAGENET, augment
 from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validate
 from cgd_jax.datasets import Dataset
 from cgd_jax.input_pipeline import class_members, load_dataset, pk_batch, prefetch
 from cgd_jax.metrics import write_per_class
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import CGD, create_model
-from cgd_jax.optimizer import learning_rate_schedule, make_optimizer, moving_average
-
-
-@flax.struct.dataclass
-class State:
-    """All that a run needs to go on; batches and random keys follow from the step."""
-
-    step: jax.Array  # int32, optimizer steps done
-    params: dict
-    batch_stats: dict
-    opt_state: optax.OptState
-    normalization: Normalization  # of the pixels; it belongs to the weights
-    average: dict | None  # of the parameters over the steps, if it is wanted
-
-    def variables(self) -> dict:
-        """What is evaluated: the averaged parameters if there are any."""
-        params = self.params if self.average is None else self.average
-        return {"params": params, "batch_stats": self.batch_stats}
-
-
-# One step.
-
-
-def create_state(
-    model: CGD,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    image_size: int,
-    average: bool = False,
-) -> State:
-    """Draws the initial weights.
-
-    Args:
-      model: the network.
-      optimizer: from `make_optimizer`.
-      seed: of the experiment.
-      image_size: side of the images, in pixels.
-      average: whether the parameters are averaged over the steps.
-
-    Returns:
-      The state at step 0, with the normalization that the backbone is published with.
-    """
-
-    @jax.jit
-    def init():
-        images = jnp.zeros((1, image_size, image_size, 3))
-        variables = model.init(jax.random.key(seed), images)
-        params = variables["params"]
-        return State(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(params),
-            normalization=jax.tree.map(jnp.asarray, pretrained.usual_normalization(variables)),
-            average=params if average else None,
-        )
-
-    return init()
-
-
-def compute_losses(
-    config: ConfigDict, ranked: list[jax.Array], logits: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The total loss and its two parts (paper, section 3).
-
-    Args:
-      config: the `loss` part of an experiment's config.
-      ranked: the vectors that the ranking loss applies to; of several, the mean.
-      logits: [B, M].
-      labels: [B], in [0, M).
-
-    Returns:
-      total, ranking loss, classification loss: float32 scalars. A part whose weight
-      is 0 is not computed and is 0.
-    """
-    ranking = classification = jnp.zeros(())
-    if config.ranking_weight:
-        loss = functools.partial(losses.RANKING_LOSSES[config.ranking], **config[config.ranking])
-        ranking = sum(loss(vectors, labels) for vectors in ranked) / len(ranked)
-    if config.classification_weight:
-        classification = losses.smoothed_cross_entropy(
-            logits, labels, config.temperature, config.smoothing
-        )
-    total = config.ranking_weight * ranking + config.classification_weight * classification
-    return total, ranking, classification
-
-
-def make_train_step(
-    config: ConfigDict,
-    model: CGD,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-):
-    """Compiles a training step for all devices of a mesh.
-
-    It is written for the global batch and split by the compiler: batch-hard mining
-    looks at the images of all devices, BatchNorm sees global statistics, and n
-    devices compute what one computes.
-
-    Args:
-      config: of the experiment.
-      model: the network.
-      optimizer: from `make_optimizer`.
-      mesh: with the one axis "data".
-
-    Returns:
-      (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics); the
-      state is donated.
-    """
-    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-
-    def train_step(state: State, images: jax.Array, labels: jax.Array):
-        key = step_key(config.seed, state.step)
-        images = augment(key, images, config.augment, config.data.image_size, state.normalization)
-
-        def loss_of(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            output, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            total, ranking, classification = compute_losses(
-                config.loss, output.ranked, output.logits, labels
-            )
-            metrics = {
-                "loss": total,
-                "ranking_loss": ranking,
-                "classification_loss": classification,
-                "accuracy": jnp.mean(output.logits.argmax(1) == labels),
-            }
-            return total, (metrics, updates["batch_stats"])
-
-        (_, (metrics, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
-        )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics["learning_rate"] = schedule(state.step)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average is not None:
-            average = moving_average(average, params, state.step, config.optimizer.average)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            average=average,
-        )
-        return state, metrics
-
-    replicated, split = shardings(mesh)
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(replicated, split, split),
-        out_shardings=(replicated, replicated),
-    )
-
-
-def step_key(seed: int, step: jax.Array | int) -> jax.Array:
-    """The random key of a training step: all that is random in it follows from it."""
-    return jax.random.fold_in(jax.random.key(seed), step)
-
-
-def shardings(
-    mesh: jax.sharding.Mesh,
-) -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding]:
-    """How a mesh holds things: the same on every device; split along the first axis."""
-    spec = jax.sharding.PartitionSpec
-    return (
-        jax.sharding.NamedSharding(mesh, spec()),
-        jax.sharding.NamedSharding(mesh, spec("data")),
-    )
-
-
-def flops_per_image(model: CGD, state: State, image_size: int) -> float:
-    """Floating-point operations of one forward pass, as the compiler counts them."""
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-
-    def embed(state, images):
-        return model.apply(state.variables(), normalize(images, state.normalization)).embedding
-
-    lowered = jax.jit(embed).lower(state, images)
-    return (lowered.cost_analysis() or {}).get("flops", float("nan"))
-
-
-# The loop.
+from cgd_jax.optimizer import make_optimizer
+from cgd_jax.train_step import (
+    State,
+    create_state,
+    flops_per_image,
+    make_train_step,
+    shardings,
+    step_key,
+)
 
 
 class Setup(NamedTuple):
@@ -219,6 +41,7 @@ class Setup(NamedTuple):
     optimizer: optax.GradientTransformation
     state: State  # at step 0, on all devices
     split: jax.sharding.NamedSharding  # of a batch
+    mesh: jax.sharding.Mesh  # this process's devices, which evaluate
 
 
 def set_up(config: ConfigDict) -> Setup:
@@ -242,14 +65,21 @@ def set_up(config: ConfigDict) -> Setup:
             f"train.classes_per_batch × train.images_per_class = {batch_size} images cannot be "
             f"split over {mesh.size} devices; a multiple of {mesh.size} can."
         )
+    chunk = config.train.embed_chunk
+    if chunk % mesh.size or (chunk and batch_size % chunk):
+        raise ConfigError(
+            f"train.embed_chunk={chunk} must divide the batch of {batch_size} images, and be a "
+            f"multiple of the {mesh.size} devices."
+        )
     dataset, labels = open_data(config)
     classes = np.unique(labels)
     model = create_model(config.model, len(classes))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     averaged = config.optimizer.average > 0
-    state = create_state(model, optimizer, config.seed, config.data.image_size, averaged)
-    state = jax.device_put(state, replicated)
-    return Setup(dataset, labels, model, optimizer, state, split)
+    state = create_state(
+        model, optimizer, config.seed, config.data.image_size, replicated, averaged
+    )
+    return Setup(dataset, labels, model, optimizer, state, split, processes.local_mesh(mesh))
 
 
 def load_pretrained(source: str, state: State) -> State:
@@ -282,7 +112,12 @@ def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
       ConfigError: what is wrong with the source, the data set or the disk.
     """
     try:
+        # What the first process builds the others find built, if they share its disk.
+        if not processes.is_first():
+            processes.wait_for_all("the data set is built")
         dataset = load_dataset(config.data, config.eval.center_crop)
+        if processes.is_first():
+            processes.wait_for_all("the data set is built")
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     classes, labels = np.unique(dataset.train.labels, return_inverse=True)
@@ -294,15 +129,18 @@ def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
     return dataset, labels.astype(np.int32)
 
 
-def make_batches(config: ConfigDict, dataset: Dataset, labels: np.ndarray):
-    """Batches as a function of the step: step → (images [B, S, S, 3] uint8, labels [B])."""
+def make_batches(config: ConfigDict, dataset: Dataset, labels: np.ndarray, rows=slice(None)):
+    """Batches as a function of the step: step → (images [B, S, S, 3] uint8, labels [B]).
+
+    With `rows`, only those positions of the batch.
+    """
     members = class_members(labels)
     train = config.train
 
     def make_batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = pk_batch(
             members, config.seed, step, train.classes_per_batch, train.images_per_class
-        )
+        )[rows]
         return dataset.train.images[chosen], labels[chosen]
 
     return make_batch
@@ -357,25 +195,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     setup = set_up(config)
     if config.model.pretrained and not checkpoint.exist(workdir):
         setup = setup._replace(state=load_pretrained(config.model.pretrained, setup.state))
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    report.write_json(Path(workdir, "config.json"), to_dict(config))
+    folder = processes.report_folder(workdir)
+    report.write_json(folder / "config.json", to_dict(config))
     dataset, state = setup.dataset, setup.state
     report.say(report.dataset_table(dataset) + "\n")
     report.say(report.run_table(run_facts(config, workdir, setup)) + "\n")
 
-    baselines = measure_baselines(config, workdir, setup) if config.eval.baselines else {}
+    baselines = measure_baselines(config, workdir, folder, setup) if config.eval.baselines else {}
     checkpoints = checkpoint.manager(workdir, config.train.keep)
     if checkpoints.latest_step() is not None:
         state = checkpoint.restore(checkpoints, state, checkpoints.latest_step())
         report.say(f"Resumed from the checkpoint of step {int(state.step)}.")
 
     batch_size = config.train.classes_per_batch * config.train.images_per_class
-    make_batch = make_batches(config, dataset, setup.labels)
-    mesh = setup.split.mesh
+    rows = processes.local_rows(setup.split, batch_size)
+    make_batch = make_batches(config, dataset, setup.labels, rows)
     first, steps = int(state.step), config.train.steps
-    train_step = make_train_step(config, setup.model, setup.optimizer, mesh)
-    history = report.History(Path(workdir, "history.csv"), first)
-    tensorboard = SummaryWriter(str(Path(workdir, "tensorboard")), purge_step=first + 1)
+    train_step = make_train_step(config, setup.model, setup.optimizer, setup.split.mesh)
+    history = report.History(folder / "history.csv", first)
+    tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
     progress = report.Progress(first, steps)
     with checkpoints, tensorboard, progress, stop_signals() as stopped_by:
         unlogged, since = [], time.time()
@@ -397,7 +235,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             if step % config.train.eval_every == 0 or step == steps:
                 embeddings = embed_test(config, setup, state)
                 row |= evaluate.recall(
-                    embeddings, dataset, config.eval.ks, precision=config.eval.precision, mesh=mesh
+                    embeddings,
+                    dataset,
+                    config.eval.ks,
+                    precision=config.eval.precision,
+                    mesh=setup.mesh,
                 )
                 since = time.time()
             if row:
@@ -406,22 +248,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                 for name, value in row.items():
                     tensorboard.add_scalar(name, value, step)
             recall = row.get("recall@1")
-            if step % config.train.checkpoint_every == 0 or recall is not None or stopped_by:
+            # One process may be told to stop; all of them do, at the same step.
+            alone = jax.process_count() == 1
+            stop = processes.any_process(bool(stopped_by)) if alone or row else False
+            if step % config.train.checkpoint_every == 0 or recall is not None or stop:
                 checkpoint.save(checkpoints, state, recall)
-            if stopped_by and step < steps:
+            if stop and step < steps:
                 break
         batches.close()
         checkpoints.wait_until_finished()
-    report.plot_curves(Path(workdir, "curves.png"), history.rows, baselines)
+    report.plot_curves(folder / "curves.png", history.rows, baselines)
     if int(state.step) < steps:
         report.say(
             f"Stopped at step {int(state.step)} of {steps}; everything is saved in {workdir}. "
             f"The same command goes on from there."
         )
-        raise SystemExit(128 + stopped_by[0])
-    result = evaluate_checkpoint(config, workdir, setup, None, "retrievals.png")
+        raise SystemExit(128 + (stopped_by or [signal.SIGTERM])[0])
+    result = evaluate_checkpoint(config, workdir, folder, setup, None, "retrievals.png")
     results = {**result, "baselines": baselines}
-    report.write_json(Path(workdir, "results.json"), results)
+    report.write_json(folder / "results.json", results)
     say_results(config, results)
     seconds = time.time() - started
     report.say(f"\n{seconds:.0f} s in all. Look at curves.png and retrievals.png in {workdir}.")
@@ -471,20 +316,22 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
     validate(config)
     check_workdir(config, workdir)
     setup = set_up(config)
-    result = evaluate_checkpoint(config, workdir, setup, step, "retrievals-{step}.png")
-    report.write_json(Path(workdir, f"eval-{result['step']}.json"), result)
+    folder = processes.report_folder(workdir)
+    result = evaluate_checkpoint(config, workdir, folder, setup, step, "retrievals-{step}.png")
+    report.write_json(folder / f"eval-{result['step']}.json", result)
     say_results(config, {**result, "baselines": {}})
     return result
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, workdir: str, setup: Setup, step: int | None, picture: str
+    config: ConfigDict, workdir: str, folder: Path, setup: Setup, step: int | None, picture: str
 ) -> dict:
     """All metrics of one checkpoint, with and without what `config.eval` asks for.
 
     Args:
       config: of the experiment.
-      workdir: folder of the run; per_class.csv and the picture are written there.
+      workdir: folder of the run.
+      folder: where per_class.csv and the picture are written.
       setup: from `set_up`.
       step: of the checkpoint; None for the one with the best R@1.
       picture: name of the picture of retrievals; {step} is filled in.
@@ -510,28 +357,28 @@ def evaluate_checkpoint(
         per_class=True,
         clustering=wanted.clustering,
         seed=config.seed,
-        mesh=setup.split.mesh,
+        mesh=setup.mesh,
     )
     names = dataset.query.class_names
     rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
-    write_per_class(Path(workdir, "per_class.csv"), rows)
+    write_per_class(folder / "per_class.csv", rows)
     queries = len(dataset.query.labels)
     sample = np.random.default_rng(config.seed).permutation(queries)[:256]
     report.plot_retrievals(
-        Path(workdir, picture.format(step=step)),
+        folder / picture.format(step=step),
         dataset,
         sample,
         evaluate.nearest(embeddings, sample, k=8),
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
 
-    with_options = measure_options(config, workdir, setup, state, embeddings)
+    with_options = measure_options(config, folder, setup, state, embeddings)
     return {"step": step, "metrics": measured, "with options": with_options}
 
 
 def measure_options(
     config: ConfigDict,
-    workdir: str,
+    folder: Path,
     setup: Setup,
     state: State,
     embeddings: evaluate.Embeddings,
@@ -540,7 +387,7 @@ def measure_options(
 
     Args:
       config: of the experiment.
-      workdir: folder of the run; embeddings.npz is written there if the config wants it.
+      folder: where embeddings.npz is written if the config wants it.
       setup: from `set_up`.
       state: the weights.
       embeddings: of the test images, without any option.
@@ -548,7 +395,7 @@ def measure_options(
     Returns:
       What was done → metrics; empty if nothing is asked for.
     """
-    dataset, mesh, wanted = setup.dataset, setup.split.mesh, config.eval
+    dataset, mesh, wanted = setup.dataset, setup.mesh, config.eval
     measured = {}
     views = {"vector": wanted.vector, "flip": wanted.flip, "scales": wanted.scales}
     if views != {"vector": "embedding", "flip": False, "scales": (1.0,)}:
@@ -558,7 +405,7 @@ def measure_options(
             name += f", scales {' '.join(f'{scale:g}' for scale in wanted.scales)}"
         measured[name] = evaluate.measure(embeddings, dataset, wanted, mesh=mesh)
     if wanted.save_embeddings:
-        evaluate.save_embeddings(Path(workdir, "embeddings.npz"), embeddings, dataset)
+        evaluate.save_embeddings(folder / "embeddings.npz", embeddings, dataset)
 
     done = {
         "whitened to": wanted.whitening_dim,
@@ -597,8 +444,11 @@ def embed_test(config: ConfigDict, setup: Setup, state: State, **views) -> evalu
     return evaluate.embed_dataset(embed, setup.dataset, config.eval.batch_size, setup.split)
 
 
-def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
-    """Metrics of raw pixels and of the network before training, measured once a work folder."""
+def measure_baselines(config: ConfigDict, workdir: str, folder: Path, setup: Setup) -> dict:
+    """Metrics of raw pixels and of the network before training, measured once a work folder.
+
+    They are read from `workdir`, or measured and written into `folder`.
+    """
     path = Path(workdir, "baselines.json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -615,10 +465,10 @@ def measure_baselines(config: ConfigDict, workdir: str, setup: Setup) -> dict:
     else:
         embeddings["untrained network"] = embed_test(config, setup, setup.state)
     baselines = {
-        name: evaluate.measure(found, setup.dataset, config.eval, mesh=setup.split.mesh)
+        name: evaluate.measure(found, setup.dataset, config.eval, mesh=setup.mesh)
         for name, found in embeddings.items()
     }
-    report.write_json(path, baselines)
+    report.write_json(folder / path.name, baselines)
     return baselines
 
 

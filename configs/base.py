@@ -46,7 +46,10 @@ def get_config() -> ConfigDict:
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
     model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
-    model.dtype = "float32"  # of the computation; "bfloat16" on TPUs and recent GPUs
+    model.remat = False  # keeps no activations within a block: less memory, a third slower
+    # Of the computation; parameters, statistics and losses are float32. "auto": bfloat16 on
+    # TPUs and on NVIDIA's GPUs since Ampere, else float32.
+    model.dtype = "auto"
 
     config.loss = loss = ConfigDict()
     loss.ranking = "batch_hard_triplet"  # one of the five below
@@ -79,6 +82,7 @@ def get_config() -> ConfigDict:
     train.steps = 1500
     train.classes_per_batch = 32  # P
     train.images_per_class = 4  # K; the batch has P × K images
+    train.embed_chunk = 0  # above 0: activations of so many images at a time are held
     train.log_every = 20  # steps between lines in history.csv
     train.eval_every = 500  # steps between evaluations
     train.checkpoint_every = 100  # steps between checkpoints

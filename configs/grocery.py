@@ -27,10 +27,10 @@ def get_config(descriptors: str = "SG"):
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 20
 
-    config.train.steps = 300
+    config.train.steps = 240
     config.train.classes_per_batch = 12
     config.train.images_per_class = 4
-    config.train.eval_every = 100
+    config.train.eval_every = 120
     config.eval.batch_size = 64
     # What was pretrained, beside the embedding that was learned on a few classes.
     config.eval.vector = f"descriptor_{descriptors[0]}"

@@ -11,18 +11,18 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, evaluate, losses, report, train
+from cgd_jax import checkpoint, evaluate, losses, report, train, train_step
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError, to_dict
 from cgd_jax.models import pretrained
-from cgd_jax.optimizer import moving_average
+from cgd_jax.optimizer import learning_rate_schedule, make_optimizer, moving_average
 from configs import base
 
 
 def schedule_of(steps=100, **values):
     config = base.get_config().optimizer
     config.update(values)
-    return train.learning_rate_schedule(config, steps)
+    return learning_rate_schedule(config, steps)
 
 
 def test_step_schedule():
@@ -48,7 +48,7 @@ def test_first_updates_by_hand(name):
     config = base.get_config().optimizer
     config.update(name=name, schedule="constant", learning_rate=0.1)
     config.weight_decay = 0.0 if name == "adam" else 0.5
-    optimizer = train.make_optimizer(config, 10)
+    optimizer = make_optimizer(config, 10)
     params = {"fc": jnp.array([[2.0, -4.0]])}
     gradient = {"fc": jnp.array([[0.3, 0.3]])}
     state = optimizer.init(params)
@@ -67,7 +67,7 @@ def test_learning_rates_of_backbone_and_new_layers():
     config = base.get_config().optimizer
     config.update(schedule="constant", learning_rate=0.1, backbone_rate=0.25)
     config.freeze_backbone_steps = 2
-    optimizer = train.make_optimizer(config, 10)
+    optimizer = make_optimizer(config, 10)
     params = {"backbone": {"kernel": jnp.ones((1, 1))}, "fc_S": jnp.ones((1, 1))}
     state = optimizer.init(params)
     for step in range(4):  # of a constant gradient, Adam's steps have the learning rate's length
@@ -80,7 +80,7 @@ def test_learning_rates_of_backbone_and_new_layers():
 def test_weight_decay_spares_norms_and_biases():
     config = base.get_config().optimizer
     config.update(name="adamw", weight_decay=0.5, schedule="constant", learning_rate=0.1)
-    optimizer = train.make_optimizer(config, 10)
+    optimizer = make_optimizer(config, 10)
     params = {
         "backbone": {"bn1": {"scale": jnp.ones(2)}, "conv1": {"kernel": jnp.ones((1, 1, 2, 2))}},
         "gem_p_learned": jnp.ones(()),
@@ -110,7 +110,7 @@ def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
     config.update(ranking_weight=2.0, classification_weight=3.0)
     config.batch_hard_triplet.margin = 0.7
     config.temperature = 0.2
-    total, ranking, classification = train.compute_losses(config, vectors, logits, labels)
+    total, ranking, classification = train_step.compute_losses(config, vectors, logits, labels)
     # Rival A: the mean of the losses of its branches.
     expected = np.mean([losses.batch_hard_triplet_loss(v, labels, 0.7) for v in vectors])
     np.testing.assert_allclose(ranking, expected, rtol=1e-6)
@@ -119,10 +119,10 @@ def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
     np.testing.assert_allclose(total, 2 * ranking + 3 * classification, rtol=1e-6)
     config.classification_weight = 0.0
     nan = jnp.full((6, 3), jnp.nan)
-    total, _, classification = train.compute_losses(config, vectors, nan, labels)
+    total, _, classification = train_step.compute_losses(config, vectors, nan, labels)
     assert classification == 0 and total == 2 * ranking
     config.update(ranking_weight=0.0, classification_weight=1.0)
-    total, ranking, _ = train.compute_losses(config, [vectors[0] * jnp.nan], logits, labels)
+    total, ranking, _ = train_step.compute_losses(config, [vectors[0] * jnp.nan], logits, labels)
     assert ranking == 0 and np.isfinite(total)
 
 
@@ -133,11 +133,11 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
     vectors = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
     labels = jnp.array([0, 0, 1, 1, 2, 2])
     vectors *= 0.1  # close together: every loss is at work
-    before = train.compute_losses(config, [vectors], jnp.zeros((6, 3)), labels)[1]
+    before = train_step.compute_losses(config, [vectors], jnp.zeros((6, 3)), labels)[1]
     for option in config[name]:
         changed = ConfigDict(config)
         changed[name][option] = 1.7 * config[name][option]
-        after = train.compute_losses(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
+        after = train_step.compute_losses(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
         if option != "mining_margin":  # may mine the same pairs
             assert before != after, f"{name}.{option} does nothing"
 
@@ -273,7 +273,7 @@ def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
         setup = train.set_up(tiny_config)
         kernels.append(np.asarray(setup.state.params["backbone"]["conv1"]["kernel"]))
         batches.append(train.make_batches(tiny_config, setup.dataset, setup.labels)(3)[0])
-        keys.append(jax.random.key_data(train.step_key(seed, 3)))
+        keys.append(jax.random.key_data(train_step.step_key(seed, 3)))
     for first, again, other in (kernels, batches, keys):
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, other)
@@ -328,7 +328,9 @@ def test_evaluating_a_folder_without_a_run(tmp_path):
 
 def state_with(step, weights):
     normalization = jax.tree.map(jnp.asarray, IMAGENET)
-    return train.State(jnp.int32(step), {"w": weights}, {}, optax.EmptyState(), normalization, None)
+    return train_step.State(
+        jnp.int32(step), {"w": weights}, {}, optax.EmptyState(), normalization, None
+    )
 
 
 def test_checkpoints_keep_the_latest_and_the_best(tmp_path):

@@ -64,13 +64,19 @@ class CGD(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, train: bool = False, return_descriptors: bool = False
+        self,
+        images: jax.Array | None,
+        train: bool = False,
+        return_descriptors: bool = False,
+        descriptors: list[jax.Array] | None = None,
     ) -> Output:
-        features = self.backbone(images, train and not self.freeze_batch_norm)
-        descriptors = [self.pool(letter, features) for letter in self.descriptors]
+        """With `descriptors`, n × [B, C], it goes on from there and needs no images."""
+        if descriptors is None:
+            features = self.backbone(images, train and not self.freeze_batch_norm)
+            descriptors = [self.pool(letter, features) for letter in self.descriptors]
 
         shapes = combination.kernel_shapes(
-            features.shape[-1], len(descriptors), self.embedding_dim, self.combination
+            descriptors[0].shape[-1], len(descriptors), self.embedding_dim, self.combination
         )
         names = ["raw"] if self.combination == "raw" else self.descriptors
         kernels = [
@@ -97,6 +103,16 @@ class CGD(nn.Module):
         return pooling.gem(features, p)
 
 
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of a config; "auto" is bfloat16 where the device has units for it."""
+    if name != "auto":
+        return jnp.dtype(name)
+    device = jax.devices()[0]
+    # NVIDIA's since Ampere.
+    ampere = device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8
+    return jnp.dtype("bfloat16" if device.platform == "tpu" or ampere else "float32")
+
+
 def create_model(config, num_classes: int) -> CGD:
     """Makes the network that a config describes.
 
@@ -107,8 +123,8 @@ def create_model(config, num_classes: int) -> CGD:
     Returns:
       The module; `model.init(key, images)` gives its variables.
     """
-    dtype = jnp.dtype(config.dtype)
-    options = {"last_stride": config.last_stride, "dtype": dtype}
+    dtype = compute_dtype(config.dtype)
+    options = {"last_stride": config.last_stride, "remat": config.remat, "dtype": dtype}
     if config.backbone in resnet.BACKBONES:
         options |= {name: config[name] for name in RESNET_OPTIONS}
     return CGD(

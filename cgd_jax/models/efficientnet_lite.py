@@ -61,12 +61,14 @@ class EfficientNetLite(nn.Module):
       width: factor of the channels between stem and head.
       depth: factor of the blocks in all stages but the first and the last.
       last_stride: of the last stage that downsamples, 2 as published or 1 as in CGD.
+      remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
     """
 
     width: float = 1.0
     depth: float = 1.0
     last_stride: int = 1
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -83,13 +85,14 @@ class EfficientNetLite(nn.Module):
         )
         x = stem(x.astype(self.dtype))
         x = nn.relu6(norm(name="stem_bn")(x))
+        block_of = nn.remat(InvertedResidual, static_argnums=2) if self.remat else InvertedResidual
         for stage, (blocks, side, stride, expansion, channels) in enumerate(_STAGES):
             if stage not in (0, len(_STAGES) - 1):
                 blocks = math.ceil(self.depth * blocks)
             if stage == _LAST_DOWNSAMPLING:
                 stride = self.last_stride
             for block in range(blocks):
-                x = InvertedResidual(
+                x = block_of(
                     side=side,
                     stride=stride if block == 0 else 1,
                     expansion=expansion,

@@ -95,6 +95,7 @@ class ResNet(nn.Module):
       groups: groups of the 3×3 convolution in a bottleneck (ResNeXt's cardinality).
       width_per_group: ResNeXt's bottleneck width at `width=64`.
       squeeze_excite: adds squeeze-and-excitation to every block.
+      remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
     """
 
@@ -107,6 +108,7 @@ class ResNet(nn.Module):
     groups: int = 1
     width_per_group: int = 64
     squeeze_excite: bool = False
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -126,12 +128,13 @@ class ResNet(nn.Module):
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="bn1")(x))
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        block_of = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, blocks in enumerate(self.stage_sizes):
             planes = self.width * 2**stage
             last = stage == len(self.stage_sizes) - 1
             for block in range(blocks):
                 first = block == 0 and stage > 0
-                x = Block(
+                x = block_of(
                     width=planes * self.width_per_group // 64 * self.groups,
                     out=planes * 4 if self.bottleneck else planes,
                     stride=(self.last_stride if last else 2) if first else 1,

@@ -1,0 +1,100 @@
+"""Several processes, on one machine or many, that train one network together.
+
+Every process runs the same program. Each loads its own rows of every batch; computations
+over all devices are the compiler's; the first process alone writes reports.
+"""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+__all__ = [
+    "any_process",
+    "is_first",
+    "local_mesh",
+    "local_rows",
+    "report_folder",
+    "start",
+    "to_host",
+    "wait_for_all",
+]
+
+
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins this process to the others, before anything else is done with JAX.
+
+    Args:
+      coordinator: address:port of the first process; None where the environment says so
+        itself (SLURM, Open MPI, Cloud TPU).
+      processes: how many there are; None likewise.
+      process: which of them this is, from 0; None likewise.
+
+    Raises:
+      RuntimeError: they do not find each other.
+    """
+    # What CPUs talk to each other with; other devices have their own ways.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"The processes did not find each other: {' '.join(str(error).split())} Where neither "
+            f"SLURM nor a TPU pod says who takes part, give every process --coordinator=HOST:PORT "
+            f"(of the first one), --num_processes= and its own --process_id=."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes reports."""
+    return jax.process_index() == 0
+
+
+def report_folder(workdir: str) -> Path:
+    """Where this process writes reports: the work folder, or for all but the first nowhere."""
+    folder = workdir if is_first() else tempfile.mkdtemp(prefix="reports-of-another-process-")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when all processes have come to the place that `where` names."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is true in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The devices of a mesh that belong to this process."""
+    return jax.sharding.Mesh(np.array(mesh.local_devices), mesh.axis_names)
+
+
+def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:
+    """Which rows of a global batch this process provides.
+
+    Args:
+      sharding: that divides the first axis.
+      batch: rows in all.
+
+    Returns:
+      Positions in ascending order, as `jax.make_array_from_process_local_data` takes them.
+    """
+    slices = sharding.addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for (index,) in slices]))
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """All of an array, whichever processes hold its parts."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
