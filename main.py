@@ -61,7 +61,7 @@ def main(argv):
             report.say(f"{folder} holds the network; its README.md says how to open it.")
             if PUSH.value:
                 report.say(f"Uploaded to {export.push_to_hub(folder, PUSH.value)}")
-    except (ConfigError, FileNotFoundError, ImportError, OSError) as error:
+    except (ConfigError, train.Diverged, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -4,6 +4,9 @@ A save is written under a temporary name and renamed when complete, so that a ru
 killed in the middle of it finds the checkpoint before.
 """
 
+import contextlib
+import logging
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +15,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 FOLDER = "checkpoints"
+
+log = logging.getLogger(__name__)
 
 
 def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
@@ -81,7 +86,63 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
     # A copy, since the next training step takes over the state's own buffers.
     state = jax.tree.map(jnp.copy, state)
     metrics = None if recall_at_1 is None else {"recall_at_1": recall_at_1}
-    checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+    with _reported():
+        checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits for the last save; as `save`, it reports a disk that is full and goes on."""
+    with _reported():
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _reported():
+    """A checkpoint that cannot be written is no reason to lose the run as well."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        log.warning(
+            "A checkpoint could not be written: %s Training goes on; make room, and the next one "
+            "will be.",
+            " ".join(str(error).split())[:300],
+        )
+
+
+def restore_latest(checkpoints: ocp.CheckpointManager, state):
+    """Reads the latest checkpoint that can be read.
+
+    One that cannot is moved to `damaged` beside the checkpoints, with a warning, and the one
+    before is taken.
+
+    Args:
+      checkpoints: from `manager`, for writing.
+      state: as for `restore`.
+
+    Returns:
+      The saved state, or None if there is none.
+
+    Raises:
+      PermissionError: there are checkpoints that this user may not read or move.
+    """
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            return restore(checkpoints, state, step)
+        except PermissionError:
+            raise
+        except Exception as error:  # orbax, TensorStore and JSON each have their own
+            folder = Path(checkpoints.directory, str(step))
+            damaged = folder.parent.with_name("damaged") / f"{step}-{time.time_ns()}"
+            damaged.parent.mkdir(exist_ok=True)
+            folder.rename(damaged)
+            log.warning(
+                "The checkpoint of step %d is damaged and was moved to %s: %s",
+                step,
+                damaged,
+                " ".join(str(error).split())[:300],
+            )
+            checkpoints.reload()
+    return None
 
 
 def restore(checkpoints: ocp.CheckpointManager, state, step: int):

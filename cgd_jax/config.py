@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 from absl import flags
@@ -19,6 +20,7 @@ FREE_TO_CHANGE = (
     "data.dir",
     "data.source",
     "data.cache",
+    "profile_steps",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
@@ -83,7 +85,13 @@ def validate(config: ConfigDict) -> None:
     _check_at_least(config, 1, "train.eval_every train.checkpoint_every train.keep")
     _check_at_least(config, 1, "eval.batch_size")
     _check_at_least(config, 1, "data.resize")
-    _check_at_least(config, 0, "train.embed_chunk")
+    _check_at_least(config, 0, "train.embed_chunk train.skip_nonfinite")
+    _check(
+        config,
+        "profile_steps",
+        lambda steps: not steps or re.fullmatch(r"[1-9]\d*:[1-9]\d*", steps),
+        "must be two steps such as 10:15, or empty",
+    )
     _check_at_least(config, 0, "seed data.split_seed augment.pad augment.jitter")
     _check(config, "augment.min_area", lambda share: 0 < share <= 1, "must be in (0, 1]")
     _check(config, "augment.erase", lambda p: 0 <= p <= 1, "must be a probability")

@@ -1,5 +1,6 @@
 """What a person sees of a run: tables, curves and pictures of what was retrieved."""
 
+import contextlib
 import csv
 import json
 import logging
@@ -138,6 +139,42 @@ _SHOWN = (
     ("classification_loss", "classification", 4),
     ("images_per_second", "images/s", 0),
 )
+
+
+class Meter:
+    """How fast training is, over the steps since it was last read."""
+
+    def __init__(self, images: int, flops: float, peak: float):
+        """Takes images a step, floating-point operations a step, and the devices' FLOP/s or nan."""
+        self.images, self.flops, self.peak = images, flops, peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out what was done since the last reading: compiling, evaluating."""
+        self.steps, self.waited, self.since = 0, 0.0, time.time()
+
+    def count(self) -> None:
+        """Counts one step."""
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside as waiting for a batch."""
+        began = time.time()
+        yield
+        self.waited += time.time() - began
+
+    def read(self) -> dict[str, float]:
+        """Columns of the history, and starts anew."""
+        seconds = max(time.time() - self.since, 1e-9)
+        row = {
+            "images_per_second": self.steps * self.images / seconds,
+            "input_wait": self.waited / seconds,
+            "tflops_per_second": self.steps * self.flops / seconds / 1e12,
+        }
+        row["share_of_peak"] = 1e12 * row["tflops_per_second"] / self.peak
+        self.restart()
+        return {name: value for name, value in row.items() if np.isfinite(value)}
 
 
 class History:

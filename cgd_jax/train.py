@@ -27,9 +27,17 @@ from cgd_jax.train_step import (
     create_state,
     flops_per_image,
     make_train_step,
+    peak_flops,
     shardings,
     step_key,
 )
+
+# What sysexits.h calls a temporary failure: schedulers start the same command once more.
+REQUEUE = 75
+
+
+class Diverged(RuntimeError):
+    """Training that cannot go on; the message is for the person who started it."""
 
 
 class Setup(NamedTuple):
@@ -129,18 +137,24 @@ def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
     return dataset, labels.astype(np.int32)
 
 
-def make_batches(config: ConfigDict, dataset: Dataset, labels: np.ndarray, rows=slice(None)):
+def batch_positions(config: ConfigDict, labels: np.ndarray):
+    """Which training images make up a batch: step, from 0 → positions [B]."""
+    members, train = class_members(labels), config.train
+
+    def choose(step: int) -> np.ndarray:
+        return pk_batch(members, config.seed, step, train.classes_per_batch, train.images_per_class)
+
+    return choose
+
+
+def make_batches(choose, dataset: Dataset, labels: np.ndarray, rows=slice(None)):
     """Batches as a function of the step: step → (images [B, S, S, 3] uint8, labels [B]).
 
     With `rows`, only those positions of the batch.
     """
-    members = class_members(labels)
-    train = config.train
 
     def make_batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = pk_batch(
-            members, config.seed, step, train.classes_per_batch, train.images_per_class
-        )[rows]
+        chosen = choose(step)[rows]
         return dataset.train.images[chosen], labels[chosen]
 
     return make_batch
@@ -160,7 +174,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     validate(config)
     dataset, labels = open_data(config)
     report.say(report.dataset_table(dataset))
-    images, _ = make_batches(config, dataset, labels)(0)
+    images, _ = make_batches(batch_positions(config, labels), dataset, labels)(0)
     key = step_key(config.seed, 0)
     images = jax.jit(augment, static_argnums=(2, 3))(
         key, images, FrozenConfigDict(config.augment), config.data.image_size, IMAGENET
@@ -187,61 +201,76 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
 
     Raises:
       ConfigError: a config that cannot be run, or a work folder of another one.
-      SystemExit: with 128 + the signal, when SIGINT or SIGTERM ended the run early.
+      Diverged: the loss was not finite.
+      SystemExit: with the status `REQUEUE`, when SIGINT or SIGTERM ended the run early.
     """
     started = time.time()
     validate(config)
     check_workdir(config, workdir)
+    keep_compiled(workdir)
     setup = set_up(config)
-    if config.model.pretrained and not checkpoint.exist(workdir):
+    checkpoints = checkpoint.manager(workdir, config.train.keep)
+    saved = checkpoint.restore_latest(checkpoints, setup.state)
+    if config.model.pretrained and not (saved and Path(workdir, "baselines.json").exists()):
         setup = setup._replace(state=load_pretrained(config.model.pretrained, setup.state))
     folder = processes.report_folder(workdir)
     report.write_json(folder / "config.json", to_dict(config))
-    dataset, state = setup.dataset, setup.state
-    report.say(report.dataset_table(dataset) + "\n")
-    report.say(report.run_table(run_facts(config, workdir, setup)) + "\n")
-
+    report.say(report.dataset_table(setup.dataset) + "\n")
+    flops = flops_per_image(setup.model, setup.state, config.data.image_size)
+    report.say(report.run_table(run_facts(config, workdir, setup, flops)) + "\n")
     baselines = measure_baselines(config, workdir, folder, setup) if config.eval.baselines else {}
-    checkpoints = checkpoint.manager(workdir, config.train.keep)
-    if checkpoints.latest_step() is not None:
-        state = checkpoint.restore(checkpoints, state, checkpoints.latest_step())
-        report.say(f"Resumed from the checkpoint of step {int(state.step)}.")
+    if saved:
+        report.say(f"Resumed from the checkpoint of step {int(saved.step)}.")
+    state = saved or setup.state
 
-    batch_size = config.train.classes_per_batch * config.train.images_per_class
-    rows = processes.local_rows(setup.split, batch_size)
-    make_batch = make_batches(config, dataset, setup.labels, rows)
     first, steps = int(state.step), config.train.steps
+    batch_size = config.train.classes_per_batch * config.train.images_per_class
+    choose = batch_positions(config, setup.labels)
+    rows = processes.local_rows(setup.split, batch_size)
+    make_batch = make_batches(choose, setup.dataset, setup.labels, rows)
+    batches = prefetch(make_batch, range(first, steps), setup.split)
     train_step = make_train_step(config, setup.model, setup.optimizer, setup.split.mesh)
     history = report.History(folder / "history.csv", first)
     tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
     progress = report.Progress(first, steps)
+    # A backward pass costs two forward ones.
+    meter = report.Meter(batch_size, 3 * flops * batch_size, peak_flops(config.model.dtype))
+    metrics, unlogged = None, []
     with checkpoints, tensorboard, progress, stop_signals() as stopped_by:
-        unlogged, since = [], time.time()
-        batches = prefetch(make_batch, range(first, steps), setup.split)
-        for step, batch in enumerate(batches, first + 1):
-            previous = unlogged[-1:]
+        for step in range(first + 1, steps + 1):
+            with meter.waiting():
+                batch = next(batches)
+            profile(config.profile_steps, step, folder, metrics)
+            previous = metrics
             state, metrics = train_step(state, *batch)
             # Waiting for the step before this one keeps the device busy, and keeps
             # the loop from running ahead of it with batches piling up.
             jax.block_until_ready(previous)
+            stop_if_not_finite(config, folder, setup.dataset, choose, step - 1, previous)
             unlogged.append(metrics)
+            meter.count()
             progress.update()
+            if step == first + 1:
+                jax.block_until_ready(metrics)
+                report.say(f"First step after {time.time() - started:.0f} s.")
+                meter.restart()
 
             row = {}
             if step % config.train.log_every == 0 or step == steps:
-                row = {name: float(np.mean([m[name] for m in unlogged])) for name in metrics}
-                row["images_per_second"] = len(unlogged) * batch_size / (time.time() - since)
-                unlogged, since = [], time.time()
+                stop_if_not_finite(config, folder, setup.dataset, choose, step, metrics)
+                row = {name: float(np.nanmean([m[name] for m in unlogged])) for name in metrics}
+                row |= meter.read()
+                unlogged = []
             if step % config.train.eval_every == 0 or step == steps:
                 embeddings = embed_test(config, setup, state)
                 row |= evaluate.recall(
                     embeddings,
-                    dataset,
+                    setup.dataset,
                     config.eval.ks,
                     precision=config.eval.precision,
                     mesh=setup.mesh,
                 )
-                since = time.time()
+                meter.restart()
             if row:
                 history.add(step, row)
                 progress.log(step, row)
@@ -256,14 +285,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             if stop and step < steps:
                 break
         batches.close()
-        checkpoints.wait_until_finished()
+        checkpoint.finish(checkpoints)
     report.plot_curves(folder / "curves.png", history.rows, baselines)
     if int(state.step) < steps:
         report.say(
             f"Stopped at step {int(state.step)} of {steps}; everything is saved in {workdir}. "
             f"The same command goes on from there."
         )
-        raise SystemExit(128 + (stopped_by or [signal.SIGTERM])[0])
+        raise SystemExit(REQUEUE)
     result = evaluate_checkpoint(config, workdir, folder, setup, None, "retrievals.png")
     results = {**result, "baselines": baselines}
     report.write_json(folder / "results.json", results)
@@ -271,6 +300,64 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     seconds = time.time() - started
     report.say(f"\n{seconds:.0f} s in all. Look at curves.png and retrievals.png in {workdir}.")
     return results
+
+
+def keep_compiled(workdir: str) -> None:
+    """Keeps compiled programs beside the work folders, so that the next run starts sooner."""
+    if jax.config.jax_compilation_cache_dir is None:  # else the user has chosen a place
+        folder = Path(workdir).resolve().parent / ".compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def profile(profile_steps: str, step: int, folder: Path, metrics) -> None:
+    """Starts or ends the profiler's trace before a step, as `profile_steps` says.
+
+    Args:
+      profile_steps: "10:15" traces the steps 10 to 14; "" none.
+      step: that comes next.
+      folder: the trace goes to `profile` below it.
+      metrics: of the step before, which is waited for.
+    """
+    if not profile_steps:
+        return
+    begin, end = map(int, profile_steps.split(":"))
+    if step == begin:
+        jax.block_until_ready(metrics)
+        jax.profiler.start_trace(str(folder / "profile"))
+    if step == end:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        report.say(f"Look at the profile: tensorboard --logdir={folder / 'profile'}")
+
+
+def stop_if_not_finite(
+    config: ConfigDict, folder: Path, dataset: Dataset, choose, step: int, metrics: dict | None
+) -> None:
+    """Ends a run whose loss is not finite, having written what led to it.
+
+    Args:
+      config: of the experiment; `train.skip_nonfinite` such steps in a row are passed over.
+      folder: nonfinite.json is written there.
+      dataset: whose training images the batch was made of.
+      choose: step → positions of a batch, from `batch_positions`.
+      step: that the metrics are of, from 1.
+      metrics: of the step; None for no step.
+
+    Raises:
+      Diverged: it says what to look at.
+    """
+    if metrics is None or int(metrics["skipped"]) <= config.train.skip_nonfinite:
+        return
+    images = [dataset.train.ids[i] for i in choose(step - 1)]
+    values = {name: str(float(value)) for name, value in metrics.items()}
+    report.write_json(
+        folder / "nonfinite.json", {"step": step, "metrics": values, "images": images}
+    )
+    raise Diverged(
+        f"The loss or its gradient is not finite at step {step}. nonfinite.json in {folder} names "
+        f"the images of the batch; the checkpoints are from before. Lower the learning rate, or "
+        f"pass over up to n such steps in a row with --config.train.skip_nonfinite=n."
+    )
 
 
 def say_results(config: ConfigDict, results: dict) -> None:
@@ -315,6 +402,7 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
         config = from_dict(json.loads(path.read_text(encoding="utf-8")))
     validate(config)
     check_workdir(config, workdir)
+    keep_compiled(workdir)
     setup = set_up(config)
     folder = processes.report_folder(workdir)
     result = evaluate_checkpoint(config, workdir, folder, setup, step, "retrievals-{step}.png")
@@ -490,10 +578,9 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
         )
 
 
-def run_facts(config: ConfigDict, workdir: str, setup: Setup) -> dict[str, str]:
+def run_facts(config: ConfigDict, workdir: str, setup: Setup, flops: float) -> dict[str, str]:
     """What is worth knowing before a run begins."""
     parameters = sum(array.size for array in jax.tree.leaves(setup.state.params))
-    flops = flops_per_image(setup.model, setup.state, config.data.image_size)
     train = config.train
     images = train.classes_per_batch * train.images_per_class
     devices = jax.devices()

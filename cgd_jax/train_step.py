@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from cgd_jax import losses
 from cgd_jax.augment import Normalization, augment, normalize
 from cgd_jax.models import pretrained
-from cgd_jax.models.cgd import CGD, Output
+from cgd_jax.models.cgd import CGD, Output, compute_dtype
 from cgd_jax.optimizer import learning_rate_schedule, moving_average
 
 
@@ -25,6 +25,7 @@ class State:
     opt_state: optax.OptState
     normalization: Normalization  # of the pixels; it belongs to the weights
     average: dict | None  # of the parameters over the steps, if it is wanted
+    skipped: jax.Array  # int32, steps in a row, up to now, whose loss was not finite
 
     def variables(self) -> dict:
         """What is evaluated: the averaged parameters if there are any."""
@@ -66,6 +67,7 @@ def create_state(
             opt_state=optimizer.init(params),
             normalization=jax.tree.map(jnp.asarray, pretrained.usual_normalization(variables)),
             average=params if average else None,
+            skipped=jnp.zeros((), jnp.int32),
         )
 
     return init()
@@ -237,14 +239,14 @@ def make_train_step(
         average = state.average
         if average is not None:
             average = moving_average(average, params, state.step, config.optimizer.average)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            average=average,
+        new = state.replace(
+            params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
         )
-        return state, metrics
+        # What is not finite does not get into the weights.
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.global_norm(gradients))
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        metrics["skipped"] = jnp.where(finite, 0, state.skipped + 1)
+        return new.replace(step=state.step + 1, skipped=metrics["skipped"]), metrics
 
     replicated, split = shardings(mesh)
     return jax.jit(
@@ -280,3 +282,34 @@ def flops_per_image(model: CGD, state: State, image_size: int) -> float:
 
     lowered = jax.jit(embed).lower(state, images)
     return (lowered.cost_analysis() or {}).get("flops", float("nan"))
+
+
+# Dense matrix products in bfloat16 (T4 and V100: float16) by the makers' data sheets, in
+# FLOP/s of one device as JAX counts them; the longest name that a device's begins with.
+_PEAKS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(dtype: str) -> float:
+    """What all devices could compute together, in FLOP/s; nan if that is not known.
+
+    Args:
+      dtype: of the computation, as a config has it. Only for 16 bits are there figures here.
+    """
+    kind = jax.devices()[0].device_kind
+    names = [name for name in _PEAKS if kind.startswith(name)]
+    if not names or compute_dtype(dtype).itemsize != 2:
+        return float("nan")
+    return jax.device_count() * _PEAKS[max(names, key=len)]

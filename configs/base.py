@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # weights, batches and augmentation follow from it
 
+    config.profile_steps = ""  # "10:15": writes a profiler trace of the steps 10 to 14
+
     config.data = data = ConfigDict()
     data.name = "glyphs"  # which data set: see cgd_jax/datasets
     data.source = ""  # the archive you have, or the folder it unpacks to; "auto": download
@@ -83,6 +85,7 @@ def get_config() -> ConfigDict:
     train.classes_per_batch = 32  # P
     train.images_per_class = 4  # K; the batch has P × K images
     train.embed_chunk = 0  # above 0: activations of so many images at a time are held
+    train.skip_nonfinite = 0  # steps in a row with a loss that is not finite to pass over
     train.log_every = 20  # steps between lines in history.csv
     train.eval_every = 500  # steps between evaluations
     train.checkpoint_every = 100  # steps between checkpoints

@@ -65,11 +65,17 @@ def data(tmp_path_factory):
             ["--config=configs/glyphs.py", "--config.model.backbone=vit"],
             "error: model.backbone='vit' is unknown; valid names are resnet10, ",
         ),
-        (["--config=configs/glyphs.py", "--mode=tain"], "should be one of <train|eval|data>"),
+        (
+            ["--config=configs/glyphs.py", "--mode=tain"],
+            "should be one of <train|eval|data|export>",
+        ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (["--config=configs/glyphs.py", "--config.train=many"], "is a group of keys"),
         (["--config=configs/glyphs.py", "train"], "error: 'train' is no flag"),
         (["--mode=eval", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
+        (["--mode=export", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
+        (["--mode=eval", "--push_to_hub=a/b"], "error: --push_to_hub goes with --mode=export"),
+        (["--coordinator=localhost:1"], "--coordinator, --num_processes and --process_id go"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(arguments, message):
@@ -103,6 +109,10 @@ def test_train_then_evaluate(data, tmp_path):
     assert status == 0, errors
     assert re.search(r"embedding, flip( +\d+\.\d\d){5}", output)
     assert f"{100 * results['metrics']['recall@1']:.2f}" in output
+    status, output, errors = run("--mode=export", f"--workdir={tmp_path}/run")
+    assert status == 0, errors
+    assert "its README.md says how to open it" in output
+    assert (tmp_path / "run/export/model.safetensors").stat().st_size > 0
     status, _, errors = run(*flags, "--config.train.steps=13")
     assert status == 1 and "train.steps: 12 → 13" in errors
 
@@ -135,7 +145,7 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    assert process.returncode == 75, errors
     stopped = re.search(r"Stopped at step (\d+) of 1000; everything is saved in", output)
     assert stopped and "The same command goes on from there" in output
     status, output, errors = run(*flags)

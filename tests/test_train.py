@@ -1,6 +1,7 @@
 """Training: schedules, optimizers, losses put together, and runs that stop and go on."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
             interrupt_at(patch, step, number)
             with pytest.raises(SystemExit) as stop:
                 train.train_and_evaluate(tiny_config, parts)
-        assert stop.value.code == 128 + number
+        assert stop.value.code == train.REQUEUE == 75
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         output = capsys.readouterr().out
         assert f"Stopped at step {step} of 12" in output and "The same command goes on" in output
@@ -191,7 +192,9 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     histories = [report.read_history(Path(w, "history.csv")) for w in (whole, parts)]
     assert [row["step"] for row in histories[1]] == [2, 4, 6, 8, 10, 12]
     for ours, theirs in zip(*histories, strict=True):
-        del ours["images_per_second"], theirs["images_per_second"]
+        assert "input_wait" in ours and "tflops_per_second" in ours
+        for name in ("images_per_second", "input_wait", "tflops_per_second"):
+            del ours[name], theirs[name]
         assert ours == theirs
 
 
@@ -329,7 +332,13 @@ def test_evaluating_a_folder_without_a_run(tmp_path):
 def state_with(step, weights):
     normalization = jax.tree.map(jnp.asarray, IMAGENET)
     return train_step.State(
-        jnp.int32(step), {"w": weights}, {}, optax.EmptyState(), normalization, None
+        step=jnp.int32(step),
+        params={"w": weights},
+        batch_stats={},
+        opt_state=optax.EmptyState(),
+        normalization=normalization,
+        average=None,
+        skipped=jnp.int32(0),
     )
 
 
@@ -377,3 +386,103 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     embeddings = train.embed_test(tiny_config, setup, state.replace(params=None))
     recall = evaluate.recall(embeddings, setup.dataset, (1,))["recall@1"]
     assert recall == pytest.approx(result["metrics"]["recall@1"])
+
+
+def damage(folder, how):
+    """Spoils a checkpoint in one of the ways that crashes and disks do."""
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if how == "file removed":
+        files[-1].unlink()
+    elif how == "truncated":
+        files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
+    elif how == "zeroed":
+        files[-1].write_bytes(bytes(files[-1].stat().st_size))
+    elif how == "half renamed":
+        (folder / "default").rename(folder / "default.orbax-checkpoint-tmp-1")
+    elif how == "emptied":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@pytest.mark.parametrize("how", ["file removed", "truncated", "zeroed", "half renamed", "emptied"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, how):
+    rng = np.random.default_rng(0)
+    saved = {step: state_with(step, jnp.asarray(rng.normal(size=5000))) for step in (3, 7)}
+    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        for step, state in saved.items():
+            checkpoint.save(checkpoints, state, step / 10)
+    damage(tmp_path / "checkpoints/7", how)
+    with caplog.at_level("WARNING"), checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        found = checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(5000)))
+        assert_same(found, saved[3])
+        # The run goes on, and writes step 7 once more.
+        checkpoint.save(checkpoints, saved[7], 0.7)
+    if how != "emptied" or caplog.records:
+        assert "step 7 is damaged and was moved to" in caplog.text
+        assert list(tmp_path.glob("damaged/7-*"))
+    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        assert_same(checkpoint.restore_latest(checkpoints, saved[3]), saved[7])
+
+
+def test_nothing_to_restore(tmp_path):
+    with checkpoint.manager(str(tmp_path), keep=1) as checkpoints:
+        assert checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(2))) is None
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, caplog, monkeypatch):
+    with caplog.at_level("WARNING"), checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "save", full)
+            checkpoint.save(checkpoints, state_with(1, jnp.zeros(2)))
+            patch.setattr(checkpoints, "wait_until_finished", full)
+            checkpoint.finish(checkpoints)
+        checkpoint.save(checkpoints, state_with(2, jnp.zeros(2)))
+    assert caplog.text.count("No space left on device Training goes on") == 2
+    with checkpoint.manager(str(tmp_path)) as checkpoints:
+        assert checkpoints.latest_step() == 2
+
+
+def poisoned(monkeypatch, steps):
+    """Pixels of certain steps are not finite, as a broken augmentation would make them."""
+    augment = train_step.augment
+
+    def broken(key, images, *rest):
+        bad = jnp.any(jnp.stack([jnp.all(key == train_step.step_key(0, s)) for s in steps]))
+        return augment(key, images, *rest) + jnp.where(bad, jnp.nan, 0.0)
+
+    monkeypatch.setattr(train_step, "augment", broken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
+    tiny_config.eval.baselines = False
+    poisoned(monkeypatch, [5])
+    with pytest.raises(train.Diverged, match="not finite at step 6.*nonfinite.json"):
+        train.train_and_evaluate(tiny_config, str(tmp_path))
+    led = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert led["step"] == 6 and led["metrics"]["loss"] == "nan"
+    assert len(led["images"]) == 12 and led["images"][0].count("-") == 1
+    assert state_of(tiny_config, str(tmp_path)).step == 4
+
+
+def test_steps_that_are_not_finite_may_be_passed_over(tiny_config, tmp_path, monkeypatch):
+    tiny_config.eval.baselines = False
+    tiny_config.train.skip_nonfinite = 1
+    poisoned(monkeypatch, [5, 8])  # one at a time
+    train.train_and_evaluate(tiny_config, str(tmp_path / "run"))
+    state = state_of(tiny_config, str(tmp_path / "run"))
+    assert state.step == 12 and state.skipped == 0
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
+    poisoned(monkeypatch, [5, 6])
+    with pytest.raises(train.Diverged, match="at step 7"):
+        train.train_and_evaluate(tiny_config, str(tmp_path / "other"))
+
+
+def test_a_profile_of_some_steps(tiny_config, tmp_path):
+    tiny_config.eval.baselines = False
+    tiny_config.profile_steps = "3:5"
+    train.train_and_evaluate(tiny_config, str(tmp_path))
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))

@@ -29,7 +29,7 @@ def problem(**values):
     images = jnp.asarray(rng.normal(size=(12, 16, 16, 3)), jnp.float32)
     variables = jax.tree.map(jnp.asarray, random_variables(model, images))
     state = train_step.State(
-        jnp.int32(0), variables["params"], variables["batch_stats"], (), IMAGENET, None
+        jnp.int32(0), variables["params"], variables["batch_stats"], (), IMAGENET, None, 0
     )
     labels = jnp.asarray(np.repeat(np.arange(4), 3))
     loss = functools.partial(train_step.measure_losses, config.loss, labels)

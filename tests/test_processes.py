@@ -1,0 +1,74 @@
+"""Two real processes on one machine compute what one process computes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cgd_jax import processes, report
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "main.py", "--config=tests/tiny.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_train_and_evaluate_as_one(tmp_path):
+    data = f"--config.data.dir={tmp_path}/data"
+    alone = start(data, f"--workdir={tmp_path}/alone")
+    assert alone.wait(timeout=300) == 0, alone.stderr.read()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pair = [
+        start(
+            data,
+            f"--workdir={tmp_path}/together",
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={i}",
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "2 × cpu" in outputs[0][0]
+    assert "R@1" not in outputs[1][0], "only the first process reports"
+    histories = [report.read_history(tmp_path / w / "history.csv") for w in ("alone", "together")]
+    assert len(histories[0]) == 6
+    for ours, theirs in zip(*histories, strict=True):
+        for name in ("loss", "ranking_loss", "classification_loss", "recall@1", "accuracy"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-5)
+
+
+def test_one_process_is_the_first_and_holds_everything():
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    assert processes.is_first() and processes.local_mesh(mesh) == mesh
+    np.testing.assert_array_equal(processes.local_rows(split, 5), np.arange(5))
+    assert processes.any_process(True) and not processes.any_process(False)
+    x = jax.device_put(np.arange(4), split)
+    np.testing.assert_array_equal(processes.to_host(x), np.arange(4))
+    processes.wait_for_all("nowhere")
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("deadline\nexceeded")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(RuntimeError, match="deadline exceeded.*--coordinator=HOST:PORT"):
+        processes.start("nowhere:1", 2, 0)
