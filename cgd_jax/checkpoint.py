@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from cgd_jax import processes
+
 FOLDER = "checkpoints"
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,12 @@ def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
         # What a killed run left of an unfinished save.
         cleanup_tmp_directories=writing,
     )
-    return ocp.CheckpointManager(Path(workdir, FOLDER).resolve(), options=options)
+    return ocp.CheckpointManager(
+        Path(workdir, FOLDER).resolve(),
+        options=options,
+        # Said, because it would be guessed from the latest checkpoint, which may be damaged.
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
 
 def exist(workdir: str) -> bool:
@@ -112,37 +119,43 @@ def _reported():
 def restore_latest(checkpoints: ocp.CheckpointManager, state):
     """Reads the latest checkpoint that can be read.
 
-    One that cannot is moved to `damaged` beside the checkpoints, with a warning, and the one
-    before is taken.
+    Later ones, which cannot, are moved to `damaged` beside the checkpoints, with a warning.
 
     Args:
       checkpoints: from `manager`, for writing.
       state: as for `restore`.
 
     Returns:
-      The saved state, or None if there is none.
+      The saved state, or None if there is no checkpoint.
 
     Raises:
-      PermissionError: there are checkpoints that this user may not read or move.
+      OSError: there are checkpoints, and none can be read; all are left as they are.
     """
+    errors = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            return restore(checkpoints, state, step)
-        except PermissionError:
-            raise
+            saved = restore(checkpoints, state, step)
+            break
         except Exception as error:  # orbax, TensorStore and JSON each have their own
-            folder = Path(checkpoints.directory, str(step))
-            damaged = folder.parent.with_name("damaged") / f"{step}-{time.time_ns()}"
-            damaged.parent.mkdir(exist_ok=True)
-            folder.rename(damaged)
-            log.warning(
-                "The checkpoint of step %d is damaged and was moved to %s: %s",
-                step,
-                damaged,
-                " ".join(str(error).split())[:300],
+            errors[step] = " ".join(str(error).split())[:300]
+    else:
+        if errors:
+            listed = "; ".join(f"step {step}: {error}" for step, error in errors.items())
+            raise OSError(
+                f"No checkpoint in {checkpoints.directory} can be read, so the run cannot go on "
+                f"from there. Choose another --workdir=, or mend or delete them. {listed}"
             )
-            checkpoints.reload()
-    return None
+        return None
+    for step, error in errors.items():
+        damaged = Path(checkpoints.directory).with_name("damaged") / f"{step}-{time.time_ns()}"
+        if processes.is_first():
+            damaged.parent.mkdir(exist_ok=True)
+            Path(checkpoints.directory, str(step)).rename(damaged)
+        log.warning("Checkpoint %d is damaged and was moved to %s: %s", step, damaged, error)
+    if errors:
+        processes.wait_for_all("damaged checkpoints are moved")
+        checkpoints.reload()
+    return saved
 
 
 def restore(checkpoints: ocp.CheckpointManager, state, step: int):

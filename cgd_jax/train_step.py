@@ -243,7 +243,7 @@ def make_train_step(
             params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
         )
         # What is not finite does not get into the weights.
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.global_norm(gradients))
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         metrics["skipped"] = jnp.where(finite, 0, state.skipped + 1)
         return new.replace(step=state.step + 1, skipped=metrics["skipped"]), metrics

@@ -44,8 +44,8 @@ def data(tmp_path_factory):
         (
             ["--config=configs/glyphs.py", "--config.train.step=4"],
             "error: --config.train.step: config.train has no key 'step'; valid keys are "
-            "checkpoint_every, classes_per_batch, eval_every, images_per_class, keep, "
-            "log_every, steps.",
+            "checkpoint_every, classes_per_batch, embed_chunk, eval_every, images_per_class, "
+            "keep, log_every, skip_nonfinite, steps.",
         ),
         (
             ["--config=configs/glyphs.py:SX"],

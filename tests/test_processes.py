@@ -51,7 +51,8 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     assert len(histories[0]) == 6
     for ours, theirs in zip(*histories, strict=True):
         for name in ("loss", "ranking_loss", "classification_loss", "recall@1", "accuracy"):
-            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-5)
+            assert (name in ours) == (name in theirs)
+            assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-5)
 
 
 def test_one_process_is_the_first_and_holds_everything():

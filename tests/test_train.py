@@ -275,7 +275,7 @@ def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
         tiny_config.seed = seed
         setup = train.set_up(tiny_config)
         kernels.append(np.asarray(setup.state.params["backbone"]["conv1"]["kernel"]))
-        batches.append(train.make_batches(tiny_config, setup.dataset, setup.labels)(3)[0])
+        batches.append(train.batch_positions(tiny_config, setup.labels)(3))
         keys.append(jax.random.key_data(train_step.step_key(seed, 3)))
     for first, again, other in (kernels, batches, keys):
         np.testing.assert_array_equal(first, again)
@@ -417,11 +417,23 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
         assert_same(found, saved[3])
         # The run goes on, and writes step 7 once more.
         checkpoint.save(checkpoints, saved[7], 0.7)
-    if how != "emptied" or caplog.records:
-        assert "step 7 is damaged and was moved to" in caplog.text
-        assert list(tmp_path.glob("damaged/7-*"))
+    assert "Checkpoint 7 is damaged and was moved to" in caplog.text
+    assert list(tmp_path.glob("damaged/7-*"))
     with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
         assert_same(checkpoint.restore_latest(checkpoints, saved[3]), saved[7])
+
+
+def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
+    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        for step in (3, 7):
+            checkpoint.save(checkpoints, state_with(step, jnp.zeros(5000)))
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with (
+        checkpoint.manager(str(tmp_path), keep=5) as checkpoints,
+        pytest.raises(OSError, match="No checkpoint in .* can be read.*step 7: .*step 3: "),
+    ):
+        checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(7)))
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
 def test_nothing_to_restore(tmp_path):

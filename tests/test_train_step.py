@@ -57,7 +57,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p):
     found, found_stats, found_metrics = gradients(train_step.chunked_gradients, *parts, chunk=chunk)
     assert np.abs(expected["backbone"]["conv1"]["kernel"]).max() > 0
     assert metrics["ranking_loss"] > 0 and metrics["classification_loss"] > 0
-    assert_close(found, expected, 1e-5)
+    assert_close(found, expected, 2e-5)  # float32; what is left is the order of summation
     assert_close(found_stats, stats, 1e-5)  # the auxiliary module saw the whole batch
     assert_close(found_metrics, metrics, 1e-5)
 
@@ -126,7 +126,7 @@ for count in (1, 2, 4, 8):
     mesh = mesh_of(count)
     replicated, split = train_step.shardings(mesh)
     descent = optimizer.make_optimizer(config.optimizer, 20)
-    state = jax.device_put(train_step.create_state(model, descent, 0, 32), replicated)
+    state = train_step.create_state(model, descent, 0, 32, replicated)
     step = train_step.make_train_step(config, model, descent, mesh)
     sequence = []
     for images in batches:
