@@ -371,18 +371,17 @@ def test_a_save_is_not_changed_by_the_steps_behind_it(tmp_path):
 
 def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     tiny_config.optimizer.average = 0.5
-    workdir = str(tmp_path / "run")
-    result = train.train_and_evaluate(tiny_config, workdir)
-    state = state_of(tiny_config, workdir)
+    tiny_config.eval.baselines = False
+    tiny_config.train.steps = 6
+    result = train.train_and_evaluate(tiny_config, str(tmp_path))
+    average, _, step = pretrained.read_run(tmp_path)
+    assert step == result["step"] == 6
+    state = state_of(tiny_config, str(tmp_path))
+    assert_same(state.average, average["params"])
+    assert state.variables()["params"] is state.average
     gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, state.average)
     assert max(jax.tree.leaves(gap)) > 1e-4
-    assert state.variables()["params"] is state.average
     setup = train.set_up(tiny_config)
-    best, _, step = pretrained.read_run(workdir)
-    assert step == result["step"]
-    with checkpoint.manager(workdir) as checkpoints:
-        state = checkpoint.restore(checkpoints, setup.state, step)
-    assert_same(state.average, best["params"])
     embeddings = train.embed_test(tiny_config, setup, state.replace(params=None))
     recall = evaluate.recall(embeddings, setup.dataset, (1,))["recall@1"]
     assert recall == pytest.approx(result["metrics"]["recall@1"])
@@ -488,9 +487,6 @@ def test_steps_that_are_not_finite_may_be_passed_over(tiny_config, tmp_path, mon
     state = state_of(tiny_config, str(tmp_path / "run"))
     assert state.step == 12 and state.skipped == 0
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
-    poisoned(monkeypatch, [5, 6])
-    with pytest.raises(train.Diverged, match="at step 7"):
-        train.train_and_evaluate(tiny_config, str(tmp_path / "other"))
 
 
 def test_a_profile_of_some_steps(tiny_config, tmp_path):
