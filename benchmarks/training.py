@@ -9,16 +9,13 @@
 The PyTorch network is written here in plain torch with the same layers, eager and compiled;
 without torch only ours is timed. Rounds alternate, medians are printed.
 
-`memory` runs the glyphs network with batches of 256 to 2,048 images, each in a process of
-its own, at once and with train.embed_chunk=256, and prints the peak of resident memory above
-what was there before the step.
+`memory` compiles a step of the glyphs network for batches of 256 to 2,048 images, at once and
+with train.embed_chunk=256, and prints the memory that the compiler plans for it.
 """
 
 import argparse
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,8 +36,8 @@ from configs import base, glyphs
 CLASSES = 100
 
 
-def ours(config, batch):
-    """A function that makes one step, and the floating-point operations of one."""
+def problem(config, batch):
+    """A compiled step, what it is called with, and the floating-point operations of one."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
     replicated, split = train_step.shardings(mesh)
     model = create_model(config.model, CLASSES)
@@ -53,10 +50,16 @@ def ours(config, batch):
     shape = (batch, config.data.resize, config.data.resize, 3)
     images = jax.device_put(rng.integers(0, 256, shape).astype(np.uint8), split)
     labels = jax.device_put(np.repeat(np.arange(batch // 2, dtype=np.int32) % CLASSES, 2), split)
+    return step, (state, images, labels), flops
+
+
+def ours(config, batch):
+    """A function that makes one step, and the floating-point operations of one."""
+    step, (state, *batch), flops = problem(config, batch)
     kept = [state]
 
     def run():
-        kept[0], metrics = step(kept[0], images, labels)
+        kept[0], metrics = step(kept[0], *batch)
         jax.block_until_ready(metrics)
 
     return run, flops
@@ -182,31 +185,22 @@ def memory(args):
     for batch in (256, 512, 1024, 2048):
         row = [batch]
         for chunk in (0, 256):
-            command = [sys.executable, __file__, "peak", f"--batch={batch}", f"--chunk={chunk}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            row.append(done.stdout.strip() or done.stderr.strip().splitlines()[-1])
+            config = glyphs.get_config()
+            config.train.embed_chunk = chunk
+            step, arguments, _ = problem(config, batch)
+            analysis = step.lower(*arguments).compile().memory_analysis()
+            row.append(analysis.temp_size_in_bytes / 2**20)
         rows.append(row)
-    print("glyphs network, peak MB of a training step above what was there before")
-    print(tabulate(rows, ["batch", "at once", "in chunks of 256"]))
-
-
-def peak(args):
-    config = glyphs.get_config()
-    config.train.embed_chunk = args.chunk
-    run, _ = ours(config, args.batch)
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    run(), run()
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before:.0f}")
+    print("glyphs network, MB that a compiled training step needs beside state and batch")
+    print(tabulate(rows, ["batch", "at once", "in chunks of 256"], floatfmt=".0f"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("step", "memory", "peak"))
+    parser.add_argument("part", choices=("step", "memory"))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--chunk", type=int, default=0, help="of peak, which memory calls")
     arguments = parser.parse_args()
     globals()[arguments.part](arguments)
