@@ -92,6 +92,13 @@ def validate(config: ConfigDict) -> None:
         lambda steps: not steps or re.fullmatch(r"[1-9]\d*:[1-9]\d*", steps),
         "must be two steps such as 10:15, or empty",
     )
+    if config.profile_steps:
+        begin, end = map(int, config.profile_steps.split(":"))
+        if not begin < end <= config.train.steps:
+            raise ConfigError(
+                f"profile_steps={config.profile_steps} must end after it begins, and by "
+                f"train.steps={config.train.steps}."
+            )
     _check_at_least(config, 0, "seed data.split_seed augment.pad augment.jitter")
     _check(config, "augment.min_area", lambda share: 0 < share <= 1, "must be in (0, 1]")
     _check(config, "augment.erase", lambda p: 0 <= p <= 1, "must be a probability")

@@ -240,7 +240,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         for step in range(first + 1, steps + 1):
             with meter.waiting():
                 batch = next(batches)
-            profile(config.profile_steps, step, folder, metrics)
+            profile(config.profile_steps, first, step, folder, metrics)
             previous = metrics
             state, metrics = train_step(state, *batch)
             # Waiting for the step before this one keeps the device busy, and keeps
@@ -309,11 +309,12 @@ def keep_compiled(workdir: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def profile(profile_steps: str, step: int, folder: Path, metrics) -> None:
+def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) -> None:
     """Starts or ends the profiler's trace before a step, as `profile_steps` says.
 
     Args:
       profile_steps: "10:15" traces the steps 10 to 14; "" none.
+      first: steps done before this start; a run resumed within the trace has none.
       step: that comes next.
       folder: the trace goes to `profile` below it.
       metrics: of the step before, which is waited for.
@@ -321,6 +322,8 @@ def profile(profile_steps: str, step: int, folder: Path, metrics) -> None:
     if not profile_steps:
         return
     begin, end = map(int, profile_steps.split(":"))
+    if first >= begin:
+        return
     if step == begin:
         jax.block_until_ready(metrics)
         jax.profiler.start_trace(str(folder / "profile"))

@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
     model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
-    model.remat = False  # keeps no activations within a block: less memory, a third slower
+    model.remat = False  # keeps no activations within a block: less memory, more time
     # Of the computation; parameters, statistics and losses are float32. "auto": bfloat16 on
     # TPUs and on NVIDIA's GPUs since Ampere, else float32.
     model.dtype = "auto"

@@ -68,6 +68,18 @@ def test_mistakes_that_take_two_keys():
         validate(config)
 
 
+@pytest.mark.parametrize(
+    "steps,message", [("5", "such as 10:15"), ("5:5", "end after"), ("5:9999", "by train.steps")]
+)
+def test_steps_to_profile(steps, message):
+    config = base.get_config()
+    config.profile_steps = "10:15"
+    validate(config)
+    config.profile_steps = steps
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
 def test_options_of_resnets_with_another_backbone():
     config = base.get_config()
     config.model.backbone = "efficientnet_lite0"

@@ -494,3 +494,4 @@ def test_a_profile_of_some_steps(tiny_config, tmp_path):
     tiny_config.profile_steps = "3:5"
     train.train_and_evaluate(tiny_config, str(tmp_path))
     assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+    train.profile("3:5", first=3, step=5, folder=tmp_path, metrics=None)  # resumed within it
