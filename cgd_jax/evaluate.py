@@ -73,7 +73,8 @@ def _embed(model, variables, normalization, images, image_size, vector, flip, sc
 
 def vectors_of(descriptors: str, combination: str) -> list[str]:
     """The names that `select_vector` knows for a descriptor set and a combination."""
-    names = ["embedding", "descriptors", *(f"descriptor_{letter}" for letter in descriptors)]
+    names = ["embedding", "descriptors", "first_descriptor"]
+    names += [f"descriptor_{letter}" for letter in descriptors]
     if combination in ("concat", "separate"):  # else the branches cannot be told apart
         names += [f"branch_{letter}" for letter in descriptors]
     return names
@@ -87,11 +88,14 @@ def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
       descriptors: the letters of the descriptor set.
       vector: "embedding", what is trained; "descriptors", all descriptors as they come
         out of the pooling, before the FC layers, each normalized; "descriptor_S", one
-        of them; "branch_S", the part of the embedding that comes from one of them.
+        of them; "first_descriptor", the one that feeds the auxiliary module; "branch_S",
+        the part of the embedding that comes from one of them.
 
     Returns:
       [B, D].
     """
+    if vector == "first_descriptor":
+        vector = f"descriptor_{descriptors[0]}"
     kind, _, letter = vector.partition("_")
     if kind == "embedding":
         return output.embedding

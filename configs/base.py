@@ -102,7 +102,8 @@ def get_config() -> ConfigDict:
     evaluation.save_embeddings = False  # writes embeddings.npz: vectors, ids, labels
     # What may be done to a trained model; measured beside the plain embedding, at the end
     # and by --mode=eval. In this order:
-    evaluation.vector = "embedding"  # or descriptors, descriptor_S, branch_S (any letter)
+    # Or descriptors, first_descriptor, descriptor_S, branch_S (any letter).
+    evaluation.vector = "embedding"
     evaluation.flip = False  # adds the vector of the mirrored image
     evaluation.scales = (1.0,)  # adds up vectors at several scales of image_size
     evaluation.whitening_dim = 0  # PCA-whitening learned on the training images; 0: none

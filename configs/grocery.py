@@ -33,5 +33,5 @@ def get_config(descriptors: str = "SG"):
     config.train.eval_every = 120
     config.eval.batch_size = 64
     # What was pretrained, beside the embedding that was learned on a few classes.
-    config.eval.vector = f"descriptor_{descriptors[0]}"
+    config.eval.vector = "first_descriptor"
     return config

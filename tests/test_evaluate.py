@@ -106,11 +106,11 @@ def test_vectors_on_the_way():
     np.testing.assert_array_equal(select("branch_G"), output.embedding[:, 3:])
     np.testing.assert_allclose(select("descriptor_S"), np.full((2, 3), 3**-0.5), rtol=1e-6)
     np.testing.assert_allclose(select("descriptor_G"), np.eye(2, 3), rtol=1e-6)
+    np.testing.assert_array_equal(select("first_descriptor"), select("descriptor_S"))
     assert select("descriptors").shape == (2, 6)
-    assert evaluate.vectors_of("SG", "concat") == [
-        "embedding", "descriptors", "descriptor_S", "descriptor_G", "branch_S", "branch_G",
-    ]  # fmt: skip
-    assert evaluate.vectors_of("S", "raw") == ["embedding", "descriptors", "descriptor_S"]
+    raw = ["embedding", "descriptors", "first_descriptor", "descriptor_S"]
+    assert evaluate.vectors_of("S", "raw") == raw
+    assert evaluate.vectors_of("SG", "concat") == [*raw, "descriptor_G", "branch_S", "branch_G"]
 
 
 def test_flip_and_scales_make_the_embedding_blind_to_mirroring():
