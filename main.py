@@ -5,13 +5,15 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import export, processes, report, train
+from cgd_jax import export, processes, report, study, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
 )
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data", "export"], "What to do.")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "data", "export", "study"], "What to do."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
 STEP = flags.DEFINE_integer(
     "step", None, "With --mode=eval and export: the checkpoint; else the best."
@@ -19,6 +21,13 @@ STEP = flags.DEFINE_integer(
 PUSH = flags.DEFINE_string(
     "push_to_hub", None, "With --mode=export: a Hugging Face repository, owner/name, to upload to."
 )
+STUDY = flags.DEFINE_string(
+    "study", None, "With --mode=study: a file of configs/studies, such as descriptors."
+)
+VARIANTS = flags.DEFINE_list("variants", None, "With --mode=study: some of them, separated by ,")
+SEEDS = flags.DEFINE_list("seeds", None, "With --mode=study: others than the study's.")
+JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs at a time; else one a device.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: only lists runs and times.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several processes, as SLURM, Open MPI or the TPU pod has started them."
 )
@@ -39,6 +48,13 @@ def main(argv):
         sys.exit("error: --coordinator, --num_processes and --process_id go together.")
     if PUSH.value and MODE.value != "export":
         sys.exit("error: --push_to_hub goes with --mode=export.")
+    if (MODE.value == "study") != bool(STUDY.value):
+        sys.exit("error: --mode=study and --study=NAME go together.")
+    of_study = [VARIANTS.value, SEEDS.value, JOBS.value, DRY_RUN.value or None]
+    if MODE.value != "study" and of_study.count(None) < len(of_study):
+        sys.exit("error: --variants, --seeds, --jobs and --dry_run go with --mode=study.")
+    if not all(seed.isdigit() for seed in SEEDS.value or []):
+        sys.exit(f"error: --seeds={','.join(SEEDS.value)}: give whole numbers such as 0,1,2.")
     if not CONFIG.value and not (MODE.value in ("eval", "export") and WORKDIR.value):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
     if DISTRIBUTED.value or COORDINATOR.value:
@@ -46,12 +62,24 @@ def main(argv):
             processes.start(*by_hand)
         except RuntimeError as error:
             sys.exit(f"error: {error}")
-    workdir = WORKDIR.value
+    workdir, config_file = WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"])
     if not workdir:
-        workdir = default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+        workdir = default_workdir(config_file, "runs/studies" if STUDY.value else "runs")
     try:
         if MODE.value == "train":
             train.train_and_evaluate(CONFIG.value, workdir)
+        elif MODE.value == "study":
+            study.run_study(
+                study.load(STUDY.value),
+                CONFIG.value,
+                config_file,
+                config_flags.get_override_values(flags.FLAGS["config"]),
+                workdir,
+                VARIANTS.value,
+                SEEDS.value and list(map(int, SEEDS.value)),
+                JOBS.value,
+                DRY_RUN.value,
+            )
         elif MODE.value == "data":
             train.show_data(CONFIG.value, workdir)
         elif MODE.value == "eval":
@@ -61,7 +89,7 @@ def main(argv):
             report.say(f"{folder} holds the network; its README.md says how to open it.")
             if PUSH.value:
                 report.say(f"Uploaded to {export.push_to_hub(folder, PUSH.value)}")
-    except (ConfigError, train.Diverged, ImportError, OSError) as error:
+    except (ConfigError, train.Diverged, study.Unfinished, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -69,4 +97,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=lambda argv: parse_flags(study.with_base_config(argv)))

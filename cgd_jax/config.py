@@ -244,10 +244,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise SystemExit(f"error: {_explain(argv, error)}") from None
 
 
-def default_workdir(config_argument: str) -> str:
+def default_workdir(config_argument: str, parent: str = "runs") -> str:
     """The folder of a run that names none: configs/glyphs.py:SMG → runs/glyphs-SMG."""
     path, _, argument = config_argument.partition(":")
-    return str(Path("runs", "-".join(filter(None, [Path(path).stem, argument]))))
+    return str(Path(parent, "-".join(filter(None, [Path(path).stem, argument]))))
 
 
 def _explain(argv: list[str], error: Exception) -> str:
