@@ -9,6 +9,7 @@ import collections
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,24 @@ def one_at_a_time(lock: Path) -> Iterator[bool]:
             except OSError:
                 alone = False
         yield alone
+
+
+def build_once(builder, build: Callable[[], None]) -> None:
+    """Build a TFDS data set unless it is on disk; of several processes at once, one does.
+
+    Args:
+        builder: of the data set.
+        build: its way to build it, `tfds.core.DatasetBuilder.download_and_prepare`.
+    """
+    folder = Path(builder.data_dir).parent
+    if not os.path.exists(builder.data_dir):  # Else it may well be read-only.
+        with one_at_a_time(folder / "lock") as alone:
+            if alone and not os.path.exists(builder.data_dir):
+                for remains in folder.glob("incomplete.*"):  # of a run that was killed
+                    shutil.rmtree(remains, ignore_errors=True)
+            build()
+    if not builder.info.splits:  # Another process built it since this object was made.
+        builder.info.read_from_directory(builder.data_dir)
 
 
 def parallel(function: Callable[[Any], Any], items: Iterable, ahead: int = 4) -> Iterator:

@@ -1,8 +1,11 @@
 """The embedded data set: what its description promises, checked on the real one."""
 
 import io
+import threading
+import time
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -74,6 +77,31 @@ def test_builder_splits_by_class_and_is_repeatable(classes, monkeypatch, tmp_pat
         splits["test"], again.as_data_source("test", decoders=encoded), strict=True
     ):
         assert ours == theirs
+
+
+def test_runs_at_once_build_it_once(classes, monkeypatch, tmp_path):
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(glyphs, "glyph_classes", lambda: classes[:4])
+    prepare = tfds.core.GeneratorBasedBuilder.download_and_prepare
+    built = []
+
+    def prepare_slowly(builder, **keywords):
+        built.append(not Path(builder.data_dir).exists())
+        time.sleep(0.2)
+        prepare(builder, **keywords)
+
+    monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "download_and_prepare", prepare_slowly)
+
+    def build(_):
+        barrier.wait()
+        builder = glyphs.Glyphs(data_dir=tmp_path, file_format="array_record")
+        builder.download_and_prepare()
+        return builder.info.splits["train"].num_examples
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, range(2))
+    assert first == second > 0
+    assert built == [True, False]
 
 
 def test_render_draws_the_character():

@@ -8,6 +8,7 @@ thousands of classes with few images each, like Stanford Online Products.
 import io
 import unicodedata
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,8 @@ import tensorflow_datasets as tfds
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from cgd_jax.building import build_once
 
 IMAGE_SIZE = 32  # pixels
 FONT_SIZE = 20  # pixels; leaves room for accents above and tails below
@@ -56,6 +59,10 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             "train": self._generate_examples(classes, np.sort(shuffled[:half])),
             "test": self._generate_examples(classes, np.sort(shuffled[half:])),
         }
+
+    def download_and_prepare(self, **keywords) -> None:
+        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`."""
+        build_once(self, partial(super().download_and_prepare, **keywords))
 
     def _generate_examples(self, classes, numbers):
         key = 0

@@ -15,9 +15,9 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -25,7 +25,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cgd_jax import decode
-from cgd_jax.building import one_at_a_time, parallel, progress
+from cgd_jax.building import build_once, parallel, progress
 from cgd_jax.datasets import sources
 
 log = logging.getLogger(__name__)
@@ -129,14 +129,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 source is not this data set. Nothing is left that looks complete.
         """
         folder = Path(self.data_dir).parent
-        if not os.path.exists(self.data_dir):  # Else it may well be read-only.
-            with one_at_a_time(folder / "lock") as alone:
-                if alone and not os.path.exists(self.data_dir):
-                    for remains in folder.glob("incomplete.*"):  # of a run that was killed
-                        shutil.rmtree(remains, ignore_errors=True)
-                super().download_and_prepare(**keywords)
-        if not self.info.splits:  # Another process built it since this object was made.
-            self.info.read_from_directory(self.data_dir)
+        build_once(self, partial(super().download_and_prepare, **keywords))
         with contextlib.suppress(OSError):
             part = folder / f"incomplete.{os.getpid()}.json"
             part.write_text(json.dumps(self._origin), encoding="utf-8")
