@@ -101,6 +101,8 @@ def load(name: str) -> Study:
             f"{path} is not a study: {type(error).__name__}: {error}. It needs CONFIG, VARIANTS "
             f"(name → dict of config keys), REFERENCE (one of them) and SEEDS."
         ) from error
+    if not seeds:
+        raise ConfigError(f"{path}: SEEDS is empty.")
     if study.reference not in study.variants:
         listed = ", ".join(study.variants)
         raise ConfigError(f"{path}: REFERENCE={study.reference!r} is none of VARIANTS, {listed}.")
@@ -161,6 +163,8 @@ def plan(
             f"--variants={','.join(chosen)} lacks {study.reference}, which {study.name} compares "
             f"with."
         )
+    if any("seed" in study.variants[name] for name in chosen):
+        raise ConfigError(f"{study.name} varies the seed itself; SEEDS are for that.")
     varied = {key for name in chosen for key in study.variants[name]} | {"seed"}
     if both := sorted(varied & given.keys()):
         raise ConfigError(f"--config.{both[0]} was given, but it is what {study.name} varies.")
@@ -173,12 +177,12 @@ def plan(
             overrides = fixed | changes | {"seed": seed}
             run_config = base.copy_and_resolve_references()
             try:
+                real = {key: value for key, value in changes.items() if _value(base, key) != value}
                 run_config.update_from_flattened_dict(overrides)
                 validate(run_config)
             except (KeyError, TypeError, ConfigError) as error:
-                text = error.args[0] if error.args else error
+                text = " ".join(str(error.args[0]).split())
                 raise ConfigError(f"{study.name}, variant {name}: {text}") from error
-            real = {key: value for key, value in changes.items() if _value(base, key) != value}
             parts = [f"{key}={value}" for key, value in sorted(real.items())] + [f"seed={seed}"]
             folder = Path(workdir, ",".join(parts).replace("/", "_"))
             runs.append(Run(name, seed, overrides, run_config, folder))

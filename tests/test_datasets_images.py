@@ -11,6 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from cgd_jax import building
 from cgd_jax.datasets import images
 from cgd_jax.datasets.image_folder import ImageFolder
 from tests.dataset_samples import encoded, examples, picture, write
@@ -200,7 +201,7 @@ def test_a_prepared_data_set_may_be_read_only(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(images, "one_at_a_time", refuse)
+    monkeypatch.setattr(building, "one_at_a_time", refuse)
     monkeypatch.setattr(images.Path, "write_text", refuse)
     assert len(everything(prepared(tmp_path, source))) == 12
 
