@@ -24,6 +24,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cgd_jax import processes
+
 # Two float32 cosines closer than this count as equal: the order of summation alone, which
 # differs between kernels, between shards and at the edges of tiles, moves them as much.
 TIE = 1e-6
@@ -62,14 +64,13 @@ def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2
         ValueError: embeddings that are empty or not finite, shapes that do not fit,
             unknown options, or no query with a true match.
     """
-    best = np.concatenate(
-        [
-            ranks[:, 0]
-            for _, _, ranks in _true_match_ranks(
-                query, query_labels, gallery, gallery_labels, _check_ks(ks), first=True, **options
-            )
-        ]
-    )
+    best = np.full(len(query_labels), -np.inf)  # what it stays without a true match
+    for rows, _, ranks in _true_match_ranks(
+        query, query_labels, gallery, gallery_labels, _check_ks(ks), first=True, **options
+    ):
+        best[rows] = ranks[:, 0]
+    best = _merge(best, options)
+    best = best[best > -np.inf]
     return {k: float(np.mean(best <= k)) for k in ks}
 
 
@@ -104,6 +105,7 @@ def evaluate(
             precision: of the matrix product, "highest" (default; full float32 on every
                 device), "high" or "default" (the device's fastest: TF32 or bfloat16).
             mesh: `jax.sharding.Mesh` whose devices share the queries; None for one device.
+                If it spans several processes, each of them must make the same call.
 
     Returns:
         dict of plain numbers. With R the number of the query's true matches, means over
@@ -123,23 +125,25 @@ def evaluate(
         ValueError: as `recall_at_k`. ImportError: ``clustering`` without scikit-learn.
     """
     ks = _check_ks(ks)
-    parts = []
+    names = [*(f"recall@{k}" for k in ks), *(f"precision@{k}" for k in ks)]
+    names += ["r_precision", "map@r", "map", "mrr"]
+    table = np.full((len(query_labels), len(names)), -np.inf)
     for rows, matches, ranks in _true_match_ranks(
         query, query_labels, gallery, gallery_labels, ks, first=False, **options
     ):
         place = np.arange(1, ranks.shape[1] + 1)
         precision = np.where(np.isfinite(ranks), place / ranks, 0.0)
         within = ranks <= matches[:, None]
-        values = {f"recall@{k}": ranks[:, 0] <= k for k in ks}
-        values |= {f"precision@{k}": np.sum(ranks <= k, 1) / k for k in ks}
-        values["r_precision"] = within.sum(1) / matches
-        values["map@r"] = np.sum(precision * within, 1) / matches
-        values["map"] = np.sum(precision, 1) / matches
-        values["mrr"] = 1 / ranks[:, 0]
-        parts.append((rows, np.stack(list(values.values()), 1).astype(np.float64)))
-    names = list(values)
-    rows = np.concatenate([rows for rows, _ in parts])
-    table = np.concatenate([table for _, table in parts])
+        values = [ranks[:, 0] <= k for k in ks]
+        values += [np.sum(ranks <= k, 1) / k for k in ks]
+        values.append(within.sum(1) / matches)
+        values.append(np.sum(precision * within, 1) / matches)
+        values.append(np.sum(precision, 1) / matches)
+        values.append(1 / ranks[:, 0])
+        table[rows] = np.stack(values, 1)
+    table = _merge(table, options)
+    rows = np.flatnonzero(table[:, 0] > -np.inf)
+    table = table[rows]
     classes, code = np.unique(np.asarray(query_labels)[rows], return_inverse=True)
     count = np.bincount(code)
     sums = np.stack([np.bincount(code, column) for column in table.T], 1)
@@ -338,7 +342,11 @@ def _true_match_ranks(
     rows = rows[np.argsort(start[rows], kind="stable")]
 
     if mesh is None:
-        mesh = jax.make_mesh((1,), ("all",), devices=jax.devices()[:1])
+        mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
+    rows = rows[processes.share_of_rows(mesh)]
+    if not len(rows):
+        return  # other processes have them all
+    mesh = processes.local_mesh(mesh)
     ways = mesh.size
     at_once = int(np.clip(MATCHES // members[code[rows[-1]]], 1, STEPS * BLOCK))
     block = ways * _even(min(BLOCK, at_once, -(-len(rows) // ways)), TILE[0])[0]
@@ -386,6 +394,12 @@ def _true_match_ranks(
         matched = matches[some]
         within = np.arange(others.shape[1]) < matched[:, None]
         yield some, matched, np.where(within, ranks, np.inf)
+
+
+def _merge(array, options):
+    """The rows of all processes that share the queries."""
+    mesh = options.get("mesh")
+    return array if mesh is None else processes.merge_rows(array, mesh)
 
 
 def _similarity_of_matches(query, gallery, order, rows, start, end, width, precision):

@@ -16,7 +16,9 @@ __all__ = [
     "is_first",
     "local_mesh",
     "local_rows",
+    "merge_rows",
     "report_folder",
+    "share_of_rows",
     "start",
     "to_host",
     "wait_for_all",
@@ -76,7 +78,40 @@ def any_process(flag: bool) -> bool:
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     """The devices of a mesh that belong to this process."""
+    if share_of_rows(mesh).step == 1:
+        return mesh
     return jax.sharding.Mesh(np.array(mesh.local_devices), mesh.axis_names)
+
+
+def share_of_rows(mesh: jax.sharding.Mesh) -> slice:
+    """Which rows of something that needs no communication this process works on.
+
+    Args:
+      mesh: whose processes share the work.
+
+    Returns:
+      Every n-th row; all of them where the mesh is this process's alone.
+    """
+    sharing = sorted({device.process_index for device in mesh.devices.flat})
+    return slice(sharing.index(jax.process_index()), None, len(sharing))
+
+
+def merge_rows(array: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """What the processes of a mesh have worked out, each for its own rows.
+
+    Args:
+      array: [N, ...], of 32 or 64 bits; rows of others hold the least value there is.
+      mesh: whose processes share the work.
+
+    Returns:
+      The whole, on the host of every process.
+    """
+    if share_of_rows(mesh).step == 1:
+        return array
+    # As bits: JAX would make float64 float32.
+    bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+    everywhere = np.asarray(multihost_utils.process_allgather(bits))
+    return everywhere.view(array.dtype).reshape(-1, *array.shape).max(0)
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:

@@ -18,6 +18,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cgd_jax import processes
+
 
 def top_k(
     query,
@@ -44,7 +46,8 @@ def top_k(
             TPU; elsewhere it finds the exact neighbours.
         recall_target: of the approximate search, in (0, 1].
         precision: of the matrix product, "highest" (full float32), "high" or "default".
-        mesh: `jax.sharding.Mesh` whose devices divide the gallery; None for one device.
+        mesh: `jax.sharding.Mesh` whose devices divide the gallery; None for one device. Of
+            several processes each searches for some of the queries, and all must call.
         query_block, gallery_block: rows of one product; memory is gallery_block × D +
             query_block × gallery_block floats, over the devices of the mesh.
 
@@ -73,7 +76,11 @@ def top_k(
     if precision not in ("highest", "high", "default"):
         raise ValueError(f"precision is one of highest, high, default, not {precision!r}")
     if mesh is None:
-        mesh = jax.make_mesh((1,), ("all",), devices=jax.devices()[:1])
+        mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
+    total, everyones, share = len(query), mesh, processes.share_of_rows(mesh)
+    query, exclude, mesh = query[share], exclude[share], processes.local_mesh(mesh)
+    if not len(query):
+        raise ValueError(f"{total} queries cannot be shared by {share.step} processes")
     divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
     block = min(query_block, len(query))
     queries = -(-len(query) // block)
@@ -104,8 +111,13 @@ def top_k(
                 recall_target=recall_target,
                 precision=precision,
             )
-    similarity, index = (np.concatenate(x)[: len(query)] for x in zip(*best, strict=True))
-    return similarity, index
+    merged = []
+    for found, least in zip(zip(*best, strict=True), (-np.inf, -1), strict=True):
+        found = np.concatenate(found)[: len(query)]
+        everything = np.full((total, k), least, found.dtype)
+        everything[share] = found
+        merged.append(processes.merge_rows(everything, everyones))
+    return tuple(merged)
 
 
 @partial(jax.jit, static_argnames=("mesh", "padding", "approx", "recall_target", "precision"))

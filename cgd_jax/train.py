@@ -49,7 +49,7 @@ class Setup(NamedTuple):
     optimizer: optax.GradientTransformation
     state: State  # at step 0, on all devices
     split: jax.sharding.NamedSharding  # of a batch
-    mesh: jax.sharding.Mesh  # this process's devices, which evaluate
+    mesh: jax.sharding.Mesh  # all devices
 
 
 def set_up(config: ConfigDict) -> Setup:
@@ -87,7 +87,7 @@ def set_up(config: ConfigDict) -> Setup:
     state = create_state(
         model, optimizer, config.seed, config.data.image_size, replicated, averaged
     )
-    return Setup(dataset, labels, model, optimizer, state, split, processes.local_mesh(mesh))
+    return Setup(dataset, labels, model, optimizer, state, split, mesh)
 
 
 def load_pretrained(source: str, state: State) -> State:

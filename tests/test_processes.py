@@ -1,5 +1,6 @@
 """Two real processes on one machine compute what one process computes."""
 
+import json
 import os
 import socket
 import subprocess
@@ -19,7 +20,7 @@ def start(*arguments):
     return subprocess.Popen(
         [
             *(sys.executable, "main.py", "--config=tests/tiny.py", "--config.train.steps=6"),
-            *("--config.eval.baselines=False", *arguments),
+            *("--config.eval.baselines=False", "--config.eval.query_expansion=2", *arguments),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -56,6 +57,15 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
         for name in ("loss", "ranking_loss", "classification_loss", "recall@1", "accuracy"):
             assert (name in ours) == (name in theirs)
             assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-5)
+    # Each process has ranked, and searched for, its own queries.
+    results = [
+        json.loads((tmp_path / w / "results.json").read_text()) for w in ("alone", "together")
+    ]
+    for measure in (lambda r: r["metrics"], lambda r: r["with options"]["queries expanded by 2"]):
+        ours, theirs = map(measure, results)
+        assert ours["queries"] == theirs["queries"] == 24
+        for name in ("recall@1", "map@r", "mrr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
 def test_one_process_is_the_first_and_holds_everything():
