@@ -5,16 +5,22 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import export, processes, report, train
+from cgd_jax import explain, export, processes, report, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
 )
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "data", "export"], "What to do.")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "data", "export", "explain"], "What to do."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
 STEP = flags.DEFINE_integer(
-    "step", None, "With --mode=eval and export: the checkpoint; else the best."
+    "step", None, "With --mode=eval, export and explain: the checkpoint; else the best."
+)
+QUERY = flags.DEFINE_string("query", None, "With --mode=explain: file of an image; and of another,")
+MATCH = flags.DEFINE_string(
+    "match", None, "whose likeness is explained; else some of the test set."
 )
 PUSH = flags.DEFINE_string(
     "push_to_hub", None, "With --mode=export: a Hugging Face repository, owner/name, to upload to."
@@ -39,7 +45,11 @@ def main(argv):
         sys.exit("error: --coordinator, --num_processes and --process_id go together.")
     if PUSH.value and MODE.value != "export":
         sys.exit("error: --push_to_hub goes with --mode=export.")
-    if not CONFIG.value and not (MODE.value in ("eval", "export") and WORKDIR.value):
+    if (QUERY.value or MATCH.value) and MODE.value != "explain":
+        sys.exit("error: --query and --match go with --mode=explain.")
+    if bool(QUERY.value) != bool(MATCH.value):
+        sys.exit("error: --query and --match go together: the two images to compare.")
+    if not CONFIG.value and not (MODE.value in ("eval", "export", "explain") and WORKDIR.value):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
     if DISTRIBUTED.value or COORDINATOR.value:
         try:
@@ -56,6 +66,9 @@ def main(argv):
             train.show_data(CONFIG.value, workdir)
         elif MODE.value == "eval":
             train.evaluate_run(workdir, STEP.value, CONFIG.value)
+        elif MODE.value == "explain":
+            pictures = explain.explain_run(workdir, STEP.value, QUERY.value, MATCH.value)
+            report.say(f"Look at {' and '.join(map(str, pictures))}.")
         else:
             folder = export.export_run(workdir, STEP.value)
             report.say(f"{folder} holds the network; its README.md says how to open it.")
