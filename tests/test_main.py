@@ -124,7 +124,7 @@ def test_train_then_evaluate(data, tmp_path):
     assert "its README.md says how to open it" in output
     assert (tmp_path / "run/export/model.safetensors").stat().st_size > 0
     pair = ["--query=docs/glyphs_curves.png", "--match=docs/glyphs_retrievals.png"]
-    status, output, errors = run("--mode=explain", f"--workdir={tmp_path}/run", *pair)
+    status, output, errors = run("--mode=explain", *flags, *pair)
     assert status == 0, errors
     picture = tmp_path / "run/explain-glyphs_curves-glyphs_retrievals.png"
     assert f"Look at {picture}." in output and picture.stat().st_size > 0
