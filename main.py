@@ -5,18 +5,22 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import export, processes, report, study, train
+from cgd_jax import explain, export, processes, report, study, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
 )
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "data", "export", "study"], "What to do."
+    "mode", "train", ["train", "eval", "data", "export", "study", "explain"], "What to do."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
 STEP = flags.DEFINE_integer(
-    "step", None, "With --mode=eval and export: the checkpoint; else the best."
+    "step", None, "With --mode=eval, export and explain: the checkpoint; else the best."
+)
+QUERY = flags.DEFINE_string("query", None, "With --mode=explain: file of an image; and of another,")
+MATCH = flags.DEFINE_string(
+    "match", None, "whose likeness is explained; else some of the test set."
 )
 PUSH = flags.DEFINE_string(
     "push_to_hub", None, "With --mode=export: a Hugging Face repository, owner/name, to upload to."
@@ -38,13 +42,11 @@ PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator: which one, from 0.")
 
 
-def main(argv):
-    logging.set_verbosity(logging.ERROR)  # of the libraries; ours goes to stdout
-    report.show_log()
+def check_flags(argv):
+    """Ends with one line about flags that do not go together."""
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
-    by_hand = [COORDINATOR.value, PROCESSES.value, PROCESS.value]
-    if by_hand.count(None) not in (0, 3):
+    if [COORDINATOR.value, PROCESSES.value, PROCESS.value].count(None) not in (0, 3):
         sys.exit("error: --coordinator, --num_processes and --process_id go together.")
     if PUSH.value and MODE.value != "export":
         sys.exit("error: --push_to_hub goes with --mode=export.")
@@ -55,14 +57,26 @@ def main(argv):
         sys.exit("error: --variants, --seeds, --jobs and --dry_run go with --mode=study.")
     if not all(seed.isdigit() for seed in SEEDS.value or []):
         sys.exit(f"error: --seeds={','.join(SEEDS.value)}: give whole numbers such as 0,1,2.")
-    if not CONFIG.value and not (MODE.value in ("eval", "export") and WORKDIR.value):
+    if (QUERY.value or MATCH.value) and MODE.value != "explain":
+        sys.exit("error: --query and --match go with --mode=explain.")
+    if bool(QUERY.value) != bool(MATCH.value):
+        sys.exit("error: --query and --match go together: the two images to compare.")
+    if not CONFIG.value and not (MODE.value in ("eval", "export", "explain") and WORKDIR.value):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
+
+
+def main(argv):
+    logging.set_verbosity(logging.ERROR)  # of the libraries; ours goes to stdout
+    report.show_log()
+    check_flags(argv)
     if DISTRIBUTED.value or COORDINATOR.value:
         try:
-            processes.start(*by_hand)
+            processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         except RuntimeError as error:
             sys.exit(f"error: {error}")
-    workdir, config_file = WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir, config_file = WORKDIR.value, None
+    if CONFIG.value:
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     if not workdir:
         workdir = default_workdir(config_file, "runs/studies" if STUDY.value else "runs")
     try:
@@ -84,6 +98,9 @@ def main(argv):
             train.show_data(CONFIG.value, workdir)
         elif MODE.value == "eval":
             train.evaluate_run(workdir, STEP.value, CONFIG.value)
+        elif MODE.value == "explain":
+            pictures = explain.explain_run(workdir, STEP.value, QUERY.value, MATCH.value)
+            report.say(f"Look at {' and '.join(map(str, pictures))}.")
         else:
             folder = export.export_run(workdir, STEP.value)
             report.say(f"{folder} holds the network; its README.md says how to open it.")

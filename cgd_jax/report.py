@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
@@ -19,7 +20,11 @@ from cgd_jax import processes
 from cgd_jax.augment import IMAGENET
 from cgd_jax.datasets import Dataset
 
-GREEN, RED, GRAY = "#2a9d3c", "#d1342f", "#555555"
+GREEN, RED, BLUE, GRAY = "#2a9d3c", "#d1342f", "#2166ac", "#555555"
+# Blue pushes apart, red draws together; nothing at all is transparent.
+_CONTRIBUTION = LinearSegmentedColormap.from_list(
+    "contribution", [to_rgba(BLUE, 0.85), to_rgba(BLUE, 0), to_rgba(RED, 0), to_rgba(RED, 0.85)]
+)
 
 
 def say(text: str) -> None:
@@ -331,6 +336,73 @@ def plot_retrievals(
                 place(gallery, neighbour, 2 * gap + i * step, y, color)
         y += height
     canvas.save(path)
+
+
+def plot_explanations(path: str | Path, rows: list[tuple], letters: str, title: str) -> None:
+    """Draws pairs of images, and over them what each region contributes to their similarity.
+
+    Beside them stand the branches' shares. Both images of a pair have one scale, symmetric
+    around 0; where nothing is contributed, the overlay is transparent.
+
+    Args:
+      path: of the PNG.
+      rows: of each pair: images [2, S, S, 3] uint8 as the network sees them, their two
+        names, whether the match is right (None: unknown), an `explain.Explanation`.
+      letters: the descriptor set.
+      title: of the picture.
+    """
+    figure = Figure(figsize=(12, 0.4 + 2.7 * len(rows)), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    grid = figure.subplots(len(rows), 5, squeeze=False)
+    for axes, (images, names, right, found) in zip(grid, rows, strict=True):
+        maps = found.maps.sum(1)
+        limit = np.abs(maps).max() or 1.0
+        match, color = {
+            None: ("match", "black"),
+            True: ("right match", GREEN),
+            False: ("wrong match", RED),
+        }[right]
+        for i, (role, ink) in enumerate([("query", "black"), (match, color)]):
+            plain, overlaid = axes[2 * i : 2 * i + 2]
+            plain.imshow(images[i])
+            plain.set_title(f"{role}\n{_shortened(names[i])}", fontsize=10, color=ink)
+            # Black in the middle of the grays, so that no overlay drowns in it.
+            overlaid.imshow(images[i].mean(-1), cmap="gray", vmin=-255, vmax=255)
+            side = len(images[i]) - 0.5
+            heat = overlaid.imshow(
+                maps[i],
+                cmap=_CONTRIBUTION,
+                vmin=-limit,
+                vmax=limit,
+                extent=(-0.5, side, side, -0.5),
+                interpolation="bilinear",  # smoother filters overshoot below 0 beside a peak
+            )
+            for each in (plain, overlaid):
+                each.set(xticks=[], yticks=[])
+        bar = figure.colorbar(heat, ax=overlaid, fraction=0.05, pad=0.03)
+        bar.ax.set_title("contribution", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
+        shares = axes[4]
+        colors = [RED if share > 0 else BLUE for share in found.shares]
+        bars = shares.barh(list(letters), found.shares, height=0.5, color=colors)
+        shares.bar_label(bars, fmt="%.2g", padding=3, fontsize=9)
+        shares.set(ylim=(len(letters) - 0.3, -0.7), box_aspect=0.2 + 0.2 * len(letters))
+        shares.margins(x=0.4)
+        shares.locator_params(axis="x", nbins=4)
+        shares.axvline(0, color=GRAY, linewidth=0.8)
+        shares.tick_params(axis="y", length=0)
+        shares.tick_params(axis="x", labelsize=8)
+        shares.spines[["top", "right", "left"]].set_visible(False)
+        shares.set_title(
+            f"similarity {found.similarity:.4f},\n{found.common:.4f} with the average image\n"
+            f"(remainder {found.remainder:.0e})",
+            fontsize=9,
+        )
+    figure.savefig(path, dpi=110)
+
+
+def _shortened(name: str, length: int = 26) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 # Drawing never needs a display.

@@ -67,13 +67,23 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py", "--mode=tain"],
-            "should be one of <train|eval|data|export>",
+            "should be one of <train|eval|data|export|explain>",
         ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (["--config=configs/glyphs.py", "--config.train=many"], "is a group of keys"),
         (["--config=configs/glyphs.py", "train"], "error: 'train' is no flag"),
         (["--mode=eval", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
         (["--mode=export", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
+        (["--mode=explain", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
+        (
+            ["--mode=explain", "--workdir=a", "--query=b.png"],
+            "error: --query and --match go togeth",
+        ),
+        (["--mode=eval", "--match=b.png"], "error: --query and --match go with --mode=explain"),
+        (
+            ["--mode=explain", "--workdir=/nowhere", "--query=main.py", "--match=b.png"],
+            "error: --match=b.png: there is no such file.",
+        ),
         (["--mode=eval", "--push_to_hub=a/b"], "error: --push_to_hub goes with --mode=export"),
         (["--coordinator=localhost:1"], "--coordinator, --num_processes and --process_id go"),
     ],
@@ -113,6 +123,11 @@ def test_train_then_evaluate(data, tmp_path):
     assert status == 0, errors
     assert "its README.md says how to open it" in output
     assert (tmp_path / "run/export/model.safetensors").stat().st_size > 0
+    pair = ["--query=docs/glyphs_curves.png", "--match=docs/glyphs_retrievals.png"]
+    status, output, errors = run("--mode=explain", *flags, *pair)
+    assert status == 0, errors
+    picture = tmp_path / "run/explain-glyphs_curves-glyphs_retrievals.png"
+    assert f"Look at {picture}." in output and picture.stat().st_size > 0
     status, _, errors = run(*flags, "--config.train.steps=13")
     assert status == 1 and "train.steps: 12 → 13" in errors
 
