@@ -164,6 +164,21 @@ def validate(config: ConfigDict) -> None:
     )
     if config.eval.clustering and importlib.util.find_spec("sklearn") is None:
         raise ConfigError("eval.clustering needs scikit-learn: pip install scikit-learn.")
+    _check(
+        config,
+        "eval.projection",
+        lambda name: name in ("", "pca", "umap"),
+        "must be pca, umap, or empty",
+    )
+    if config.eval.projection == "umap" and importlib.util.find_spec("umap") is None:
+        raise ConfigError("eval.projection=umap needs umap-learn: pip install umap-learn.")
+    separable = evaluate.branches_of(letters, config.model.combination)
+    if config.eval.complementarity and len(separable) < 2:
+        raise ConfigError(
+            f"eval.complementarity compares the branches of model.combination=concat or separate "
+            f"with two model.descriptors or more, not those of {config.model.combination!r} "
+            f"with {letters!r}."
+        )
     if config.loss.ranking_weight == 0 and config.loss.classification_weight == 0:
         raise ConfigError(
             "loss.ranking_weight and loss.classification_weight are both 0: nothing to train."

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cgd_jax import metrics, processes, rerank
+from cgd_jax import complementarity, metrics, processes, rerank
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.datasets import Dataset
@@ -75,9 +75,12 @@ def vectors_of(descriptors: str, combination: str) -> list[str]:
     """The names that `select_vector` knows for a descriptor set and a combination."""
     names = ["embedding", "descriptors", "first_descriptor"]
     names += [f"descriptor_{letter}" for letter in descriptors]
-    if combination in ("concat", "separate"):  # else the branches cannot be told apart
-        names += [f"branch_{letter}" for letter in descriptors]
-    return names
+    return names + [f"branch_{letter}" for letter in branches_of(descriptors, combination)]
+
+
+def branches_of(descriptors: str, combination: str) -> str:
+    """The letters of the parts of the embedding, in their order; "" if they are mixed."""
+    return descriptors if combination in ("concat", "separate") else ""
 
 
 def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
@@ -219,6 +222,31 @@ def measure(embeddings: Embeddings, dataset: Dataset, config, **options) -> dict
     """
     return metrics.evaluate(
         **_measured(embeddings, dataset), ks=config.ks, precision=config.precision, **options
+    )
+
+
+def measure_branches(
+    embeddings: Embeddings, dataset: Dataset, descriptors: str, config, **options
+) -> dict:
+    """How the branches of the embedding complement one another.
+
+    Args:
+      embeddings: from `embed_dataset`, of a network whose branches lie side by side, see
+        `branches_of`.
+      dataset: the data set that was embedded.
+      descriptors: the letters of the descriptor set.
+      config: the `eval` part of an experiment's config.
+      **options: of `complementarity.measure`.
+
+    Returns:
+      Its dict.
+    """
+    return complementarity.measure(
+        **_measured(embeddings, dataset),
+        names=descriptors,
+        bootstrap=config.bootstrap,
+        precision=config.precision,
+        **options,
     )
 
 

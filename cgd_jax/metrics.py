@@ -64,14 +64,31 @@ def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2
         ValueError: embeddings that are empty or not finite, shapes that do not fit,
             unknown options, or no query with a true match.
     """
+    ks = _check_ks(ks)
+    best = first_ranks(query, query_labels, gallery, gallery_labels, **options)
+    best = best[np.isfinite(best)]
+    return {k: float(np.mean(best <= k)) for k in ks}
+
+
+def first_ranks(query, query_labels, gallery=None, gallery_labels=None, **options):
+    """The rank of every query's first true match, 1 for the most similar gallery item.
+
+    Args:
+        query, query_labels, gallery, gallery_labels, **options: as for `recall_at_k`.
+
+    Returns:
+        [Q] float64; NaN for queries that have no true match.
+
+    Raises:
+        ValueError: as `recall_at_k`.
+    """
     best = np.full(len(query_labels), -np.inf)  # what it stays without a true match
     for rows, _, ranks in _true_match_ranks(
-        query, query_labels, gallery, gallery_labels, _check_ks(ks), first=True, **options
+        query, query_labels, gallery, gallery_labels, first=True, **options
     ):
         best[rows] = ranks[:, 0]
     best = _merge(best, options)
-    best = best[best > -np.inf]
-    return {k: float(np.mean(best <= k)) for k in ks}
+    return np.where(best > -np.inf, best, np.nan)
 
 
 def evaluate(
@@ -129,7 +146,7 @@ def evaluate(
     names += ["r_precision", "map@r", "map", "mrr"]
     table = np.full((len(query_labels), len(names)), -np.inf)
     for rows, matches, ranks in _true_match_ranks(
-        query, query_labels, gallery, gallery_labels, ks, first=False, **options
+        query, query_labels, gallery, gallery_labels, first=False, **options
     ):
         place = np.arange(1, ranks.shape[1] + 1)
         precision = np.where(np.isfinite(ranks), place / ranks, 0.0)
@@ -280,7 +297,6 @@ def _true_match_ranks(
     query_labels,
     gallery,
     gallery_labels,
-    ks,
     *,
     first,
     query_ids=None,
@@ -331,7 +347,7 @@ def _true_match_ranks(
     own = np.full(len(query), -1)  # where the query itself stands in the gallery
     matches = members[code]
     if query_ids is not None:
-        own = _own_index(query_ids, gallery_ids, len(query), len(gallery))
+        own = own_index(query_ids, gallery_ids, len(query), len(gallery))
         matches = matches - ((own >= 0) & (gallery_code[own] == code))
     rows = np.flatnonzero(matches)
     if not len(rows):
@@ -606,8 +622,19 @@ def _shared_codes(name, query, gallery):
     return code[: len(query)], code[len(query) :]
 
 
-def _own_index(query_ids, gallery_ids, queries, items):
-    """[Q], where in the gallery each query itself is; -1 for nowhere."""
+def own_index(query_ids, gallery_ids, queries, items):
+    """Where in the gallery each query itself is.
+
+    Args:
+        query_ids: [Q] integers or strings. gallery_ids: [G], likewise and unique.
+        queries: Q. items: G.
+
+    Returns:
+        [Q] integers; -1 for nowhere.
+
+    Raises:
+        ValueError: ids that do not fit, or a gallery id that comes twice.
+    """
     if np.shape(query_ids) != (queries,) or np.shape(gallery_ids) != (items,):
         raise ValueError(
             f"ids must be one per row: query_ids {np.shape(query_ids)} for {queries} queries, "

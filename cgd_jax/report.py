@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import logging
 import os
@@ -46,16 +47,23 @@ def show_log() -> None:
     logger.handlers = [Say()]
 
 
-def write_atomically(path: str | Path, text: str) -> None:
+def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Writes a file under another name first: a reader never sees half of it."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 
 def write_json(path: str | Path, values: dict) -> None:
     """Writes a dict for people and programs to read."""
     write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_picture(path: str | Path, picture: Image.Image) -> None:
+    """Writes a PNG as `write_atomically` writes text."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
 
 
 def dataset_table(dataset: Dataset) -> str:
@@ -92,6 +100,53 @@ def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> s
     align = ["left"] + ["right"] * len(keys)
     return tabulate(
         cells, header, style, colalign=align, disable_numparse=True, preserve_whitespace=True
+    )
+
+
+def complementarity_text(found: dict, style: str = "simple") -> str:
+    """What `complementarity.measure` found, as three tables with a sentence each.
+
+    Args:
+      found: its dict.
+      style: "simple" for a terminal, "github" for Markdown.
+    """
+
+    def table(header, rows):
+        align = ["left"] + ["right"] * (len(header) - 1)
+        return tabulate(rows, header, style, colalign=align, disable_numparse=True)
+
+    queries, best, gain = found["queries"], found["best_branch"], found["gain"]
+    alone = [[f"branch {name}", f"{100 * r:.2f}"] for name, r in found["branches"].items()]
+    alone.append(["combined", f"{100 * found['combined']:.2f}"])
+    alone.append(["at least one branch", f"{100 * found['any_branch']:.2f}"])
+    pairs = [
+        [" and ".join(pair["branches"]), f"{100 * pair['overlap']:.1f}"]
+        + ["–" if pair["error_correlation"] is None else f"{pair['error_correlation']:.2f}"]
+        for pair in found["pairs"]
+    ]
+    outcomes = []
+    for row in found["outcomes"]:
+        right, wrong = row["combined_right"], row["queries"] - row["combined_right"]
+        counts = [f"{count:,}" for count in (row["queries"], right, wrong)]
+        change = f"{100 * row['gain'] / queries:+.2f}" if row["gain"] else "0.00"
+        outcomes.append([", ".join(row["right"]) or "none", *counts, change])
+    low, high = (100 * bound for bound in gain["confidence"])
+    return "\n\n".join(
+        [
+            f"What every branch finds alone, of {queries:,} queries, in per cent:",
+            table(["", "R@1"], alone),
+            f"Mean share of common ones among the {found['k']} nearest neighbours, in per cent, "
+            f"and the correlation (phi)\nof having a wrong first neighbour:",
+            table(["branches", "common neighbours", "correlated errors"], pairs),
+            f"Against {best}, the best branch, the combination wins {gain['won']:,} queries and "
+            f"loses {gain['lost']:,}: {100 * gain['total']:+.2f} points of R@1\n(95 % interval, "
+            f"bootstrapped over classes: {low:+.2f} to {high:+.2f}). Where these points come from, "
+            f"in numbers of queries:",
+            table(
+                ["right alone", "queries", "combined right", "wrong", f"points over {best}"],
+                outcomes,
+            ),
+        ]
     )
 
 
@@ -275,12 +330,18 @@ def plot_samples(path: str | Path, images: np.ndarray, columns: int) -> None:
     canvas = Image.new("RGB", size, "white")
     for i, image in enumerate(pixels):
         place = (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
-        canvas.paste(_thumbnail(image, side), place)
+        canvas.paste(thumbnail(image, side), place)
     canvas.save(path)
 
 
-def _thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
-    """Small pictures pixel by pixel, large ones smoothly reduced."""
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings along, in a height of so many pixels."""
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), size)
+
+
+def thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
+    """[S, S, 3] uint8 as a square of `side`: small ones pixel by pixel, large ones reduced."""
     small = len(pixels) <= side
     resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
     return Image.fromarray(pixels).resize((side, side), resampling)
@@ -316,19 +377,17 @@ def plot_retrievals(
     heights = [heading if isinstance(line, str) else step for line in lines]
     canvas = Image.new("RGB", (columns * step + 2 * gap, sum(heights) + gap), "white")
     draw = ImageDraw.Draw(canvas)
-    font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
     def place(split, position, x, y, color):
         draw.rectangle((x, y, x + cell + 2 * frame - 1, y + cell + 2 * frame - 1), color)
         pixels = split.images[np.array([position])][0]
-        canvas.paste(_thumbnail(pixels, cell), (x + frame, y + frame))
+        canvas.paste(thumbnail(pixels, cell), (x + frame, y + frame))
 
     y = 0
     for line, height in zip(lines, heights, strict=True):
         if isinstance(line, str):
             size, color = (20, "black") if y == 0 else (16, GRAY)
-            text_font = ImageFont.truetype(str(font), size)
-            draw.text((gap, y + heading - 10), line, color, text_font, anchor="ls")
+            draw.text((gap, y + heading - 10), line, color, font(size), anchor="ls")
         else:
             place(dataset.query, rows[line], gap, y, "black")
             for i, neighbour in enumerate(nearest[line], 1):

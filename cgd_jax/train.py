@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 from tensorboardX import SummaryWriter
 
-from cgd_jax import checkpoint, evaluate, processes, report
+from cgd_jax import checkpoint, evaluate, processes, projection, report
 from cgd_jax.augment import IMAGENET, augment
 from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validate
 from cgd_jax.datasets import Dataset
@@ -293,7 +293,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             f"The same command goes on from there."
         )
         raise SystemExit(REQUEUE)
-    result = evaluate_checkpoint(config, workdir, folder, setup, None, "retrievals.png")
+    result = evaluate_checkpoint(config, workdir, folder, setup, None, "")
     results = {**result, "baselines": baselines}
     report.write_json(folder / "results.json", results)
     say_results(config, results)
@@ -375,6 +375,8 @@ def say_results(config: ConfigDict, results: dict) -> None:
     report.say(
         f"\n95 % interval of R@1, bootstrapped over classes: {100 * low:.2f} to {100 * high:.2f}"
     )
+    if "complementarity" in results:
+        report.say(f"\n{report.complementarity_text(results['complementarity'])}")
     if results["metrics"]["excluded"]:
         report.say(f"{results['metrics']['excluded']} queries without a true match are left out.")
 
@@ -389,7 +391,7 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
 
     Returns:
       What is written to eval-STEP.json: see `evaluate_checkpoint`. The picture
-      retrievals-STEP.png lies beside it.
+      retrievals-STEP.png lies beside it, and what else `config.eval` asks for.
 
     Raises:
       FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
@@ -408,28 +410,29 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
     keep_compiled(workdir)
     setup = set_up(config)
     folder = processes.report_folder(workdir)
-    result = evaluate_checkpoint(config, workdir, folder, setup, step, "retrievals-{step}.png")
+    result = evaluate_checkpoint(config, workdir, folder, setup, step, "-{step}")
     report.write_json(folder / f"eval-{result['step']}.json", result)
     say_results(config, {**result, "baselines": {}})
     return result
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, workdir: str, folder: Path, setup: Setup, step: int | None, picture: str
+    config: ConfigDict, workdir: str, folder: Path, setup: Setup, step: int | None, suffix: str
 ) -> dict:
     """All metrics of one checkpoint, with and without what `config.eval` asks for.
 
     Args:
       config: of the experiment.
       workdir: folder of the run.
-      folder: where per_class.csv and the picture are written.
+      folder: where per_class.csv, the pictures and tables are written.
       setup: from `set_up`.
       step: of the checkpoint; None for the one with the best R@1.
-      picture: name of the picture of retrievals; {step} is filled in.
+      suffix: of the names of pictures and tables; {step} is filled in.
 
     Returns:
       {"step": ..., "metrics": of the embedding as it is trained, "with options": name →
-      metrics, one for every kind of option that the config sets}.
+      metrics, one for every kind of option that the config sets, and if it is asked for
+      "complementarity": see `complementarity.measure`}.
 
     Raises:
       FileNotFoundError: no such checkpoint.
@@ -439,6 +442,7 @@ def evaluate_checkpoint(
         step = checkpoints.best_step() if step is None else step
         checkpoint.check_step(checkpoints, step, workdir)
         state = checkpoint.restore(checkpoints, setup.state, step)
+    suffix = suffix.format(step=step)
     embeddings = embed_test(config, setup, state)
     measured = evaluate.measure(
         embeddings,
@@ -456,15 +460,57 @@ def evaluate_checkpoint(
     queries = len(dataset.query.labels)
     sample = np.random.default_rng(config.seed).permutation(queries)[:256]
     report.plot_retrievals(
-        folder / picture.format(step=step),
+        folder / f"retrievals{suffix}.png",
         dataset,
         sample,
         evaluate.nearest(embeddings, sample, k=8),
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
 
+    draw_embeddings(config, folder, dataset, embeddings, step, suffix)
     with_options = measure_options(config, folder, setup, state, embeddings)
-    return {"step": step, "metrics": measured, "with options": with_options}
+    result = {"step": step, "metrics": measured, "with options": with_options}
+    if wanted.complementarity:
+        letters, options = config.model.descriptors, {"seed": config.seed, "mesh": setup.mesh}
+        found = evaluate.measure_branches(embeddings, dataset, letters, wanted, **options)
+        text = f"# Step {step}\n\n{report.complementarity_text(found, 'github')}\n"
+        report.write_atomically(folder / f"complementarity{suffix}.md", text)
+        result["complementarity"] = found
+    return result
+
+
+def draw_embeddings(
+    config: ConfigDict,
+    folder: Path,
+    dataset: Dataset,
+    embeddings: evaluate.Embeddings,
+    step: int,
+    suffix: str,
+) -> None:
+    """Draws the map of the test images and writes the projector's files, if asked for.
+
+    Args:
+      config: of the experiment.
+      folder: of the run; the projector's files go to `tensorboard` below it.
+      dataset: the data set that was embedded.
+      embeddings: of its test images.
+      step: of the checkpoint, for the titles.
+      suffix: of the picture's name.
+    """
+    kind = config.eval.projection
+    if not (kind or config.eval.projector):
+        return
+    sample = projection.sample_test(embeddings, dataset, config.seed)
+    title = f"{config.data.name}, CGD {config.model.descriptors}, step {step}"
+    if len(sample.labels) < sample.total:
+        report.say(f"Projecting {len(sample.labels):,} of {sample.total:,} images, at random.")
+    if kind:
+        points, explained = projection.project(sample.vectors, kind, config.seed)
+        path = folder / f"embeddings{suffix}.png"
+        projection.draw_map(path, points, sample, dataset, f"{title}: {explained}", config.seed)
+    if config.eval.projector:
+        projection.write_projector(folder / "tensorboard", sample, dataset, title)
+        report.say(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
 
 
 def measure_options(

@@ -100,6 +100,9 @@ def get_config() -> ConfigDict:
     evaluation.bootstrap = 1000  # resamplings of the classes for 95 % intervals
     evaluation.clustering = False  # also NMI and AMI by k-means (needs scikit-learn; slow)
     evaluation.save_embeddings = False  # writes embeddings.npz: vectors, ids, labels
+    evaluation.projection = ""  # draws embeddings.png, a map: "pca", "umap" (needs umap-learn)
+    evaluation.projector = False  # writes what TensorBoard's projector shows, up to 10,000 images
+    evaluation.complementarity = False  # compares the branches with one another and with all
     # What may be done to a trained model; measured beside the plain embedding, at the end
     # and by --mode=eval. In this order:
     # Or descriptors, first_descriptor, descriptor_S, branch_S (any letter).

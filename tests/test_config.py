@@ -43,6 +43,7 @@ from configs import base, glyphs
         ("train.images_per_class", 1, "at least 2"),
         ("eval.ks", (2, 4), "1 among them"),
         ("eval.ks", (), "positive whole numbers"),
+        ("eval.projection", "tsne", "pca, umap, or empty"),
     ],
 )
 def test_mistakes(key, value, message):
@@ -77,6 +78,30 @@ def test_steps_to_profile(steps, message):
     validate(config)
     config.profile_steps = steps
     with pytest.raises(ConfigError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    "letters,combination,valid",
+    [("SG", "concat", True), ("SMG", "separate", True), ("SG", "sum", False)]
+    + [("SG", "raw", False), ("S", "concat", False)],
+)
+def test_branches_that_can_be_compared(letters, combination, valid):
+    config = base.get_config()
+    config.eval.complementarity = True
+    config.model.update(descriptors=letters, combination=combination)
+    if valid:
+        return validate(config)
+    with pytest.raises(ConfigError, match="eval.complementarity compares the branches of") as error:
+        validate(config)
+    assert repr(combination) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_umap_that_is_not_installed(monkeypatch):
+    config = base.get_config()
+    config.eval.projection = "umap"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="eval.projection=umap.*pip install umap-learn"):
         validate(config)
 
 

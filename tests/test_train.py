@@ -230,7 +230,7 @@ def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
     assert train.train_and_evaluate(tiny_config, str(workdir)) == results
 
 
-def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, tmp_path):
+def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, tmp_path, capsys):
     tiny_config.eval.baselines = False
     tiny_config.train.steps = 2
     plain = train.train_and_evaluate(tiny_config, str(tmp_path))
@@ -246,6 +246,9 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
         clustering=True,
         save_embeddings=True,
         center_crop=True,
+        projection="pca",
+        projector=True,
+        complementarity=True,
     )
     result = train.evaluate_run(str(tmp_path), config=tiny_config)
     assert list(result["with options"]) == [
@@ -257,6 +260,17 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
         assert 0 <= values["recall@1"] <= 1
     assert result["metrics"]["recall@1"] == plain["metrics"]["recall@1"]
     assert 0 <= result["metrics"]["nmi"] <= 1
+    found = result["complementarity"]
+    assert found["queries"] == 24 and list(found["branches"]) == ["S", "G"]
+    assert found["combined"] == plain["metrics"]["recall@1"]
+    assert found == json.loads((tmp_path / "eval-2.json").read_text())["complementarity"]
+    assert "| S, G " in (tmp_path / "complementarity-2.md").read_text()
+    assert "right alone" in capsys.readouterr().out
+    assert (tmp_path / "embeddings-2.png").stat().st_size > 0
+    projector = tmp_path / "tensorboard/projector"
+    assert np.loadtxt(projector / "vectors.tsv").shape == (24, 8)
+    assert (projector / "metadata.tsv").read_text().splitlines()[1] == "colour 6\t6\t6-0\tquery"
+    assert not list(tmp_path.rglob("*.tmp"))
     saved = np.load(tmp_path / "embeddings.npz")
     assert saved["query"].shape == (24, 16)
     np.testing.assert_allclose(np.linalg.norm(saved["query"], axis=1), 1, atol=1e-5)
