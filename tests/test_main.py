@@ -67,7 +67,7 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py", "--mode=tain"],
-            "should be one of <train|eval|data|export|explain>",
+            "should be one of <train|eval|data|export|study|explain>",
         ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (["--config=configs/glyphs.py", "--config.train=many"], "is a group of keys"),
