@@ -9,7 +9,6 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
@@ -90,9 +89,9 @@ def markdown_table(
     """
     compared = {name: compare(measured, reference) for name, measured in metrics.items()}
     first = next(iter(compared))
-    shown = {name: name.replace("recall@", "R@").replace("map@r", "MAP@R") for name in metrics}
-    header = ["", "seeds", shown[first], f"{shown[first]} − {reference}"]
-    header += [shown[name] for name in metrics if name != first] + list(facts)
+    shown = report.metric_name(first)
+    header = ["", "seeds", shown, f"{shown} − {reference}"]
+    header += [report.metric_name(name) for name in metrics if name != first] + list(facts)
     cells = []
     for variant, row in compared[first].items():
         difference = "reference" if variant == reference else ""
@@ -186,7 +185,3 @@ def _draw_interval(axes, height: int, value: float, half: float, color: str) -> 
         axes.errorbar(
             100 * value, height, xerr=error, fmt="D", color=color, markersize=5, capsize=4
         )
-
-
-# Drawing never needs a display.
-matplotlib.use("agg")

@@ -359,9 +359,7 @@ def _true_match_ranks(
 
     if mesh is None:
         mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
-    rows = rows[processes.share_of_rows(mesh)]
-    if not len(rows):
-        return  # other processes have them all
+    rows = rows[processes.share_of_rows(mesh, len(rows))]
     mesh = processes.local_mesh(mesh)
     ways = mesh.size
     at_once = int(np.clip(MATCHES // members[code[rows[-1]]], 1, STEPS * BLOCK))

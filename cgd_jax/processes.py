@@ -78,21 +78,24 @@ def any_process(flag: bool) -> bool:
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     """The devices of a mesh that belong to this process."""
-    if share_of_rows(mesh).step == 1:
+    if len(_members(mesh)) == 1:
         return mesh
     return jax.sharding.Mesh(np.array(mesh.local_devices), mesh.axis_names)
 
 
-def share_of_rows(mesh: jax.sharding.Mesh) -> slice:
+def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> slice:
     """Which rows of something that needs no communication this process works on.
 
     Args:
       mesh: whose processes share the work.
+      rows: how many there are.
 
     Returns:
-      Every n-th row; all of them where the mesh is this process's alone.
+      Every n-th row, at least one. Where there are fewer than processes, everybody has all.
     """
-    sharing = sorted({device.process_index for device in mesh.devices.flat})
+    sharing = _members(mesh)
+    if rows < len(sharing):
+        return slice(None)
     return slice(sharing.index(jax.process_index()), None, len(sharing))
 
 
@@ -100,18 +103,22 @@ def merge_rows(array: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
     """What the processes of a mesh have worked out, each for its own rows.
 
     Args:
-      array: [N, ...], of 32 or 64 bits; rows of others hold the least value there is.
+      array: [N, ...], of 32 or 64 bits; what others work out is the least value there is.
       mesh: whose processes share the work.
 
     Returns:
       The whole, on the host of every process.
     """
-    if share_of_rows(mesh).step == 1:
+    if len(_members(mesh)) == 1:
         return array
     # As bits: JAX would make float64 float32.
     bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
     everywhere = np.asarray(multihost_utils.process_allgather(bits))
     return everywhere.view(array.dtype).reshape(-1, *array.shape).max(0)
+
+
+def _members(mesh: jax.sharding.Mesh) -> list[int]:
+    return sorted({device.process_index for device in mesh.devices.flat})
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:

@@ -82,6 +82,11 @@ def dataset_table(dataset: Dataset) -> str:
     return tabulate(rows, header, intfmt=",")
 
 
+def metric_name(key: str) -> str:
+    """How people write a metric: recall@1 is R@1."""
+    return key.replace("recall@", "R@").replace("map@r", "MAP@R")
+
+
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
     """Recall@K and MAP@R in per cent, one row for each way of embedding.
 
@@ -92,7 +97,7 @@ def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> s
     """
     first = next(iter(rows.values()))
     keys = [key for key in first if key.startswith("recall@")] + ["map@r"]
-    header = ["", *(key.replace("recall@", "R@").replace("map@r", "MAP@R") for key in keys)]
+    header = ["", *map(metric_name, keys)]
     cells = [
         [name, *(f"{100 * values[key]:.2f}" if key in values else "" for key in keys)]
         for name, values in rows.items()
@@ -178,9 +183,7 @@ class Progress:
         """Shows a row of the history: in the bar, or as a line."""
         parts = [f"{label} {row[key]:.{digits}f}" for key, label, digits in _SHOWN if key in row]
         parts += [
-            f"{key.replace('recall@', 'R@')} {100 * row[key]:.2f} %"
-            for key in row
-            if key.startswith("recall@")
+            f"{metric_name(key)} {100 * row[key]:.2f} %" for key in row if key.startswith("recall@")
         ]
         if self.bar.disable or "recall@1" in row:
             left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
@@ -300,8 +303,7 @@ def plot_curves(
     for key in evaluated[0] if evaluated else []:
         if key.startswith("recall@"):
             points = [(row["step"], 100 * row[key]) for row in evaluated if key in row]
-            name = key.replace("recall@", "R@")
-            right.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
+            right.plot(*zip(*points, strict=True), "o-", markersize=4, label=metric_name(key))
     for style, (name, values) in zip(("--", ":", "-."), baselines.items(), strict=False):
         height = 100 * values["recall@1"]
         right.axhline(height, linestyle=style, color=GRAY, label=f"R@1, {name}")

@@ -77,10 +77,9 @@ def top_k(
         raise ValueError(f"precision is one of highest, high, default, not {precision!r}")
     if mesh is None:
         mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
-    total, everyones, share = len(query), mesh, processes.share_of_rows(mesh)
+    total, everyones = len(query), mesh
+    share = processes.share_of_rows(mesh, total)
     query, exclude, mesh = query[share], exclude[share], processes.local_mesh(mesh)
-    if not len(query):
-        raise ValueError(f"{total} queries cannot be shared by {share.step} processes")
     divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
     block = min(query_block, len(query))
     queries = -(-len(query) // block)

@@ -324,10 +324,7 @@ def find_places(jobs: int | None) -> list[Place]:
         "import jax; d = jax.local_devices(); "
         "print(d[0].platform, len({getattr(x, 'coords', x.id) for x in d}))"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if found.returncode:
         raise ConfigError(f"JAX finds no device: {found.stderr.strip().splitlines()[-1]}")
     platform, count = found.stdout.split()[-2:]

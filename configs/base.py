@@ -105,8 +105,7 @@ def get_config() -> ConfigDict:
     evaluation.complementarity = False  # compares the branches with one another and with all
     # What may be done to a trained model; measured beside the plain embedding, at the end
     # and by --mode=eval. In this order:
-    # Or descriptors, first_descriptor, descriptor_S, branch_S (any letter).
-    evaluation.vector = "embedding"
+    evaluation.vector = "embedding"  # or descriptors, first_descriptor, descriptor_S, branch_S
     evaluation.flip = False  # adds the vector of the mirrored image
     evaluation.scales = (1.0,)  # adds up vectors at several scales of image_size
     evaluation.whitening_dim = 0  # PCA-whitening learned on the training images; 0: none

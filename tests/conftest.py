@@ -6,6 +6,7 @@ import tempfile
 import jax
 import pytest
 
+from cgd_jax import train
 from tests import tiny
 
 # Many tests compile the same tiny networks; the commands they start share this too.
@@ -24,3 +25,14 @@ def tiny_config(tmp_path):
     config = tiny.get_config()
     config.data.dir = str(tmp_path / "data")
     return config
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A run that has ended: its config, work folder and result."""
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny.get_config()
+    config.data.dir = str(folder / "data")
+    config.eval.baselines = False
+    result = train.train_and_evaluate(config, str(folder / "run"))
+    return config, folder / "run", result

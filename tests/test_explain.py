@@ -9,13 +9,12 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
-from cgd_jax import combination, evaluate, explain, pooling, train
+from cgd_jax import combination, evaluate, explain, pooling
 from cgd_jax.augment import Normalization
 from cgd_jax.config import ConfigError
 from cgd_jax.datasets import Dataset, Split
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.resnet import BACKBONES
-from tests import tiny
 from tests.variables import random_variables
 
 
@@ -158,15 +157,9 @@ def test_queries_that_search_each_other():
     assert sorted(wrong[0].tolist()) == [2, 3] and len(wrong) == 1
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run."""
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny.get_config()
-    config.data.dir = str(folder / "data")
-    config.eval.baselines = False
-    train.train_and_evaluate(config, str(folder / "run"))
-    return folder / "run"
+@pytest.fixture
+def run(finished_run):
+    return finished_run[1]
 
 
 def test_pairs_of_a_run(run):

@@ -12,22 +12,10 @@ from safetensors.numpy import load_file, save_file
 from cgd_jax import export, train
 from cgd_jax.augment import IMAGENET
 from cgd_jax.models import pretrained
-from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run."""
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny.get_config()
-    config.data.dir = str(folder / "data")
-    config.eval.baselines = False
-    result = train.train_and_evaluate(config, str(folder / "run"))
-    return config, folder / "run", result
-
-
-def test_an_exported_network_computes_the_same(run, tmp_path):
-    config, workdir, result = run
+def test_an_exported_network_computes_the_same(finished_run, tmp_path):
+    config, workdir, result = finished_run
     folder = export.export_run(str(workdir))
     assert folder == workdir / "export"
     moved = folder.rename(tmp_path / "elsewhere")
@@ -51,8 +39,8 @@ def test_an_exported_network_computes_the_same(run, tmp_path):
     np.testing.assert_array_equal(backbone["layer1.0.conv2.weight"], kernel.transpose(3, 2, 0, 1))
 
 
-def test_the_card_and_the_metadata_say_what_was_measured(run):
-    config, workdir, result = run
+def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
+    config, workdir, result = finished_run
     folder = export.export_run(str(workdir), result["step"])
     card = (folder / "README.md").read_text(encoding="utf-8")
     _, header, body = card.split("---\n", 2)
@@ -67,8 +55,8 @@ def test_the_card_and_the_metadata_say_what_was_measured(run):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_what_cannot_be_exported(run, tmp_path):
-    _, workdir, result = run
+def test_what_cannot_be_exported(finished_run, tmp_path):
+    _, workdir, result = finished_run
     with pytest.raises(FileNotFoundError, match="no run in .*config.json"):
         export.export_run(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 99; the steps kept are"):

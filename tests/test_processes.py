@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -77,6 +78,15 @@ def test_one_process_is_the_first_and_holds_everything():
     x = jax.device_put(np.arange(4), split)
     np.testing.assert_array_equal(processes.to_host(x), np.arange(4))
     processes.wait_for_all("nowhere")
+
+
+def test_rows_are_shared_by_the_processes_of_a_mesh():
+    devices = [SimpleNamespace(process_index=i) for i in (0, 1, 2, 2)]
+    mesh = SimpleNamespace(devices=np.array(devices))
+    assert processes.share_of_rows(mesh, 3) == slice(0, None, 3)
+    assert processes.share_of_rows(mesh, 2) == slice(None), "nobody is left without a row"
+    mesh = SimpleNamespace(devices=np.array(devices[:1]))
+    assert np.arange(5)[processes.share_of_rows(mesh, 5)].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_processes_that_do_not_find_each_other(monkeypatch):
