@@ -1,11 +1,12 @@
 """Trains and evaluates: `python main.py --config=configs/glyphs.py`."""
 
+import signal
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import explain, export, processes, report, study, train
+from cgd_jax import experiment, explain, export, outcome, processes, report, study, survival, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -81,6 +82,8 @@ def main(argv):
         workdir = default_workdir(config_file, "runs/studies" if STUDY.value else "runs")
     try:
         if MODE.value == "train":
+            # Where nothing is lost, as Ctrl-C; what trains finishes its step first.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             train.train_and_evaluate(CONFIG.value, workdir)
         elif MODE.value == "study":
             study.run_study(
@@ -95,9 +98,9 @@ def main(argv):
                 DRY_RUN.value,
             )
         elif MODE.value == "data":
-            train.show_data(CONFIG.value, workdir)
+            experiment.show_data(CONFIG.value, workdir)
         elif MODE.value == "eval":
-            train.evaluate_run(workdir, STEP.value, CONFIG.value)
+            outcome.evaluate_run(workdir, STEP.value, CONFIG.value)
         elif MODE.value == "explain":
             pictures = explain.explain_run(workdir, STEP.value, QUERY.value, MATCH.value)
             report.say(f"Look at {' and '.join(map(str, pictures))}.")
@@ -110,7 +113,7 @@ def main(argv):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(survival.REQUEUE if MODE.value == "train" else 130)
 
 
 if __name__ == "__main__":

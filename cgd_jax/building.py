@@ -30,8 +30,10 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Path) -> Iterator[bool]:
-    """Let one process at a time into the block; the others wait. Yields whether that works.
+def one_at_a_time(lock: Path, wait: bool = True) -> Iterator[bool]:
+    """Let one process at a time into the block; the others wait, or get BlockingIOError.
+
+    Yields whether that works.
 
     The operating system drops the lock when its holder dies, so nothing can be left locked.
     It saves double work but is not what keeps files whole (atomic renames are): on a file
@@ -44,6 +46,8 @@ def one_at_a_time(lock: Path) -> Iterator[bool]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise
                 log.info("Another run holds %s; waiting for it to finish.", lock)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:

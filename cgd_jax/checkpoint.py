@@ -4,7 +4,6 @@ A save is written under a temporary name and renamed when complete, so that a ru
 killed in the middle of it finds the checkpoint before.
 """
 
-import contextlib
 import logging
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from cgd_jax import processes
+from cgd_jax import processes, survival
 
 FOLDER = "checkpoints"
 
@@ -89,31 +88,20 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
-        return
+        if recall_at_1 is None or checkpoints.metrics(step) is not None:
+            return
+        checkpoints.delete(step)  # saved when a signal ended its evaluation
     # A copy, since the next training step takes over the state's own buffers.
     state = jax.tree.map(jnp.copy, state)
     metrics = None if recall_at_1 is None else {"recall_at_1": recall_at_1}
-    with _reported():
+    with survival.reported("A checkpoint"):
         checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
     """Waits for the last save; as `save`, it reports a disk that is full and goes on."""
-    with _reported():
+    with survival.reported("A checkpoint"):
         checkpoints.wait_until_finished()
-
-
-@contextlib.contextmanager
-def _reported():
-    """A checkpoint that cannot be written is no reason to lose the run as well."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        log.warning(
-            "A checkpoint could not be written: %s Training goes on; make room, and the next one "
-            "will be.",
-            " ".join(str(error).split())[:300],
-        )
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state):

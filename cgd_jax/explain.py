@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax import evaluate, pooling, processes, report, retrieval, train
+from cgd_jax import evaluate, experiment, pooling, processes, report, retrieval
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.config import ConfigError, from_dict
 from cgd_jax.datasets import Dataset
@@ -249,8 +249,8 @@ def explain_run(
     variables, normalization, step = pretrained.read_run(workdir, step)
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
 
-    train.keep_compiled(workdir)
-    setup = train.set_up(config)
+    experiment.keep_compiled(workdir)
+    setup = experiment.set_up(config)
     dataset, batch = setup.dataset, config.eval.batch_size
     embed = evaluate.embed_model(model, variables, normalization, size)
     if files:

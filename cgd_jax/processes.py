@@ -5,14 +5,15 @@ over all devices are the compiler's; the first process alone writes reports.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 __all__ = [
-    "any_process",
     "is_first",
     "local_mesh",
     "local_rows",
@@ -21,6 +22,7 @@ __all__ = [
     "share_of_rows",
     "start",
     "to_host",
+    "votes",
     "wait_for_all",
 ]
 
@@ -69,11 +71,30 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is true in any process; all of them must ask."""
+def votes(sharding: jax.sharding.NamedSharding) -> Callable[[bool], bool]:
+    """How the processes agree, in a loop, to leave it after the same round.
+
+    Args:
+      sharding: that divides the first axis over all devices.
+
+    Returns:
+      A function that all processes call once a round: whether any of them said True by the
+      round before. The answer comes with the work of that round, so that no device waits for
+      it. A process that is alone gets back what it says.
+    """
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+        return bool
+    asked = []
+
+    def vote(flag: bool) -> bool:
+        mine = np.full(len(sharding.mesh.local_devices), flag)
+        asked.append(_any(jax.make_array_from_process_local_data(sharding, mine)))
+        return len(asked) > 1 and bool(asked.pop(0))
+
+    return vote
+
+
+_any = jax.jit(jnp.any)
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:

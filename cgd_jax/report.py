@@ -15,9 +15,12 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from tabulate import tabulate
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from cgd_jax import processes
+from cgd_jax import processes, survival
 from cgd_jax.augment import IMAGENET
 from cgd_jax.datasets import Dataset
 
@@ -50,8 +53,12 @@ def show_log() -> None:
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Writes a file under another name first: a reader never sees half of it."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | Path, values: dict) -> None:
@@ -241,23 +248,44 @@ class Meter:
 
 
 class History:
-    """The rows of history.csv: one for each step that was logged or evaluated."""
+    """One row for each step that was logged or evaluated: history.csv, and TensorBoard's events."""
 
-    def __init__(self, path: str | Path, step: int):
+    def __init__(self, folder: Path, step: int):
         """Opens the history of a run.
 
         Args:
-          path: of history.csv; need not exist.
+          folder: of the run; need not hold a history.
           step: where the run goes on: rows behind it are dropped.
         """
-        self.path = path
-        self.rows = [row for row in read_history(path) if row["step"] <= step]
+        self.path = folder / "history.csv"
+        self.rows = [row for row in read_history(self.path) if row["step"] <= step]
         self._write()
+        events = folder / "tensorboard"
+        events.mkdir(exist_ok=True)
+        # Not tensorboardX's SummaryWriter: where its thread dies of a full disk, the run hangs.
+        self.events = EventsWriter(str(events / "events"))
+        # Hides what was written behind this step.
+        start = SessionLog(status=SessionLog.START)
+        self.events.write_event(Event(step=step + 1, session_log=start))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        with survival.reported("The end of TensorBoard's events"):
+            self.events.close()
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Adds a row; the columns are those that any row has a value for."""
-        self.rows.append({"step": step, **values})
-        self._write()
+        """Adds values to the row of a step; the columns are those that any row has a value for."""
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step})
+        self.rows[-1].update(values)
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        with survival.reported(f"The row of step {step}"):
+            self.events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self.events.flush()
+        with survival.reported(self.path.name):
+            self._write()
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))

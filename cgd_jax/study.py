@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 from tqdm import tqdm
 
-from cgd_jax import comparison, report, train
+from cgd_jax import comparison, report, survival
 from cgd_jax.config import ConfigError, validate
+from cgd_jax.experiment import check_workdir
 
 __all__ = ["Study", "load", "plan", "run_study", "with_base_config"]
 
@@ -186,7 +187,7 @@ def plan(
             parts = [f"{key}={value}" for key, value in sorted(real.items())] + [f"seed={seed}"]
             folder = Path(workdir, ",".join(parts).replace("/", "_"))
             runs.append(Run(name, seed, overrides, run_config, folder))
-            train.check_workdir(run_config, str(folder))
+            check_workdir(run_config, str(folder))
     folders = [run.folder for run in runs]
     for run in runs:
         if folders.count(run.folder) > 1:
@@ -225,7 +226,7 @@ def run_study(
     Raises:
       ConfigError: something that could not be trained; nothing was started.
       Unfinished: runs failed; the others were trained.
-      SystemExit: with the status `train.REQUEUE`, when SIGINT or SIGTERM ended it early.
+      SystemExit: with the status `survival.REQUEUE`, when SIGINT or SIGTERM ended it early.
     """
     jax.config.update("jax_platforms", "cpu")  # the devices are for the runs
     runs = plan(study, config, given, workdir, variants, seeds)
@@ -274,7 +275,7 @@ def train_all(
     failed, active, queue, started = {}, {}, list(waiting), time.time()
     told, ended = False, 0
     with (
-        train.stop_signals() as stopped_by,
+        survival.stop_signals() as stopped_by,
         tqdm(total=len(waiting), desc="study", unit="run", disable=None) as bar,
     ):
         while active or (queue and not stopped_by):
@@ -306,7 +307,7 @@ def train_all(
                     report.say(f"{run.name()} failed: {failed[run.name()]}")
     if stopped_by:
         report.say("Stopped; everything is saved, and the same command goes on from there.")
-        raise SystemExit(train.REQUEUE)
+        raise SystemExit(survival.REQUEUE)
     return failed
 
 

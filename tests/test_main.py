@@ -161,8 +161,8 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    stopped = re.search(r"Stopped at step (\d+) of 1000; everything is saved in", output)
-    assert stopped and "The same command goes on from there" in output
+    stopped = re.search(r"Stopped at step (\d+) of 1000; the same command goes on", output)
+    assert f"goes on from the checkpoint of step {stopped[1]} in" in output
     status, output, errors = run(*flags)
     assert status == 0, errors
     assert f"Resumed from the checkpoint of step {stopped[1]}." in output

@@ -74,7 +74,8 @@ def test_one_process_is_the_first_and_holds_everything():
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     assert processes.is_first() and processes.local_mesh(mesh) == mesh
     np.testing.assert_array_equal(processes.local_rows(split, 5), np.arange(5))
-    assert processes.any_process(True) and not processes.any_process(False)
+    vote = processes.votes(split)
+    assert [vote(flag) for flag in (False, True, False)] == [False, True, False]
     x = jax.device_put(np.arange(4), split)
     np.testing.assert_array_equal(processes.to_host(x), np.arange(4))
     processes.wait_for_all("nowhere")

@@ -1,8 +1,11 @@
 """Reports: tables that line up, histories that go on, pictures that show what they say."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from cgd_jax import report
 from cgd_jax.datasets import Dataset, Split
@@ -33,20 +36,60 @@ def test_tables_line_up():
 
 
 def test_history_goes_on_where_the_run_does(tmp_path):
+    with report.History(tmp_path, 0) as history:
+        history.add(1, {"loss": 0.5})
+        history.add(2, {"loss": 0.25})
+        history.add(2, {"recall@1": 1 / 3})  # evaluated
+        history.add(3, {"loss": 0.1})
     path = tmp_path / "history.csv"
-    history = report.History(path, 0)
-    history.add(1, {"loss": 0.5})
-    history.add(2, {"loss": 0.25, "recall@1": 1 / 3})
-    history.add(3, {"loss": 0.1})
     assert path.read_text().splitlines()[0] == "step,loss,recall@1"
-    again = report.History(path, 2)
-    assert again.rows == [
-        {"step": 1, "loss": 0.5},
-        {"step": 2, "loss": 0.25, "recall@1": 0.333333},
-    ]
-    again.add(3, {"loss": 0.2})
+    with report.History(tmp_path, 2) as again:
+        assert again.rows == [
+            {"step": 1, "loss": 0.5},
+            {"step": 2, "loss": 0.25, "recall@1": 0.333333},
+        ]
+        again.add(3, {"loss": 0.2})
     assert [row["loss"] for row in report.read_history(path)] == [0.5, 0.25, 0.2]
     assert report.read_history(tmp_path / "none.csv") == []
+
+
+def read_events(path):
+    """The events of a TensorBoard file: records of length, checksum, event, checksum."""
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[12 + length + 4 :]
+    return events
+
+
+def test_tensorboard_gets_the_history(tmp_path):
+    with report.History(tmp_path, 4) as history:
+        history.add(6, {"loss": 0.5, "accuracy": 0.25})
+    (path,) = tmp_path.glob("tensorboard/events.out.tfevents.*")
+    version, start, row = read_events(path)
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 5 and start.session_log.status == SessionLog.START
+    assert row.step == 6
+    values = {value.tag: value.simple_value for value in row.summary.value}
+    assert values == {"loss": 0.5, "accuracy": 0.25}
+
+
+def test_a_history_that_cannot_be_written_is_kept_for_later(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with report.History(tmp_path, 0) as history:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", full)
+            patch.setattr(history.events, "flush", full)
+            history.add(1, {"loss": 0.5})
+        assert not list(tmp_path.glob("*.tmp"))
+        history.add(2, {"loss": 0.25})
+    assert caplog.text.count("No space left on device. Training goes on") == 2
+    assert [row["loss"] for row in report.read_history(tmp_path / "history.csv")] == [0.5, 0.25]
+    (path,) = tmp_path.glob("tensorboard/events*")
+    assert [event.step for event in read_events(path)[2:]] == [1, 2]
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):

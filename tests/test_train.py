@@ -1,8 +1,10 @@
 """Training: schedules, optimizers, losses put together, and runs that stop and go on."""
 
 import json
+import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +14,17 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, evaluate, losses, report, train, train_step
+from cgd_jax import (
+    checkpoint,
+    evaluate,
+    experiment,
+    losses,
+    outcome,
+    report,
+    survival,
+    train,
+    train_step,
+)
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError, to_dict
 from cgd_jax.models import pretrained
@@ -145,7 +157,7 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
 
 def state_of(config, workdir):
     """The state of the latest checkpoint."""
-    setup = train.set_up(config)
+    setup = experiment.set_up(config)
     with checkpoint.manager(workdir) as checkpoints:
         return checkpoint.restore(checkpoints, setup.state, checkpoints.latest_step())
 
@@ -169,24 +181,39 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(report.History, "add", add_and_interrupt)
 
 
+def interrupted(number, *args, **options):
+    """Takes the place of a long evaluation that a signal comes into."""
+    signal.raise_signal(number)
+    raise AssertionError("it went on")
+
+
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     results = train.train_and_evaluate(tiny_config, whole)
-    # Not steps at which a checkpoint is due.
-    for step, number in [(2, signal.SIGTERM), (10, signal.SIGINT)]:
+    # Not steps at which a checkpoint is due; and while the steps 6 and 12 are evaluated.
+    for step, number in [
+        (2, signal.SIGTERM),
+        (6, signal.SIGTERM),
+        (10, signal.SIGINT),
+        (12, signal.SIGINT),
+    ]:
         with monkeypatch.context() as patch:
-            interrupt_at(patch, step, number)
+            if step % 6:
+                interrupt_at(patch, step, number)
+            else:
+                patch.setattr(evaluate, "recall", partial(interrupted, number))
             with pytest.raises(SystemExit) as stop:
                 train.train_and_evaluate(tiny_config, parts)
-        assert stop.value.code == train.REQUEUE == 75
+        assert stop.value.code == survival.REQUEUE == 75
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         output = capsys.readouterr().out
-        assert f"Stopped at step {step} of 12" in output and "The same command goes on" in output
+        assert f"Stopped at step {step} of 12; the same command goes on from " in output
+        assert f"from the checkpoint of step {step} in {parts}" in output
         assert state_of(tiny_config, parts).step == step
     resumed = train.train_and_evaluate(tiny_config, parts)
-    assert "Resumed from the checkpoint of step 10" in capsys.readouterr().out
+    assert "Resumed from the checkpoint of step 12" in capsys.readouterr().out
     assert resumed == results
     assert_same(state_of(tiny_config, whole), state_of(tiny_config, parts))
     histories = [report.read_history(Path(w, "history.csv")) for w in (whole, parts)]
@@ -220,12 +247,12 @@ def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
     assert history[-1]["classification_loss"] < history[0]["classification_loss"]
     assert results["metrics"]["recall@1"] > 0.3
     # Evaluation by itself gives what training logged, for the best and for any step kept.
-    assert train.evaluate_run(str(workdir))["metrics"] == results["metrics"]
-    last = train.evaluate_run(str(workdir), 12)
+    assert outcome.evaluate_run(str(workdir))["metrics"] == results["metrics"]
+    last = outcome.evaluate_run(str(workdir), 12)
     assert last["metrics"]["recall@1"] == pytest.approx(history[-1]["recall@1"], abs=1e-5)
     assert (workdir / "eval-12.json").exists() and (workdir / "retrievals-12.png").exists()
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; the steps kept are: "):
-        train.evaluate_run(str(workdir), 5)
+        outcome.evaluate_run(str(workdir), 5)
     # The same command again: nothing is trained, the same is reported.
     assert train.train_and_evaluate(tiny_config, str(workdir)) == results
 
@@ -250,7 +277,7 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
         projector=True,
         complementarity=True,
     )
-    result = train.evaluate_run(str(tmp_path), config=tiny_config)
+    result = outcome.evaluate_run(str(tmp_path), config=tiny_config)
     assert list(result["with options"]) == [
         "descriptor_S, flip, scales 1 1.5",
         "whitened to 3, database augmented by 1, queries expanded by 2",
@@ -277,19 +304,19 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
     assert list(saved["query_ids"][:2]) == ["6-0", "6-1"] and saved["query_labels"][0] == 6
     tiny_config.eval.whitening_dim = 17
     with pytest.raises(ConfigError, match="eval: dim must be"):
-        train.evaluate_run(str(tmp_path), config=tiny_config)
+        outcome.evaluate_run(str(tmp_path), config=tiny_config)
     tiny_config.model.embedding_dim = 16
     with pytest.raises(ConfigError, match="model.embedding_dim: 8 → 16"):
-        train.evaluate_run(str(tmp_path), config=tiny_config)
+        outcome.evaluate_run(str(tmp_path), config=tiny_config)
 
 
 def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
     kernels, batches, keys = [], [], []
     for seed in (0, 0, 1):
         tiny_config.seed = seed
-        setup = train.set_up(tiny_config)
+        setup = experiment.set_up(tiny_config)
         kernels.append(np.asarray(setup.state.params["backbone"]["conv1"]["kernel"]))
-        batches.append(train.batch_positions(tiny_config, setup.labels)(3))
+        batches.append(experiment.batch_positions(tiny_config, setup.labels)(3))
         keys.append(jax.random.key_data(train_step.step_key(seed, 3)))
     for first, again, other in (kernels, batches, keys):
         np.testing.assert_array_equal(first, again)
@@ -297,13 +324,27 @@ def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
 
 
 def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
-    train.check_workdir(tiny_config, str(tmp_path))  # nothing there yet
+    experiment.check_workdir(tiny_config, str(tmp_path))  # nothing there yet
     report.write_json(tmp_path / "config.json", to_dict(tiny_config))
     tiny_config.train.log_every = 1  # free to change
-    train.check_workdir(tiny_config, str(tmp_path))
+    experiment.check_workdir(tiny_config, str(tmp_path))
     tiny_config.optimizer.learning_rate = 0.5
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.004 → 0.5"):
-        train.check_workdir(tiny_config, str(tmp_path))
+        experiment.check_workdir(tiny_config, str(tmp_path))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny_config, tmp_path):
+    workdir = str(tmp_path / "run")
+    with (
+        survival.only_run_in(workdir),
+        pytest.raises(
+            BlockingIOError, match=rf"still at work \(process {os.getpid()} on .*--workdir"
+        ),
+    ):
+        train.train_and_evaluate(tiny_config, workdir)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    with survival.only_run_in(workdir):  # it is free again
+        pass
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path):
@@ -314,12 +355,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path):
 
 
 def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
-    setup = train.set_up(tiny_config)
+    setup = experiment.set_up(tiny_config)
     variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
     doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
     path = tmp_path / "weights.safetensors"
     pretrained.save(path, doubled, EFFICIENTNET_LITE)
-    state = train.load_pretrained(str(path), setup.state)
+    state = experiment.load_pretrained(str(path), setup.state)
     kernel = state.params["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
     assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
@@ -335,12 +376,12 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
 def test_too_many_classes_for_the_data_set(tiny_config):
     tiny_config.train.classes_per_batch = 7
     with pytest.raises(ConfigError, match="blobs has 6 training classes"):
-        train.set_up(tiny_config)
+        experiment.set_up(tiny_config)
 
 
 def test_evaluating_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json.*--workdir="):
-        train.evaluate_run(str(tmp_path))
+        outcome.evaluate_run(str(tmp_path))
 
 
 def state_with(step, weights):
@@ -395,8 +436,8 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     assert state.variables()["params"] is state.average
     gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, state.average)
     assert max(jax.tree.leaves(gap)) > 1e-4
-    setup = train.set_up(tiny_config)
-    embeddings = train.embed_test(tiny_config, setup, state.replace(params=None))
+    setup = experiment.set_up(tiny_config)
+    embeddings = outcome.embed_test(tiny_config, setup, state.replace(params=None))
     recall = evaluate.recall(embeddings, setup.dataset, (1,))["recall@1"]
     assert recall == pytest.approx(result["metrics"]["recall@1"])
 
@@ -466,7 +507,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, caplog, monkeypa
             patch.setattr(checkpoints, "wait_until_finished", full)
             checkpoint.finish(checkpoints)
         checkpoint.save(checkpoints, state_with(2, jnp.zeros(2)))
-    assert caplog.text.count("No space left on device Training goes on") == 2
+    assert caplog.text.count("No space left on device. Training goes on") == 2
     with checkpoint.manager(str(tmp_path)) as checkpoints:
         assert checkpoints.latest_step() == 2
 
