@@ -67,7 +67,8 @@ def check_flags(argv):
 
 
 def main(argv):
-    logging.set_verbosity(logging.ERROR)  # of the libraries; ours goes to stdout
+    # Of the libraries, which raise what they log as an error; ours goes to stdout.
+    logging.set_verbosity(logging.FATAL)
     report.show_log()
     check_flags(argv)
     if DISTRIBUTED.value or COORDINATOR.value:

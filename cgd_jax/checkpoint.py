@@ -5,6 +5,7 @@ killed in the middle of it finds the checkpoint before.
 """
 
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -79,29 +80,43 @@ def check_step(checkpoints: ocp.CheckpointManager, step: int | None, workdir: st
 
 
 def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = None) -> None:
-    """Starts to save a state; the writing goes on in the background.
+    """Saves a state under its step; the writing goes on in the background.
+
+    A checkpoint that cannot be written is reported, and nothing of it is left.
 
     Args:
       checkpoints: from `manager`.
       state: a pytree with a field `step`.
       recall_at_1: of this state, if it was evaluated: what the best is chosen by.
     """
+    finish(checkpoints)  # one at a time, and room is made for this one
     step = int(state.step)
     if step in checkpoints.all_steps():
         if recall_at_1 is None or checkpoints.metrics(step) is not None:
             return
         checkpoints.delete(step)  # saved when a signal ended its evaluation
-    # A copy, since the next training step takes over the state's own buffers.
-    state = jax.tree.map(jnp.copy, state)
-    metrics = None if recall_at_1 is None else {"recall_at_1": recall_at_1}
-    with survival.reported("A checkpoint"):
+    with survival.reported(f"The checkpoint of step {step}"):
+        needed = sum(array.nbytes for array in jax.tree.leaves(state))
+        free = shutil.disk_usage(checkpoints.directory).free
+        if free < needed:
+            raise OSError(f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
+        # A copy, since the next training step takes over the state's own buffers.
+        state = jax.tree.map(jnp.copy, state)
+        metrics = None if recall_at_1 is None else {"recall_at_1": recall_at_1}
         checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
-    """Waits for the last save; as `save`, it reports a disk that is full and goes on."""
+    """Waits for the last save. One that failed is reported, and what is left of it removed."""
+    finished = False
     with survival.reported("A checkpoint"):
         checkpoints.wait_until_finished()
+        finished = True
+    if not finished:
+        if processes.is_first():
+            for remains in checkpoints.directory.glob("*" + ocp.utils.TMP_DIR_SUFFIX + "*"):
+                shutil.rmtree(remains, ignore_errors=True)
+        checkpoints.reload()  # else it takes what it wanted to delete for deleted
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -495,21 +497,45 @@ def test_nothing_to_restore(tmp_path):
         assert checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(2))) is None
 
 
-def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, caplog, monkeypatch):
-    with caplog.at_level("WARNING"), checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+def weights(step):
+    """A state of 4 MB that does not compress."""
+    return state_with(step, jnp.asarray(np.random.default_rng(step).normal(size=1_000_000)))
 
-        def full(*args, **kwargs):
-            raise OSError(28, "No space left on device")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "save", full)
-            checkpoint.save(checkpoints, state_with(1, jnp.zeros(2)))
-            patch.setattr(checkpoints, "wait_until_finished", full)
+def test_a_save_that_fails_is_reported_and_leaves_nothing(tmp_path, caplog):
+    """Files may not grow beyond a limit: to the writer as good as a full disk."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "checkpoints"
+    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, weights(step))
+        checkpoint.finish(checkpoints)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, unlimited[1]))
+        try:
+            for step in (3, 4):
+                checkpoint.save(checkpoints, weights(step))
             checkpoint.finish(checkpoints)
-        checkpoint.save(checkpoints, state_with(2, jnp.zeros(2)))
-    assert caplog.text.count("No space left on device. Training goes on") == 2
-    with checkpoint.manager(str(tmp_path)) as checkpoints:
-        assert checkpoints.latest_step() == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert caplog.text.count("A checkpoint could not be written: ") == 2
+        assert caplog.text.count("Training goes on; make room for what comes next.") == 2
+        assert {path.name for path in folder.iterdir()} == {"1", "2"}
+        for step in (5, 6, 7):
+            checkpoint.save(checkpoints, weights(step))
+        checkpoint.finish(checkpoints)
+        assert {path.name for path in folder.iterdir()} == {"6", "7"}
+        assert_same(checkpoint.restore_latest(checkpoints, weights(0)), weights(7))
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, caplog, monkeypatch):
+    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+            checkpoint.save(checkpoints, weights(1))
+        assert "step 1 could not be written: it needs 4 MB, and 1 MB are free." in caplog.text
+        checkpoint.save(checkpoints, weights(2))
+        checkpoint.finish(checkpoints)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 def poisoned(monkeypatch, steps):
