@@ -5,6 +5,7 @@ killed in the middle of it finds the checkpoint before.
 """
 
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
@@ -57,14 +58,6 @@ def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
         # Said, because it would be guessed from the latest checkpoint, which may be damaged.
         item_handlers=ocp.StandardCheckpointHandler(),
     )
-
-
-def exist(workdir: str) -> bool:
-    """Whether a work folder holds any checkpoint."""
-    if not Path(workdir, FOLDER).exists():
-        return False
-    with manager(workdir) as checkpoints:
-        return checkpoints.latest_step() is not None
 
 
 def check_step(checkpoints: ocp.CheckpointManager, step: int | None, workdir: str | Path) -> None:
@@ -132,6 +125,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
       The saved state, or None if there is no checkpoint.
 
     Raises:
+      PermissionError: the latest one may not be read; that is no damage.
       OSError: there are checkpoints, and none can be read; all are left as they are.
     """
     errors = {}
@@ -140,6 +134,13 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
             saved = restore(checkpoints, state, step)
             break
         except Exception as error:  # orbax, TensorStore and JSON each have their own
+            folder = Path(checkpoints.directory, str(step))
+            for path in (folder, *sorted(folder.rglob("*"))):
+                if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+                    raise PermissionError(
+                        f"The latest checkpoint, of step {step}, cannot be read: no permission for "
+                        f"{path}. Give it (chmod -R u+rwX {folder}), or choose another --workdir=."
+                    ) from error
             errors[step] = " ".join(str(error).split())[:300]
     else:
         if errors:

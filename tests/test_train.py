@@ -1,26 +1,20 @@
-"""Training: schedules, optimizers, losses put together, and runs that stop and go on."""
+"""Runs that are trained, that stop and go on."""
 
 import json
 import os
-import resource
-import shutil
 import signal
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from ml_collections import ConfigDict
 
 from cgd_jax import (
     checkpoint,
     evaluate,
     experiment,
-    losses,
     outcome,
     report,
     survival,
@@ -30,131 +24,7 @@ from cgd_jax import (
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError, to_dict
 from cgd_jax.models import pretrained
-from cgd_jax.optimizer import learning_rate_schedule, make_optimizer, moving_average
-from configs import base
-
-
-def schedule_of(steps=100, **values):
-    config = base.get_config().optimizer
-    config.update(values)
-    return learning_rate_schedule(config, steps)
-
-
-def test_step_schedule():
-    schedule = schedule_of(learning_rate=1e-4, decay_at=(0.4, 0.8), warmup_steps=10)
-    rates = [float(schedule(step)) for step in range(100)]
-    np.testing.assert_allclose(rates[:10], 1e-5 * np.arange(10), rtol=1e-5)
-    np.testing.assert_allclose(rates[10:40], 1e-4, rtol=1e-5)
-    np.testing.assert_allclose(rates[40:80], 1e-5, rtol=1e-5)
-    np.testing.assert_allclose(rates[80:], 1e-6, rtol=1e-5)
-
-
-def test_cosine_and_constant_schedules():
-    schedule = schedule_of(schedule="cosine", learning_rate=1.0, warmup_steps=20)
-    np.testing.assert_allclose(schedule(10), 0.5)
-    np.testing.assert_allclose(schedule(20), 1.0)
-    np.testing.assert_allclose(schedule(60), 0.5, atol=1e-6)
-    np.testing.assert_allclose(schedule(100), 0.0, atol=1e-6)
-    assert {float(schedule_of(schedule="constant", learning_rate=2.0)(s)) for s in (0, 99)} == {2.0}
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_first_updates_by_hand(name):
-    config = base.get_config().optimizer
-    config.update(name=name, schedule="constant", learning_rate=0.1)
-    config.weight_decay = 0.0 if name == "adam" else 0.5
-    optimizer = make_optimizer(config, 10)
-    params = {"fc": jnp.array([[2.0, -4.0]])}
-    gradient = {"fc": jnp.array([[0.3, 0.3]])}
-    state = optimizer.init(params)
-    updates, state = optimizer.update(gradient, state, params)
-    decay = 0.1 * 0.5 * params["fc"]
-    if name == "sgd":
-        np.testing.assert_allclose(updates["fc"], -0.1 * gradient["fc"] - decay, rtol=1e-5)
-        updates, _ = optimizer.update(gradient, state, params)
-        np.testing.assert_allclose(updates["fc"], -0.1 * 1.9 * gradient["fc"] - decay, rtol=1e-5)
-    else:  # Adam's first step has the length of the learning rate
-        expected = -0.1 - (decay if name == "adamw" else 0.0)
-        np.testing.assert_allclose(updates["fc"], expected * jnp.ones((1, 2)), rtol=1e-4)
-
-
-def test_learning_rates_of_backbone_and_new_layers():
-    config = base.get_config().optimizer
-    config.update(schedule="constant", learning_rate=0.1, backbone_rate=0.25)
-    config.freeze_backbone_steps = 2
-    optimizer = make_optimizer(config, 10)
-    params = {"backbone": {"kernel": jnp.ones((1, 1))}, "fc_S": jnp.ones((1, 1))}
-    state = optimizer.init(params)
-    for step in range(4):  # of a constant gradient, Adam's steps have the learning rate's length
-        updates, state = optimizer.update(params, state, params)
-        np.testing.assert_allclose(updates["fc_S"], -0.1, rtol=1e-4)
-        expected = 0.0 if step < 2 else -0.025
-        np.testing.assert_allclose(updates["backbone"]["kernel"], expected, rtol=1e-4)
-
-
-def test_weight_decay_spares_norms_and_biases():
-    config = base.get_config().optimizer
-    config.update(name="adamw", weight_decay=0.5, schedule="constant", learning_rate=0.1)
-    optimizer = make_optimizer(config, 10)
-    params = {
-        "backbone": {"bn1": {"scale": jnp.ones(2)}, "conv1": {"kernel": jnp.ones((1, 1, 2, 2))}},
-        "gem_p_learned": jnp.ones(()),
-        "auxiliary_fc": {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))},
-    }
-    zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    changed = {path[-1].key for path, u in jax.tree_util.tree_leaves_with_path(updates) if u.any()}
-    assert changed == {"kernel"}
-    np.testing.assert_allclose(updates["auxiliary_fc"]["kernel"], -0.05, rtol=1e-6)
-
-
-def test_moving_average_by_hand():
-    average, params = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 2.0])}
-    found = moving_average(average, params, jnp.int32(0), 0.9)  # 0.1 of the old
-    np.testing.assert_allclose(found["w"], [0.9, 1.8], rtol=1e-6)
-    found = moving_average(average, params, jnp.int32(1000), 0.9)
-    np.testing.assert_allclose(found["w"], [0.1, 0.2], rtol=1e-6)
-
-
-def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
-    config = base.get_config().loss
-    rng = np.random.default_rng(0)
-    vectors = [jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2)]
-    logits = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
-    labels = jnp.array([0, 0, 1, 1, 2, 2])
-    config.update(ranking_weight=2.0, classification_weight=3.0)
-    config.batch_hard_triplet.margin = 0.7
-    config.temperature = 0.2
-    total, ranking, classification = train_step.compute_losses(config, vectors, logits, labels)
-    # Rival A: the mean of the losses of its branches.
-    expected = np.mean([losses.batch_hard_triplet_loss(v, labels, 0.7) for v in vectors])
-    np.testing.assert_allclose(ranking, expected, rtol=1e-6)
-    expected = losses.smoothed_cross_entropy(logits, labels, temperature=0.2)
-    np.testing.assert_allclose(classification, expected)
-    np.testing.assert_allclose(total, 2 * ranking + 3 * classification, rtol=1e-6)
-    config.classification_weight = 0.0
-    nan = jnp.full((6, 3), jnp.nan)
-    total, _, classification = train_step.compute_losses(config, vectors, nan, labels)
-    assert classification == 0 and total == 2 * ranking
-    config.update(ranking_weight=0.0, classification_weight=1.0)
-    total, ranking, _ = train_step.compute_losses(config, [vectors[0] * jnp.nan], logits, labels)
-    assert ranking == 0 and np.isfinite(total)
-
-
-@pytest.mark.parametrize("name", losses.RANKING_LOSSES)
-def test_every_ranking_loss_takes_the_options_of_the_config(name):
-    config = base.get_config().loss
-    config.ranking = name
-    vectors = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
-    labels = jnp.array([0, 0, 1, 1, 2, 2])
-    vectors *= 0.1  # close together: every loss is at work
-    before = train_step.compute_losses(config, [vectors], jnp.zeros((6, 3)), labels)[1]
-    for option in config[name]:
-        changed = ConfigDict(config)
-        changed[name][option] = 1.7 * config[name][option]
-        after = train_step.compute_losses(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
-        if option != "mining_margin":  # may mine the same pairs
-            assert before != after, f"{name}.{option} does nothing"
+from tests.variables import assert_same
 
 
 def state_of(config, workdir):
@@ -162,13 +32,6 @@ def state_of(config, workdir):
     setup = experiment.set_up(config)
     with checkpoint.manager(workdir) as checkpoints:
         return checkpoint.restore(checkpoints, setup.state, checkpoints.latest_step())
-
-
-def assert_same(state, other):
-    for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
 
 
 def interrupt_at(monkeypatch, step, number=signal.SIGINT):
@@ -386,46 +249,6 @@ def test_evaluating_a_folder_without_a_run(tmp_path):
         outcome.evaluate_run(str(tmp_path))
 
 
-def state_with(step, weights):
-    normalization = jax.tree.map(jnp.asarray, IMAGENET)
-    return train_step.State(
-        step=jnp.int32(step),
-        params={"w": weights},
-        batch_stats={},
-        opt_state=optax.EmptyState(),
-        normalization=normalization,
-        average=None,
-        skipped=jnp.int32(0),
-    )
-
-
-def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
-    def state(step):
-        return state_with(step, jnp.full(3, float(step)))
-
-    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
-        for step, recall in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.1)]:
-            checkpoint.save(checkpoints, state(step), recall)
-    with checkpoint.manager(str(tmp_path)) as checkpoints:
-        assert sorted(checkpoints.all_steps()) == [2, 5, 6]
-        assert checkpoints.best_step() == 2 and checkpoints.latest_step() == 6
-        np.testing.assert_array_equal(checkpoint.restore(checkpoints, state(0), 2).params["w"], 2)
-
-
-def test_a_save_is_not_changed_by_the_steps_behind_it(tmp_path):
-    """The buffers of a state are handed on to the next one while it is written."""
-    donate = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
-    state = state_with(0, jnp.zeros(1_000_000))
-    with checkpoint.manager(str(tmp_path), keep=9) as checkpoints:
-        for _ in range(4):
-            state = donate(state)
-            checkpoint.save(checkpoints, state)
-            state = donate(donate(state))
-        for step in checkpoints.all_steps():
-            saved = checkpoint.restore(checkpoints, state, step)
-            assert np.all(np.asarray(saved.params["w"]) == step)
-
-
 def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     tiny_config.optimizer.average = 0.5
     tiny_config.eval.baselines = False
@@ -442,100 +265,6 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     embeddings = outcome.embed_test(tiny_config, setup, state.replace(params=None))
     recall = evaluate.recall(embeddings, setup.dataset, (1,))["recall@1"]
     assert recall == pytest.approx(result["metrics"]["recall@1"])
-
-
-def damage(folder, how):
-    """Spoils a checkpoint in one of the ways that crashes and disks do."""
-    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    if how == "file removed":
-        files[-1].unlink()
-    elif how == "truncated":
-        files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
-    elif how == "zeroed":
-        files[-1].write_bytes(bytes(files[-1].stat().st_size))
-    elif how == "half renamed":
-        (folder / "default").rename(folder / "default.orbax-checkpoint-tmp-1")
-    elif how == "emptied":
-        shutil.rmtree(folder)
-        folder.mkdir()
-
-
-@pytest.mark.parametrize("how", ["file removed", "truncated", "zeroed", "half renamed", "emptied"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, how):
-    rng = np.random.default_rng(0)
-    saved = {step: state_with(step, jnp.asarray(rng.normal(size=5000))) for step in (3, 7)}
-    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
-        for step, state in saved.items():
-            checkpoint.save(checkpoints, state, step / 10)
-    damage(tmp_path / "checkpoints/7", how)
-    with caplog.at_level("WARNING"), checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
-        found = checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(5000)))
-        assert_same(found, saved[3])
-        # The run goes on, and writes step 7 once more.
-        checkpoint.save(checkpoints, saved[7], 0.7)
-    assert "Checkpoint 7 is damaged and was moved to" in caplog.text
-    assert list(tmp_path.glob("damaged/7-*"))
-    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
-        assert_same(checkpoint.restore_latest(checkpoints, saved[3]), saved[7])
-
-
-def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
-    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
-        for step in (3, 7):
-            checkpoint.save(checkpoints, state_with(step, jnp.zeros(5000)))
-    before = sorted(map(str, tmp_path.rglob("*")))
-    with (
-        checkpoint.manager(str(tmp_path), keep=5) as checkpoints,
-        pytest.raises(OSError, match="No checkpoint in .* can be read.*step 7: .*step 3: "),
-    ):
-        checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(7)))
-    assert sorted(map(str, tmp_path.rglob("*"))) == before
-
-
-def test_nothing_to_restore(tmp_path):
-    with checkpoint.manager(str(tmp_path), keep=1) as checkpoints:
-        assert checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(2))) is None
-
-
-def weights(step):
-    """A state of 4 MB that does not compress."""
-    return state_with(step, jnp.asarray(np.random.default_rng(step).normal(size=1_000_000)))
-
-
-def test_a_save_that_fails_is_reported_and_leaves_nothing(tmp_path, caplog):
-    """Files may not grow beyond a limit: to the writer as good as a full disk."""
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    folder = tmp_path / "checkpoints"
-    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
-        for step in (1, 2):
-            checkpoint.save(checkpoints, weights(step))
-        checkpoint.finish(checkpoints)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, unlimited[1]))
-        try:
-            for step in (3, 4):
-                checkpoint.save(checkpoints, weights(step))
-            checkpoint.finish(checkpoints)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        assert caplog.text.count("A checkpoint could not be written: ") == 2
-        assert caplog.text.count("Training goes on; make room for what comes next.") == 2
-        assert {path.name for path in folder.iterdir()} == {"1", "2"}
-        for step in (5, 6, 7):
-            checkpoint.save(checkpoints, weights(step))
-        checkpoint.finish(checkpoints)
-        assert {path.name for path in folder.iterdir()} == {"6", "7"}
-        assert_same(checkpoint.restore_latest(checkpoints, weights(0)), weights(7))
-
-
-def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, caplog, monkeypatch):
-    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-            checkpoint.save(checkpoints, weights(1))
-        assert "step 1 could not be written: it needs 4 MB, and 1 MB are free." in caplog.text
-        checkpoint.save(checkpoints, weights(2))
-        checkpoint.finish(checkpoints)
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 def poisoned(monkeypatch, steps):

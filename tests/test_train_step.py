@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from cgd_jax import train_step
+from cgd_jax import losses, train_step
 from cgd_jax.augment import IMAGENET
 from cgd_jax.models.cgd import compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
-from configs import glyphs
+from configs import base, glyphs
 from tests.variables import random_variables
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,47 @@ def gradients(function, model, state, images, loss, **options):
     return jax.jit(lambda state, images: function(model, state, images, loss, **options))(
         state, images
     )
+
+
+def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
+    config = base.get_config().loss
+    rng = np.random.default_rng(0)
+    vectors = [jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2)]
+    logits = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    labels = jnp.array([0, 0, 1, 1, 2, 2])
+    config.update(ranking_weight=2.0, classification_weight=3.0)
+    config.batch_hard_triplet.margin = 0.7
+    config.temperature = 0.2
+    total, ranking, classification = train_step.compute_losses(config, vectors, logits, labels)
+    # Rival A: the mean of the losses of its branches.
+    expected = np.mean([losses.batch_hard_triplet_loss(v, labels, 0.7) for v in vectors])
+    np.testing.assert_allclose(ranking, expected, rtol=1e-6)
+    expected = losses.smoothed_cross_entropy(logits, labels, temperature=0.2)
+    np.testing.assert_allclose(classification, expected)
+    np.testing.assert_allclose(total, 2 * ranking + 3 * classification, rtol=1e-6)
+    config.classification_weight = 0.0
+    nan = jnp.full((6, 3), jnp.nan)
+    total, _, classification = train_step.compute_losses(config, vectors, nan, labels)
+    assert classification == 0 and total == 2 * ranking
+    config.update(ranking_weight=0.0, classification_weight=1.0)
+    total, ranking, _ = train_step.compute_losses(config, [vectors[0] * jnp.nan], logits, labels)
+    assert ranking == 0 and np.isfinite(total)
+
+
+@pytest.mark.parametrize("name", losses.RANKING_LOSSES)
+def test_every_ranking_loss_takes_the_options_of_the_config(name):
+    config = base.get_config().loss
+    config.ranking = name
+    vectors = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    labels = jnp.array([0, 0, 1, 1, 2, 2])
+    vectors *= 0.1  # close together: every loss is at work
+    before = train_step.compute_losses(config, [vectors], jnp.zeros((6, 3)), labels)[1]
+    for option in config[name]:
+        changed = ConfigDict(config)
+        changed[name][option] = 1.7 * config[name][option]
+        after = train_step.compute_losses(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
+        if option != "mining_margin":  # may mine the same pairs
+            assert before != after, f"{name}.{option} does nothing"
 
 
 @pytest.mark.parametrize("chunk,learn_p", [(1, "fixed"), (4, "channel")])
@@ -98,65 +140,9 @@ def test_auto_is_float32_on_a_cpu():
     assert compute_dtype("bfloat16") == jnp.bfloat16
 
 
-DEVICES = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from cgd_jax import losses, optimizer, train_step
-from cgd_jax.models.cgd import create_model
-from configs import glyphs
-
-def mesh_of(count):
-    axis = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((count,), ("data",), axis, devices=jax.devices()[:count])
-
-config = glyphs.get_config()
-config.model.width, config.model.embedding_dim, config.train.steps = 4, 8, 20
-config.loss.batch_hard_triplet.margin = 0.5
-rng = np.random.default_rng(0)
-batches = rng.integers(0, 256, (20, 32, 32, 32, 3)).astype(np.uint8)
-labels = np.repeat(np.arange(16, dtype=np.int32), 2)
-model = create_model(config.model, 16)
-found = {}
-for count in (1, 2, 4, 8):
-    mesh = mesh_of(count)
-    replicated, split = train_step.shardings(mesh)
-    descent = optimizer.make_optimizer(config.optimizer, 20)
-    state = train_step.create_state(model, descent, 0, 32, replicated)
-    step = train_step.make_train_step(config, model, descent, mesh)
-    sequence = []
-    for images in batches:
-        state, metrics = step(state, *jax.device_put((images, labels), split))
-        sequence.append(float(metrics["loss"]))
-    found[count] = sequence, jax.tree.map(np.asarray, state.params)
-for count in (2, 4, 8):
-    np.testing.assert_allclose(found[count][0], found[1][0], rtol=1e-5)
-    norm = lambda x: np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(x)))
-    gap = norm(jax.tree.map(np.subtract, found[count][1], found[1][1])) / norm(found[1][1])
-    assert gap < 1e-5, (count, gap)
-    print(count, gap)
-assert found[1][0][0] != found[1][0][-1]
-
-# The hardest negative of every image sits on another device.
-angle = np.array([0.0, 0.3, 1.0, 1.4, 0.1, 0.2, 1.1, 1.2])
-labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
-vectors = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
-distance = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
-same = labels[:, None] == labels[None]
-def hinge(visible):
-    positive = np.where(same & visible, distance, -1).max(1)
-    negative = np.where(~same & visible, distance, 9).min(1)
-    return np.maximum(0.5 + positive - negative, 0)
-every = np.ones((8, 8), bool)
-device = np.arange(8) // 4
-assert not np.allclose(hinge(every), hinge(device[:, None] == device[None]))
-sharded = jax.device_put((vectors, labels), train_step.shardings(mesh_of(2))[1])
-loss = jax.jit(losses.batch_hard_triplet_loss, static_argnums=2)(*sharded, 0.5)
-np.testing.assert_allclose(loss, hinge(every).mean(), rtol=1e-5)
-"""
-
-
-def test_any_number_of_devices_computes_the_same():
+def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(tmp_path):
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True)
+    command = [sys.executable, "-m", "tests.on_eight_devices", str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()

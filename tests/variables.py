@@ -19,3 +19,11 @@ def random_variables(model, *args, seed=0, **kwargs):
         return value.astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def assert_same(state, other):
+    """Every array of a tree is that of another one, bit for bit."""
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))

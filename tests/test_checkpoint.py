@@ -1,0 +1,191 @@
+"""Checkpoints: kept, damaged, on a full disk."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cgd_jax import (
+    checkpoint,
+    train_step,
+)
+from cgd_jax.augment import IMAGENET
+from tests.variables import assert_same
+
+ROOT = Path(__file__).parents[1]
+
+
+def state_with(step, weights):
+    normalization = jax.tree.map(jnp.asarray, IMAGENET)
+    return train_step.State(
+        step=jnp.int32(step),
+        params={"w": weights},
+        batch_stats={},
+        opt_state=optax.EmptyState(),
+        normalization=normalization,
+        average=None,
+        skipped=jnp.int32(0),
+    )
+
+
+def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
+    def state(step):
+        return state_with(step, jnp.full(3, float(step)))
+
+    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+        for step, recall in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.1)]:
+            checkpoint.save(checkpoints, state(step), recall)
+    with checkpoint.manager(str(tmp_path)) as checkpoints:
+        assert sorted(checkpoints.all_steps()) == [2, 5, 6]
+        assert checkpoints.best_step() == 2 and checkpoints.latest_step() == 6
+        np.testing.assert_array_equal(checkpoint.restore(checkpoints, state(0), 2).params["w"], 2)
+
+
+def test_a_save_is_not_changed_by_the_steps_behind_it(tmp_path):
+    """The buffers of a state are handed on to the next one while it is written."""
+    donate = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
+    state = state_with(0, jnp.zeros(1_000_000))
+    with checkpoint.manager(str(tmp_path), keep=9) as checkpoints:
+        for _ in range(4):
+            state = donate(state)
+            checkpoint.save(checkpoints, state)
+            state = donate(donate(state))
+        for step in checkpoints.all_steps():
+            saved = checkpoint.restore(checkpoints, state, step)
+            assert np.all(np.asarray(saved.params["w"]) == step)
+
+
+def damage(folder, how):
+    """Spoils a checkpoint in one of the ways that crashes and disks do."""
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if how == "file removed":
+        files[-1].unlink()
+    elif how == "truncated":
+        files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
+    elif how == "zeroed":
+        files[-1].write_bytes(bytes(files[-1].stat().st_size))
+    elif how == "half renamed":
+        (folder / "default").rename(folder / "default.orbax-checkpoint-tmp-1")
+    elif how == "emptied":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@pytest.mark.parametrize("how", ["file removed", "truncated", "zeroed", "half renamed", "emptied"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, how):
+    rng = np.random.default_rng(0)
+    saved = {step: state_with(step, jnp.asarray(rng.normal(size=5000))) for step in (3, 7)}
+    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        for step, state in saved.items():
+            checkpoint.save(checkpoints, state, step / 10)
+    damage(tmp_path / "checkpoints/7", how)
+    with caplog.at_level("WARNING"), checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        found = checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(5000)))
+        assert_same(found, saved[3])
+        # The run goes on, and writes step 7 once more.
+        checkpoint.save(checkpoints, saved[7], 0.7)
+    assert "Checkpoint 7 is damaged and was moved to" in caplog.text
+    assert list(tmp_path.glob("damaged/7-*"))
+    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        assert_same(checkpoint.restore_latest(checkpoints, saved[3]), saved[7])
+
+
+def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
+    with checkpoint.manager(str(tmp_path), keep=5) as checkpoints:
+        for step in (3, 7):
+            checkpoint.save(checkpoints, state_with(step, jnp.zeros(5000)))
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with (
+        checkpoint.manager(str(tmp_path), keep=5) as checkpoints,
+        pytest.raises(OSError, match="No checkpoint in .* can be read.*step 7: .*step 3: "),
+    ):
+        checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(7)))
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+FORBIDDEN = """
+import pathlib, sys
+from cgd_jax import checkpoint
+from tests.test_checkpoint import weights
+with checkpoint.manager(sys.argv[1], keep=5) as checkpoints:
+    for step in (3, 7):
+        checkpoint.save(checkpoints, weights(step))
+before = sorted(pathlib.Path(sys.argv[1]).rglob("*"))
+path = pathlib.Path(sys.argv[1], sys.argv[2])
+path.chmod(0)
+try:
+    with checkpoint.manager(sys.argv[1], keep=5) as checkpoints:
+        checkpoint.restore_latest(checkpoints, weights(0))
+except PermissionError as error:
+    print(error)
+path.chmod(0o700)
+assert sorted(pathlib.Path(sys.argv[1]).rglob("*")) == before
+"""
+
+
+@pytest.mark.parametrize("what", ["checkpoints/7", "checkpoints/7/default/manifest.ocdbt"])
+def test_a_checkpoint_without_permission_is_no_damage(tmp_path, what):
+    command = [sys.executable, "-c", FORBIDDEN, str(tmp_path), what]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("permissions do not bind root, and there is no setpriv to change that")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"of step 7, cannot be read: no permission for {tmp_path / what}. Give it" in run.stdout
+
+
+def test_nothing_to_restore(tmp_path):
+    with checkpoint.manager(str(tmp_path), keep=1) as checkpoints:
+        assert checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(2))) is None
+
+
+def weights(step):
+    """A state of 4 MB that does not compress."""
+    return state_with(step, jnp.asarray(np.random.default_rng(step).normal(size=1_000_000)))
+
+
+def test_a_save_that_fails_is_reported_and_leaves_nothing(tmp_path, caplog):
+    """Files may not grow beyond a limit: to the writer as good as a full disk."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "checkpoints"
+    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, weights(step))
+        checkpoint.finish(checkpoints)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, unlimited[1]))
+        try:
+            for step in (3, 4):
+                checkpoint.save(checkpoints, weights(step))
+            checkpoint.finish(checkpoints)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert caplog.text.count("A checkpoint could not be written: ") == 2
+        assert caplog.text.count("Training goes on; make room for what comes next.") == 2
+        assert {path.name for path in folder.iterdir()} == {"1", "2"}
+        for step in (5, 6, 7):
+            checkpoint.save(checkpoints, weights(step))
+        checkpoint.finish(checkpoints)
+        assert {path.name for path in folder.iterdir()} == {"6", "7"}
+        assert_same(checkpoint.restore_latest(checkpoints, weights(0)), weights(7))
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, caplog, monkeypatch):
+    with checkpoint.manager(str(tmp_path), keep=2) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+            checkpoint.save(checkpoints, weights(1))
+        assert "step 1 could not be written: it needs 4 MB, and 1 MB are free." in caplog.text
+        checkpoint.save(checkpoints, weights(2))
+        checkpoint.finish(checkpoints)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
