@@ -120,14 +120,15 @@ def measure_losses(config: ConfigDict, labels: jax.Array, output: Output) -> tup
     }
 
 
-def direct_gradients(model: CGD, state: State, images: jax.Array, loss_of_output) -> tuple:
+def direct_gradients(model: CGD, measure, state: State, images: jax.Array, labels: jax.Array):
     """The gradient of the loss, all images at once.
 
     Args:
       model: the network.
+      measure: labels, `Output` → loss, metrics.
       state: whose parameters the gradient is taken of.
       images: [B, S, S, 3], normalized.
-      loss_of_output: `Output` → loss, metrics.
+      labels: [B], in [0, M).
 
     Returns:
       gradient, as the parameters; new BatchNorm statistics; metrics.
@@ -136,16 +137,14 @@ def direct_gradients(model: CGD, state: State, images: jax.Array, loss_of_output
     def loss_of(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         output, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        loss, metrics = loss_of_output(output)
+        loss, metrics = measure(labels, output)
         return loss, (updates["batch_stats"], metrics)
 
     (_, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     return gradients, batch_stats, metrics
 
 
-def chunked_gradients(
-    model: CGD, state: State, images: jax.Array, loss_of_output, chunk: int
-) -> tuple:
+def make_chunked_gradients(model: CGD, measure, chunk: int):
     """The same gradient in the memory of `chunk` images, for batches that would not fit.
 
     Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983): the descriptors of all
@@ -159,44 +158,74 @@ def chunked_gradients(
     `model.freeze_batch_norm` the gradient is that of `direct_gradients` exactly. The
     auxiliary module sees the whole batch in any case.
 
-    Arguments and result as for `direct_gradients`; `chunk` divides the batch.
-    """
-    batch = len(images)
-    # Chunk i takes every n-th image, so that each device computes its part of every chunk.
-    in_chunks = lambda x: x.reshape(chunk, batch // chunk, *x.shape[1:]).swapaxes(0, 1)
-    in_order = lambda x: x.swapaxes(0, 1).reshape(batch, *x.shape[2:])
+    Every part is compiled by itself and the host goes from chunk to chunk: one program with
+    a loop in it runs twenty times slower on a CPU (XLA's convolutions within a loop), and one
+    without a loop grows with the number of chunks.
 
-    def describe(params, images):
-        variables = {"params": params, "batch_stats": state.batch_stats}
+    Args:
+      model: the network.
+      measure: labels, `Output` → loss, metrics.
+      chunk: how many images; divides the batch.
+
+    Returns:
+      state, images, labels → what `direct_gradients` returns.
+    """
+
+    @jax.jit
+    def split(images):
+        # Every n-th image makes a chunk, so that each device computes its part of it.
+        chunks = images.reshape(chunk, -1, *images.shape[1:])
+        return tuple(chunks[:, i] for i in range(chunks.shape[1]))
+
+    def describe(params, batch_stats, images):
         output, updates = model.apply(
-            variables, images, train=True, return_descriptors=True, mutable=["batch_stats"]
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            return_descriptors=True,
+            mutable=["batch_stats"],
         )
         return output.descriptors, updates["batch_stats"]["backbone"]
 
-    def loss_of(params, descriptors):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        output, updates = model.apply(
-            variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
-        )
-        loss, metrics = loss_of_output(output)
-        return loss, (updates["batch_stats"], metrics)
+    @jax.jit
+    def rank(state, chunks, backbone_stats, labels):
+        def loss_of(params, chunks):
+            # Back in the order of the labels.
+            join = lambda *parts: jnp.stack(parts, 1).reshape(len(labels), -1)
+            output, updates = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                None,
+                train=True,
+                descriptors=jax.tree.map(join, *chunks),
+                mutable=["batch_stats"],
+            )
+            loss, metrics = measure(labels, output)
+            return loss, (updates["batch_stats"], metrics)
 
-    def add_gradient(total, chunk):
-        images, cotangents = chunk
-        _, backward = jax.vjp(lambda params: describe(params, images)[0], state.params)
-        return jax.tree.map(jnp.add, total, backward(cotangents)[0]), None
+        gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
+        (_, (batch_stats, metrics)), (gradients, cotangents) = gradient(state.params, chunks)
+        mean = lambda *parts: sum(parts) / len(parts)
+        batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, *backbone_stats)}
+        return gradients, cotangents, batch_stats, metrics
 
-    images = in_chunks(images)
-    descriptors, backbone_stats = jax.lax.map(lambda chunk: describe(state.params, chunk), images)
-    descriptors = [in_order(d) for d in descriptors]
-    (_, (batch_stats, metrics)), (gradients, cotangents) = jax.value_and_grad(
-        loss_of, (0, 1), has_aux=True
-    )(state.params, descriptors)
-    cotangents = [in_chunks(c) for c in cotangents]
-    gradients, _ = jax.lax.scan(add_gradient, gradients, (images, cotangents))
-    mean = functools.partial(jnp.mean, axis=0)
-    batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, backbone_stats)}
-    return gradients, batch_stats, metrics
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add_gradient(total, state, images, cotangents):
+        descriptors_of = lambda params: describe(params, state.batch_stats, images)[0]
+        _, backward = jax.vjp(descriptors_of, state.params)
+        return jax.tree.map(jnp.add, total, backward(cotangents)[0])
+
+    describe_chunk = jax.jit(describe)
+
+    def gradients_of(state, images, labels):
+        chunks = split(images)
+        found = [describe_chunk(state.params, state.batch_stats, chunk) for chunk in chunks]
+        descriptors, backbone_stats = zip(*found, strict=True)
+        total, cotangents, batch_stats, metrics = rank(state, descriptors, backbone_stats, labels)
+        for images, their_cotangents in zip(chunks, cotangents, strict=True):
+            total = add_gradient(total, state, images, their_cotangents)
+        return total, batch_stats, metrics
+
+    return gradients_of
 
 
 def make_train_step(
@@ -222,19 +251,14 @@ def make_train_step(
       state is donated.
     """
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    measure = functools.partial(measure_losses, config.loss)
 
-    def train_step(state: State, images: jax.Array, labels: jax.Array):
+    def prepare(state: State, images: jax.Array):
         key = step_key(config.seed, state.step)
-        images = augment(key, images, config.augment, config.data.image_size, state.normalization)
-        loss_of_output = functools.partial(measure_losses, config.loss, labels)
-        if chunk := config.train.embed_chunk:
-            gradients, batch_stats, metrics = chunked_gradients(
-                model, state, images, loss_of_output, chunk
-            )
-        else:
-            gradients, batch_stats, metrics = direct_gradients(model, state, images, loss_of_output)
+        return augment(key, images, config.augment, config.data.image_size, state.normalization)
+
+    def update(state: State, gradients: dict, batch_stats: dict, metrics: dict):
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics["learning_rate"] = schedule(state.step)
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
@@ -245,10 +269,25 @@ def make_train_step(
         # What is not finite does not get into the weights.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        metrics["skipped"] = jnp.where(finite, 0, state.skipped + 1)
-        return new.replace(step=state.step + 1, skipped=metrics["skipped"]), metrics
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
+        return new.replace(step=state.step + 1, skipped=skipped), metrics
 
     replicated, split = shardings(mesh)
+    if config.train.embed_chunk:
+        prepare = jax.jit(prepare, out_shardings=split)
+        update = jax.jit(update, donate_argnums=0, out_shardings=replicated)
+        gradients_of = make_chunked_gradients(model, measure, config.train.embed_chunk)
+
+        def train_step(state: State, images: jax.Array, labels: jax.Array):
+            return update(state, *gradients_of(state, prepare(state, images), labels))
+
+        return train_step
+
+    def train_step(state: State, images: jax.Array, labels: jax.Array):
+        images = prepare(state, images)
+        return update(state, *direct_gradients(model, measure, state, images, labels))
+
     return jax.jit(
         train_step,
         donate_argnums=0,
