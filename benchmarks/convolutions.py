@@ -1,7 +1,8 @@
 """How fast convolutions are, as XLA's own and as this project writes them.
 
     python benchmarks/convolutions.py efficientnet_lite0 [--batch=16] [--size=224] [--repeats=5]
-    python benchmarks/convolutions.py resnet50 [--loop]
+    python benchmarks/convolutions.py resnet50
+    python benchmarks/convolutions.py resnet50 --loop --batch=2 --repeats=1    # takes minutes
 
 Every distinct layer of the network, in milliseconds: the forward pass, and the gradient with
 respect to input and kernel (the forward pass included). Medians; the two ways are called in
