@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax.models.conv import Conv, PointwiseConv
+from cgd_jax.models.max_pool import max_pool
 
 __all__ = ["BACKBONES", "STEMS", "ResNet"]
 
@@ -108,7 +109,7 @@ class ResNet(nn.Module):
         x = stem(x)
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="bn1")(x))
         if self.stem == "7x7":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         block_of = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, blocks in enumerate(self.stage_sizes):
             planes = self.width * 2**stage
