@@ -1,11 +1,14 @@
-"""How fast depthwise and 1×1 convolutions are, as XLA's own and as this project writes them.
+"""How fast convolutions are, as XLA's own and as this project writes them.
 
-    python benchmarks/convolutions.py [--batch=16] [--size=224] [--repeats=5]
+    python benchmarks/convolutions.py efficientnet_lite0 [--batch=16] [--size=224] [--repeats=5]
+    python benchmarks/convolutions.py resnet50
+    python benchmarks/convolutions.py resnet50 --loop --batch=2 --repeats=1    # takes minutes
 
-Every distinct layer of these two kinds in EfficientNet-Lite0, in milliseconds: the forward
-pass, and the gradient with respect to input and kernel (the forward pass included). Medians;
-the two ways are called in turn, so that whatever else the machine does disturbs both. The
-last row of a table is the sum over all its layers in the network.
+Every distinct layer of the network, in milliseconds: the forward pass, and the gradient with
+respect to input and kernel (the forward pass included). Medians; the two ways are called in
+turn, so that whatever else the machine does disturbs both. The last row of a table is the sum
+over all its layers in the network. `--loop` measures it all inside of a `jax.lax.map` that
+takes half of the batch at a time, as train.embed_chunk does.
 """
 
 import argparse
@@ -24,11 +27,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cgd_jax.models import conv, efficientnet_lite
 
 
-def pointwise_native(x, kernel, stride):
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=numbers
-    )
+def native(x, kernel, stride):
+    return conv.conv_native(x, kernel, stride, padding_of(kernel))
+
+
+def ours(x, kernel, stride):
+    return conv.conv(x, kernel, stride, padding_of(kernel))
+
+
+def padding_of(kernel):
+    """As ResNet has it."""
+    return ((kernel.shape[0] // 2,) * 2,) * 2
 
 
 def pointwise_ours(x, kernel, stride):
@@ -38,12 +47,16 @@ def pointwise_ours(x, kernel, stride):
 
 WAYS = {
     "depthwise": (conv.depthwise_native, conv.depthwise_conv),
-    "1×1": (pointwise_native, pointwise_ours),
+    "1×1": (native, pointwise_ours),
+    "k×k": (native, ours),
 }
 
 
-def layers(size: int, last_stride: int) -> Counter:
-    """How often each (kind, side of the map, channels, shape of the kernel, stride) occurs."""
+# Of a network: how often each (kind, side of the map, channels, shape of the kernel, stride)
+# occurs.
+
+
+def efficientnet_lite0(size: int, last_stride: int) -> Counter:
     counts, side, channels = Counter(), size // 2, 32
     for stage, (blocks, k, stride, expansion, out) in enumerate(efficientnet_lite._STAGES):
         if stage == efficientnet_lite._LAST_DOWNSAMPLING:
@@ -56,6 +69,22 @@ def layers(size: int, last_stride: int) -> Counter:
             side, channels = -(-side // step), out
             counts["1×1", side, inner, (1, 1, inner, out), 1] += 1
     counts["1×1", side, channels, (1, 1, channels, 1280), 1] += 1
+    return counts
+
+
+def resnet50(size: int, last_stride: int) -> Counter:
+    counts = Counter({("k×k", size, 3, (7, 7, 3, 64), 2): 1})
+    side, channels = -(-size // 4), 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 * 2**stage
+        for block in range(blocks):
+            stride = (last_stride if stage == 3 else 2) if block == 0 and stage > 0 else 1
+            counts["1×1", side, channels, (1, 1, channels, width), 1] += 1
+            if block == 0:
+                counts["1×1", side, channels, (1, 1, channels, 4 * width), stride] += 1
+            counts["k×k", side, width, (3, 3, width, width), stride] += 1
+            side, channels = -(-side // stride), 4 * width
+            counts["1×1", side, width, (1, 1, width, channels), 1] += 1
     return counts
 
 
@@ -72,8 +101,15 @@ def medians(functions, arguments, repeats: int) -> list[float]:
     return [1000 * statistics.median(taken) for taken in seconds]
 
 
+def in_halves(way, x, kernel):
+    """One half of the batch after the other."""
+    return jax.lax.map(lambda half: way(half, kernel), x.reshape(2, -1, *x.shape[1:]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network", choices=("efficientnet_lite0", "resnet50"))
+    parser.add_argument("--loop", action="store_true", help="inside of a loop over two halves")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--last_stride", type=int, default=1)
@@ -81,23 +117,25 @@ def main():
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
+    layers = globals()[args.network](args.size, args.last_stride)
     print(f"{jax.devices()[0].device_kind}, batch {args.batch}, ms")
     for kind, ways in WAYS.items():
         rows, totals = [], np.zeros(4)
-        for (its_kind, side, channels, shape, stride), count in layers(
-            args.size, args.last_stride
-        ).items():
+        for (its_kind, side, channels, shape, stride), count in layers.items():
             if its_kind != kind:
                 continue
             x = rng.normal(size=(args.batch, side, side, channels)).astype(np.float32)
             x, kernel = jax.device_put((x, rng.normal(size=shape).astype(np.float32)))
             convs = [partial(way, stride=stride) for way in ways]
-            forward = [jax.jit(way) for way in convs]
             # Of a square: its gradient needs the output, as that of a network does.
-            gradient = [
-                jax.jit(jax.grad(lambda x, k, way=way: (way(x, k) ** 2).sum(), (0, 1)))
-                for way in convs
+            gradients = [
+                jax.grad(lambda x, k, way=way: (way(x, k) ** 2).sum(), (0, 1)) for way in convs
             ]
+            if args.loop:
+                convs, gradients = (
+                    [partial(in_halves, way) for way in some] for some in (convs, gradients)
+                )
+            forward, gradient = ([jax.jit(way) for way in some] for some in (convs, gradients))
             times = [
                 *medians(forward, (x, kernel), args.repeats),
                 *medians(gradient, (x, kernel), args.repeats),
@@ -105,6 +143,8 @@ def main():
             totals += count * np.array(times)
             name = f"{side}×{side}×{channels} kernel {'×'.join(map(str, shape))} stride {stride}"
             rows.append([name, count, *times])
+        if not rows:
+            continue
         rows.append(["whole network", sum(row[1] for row in rows), *totals])
         headers = [kind, "count", "XLA's", "ours", "XLA's gradient", "our gradient"]
         print("\n" + tabulate(rows, headers, floatfmt=".1f"))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.conv import DepthwiseConv, PointwiseConv, kernel_init
+from cgd_jax.models.conv import Conv, DepthwiseConv, PointwiseConv
 
 __all__ = ["BACKBONES", "EfficientNetLite"]
 
@@ -74,16 +74,7 @@ class EfficientNetLite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         norm = partial(_batch_norm, train=train, dtype=self.dtype)
-        stem = nn.Conv(
-            32,
-            (3, 3),
-            strides=2,
-            use_bias=False,
-            kernel_init=kernel_init,
-            dtype=self.dtype,
-            name="stem_conv",
-        )
-        x = stem(x.astype(self.dtype))
+        x = Conv(32, 3, stride=2, dtype=self.dtype, name="stem_conv")(x)
         x = nn.relu6(norm(name="stem_bn")(x))
         block_of = nn.remat(InvertedResidual, static_argnums=2) if self.remat else InvertedResidual
         for stage, (blocks, side, stride, expansion, channels) in enumerate(_STAGES):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.conv import PointwiseConv, kernel_init
+from cgd_jax.models.conv import Conv, PointwiseConv
+from cgd_jax.models.max_pool import max_pool
 
 __all__ = ["BACKBONES", "STEMS", "ResNet"]
 
@@ -49,25 +50,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv1x1 = partial(PointwiseConv, dtype=self.dtype)
-        conv3x3 = partial(
-            nn.Conv,
-            kernel_size=(3, 3),
-            padding=1,
-            use_bias=False,
-            kernel_init=kernel_init,
-            dtype=self.dtype,
-        )
+        conv3x3 = partial(Conv, side=3, padding=1, dtype=self.dtype)
         norm = partial(batch_norm, train=train, dtype=self.dtype)
-        strides = (self.stride, self.stride)
         if self.bottleneck:
             y = nn.relu(norm(name="bn1")(conv1x1(self.width, name="conv1")(x)))
-            y = conv3x3(self.width, strides=strides, feature_group_count=self.groups, name="conv2")(
-                y
-            )
+            y = conv3x3(self.width, stride=self.stride, groups=self.groups, name="conv2")(y)
             y = nn.relu(norm(name="bn2")(y))
             y = norm(name="bn3")(conv1x1(self.out, name="conv3")(y))
         else:
-            y = nn.relu(norm(name="bn1")(conv3x3(self.width, strides=strides, name="conv1")(x)))
+            y = nn.relu(norm(name="bn1")(conv3x3(self.width, stride=self.stride, name="conv1")(x)))
             y = norm(name="bn2")(conv3x3(self.out, name="conv2")(y))
         if self.squeeze_excite:
             y = SqueezeExcite(dtype=self.dtype, name="se")(y)
@@ -113,21 +104,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        kernel, padding = ((7, 7), 3) if self.stem == "7x7" else ((3, 3), 1)
-        stem = nn.Conv(
-            self.width,
-            kernel,
-            strides=(self.stem_stride, self.stem_stride),
-            padding=padding,
-            use_bias=False,
-            kernel_init=kernel_init,
-            dtype=self.dtype,
-            name="conv1",
-        )
-        x = stem(x.astype(self.dtype))
+        side = 7 if self.stem == "7x7" else 3
+        stem = Conv(self.width, side, self.stem_stride, side // 2, dtype=self.dtype, name="conv1")
+        x = stem(x)
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="bn1")(x))
         if self.stem == "7x7":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         block_of = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, blocks in enumerate(self.stage_sizes):
             planes = self.width * 2**stage
