@@ -158,9 +158,9 @@ def make_chunked_gradients(model: CGD, measure, chunk: int):
     `model.freeze_batch_norm` the gradient is that of `direct_gradients` exactly. The
     auxiliary module sees the whole batch in any case.
 
-    Every part is compiled by itself and the host goes from chunk to chunk: one program with
-    a loop in it runs twenty times slower on a CPU (XLA's convolutions within a loop), and one
-    without a loop grows with the number of chunks.
+    Every part is compiled by itself and the host goes from chunk to chunk, without waiting for
+    any: one program with a loop in it can be much slower on a CPU (see `conv`), and one without
+    a loop grows with the number of chunks.
 
     Args:
       model: the network.
