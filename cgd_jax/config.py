@@ -41,6 +41,18 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ConfigError: names the key, its value, and the values that are valid.
     """
+    try:
+        _validate(config)
+    except (AttributeError, KeyError) as error:
+        key = str(error).splitlines()[0].strip("\"'")
+        raise ConfigError(
+            f"The config has no key {key}; one of an older version of this code lacks those that "
+            f"are new. Add it, to the config.json of the run if it came from there; "
+            f"configs/base.py explains every key."
+        ) from error
+
+
+def _validate(config: ConfigDict) -> None:
     _check_name("data.name", config.data.name, datasets.NAMES)
     _check_name("data.cache", config.data.cache, ("disk", "none"))
     _check_name("model.backbone", config.model.backbone, cgd.BACKBONES)

@@ -1,6 +1,7 @@
 """What a config becomes: the data set, the network, its state, the batches."""
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,18 +48,7 @@ def set_up(config: ConfigDict) -> Setup:
     validate(config)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
     replicated, split = shardings(mesh)
-    batch_size = config.train.classes_per_batch * config.train.images_per_class
-    if batch_size % mesh.size:
-        raise ConfigError(
-            f"train.classes_per_batch × train.images_per_class = {batch_size} images cannot be "
-            f"split over {mesh.size} devices; a multiple of {mesh.size} can."
-        )
-    chunk = config.train.embed_chunk
-    if chunk % mesh.size or (chunk and batch_size % chunk):
-        raise ConfigError(
-            f"train.embed_chunk={chunk} must divide the batch of {batch_size} images, and be a "
-            f"multiple of the {mesh.size} devices."
-        )
+    check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)
     classes = np.unique(labels)
     model = create_model(config.model, len(classes))
@@ -68,6 +58,38 @@ def set_up(config: ConfigDict) -> Setup:
         model, optimizer, config.seed, config.data.image_size, replicated, averaged
     )
     return Setup(dataset, labels, model, optimizer, state, split, mesh)
+
+
+def check_batch(config: ConfigDict, devices: int) -> None:
+    """Checks that a batch, and every chunk of it, can be shared out evenly.
+
+    Args:
+      config: the `train` part of an experiment's config.
+      devices: how many.
+
+    Raises:
+      ConfigError: they cannot; it names sizes that can.
+    """
+    classes, per_class, chunk = (
+        config.classes_per_batch,
+        config.images_per_class,
+        config.embed_chunk,
+    )
+    images = classes * per_class
+    if images % devices:
+        step = devices // math.gcd(devices, per_class)  # of the number of classes
+        fitting = [n for n in (classes // step * step, (classes // step + 1) * step) if n > 1]
+        raise ConfigError(
+            f"train.classes_per_batch={classes} × train.images_per_class={per_class} = {images} "
+            f"images cannot be split evenly over {devices} devices; with {per_class} images a "
+            f"class {' or '.join(map(str, fitting))} classes can."
+        )
+    if chunk % devices or (chunk and images % chunk):
+        fitting = [str(n) for n in range(devices, images, devices) if images % n == 0]
+        raise ConfigError(
+            f"train.embed_chunk={chunk} must divide the batch of {images} images and be a multiple "
+            f"of the {devices} devices; {', '.join(['0', *fitting])} are such numbers."
+        )
 
 
 def load_pretrained(source: str, state: State) -> State:

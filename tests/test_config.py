@@ -141,3 +141,10 @@ def test_differences_name_what_changed_and_pass_over_what_is_free():
 def test_default_workdir():
     assert default_workdir("configs/glyphs.py") == "runs/glyphs"
     assert default_workdir("/somewhere/else.py:SMG") == "runs/else-SMG"
+
+
+def test_a_config_of_an_older_version(tmp_path):
+    config = glyphs.get_config()
+    del config.train.embed_chunk
+    with pytest.raises(ConfigError, match="no key 'embed_chunk'; one of an older version"):
+        validate(config)

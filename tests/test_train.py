@@ -56,6 +56,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    before = signal.getsignal(signal.SIGINT)
     results = train.train_and_evaluate(tiny_config, whole)
     # Not steps at which a checkpoint is due; and while the steps 6 and 12 are evaluated.
     for step, number in [
@@ -72,7 +73,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
             with pytest.raises(SystemExit) as stop:
                 train.train_and_evaluate(tiny_config, parts)
         assert stop.value.code == survival.REQUEUE == 75
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) == before
         output = capsys.readouterr().out
         assert f"Stopped at step {step} of 12; the same command goes on from " in output
         assert f"from the checkpoint of step {step} in {parts}" in output
