@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -144,20 +143,31 @@ def test_data_mode(data, tmp_path):
     assert (tmp_path / "run" / "samples.png").stat().st_size > 0
 
 
-def test_ctrl_c_and_the_same_command_again(data, tmp_path):
+def test_kill_9_then_ctrl_c_and_the_same_command_again(data, tmp_path):
     flags = [
         "--config=tests/tiny.py",
         f"--config.data.dir={data}",
         f"--workdir={tmp_path}/run",
         "--config.train.steps=1000",
         "--config.train.eval_every=1000",
-        "--config.train.checkpoint_every=1000",
+        "--config.train.checkpoint_every=100",
     ]
-    process = start(*flags)
-    for line in process.stdout:
-        if re.match(r"step +\d+/1000", line):
-            break
-    time.sleep(0.3)
+
+    def start_and_wait_for(step):
+        process = start(*flags)
+        output = ""
+        for line in process.stdout:
+            output += line
+            if (at := re.match(r"step +(\d+)/1000", line)) and int(at[1]) >= step:
+                return process, output
+        raise AssertionError(output)
+
+    process, _ = start_and_wait_for(250)
+    process.kill()
+    process.communicate()
+    process, output = start_and_wait_for(400)
+    resumed = re.search(r"Resumed from the checkpoint of step (\d+)\.", output)
+    assert int(resumed[1]) in (100, 200, 300), "the last one may not have been complete"
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors

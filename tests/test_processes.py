@@ -81,6 +81,15 @@ def test_one_process_is_the_first_and_holds_everything():
     processes.wait_for_all("nowhere")
 
 
+def test_several_processes_hear_of_a_vote_a_round_later(monkeypatch):
+    """So that all of them leave at the same step, and no device waits for the answer."""
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    vote = processes.votes(split)
+    assert [vote(flag) for flag in (False, True, False, False)] == [False, False, True, False]
+
+
 def test_rows_are_shared_by_the_processes_of_a_mesh():
     devices = [SimpleNamespace(process_index=i) for i in (0, 1, 2, 2)]
     mesh = SimpleNamespace(devices=np.array(devices))
