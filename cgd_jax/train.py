@@ -174,6 +174,8 @@ def train(
                 progress.log(step, row | recalls)
             stop = stop_by_any_process(bool(stopped_by))
             if stop or recalls or step % config.train.checkpoint_every == 0:
+                # Else the run would pass over this step when it is started again.
+                stop_if_not_finite(config, folder, setup.dataset, choose, step, metrics)
                 checkpoint.save(checkpoints, state, recalls.get("recall@1"))
             if stop:
                 break

@@ -290,6 +290,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypa
     assert state_of(tiny_config, str(tmp_path)).step == 4
 
 
+def test_a_step_that_is_not_finite_is_not_saved(tiny_config, tmp_path, monkeypatch):
+    """Though nothing is logged at it: else the next start would pass over it."""
+    tiny_config.eval.baselines = False
+    tiny_config.train.log_every = 5
+    poisoned(monkeypatch, [7])
+    for _ in range(2):
+        with pytest.raises(train.Diverged, match="not finite at step 8"):
+            train.train_and_evaluate(tiny_config, str(tmp_path))
+        assert state_of(tiny_config, str(tmp_path)).step == 6
+
+
 def test_steps_that_are_not_finite_may_be_passed_over(tiny_config, tmp_path, monkeypatch):
     tiny_config.eval.baselines = False
     tiny_config.train.skip_nonfinite = 1
