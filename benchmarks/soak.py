@@ -1,7 +1,6 @@
 """A run that is killed again and again ends as one that nobody touched, bit for bit.
 
-    python benchmarks/soak.py                                     # 20 kills of a run on glyphs
-    python benchmarks/soak.py --kills=50 --seed=1 --config=configs/glyphs.py:SMG
+    python benchmarks/soak.py
 
 The same command trains in two work folders. One run is left alone; the other is ended by SIGKILL
 at random moments, while it starts, trains, or writes a checkpoint, and started again. Then the

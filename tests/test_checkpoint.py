@@ -14,10 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from cgd_jax import (
-    checkpoint,
-    train_step,
-)
+from cgd_jax import checkpoint, train_step
 from cgd_jax.augment import IMAGENET
 from tests.variables import assert_same
 

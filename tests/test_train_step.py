@@ -1,4 +1,4 @@
-"""The training step: gradients in chunks, recomputed activations, several devices."""
+"""The training step: losses put together, gradients in chunks, recomputation, several devices."""
 
 import functools
 import os
@@ -11,14 +11,56 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
-from cgd_jax import train_step
+from cgd_jax import losses, train_step
 from cgd_jax.models.cgd import compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
-from configs import glyphs
+from configs import base, glyphs
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
+    config = base.get_config().loss
+    rng = np.random.default_rng(0)
+    vectors = [jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2)]
+    logits = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    labels = jnp.array([0, 0, 1, 1, 2, 2])
+    config.update(ranking_weight=2.0, classification_weight=3.0)
+    config.batch_hard_triplet.margin = 0.7
+    config.temperature = 0.2
+    total, ranking, classification = train_step.compute_losses(config, vectors, logits, labels)
+    # Rival A: the mean of the losses of its branches.
+    expected = np.mean([losses.batch_hard_triplet_loss(v, labels, 0.7) for v in vectors])
+    np.testing.assert_allclose(ranking, expected, rtol=1e-6)
+    expected = losses.smoothed_cross_entropy(logits, labels, temperature=0.2)
+    np.testing.assert_allclose(classification, expected)
+    np.testing.assert_allclose(total, 2 * ranking + 3 * classification, rtol=1e-6)
+    config.classification_weight = 0.0
+    nan = jnp.full((6, 3), jnp.nan)
+    total, _, classification = train_step.compute_losses(config, vectors, nan, labels)
+    assert classification == 0 and total == 2 * ranking
+    config.update(ranking_weight=0.0, classification_weight=1.0)
+    total, ranking, _ = train_step.compute_losses(config, [vectors[0] * jnp.nan], logits, labels)
+    assert ranking == 0 and np.isfinite(total)
+
+
+@pytest.mark.parametrize("name", losses.RANKING_LOSSES)
+def test_every_ranking_loss_takes_the_options_of_the_config(name):
+    config = base.get_config().loss
+    config.ranking = name
+    vectors = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    labels = jnp.array([0, 0, 1, 1, 2, 2])
+    vectors *= 0.1  # close together: every loss is at work
+    before = train_step.compute_losses(config, [vectors], jnp.zeros((6, 3)), labels)[1]
+    for option in config[name]:
+        changed = ConfigDict(config)
+        changed[name][option] = 1.7 * config[name][option]
+        after = train_step.compute_losses(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
+        if option != "mining_margin":  # may mine the same pairs
+            assert before != after, f"{name}.{option} does nothing"
 
 
 def problem(**values):
