@@ -6,8 +6,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import experiment, explain, export, outcome, processes, report, study, survival, train
+from cgd_jax import evaluate, explain, export, inspect_data, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
+from cgd_jax.runtime import console, interrupts, processes
+from cgd_jax.studies import runner
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
@@ -69,7 +71,7 @@ def check_flags(argv):
 def main(argv):
     # Of the libraries, which raise what they log as an error; ours goes to stdout.
     logging.set_verbosity(logging.FATAL)
-    report.show_log()
+    console.show_log()
     check_flags(argv)
     if DISTRIBUTED.value or COORDINATOR.value:
         try:
@@ -87,8 +89,8 @@ def main(argv):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             train.train_and_evaluate(CONFIG.value, workdir)
         elif MODE.value == "study":
-            study.run_study(
-                study.load(STUDY.value),
+            runner.run_study(
+                runner.load(STUDY.value),
                 CONFIG.value,
                 config_file,
                 config_flags.get_override_values(flags.FLAGS["config"]),
@@ -99,23 +101,23 @@ def main(argv):
                 DRY_RUN.value,
             )
         elif MODE.value == "data":
-            experiment.show_data(CONFIG.value, workdir)
+            inspect_data.show_data(CONFIG.value, workdir)
         elif MODE.value == "eval":
-            outcome.evaluate_run(workdir, STEP.value, CONFIG.value)
+            evaluate.evaluate_run(workdir, STEP.value, CONFIG.value)
         elif MODE.value == "explain":
             pictures = explain.explain_run(workdir, STEP.value, QUERY.value, MATCH.value)
-            report.say(f"Look at {' and '.join(map(str, pictures))}.")
+            console.say(f"Look at {' and '.join(map(str, pictures))}.")
         else:
             folder = export.export_run(workdir, STEP.value)
-            report.say(f"{folder} holds the network; its README.md says how to open it.")
+            console.say(f"{folder} holds the network; its README.md says how to open it.")
             if PUSH.value:
-                report.say(f"Uploaded to {export.push_to_hub(folder, PUSH.value)}")
-    except (ConfigError, train.Diverged, study.Unfinished, ImportError, OSError) as error:
+                console.say(f"Uploaded to {export.push_to_hub(folder, PUSH.value)}")
+    except (ConfigError, train.Diverged, runner.Unfinished, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(survival.REQUEUE if MODE.value == "train" else 130)
+        sys.exit(interrupts.EXIT_TEMPFAIL if MODE.value == "train" else 130)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(study.with_base_config(argv)))
+    app.run(main, flags_parser=lambda argv: parse_flags(runner.with_base_config(argv)))

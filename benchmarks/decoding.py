@@ -27,9 +27,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tabulate import tabulate
 
-from cgd_jax import cache
-from cgd_jax.building import CORES
-from cgd_jax.datasets.image_folder import ImageFolder
+from cgd_jax.data import cache
+from cgd_jax.data.image_folder import ImageFolder
+from cgd_jax.runtime.threads import CORES
 
 SIZE = 252
 # Like In-shop, CUB and CARS, SOP's larger ones, and a telephone's.

@@ -21,7 +21,8 @@ import numpy as np
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import experiment, train_step
+from cgd_jax import from_config, train_step
+from cgd_jax.data import batches
 from cgd_jax.models.cgd import create_model
 from cgd_jax.optimizer import make_optimizer
 from configs import glyphs
@@ -57,9 +58,9 @@ def gap(state, other):
 def main():
     config = glyphs.get_config()
     config.train.steps = STEPS
-    dataset, labels = experiment.open_data(config)
-    choose = experiment.batch_positions(config, labels)
-    make_batch = experiment.make_batches(choose, dataset, labels)
+    dataset, labels = from_config.open_data(config)
+    choose = batches.batch_positions(config, labels)
+    make_batch = batches.make_batches(choose, dataset, labels)
     model = create_model(config.model, len(np.unique(labels)))
     counts = (1, 2, 4, 8)
     states, advance = zip(*(start(config, model, count) for count in counts), strict=True)

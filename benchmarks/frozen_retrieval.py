@@ -25,8 +25,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cgd_jax import metrics, pooling
 from cgd_jax.augment import normalize
-from cgd_jax.datasets import grocery
-from cgd_jax.input_pipeline import load_dataset
+from cgd_jax.data import grocery
+from cgd_jax.data.load import load_dataset
 from cgd_jax.models import pretrained
 from cgd_jax.models.efficientnet_lite import BACKBONES
 from configs import grocery as config_file

@@ -29,8 +29,8 @@ from PIL import Image
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import cache
-from cgd_jax.input_pipeline import class_members, pk_batch, prefetch
+from cgd_jax.data import cache
+from cgd_jax.data.batches import class_members, pk_batch, prefetch
 
 SIZE, CLASSES, IMAGES_PER_CLASS = 252, 32, 4
 

@@ -23,8 +23,9 @@ import numpy as np
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import checkpoint, experiment, report
+from cgd_jax import checkpoint, from_config
 from cgd_jax.config import from_dict
+from cgd_jax.reports.history import read_history
 
 ROOT = Path(__file__).parents[1]
 # Much is saved, and so much is there to be interrupted. A row of the history is a mean over the
@@ -54,7 +55,7 @@ def kill(command: list[str], workdir: Path, moment: str, rng: random.Random) -> 
 def last_state(workdir: Path) -> dict[str, bytes]:
     """All arrays of the state that a run ended with, by name."""
     config = from_dict(json.loads((workdir / "config.json").read_text()))
-    template = experiment.set_up(config).state
+    template = from_config.set_up(config).state
     with checkpoint.manager(str(workdir)) as checkpoints:
         state = checkpoint.restore(checkpoints, template, checkpoints.latest_step())
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -63,7 +64,7 @@ def last_state(workdir: Path) -> dict[str, bytes]:
 
 def history(workdir: Path) -> dict[tuple, float]:
     """The values of a history, but for times."""
-    rows = report.read_history(workdir / "history.csv")
+    rows = read_history(workdir / "history.csv")
     return {(row["step"], k): v for row in rows for k, v in row.items() if k not in TIMES}
 
 

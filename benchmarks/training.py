@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cgd_jax import train_step
 from cgd_jax.models.cgd import create_model
 from cgd_jax.optimizer import make_optimizer
+from cgd_jax.reports import throughput
 from configs import base, glyphs
 
 CLASSES = 100
@@ -47,7 +48,7 @@ def problem(config, batch):
     size = config.data.image_size
     state = train_step.create_state(model, optimizer, 0, size, replicated)
     step = train_step.make_train_step(config, model, optimizer, mesh)
-    flops = 3 * batch * train_step.flops_per_image(model, state, size)
+    flops = 3 * batch * throughput.flops_per_image(model, state, size)
     rng = np.random.default_rng(0)
     shape = (batch, config.data.resize, config.data.resize, 3)
     images = jax.device_put(rng.integers(0, 256, shape).astype(np.uint8), split)
@@ -170,7 +171,7 @@ def step(args):
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
-    peak = train_step.peak_flops(args.dtype)
+    peak = throughput.peak_flops(args.dtype)
     rows = []
     for name, taken in seconds.items():
         median = statistics.median(taken)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from cgd_jax import processes, survival
+from cgd_jax.runtime import files, processes
 
 FOLDER = "checkpoints"
 
@@ -88,7 +88,7 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
         if recall_at_1 is None or checkpoints.metrics(step) is not None:
             return
         checkpoints.delete(step)  # saved when a signal ended its evaluation
-    with survival.reported(f"The checkpoint of step {step}"):
+    with files.warn_on_write_error(f"The checkpoint of step {step}"):
         needed = sum(array.nbytes for array in jax.tree.leaves(state))
         free = shutil.disk_usage(checkpoints.directory).free
         if free < needed:
@@ -102,7 +102,7 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
     """Waits for the last save. One that failed is reported, and what is left of it removed."""
     finished = False
-    with survival.reported("A checkpoint"):
+    with files.warn_on_write_error("A checkpoint"):
         checkpoints.wait_until_finished()
         finished = True
     if not finished:

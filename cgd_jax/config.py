@@ -8,7 +8,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from cgd_jax import combination, datasets, evaluate, input_pipeline, losses, metrics, pooling
+from cgd_jax import combination, data, losses, metrics, pooling
+from cgd_jax.data import load
 from cgd_jax.models import cgd, resnet
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -53,7 +54,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _validate(config: ConfigDict) -> None:
-    _check_name("data.name", config.data.name, datasets.NAMES)
+    _check_name("data.name", config.data.name, data.NAMES)
     _check_name("data.cache", config.data.cache, ("disk", "none"))
     _check_name("model.backbone", config.model.backbone, cgd.BACKBONES)
     _check_name("model.stem", config.model.stem, resnet.STEMS)
@@ -132,7 +133,7 @@ def _validate(config: ConfigDict) -> None:
             f"eval.center_crop cuts data.image_size={config.data.image_size} out of images of "
             f"data.resize={config.data.resize}, which must not be smaller."
         )
-    if config.data.source and not input_pipeline.needs_source(config.data.name):
+    if config.data.source and not load.needs_source(config.data.name):
         raise ConfigError(
             f"data.source={config.data.source!r}, but {config.data.name} is drawn, not read."
         )
@@ -162,7 +163,7 @@ def _validate(config: ConfigDict) -> None:
     _check_name(
         "eval.vector",
         config.eval.vector,
-        evaluate.vectors_of(config.model.descriptors, config.model.combination),
+        cgd.vectors_of(config.model.descriptors, config.model.combination),
     )
     _check_name("eval.precision", config.eval.precision, metrics.PRECISIONS)
     _check_at_least(config, 1, "eval.bootstrap")
@@ -184,7 +185,7 @@ def _validate(config: ConfigDict) -> None:
     )
     if config.eval.projection == "umap" and importlib.util.find_spec("umap") is None:
         raise ConfigError("eval.projection=umap needs umap-learn: pip install umap-learn.")
-    separable = evaluate.branches_of(letters, config.model.combination)
+    separable = cgd.branches_of(letters, config.model.combination)
     if config.eval.complementarity and len(separable) < 2:
         raise ConfigError(
             f"eval.complementarity compares the branches of model.combination=concat or separate "

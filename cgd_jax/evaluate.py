@@ -1,22 +1,28 @@
 """Evaluation: embed the test images, then see at which rank the first true match stands."""
 
+import json
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgd_jax import complementarity, metrics, processes, rerank
-from cgd_jax.augment import Normalization, center_crop, normalize
-from cgd_jax.combination import l2_normalize
-from cgd_jax.datasets import Dataset
-from cgd_jax.input_pipeline import prefetch
-from cgd_jax.models.cgd import CGD, Output
+from cgd_jax import checkpoint, complementarity, metrics, rerank
+from cgd_jax.config import ConfigError, from_dict, validate
+from cgd_jax.data import Dataset
+from cgd_jax.data.batches import prefetch
+from cgd_jax.from_config import Setup, set_up
+from cgd_jax.metrics import write_per_class
+from cgd_jax.models.cgd import embed_model
+from cgd_jax.reports import plots, projection, tables
+from cgd_jax.runtime import console, files, processes
+from cgd_jax.train_step import State
+from cgd_jax.workdir import check_workdir, keep_compiled
 
 
 class Embeddings(NamedTuple):
@@ -24,89 +30,6 @@ class Embeddings(NamedTuple):
 
     query: np.ndarray  # [N, D] float32
     gallery: np.ndarray | None  # [G, D] float32; None: queries search each other
-
-
-def embed_model(
-    model: CGD,
-    variables: dict,
-    normalization: Normalization,
-    image_size: int,
-    vector: str = "embedding",
-    flip: bool = False,
-    scales: tuple[float, ...] = (1.0,),
-) -> Callable[[jax.Array], jax.Array]:
-    """The trained (or untrained) network as a function: [B, S, S, 3] uint8 → [B, D].
-
-    Args:
-      model: the network.
-      variables: its weights and BatchNorm statistics.
-      normalization: of the pixels, which belongs to the weights.
-      image_size: what the network sees; of larger images it is the centre.
-      vector: which of its vectors is compared, see `select_vector`.
-      flip: whether the vector of the mirrored image is added.
-      scales: factors of `image_size`; the vectors of all of them are added.
-
-    Returns:
-      A jitted function; its vectors have unit length.
-    """
-    return lambda images: _embed(
-        model, variables, normalization, images, image_size, vector, flip, scales
-    )
-
-
-@partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales"))
-def _embed(model, variables, normalization, images, image_size, vector, flip, scales):
-    images = normalize(center_crop(images, image_size), normalization)
-    views = []
-    for scale in scales:
-        side = round(scale * image_size)
-        shape = (len(images), side, side, 3)
-        view = images if side == image_size else jax.image.resize(images, shape, "linear")
-        views += [view, view[:, :, ::-1]] if flip else [view]
-
-    def embed(view):
-        output = model.apply(variables, view, return_descriptors=vector != "embedding")
-        return l2_normalize(select_vector(output, model.descriptors, vector))
-
-    return l2_normalize(sum(map(embed, views)))
-
-
-def vectors_of(descriptors: str, combination: str) -> list[str]:
-    """The names that `select_vector` knows for a descriptor set and a combination."""
-    names = ["embedding", "descriptors", "first_descriptor"]
-    names += [f"descriptor_{letter}" for letter in descriptors]
-    return names + [f"branch_{letter}" for letter in branches_of(descriptors, combination)]
-
-
-def branches_of(descriptors: str, combination: str) -> str:
-    """The letters of the parts of the embedding, in their order; "" if they are mixed."""
-    return descriptors if combination in ("concat", "separate") else ""
-
-
-def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
-    """One of the vectors that the network computes on its way.
-
-    Args:
-      output: of the network, with its descriptors.
-      descriptors: the letters of the descriptor set.
-      vector: "embedding", what is trained; "descriptors", all descriptors as they come
-        out of the pooling, before the FC layers, each normalized; "descriptor_S", one
-        of them; "first_descriptor", the one that feeds the auxiliary module; "branch_S",
-        the part of the embedding that comes from one of them.
-
-    Returns:
-      [B, D].
-    """
-    if vector == "first_descriptor":
-        vector = f"descriptor_{descriptors[0]}"
-    kind, _, letter = vector.partition("_")
-    if kind == "embedding":
-        return output.embedding
-    if kind == "branch":
-        return jnp.split(output.embedding, len(descriptors), 1)[descriptors.index(letter)]
-    chosen = descriptors if kind == "descriptors" else letter
-    chosen = [output.descriptors[descriptors.index(letter)] for letter in chosen]
-    return jnp.concatenate([l2_normalize(d.astype(jnp.float32)) for d in chosen], 1)
 
 
 @jax.jit
@@ -353,3 +276,249 @@ def nearest(embeddings: Embeddings, rows: np.ndarray, k: int) -> np.ndarray:
     if embeddings.gallery is None:
         similarities[np.arange(len(rows)), rows] = -np.inf
     return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+
+
+def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
+    """Evaluates a checkpoint of an earlier run.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; None for the one with the best R@1.
+      config: the run's own, perhaps with another `eval` part; None for just the run's.
+
+    Returns:
+      What is written to eval-STEP.json: see `evaluate_checkpoint`. The picture
+      retrievals-STEP.png lies beside it, and what else `config.eval` asks for.
+
+    Raises:
+      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
+      ConfigError: `config` describes another network, or cannot be run.
+    """
+    path = Path(workdir, "config.json")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no run in {workdir}: it has no config.json. Give the folder of a run "
+            f"with --workdir=, or train one first."
+        )
+    if config is None:
+        config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    validate(config)
+    check_workdir(config, workdir)
+    keep_compiled(workdir)
+    setup = set_up(config)
+    folder = processes.report_folder(workdir)
+    result = evaluate_checkpoint(config, workdir, folder, setup, step, "-{step}")
+    files.write_json(folder / f"eval-{result['step']}.json", result)
+    say_results(config, {**result, "baselines": {}})
+    return result
+
+
+def evaluate_checkpoint(
+    config: ConfigDict, workdir: str, folder: Path, setup: Setup, step: int | None, suffix: str
+) -> dict:
+    """All metrics of one checkpoint, with and without what `config.eval` asks for.
+
+    Args:
+      config: of the experiment.
+      workdir: folder of the run.
+      folder: where per_class.csv, the pictures and tables are written.
+      setup: from `set_up`.
+      step: of the checkpoint; None for the one with the best R@1.
+      suffix: of the names of pictures and tables; {step} is filled in.
+
+    Returns:
+      {"step": ..., "metrics": of the embedding as it is trained, "with options": name →
+      metrics, one for every kind of option that the config sets, and if it is asked for
+      "complementarity": see `complementarity.measure`}.
+
+    Raises:
+      FileNotFoundError: no such checkpoint.
+    """
+    dataset, wanted = setup.dataset, config.eval
+    with checkpoint.manager(workdir) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        checkpoint.check_step(checkpoints, step, workdir)
+        state = checkpoint.restore(checkpoints, setup.state, step)
+    suffix = suffix.format(step=step)
+    embeddings = embed_test(config, setup, state)
+    measured = measure(
+        embeddings,
+        dataset,
+        wanted,
+        bootstrap=wanted.bootstrap,
+        per_class=True,
+        clustering=wanted.clustering,
+        seed=config.seed,
+        mesh=setup.mesh,
+    )
+    names = dataset.query.class_names
+    rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
+    write_per_class(folder / "per_class.csv", rows)
+    queries = len(dataset.query.labels)
+    sample = np.random.default_rng(config.seed).permutation(queries)[:256]
+    plots.plot_retrievals(
+        folder / f"retrievals{suffix}.png",
+        dataset,
+        sample,
+        nearest(embeddings, sample, k=8),
+        f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
+    )
+
+    draw_embeddings(config, folder, dataset, embeddings, step, suffix)
+    with_options = measure_options(config, folder, setup, state, embeddings)
+    result = {"step": step, "metrics": measured, "with options": with_options}
+    if wanted.complementarity:
+        letters, options = config.model.descriptors, {"seed": config.seed, "mesh": setup.mesh}
+        found = measure_branches(embeddings, dataset, letters, wanted, **options)
+        text = f"# Step {step}\n\n{tables.complementarity_text(found, 'github')}\n"
+        files.write_atomically(folder / f"complementarity{suffix}.md", text)
+        result["complementarity"] = found
+    return result
+
+
+def draw_embeddings(
+    config: ConfigDict,
+    folder: Path,
+    dataset: Dataset,
+    embeddings: Embeddings,
+    step: int,
+    suffix: str,
+) -> None:
+    """Draws the map of the test images and writes the projector's files, if asked for.
+
+    Args:
+      config: of the experiment.
+      folder: of the run; the projector's files go to `tensorboard` below it.
+      dataset: the data set that was embedded.
+      embeddings: of its test images.
+      step: of the checkpoint, for the titles.
+      suffix: of the picture's name.
+    """
+    kind = config.eval.projection
+    if not (kind or config.eval.projector):
+        return
+    sample = projection.sample_test(embeddings, dataset, config.seed)
+    title = f"{config.data.name}, CGD {config.model.descriptors}, step {step}"
+    if len(sample.labels) < sample.total:
+        console.say(f"Projecting {len(sample.labels):,} of {sample.total:,} images, at random.")
+    if kind:
+        points, explained = projection.project(sample.vectors, kind, config.seed)
+        path = folder / f"embeddings{suffix}.png"
+        projection.draw_map(path, points, sample, dataset, f"{title}: {explained}", config.seed)
+    if config.eval.projector:
+        projection.write_projector(folder / "tensorboard", sample, dataset, title)
+        console.say(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
+
+
+def measure_options(
+    config: ConfigDict,
+    folder: Path,
+    setup: Setup,
+    state: State,
+    embeddings: Embeddings,
+) -> dict[str, dict]:
+    """Metrics with each kind of inference option that `config.eval` sets, one upon the other.
+
+    Args:
+      config: of the experiment.
+      folder: where embeddings.npz is written if the config wants it.
+      setup: from `set_up`.
+      state: the weights.
+      embeddings: of the test images, without any option.
+
+    Returns:
+      What was done → metrics; empty if nothing is asked for.
+    """
+    dataset, mesh, wanted = setup.dataset, setup.mesh, config.eval
+    measured = {}
+    views = {"vector": wanted.vector, "flip": wanted.flip, "scales": wanted.scales}
+    if views != {"vector": "embedding", "flip": False, "scales": (1.0,)}:
+        embeddings = embed_test(config, setup, state, **views)
+        name = f"{wanted.vector}{', flip' * wanted.flip}"
+        if wanted.scales != (1.0,):
+            name += f", scales {' '.join(f'{scale:g}' for scale in wanted.scales)}"
+        measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
+    if wanted.save_embeddings:
+        save_embeddings(folder / "embeddings.npz", embeddings, dataset)
+
+    done = {
+        "whitened to": wanted.whitening_dim,
+        "database augmented by": wanted.database_augmentation,
+        "queries expanded by": wanted.query_expansion,
+    }
+    if any(done.values()):
+        training = None
+        if wanted.whitening_dim:
+            embed = embed_state(config, setup, state, **views)
+            images = dataset.train.images
+            training = embed_images(
+                embed, images, wanted.batch_size, setup.split, "embedding training images"
+            )
+        try:
+            embeddings = postprocess(embeddings, training, wanted, mesh)
+        except ValueError as error:  # more dimensions or neighbours than there are
+            raise ConfigError(f"eval: {error}") from error
+        name = ", ".join(f"{what} {number}" for what, number in done.items() if number)
+        measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
+    if wanted.rerank:
+        measured["re-ranked"] = reranked_recall(embeddings, dataset, wanted.ks, mesh)
+    return measured
+
+
+def embed_state(config: ConfigDict, setup: Setup, state: State, **views):
+    """The network with the weights of a state as `embed_images` takes it."""
+    size = config.data.image_size
+    variables = state.variables()
+    return embed_model(setup.model, variables, state.normalization, size, **views)
+
+
+def embed_test(config: ConfigDict, setup: Setup, state: State, **views) -> Embeddings:
+    """The embeddings of all test images; `views` as for `embed_model`."""
+    embed = embed_state(config, setup, state, **views)
+    return embed_dataset(embed, setup.dataset, config.eval.batch_size, setup.split)
+
+
+def measure_baselines(config: ConfigDict, workdir: str, folder: Path, setup: Setup) -> dict:
+    """Metrics of raw pixels and of the network before training, measured once a work folder.
+
+    They are read from `workdir`, or measured and written into `folder`.
+    """
+    path = Path(workdir, "baselines.json")
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    embeddings = {
+        "raw pixels": embed_raw_pixels(setup.dataset, config.eval.batch_size, setup.split)
+    }
+    if config.model.pretrained:
+        # The FC layers are new: what was pretrained is compared as it comes out of the pooling.
+        together = embed_test(config, setup, setup.state, vector="descriptors")
+        letters = config.model.descriptors
+        for i, letter in enumerate(letters):
+            part = [x if x is None else np.split(x, len(letters), 1)[i] for x in together]
+            embeddings[f"pretrained {letter}"] = Embeddings(*part)
+    else:
+        embeddings["untrained network"] = embed_test(config, setup, setup.state)
+    baselines = {
+        name: measure(found, setup.dataset, config.eval, mesh=setup.mesh)
+        for name, found in embeddings.items()
+    }
+    files.write_json(folder / path.name, baselines)
+    return baselines
+
+
+def say_results(config: ConfigDict, results: dict) -> None:
+    """Prints the table of metrics, baselines first."""
+    name = f"CGD {config.model.descriptors}, step {results['step']}"
+    rows = {**results["baselines"], name: results["metrics"]}
+    for label, measured in results.get("with options", {}).items():
+        rows[f"  {label}"] = measured
+    console.say("\nClasses never seen in training, per cent:\n")
+    console.say(tables.metrics_table(rows))
+    low, high = results["metrics"]["confidence"]["recall@1"]
+    console.say(
+        f"\n95 % interval of R@1, bootstrapped over classes: {100 * low:.2f} to {100 * high:.2f}"
+    )
+    if "complementarity" in results:
+        console.say(f"\n{tables.complementarity_text(results['complementarity'])}")
+    if results["metrics"]["excluded"]:
+        console.say(f"{results['metrics']['excluded']} queries without a true match are left out.")

@@ -27,13 +27,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax import evaluate, experiment, pooling, processes, report, retrieval
+from cgd_jax import evaluate, from_config, pooling, retrieval
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.config import ConfigError, from_dict
-from cgd_jax.datasets import Dataset
-from cgd_jax.decode import decode
+from cgd_jax.data import Dataset
+from cgd_jax.data.decode import decode
 from cgd_jax.models import pretrained
-from cgd_jax.models.cgd import CGD, create_model
+from cgd_jax.models.cgd import CGD, create_model, embed_model
+from cgd_jax.reports import plots
+from cgd_jax.runtime import processes
 
 __all__ = ["Explanation", "contributions", "explain_pair", "explain_run", "pooled_map"]
 
@@ -190,7 +192,7 @@ def explain_pair(
       reference: as for `contributions`.
 
     Returns:
-      The explanation of what `evaluate.embed_model` computes of these images. Without a
+      The explanation of what `embed_model` computes of these images. Without a
       reference, the branches' shares are those of either image with "concat" and
       "separate"; with "sum" and "raw" a branch also meets the others, and the images differ.
     """
@@ -249,10 +251,10 @@ def explain_run(
     variables, normalization, step = pretrained.read_run(workdir, step)
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
 
-    experiment.keep_compiled(workdir)
-    setup = experiment.set_up(config)
+    workdir.keep_compiled(workdir)
+    setup = from_config.set_up(config)
     dataset, batch = setup.dataset, config.eval.batch_size
-    embed = evaluate.embed_model(model, variables, normalization, size)
+    embed = embed_model(model, variables, normalization, size)
     if files:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
@@ -278,7 +280,7 @@ def explain_run(
             found = explain_pair(model, variables, normalization, images, size, reference)
             rows.append((center_crop(images, size), names, right, jax.device_get(found)))
         if rows:
-            report.plot_explanations(folder / file, rows, model.descriptors, title)
+            plots.plot_explanations(folder / file, rows, model.descriptors, title)
             pictures.append(Path(workdir, file))
     return pictures
 

@@ -16,11 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from cgd_jax import evaluate, report
 from cgd_jax.augment import Normalization
 from cgd_jax.config import from_dict, to_dict
 from cgd_jax.models import pretrained
-from cgd_jax.models.cgd import create_model
+from cgd_jax.models.cgd import create_model, embed_model
+from cgd_jax.reports import tables
+from cgd_jax.runtime import files
 
 __all__ = ["Model", "export_run", "open_model", "push_to_hub"]
 
@@ -63,7 +64,7 @@ def open_model(source: str, vector: str = "embedding") -> Model:
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     variables, normalization = pretrained.load(variables, str(path))
-    embed = evaluate.embed_model(model, variables, normalization, size, vector)
+    embed = embed_model(model, variables, normalization, size, vector)
     return Model(embed, size, config, normalization)
 
 
@@ -102,7 +103,7 @@ def export_run(workdir: str, step: int | None = None) -> Path:
     temporary = folder / "backbone.safetensors.tmp"
     save_file(pretrained.to_torchvision(variables), temporary)
     temporary.replace(folder / "backbone.safetensors")
-    report.write_atomically(folder / "README.md", model_card(config, step, metrics))
+    files.write_atomically(folder / "README.md", model_card(config, step, metrics))
     return folder
 
 
@@ -153,7 +154,7 @@ vectors of {model.embedding_dim} numbers. Made with cgd_jax.
 
 On the test classes of {config.data.name}, none of which it was trained on, per cent:
 
-{report.metrics_table(metrics, "github")}
+{tables.metrics_table(metrics, "github")}
 
 {metrics["embedding"]["queries"]:,} queries.{interval}
 

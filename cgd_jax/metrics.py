@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cgd_jax import processes
+from cgd_jax.runtime import processes
 
 # Two float32 cosines closer than this count as equal: the order of summation alone, which
 # differs between kernels, between shards and at the edges of tiles, moves them as much.

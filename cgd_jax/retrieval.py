@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cgd_jax import processes
+from cgd_jax.runtime import processes
 
 
 def top_k(

@@ -9,21 +9,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, evaluate, processes, report, survival
+from cgd_jax import checkpoint, evaluate
 from cgd_jax.config import to_dict, validate
-from cgd_jax.datasets import Dataset
-from cgd_jax.experiment import (
-    Setup,
-    batch_positions,
-    check_workdir,
-    keep_compiled,
-    load_pretrained,
-    make_batches,
-    set_up,
-)
-from cgd_jax.input_pipeline import prefetch
-from cgd_jax.outcome import embed_test, evaluate_checkpoint, measure_baselines, say_results
-from cgd_jax.train_step import State, flops_per_image, make_train_step, peak_flops
+from cgd_jax.data import Dataset
+from cgd_jax.data.batches import batch_positions, make_batches, prefetch
+from cgd_jax.evaluate import embed_test, evaluate_checkpoint, measure_baselines, say_results
+from cgd_jax.from_config import Setup, load_pretrained, set_up
+from cgd_jax.reports import plots, tables
+from cgd_jax.reports.history import History, Progress
+from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
+from cgd_jax.runtime import console, files, interrupts, processes
+from cgd_jax.train_step import State, make_train_step
+from cgd_jax.workdir import check_workdir, keep_compiled
 
 
 class Diverged(RuntimeError):
@@ -47,7 +44,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       ConfigError: a config that cannot be run, or a work folder of another one.
       BlockingIOError: a run is at work in that folder.
       Diverged: the loss was not finite.
-      SystemExit: with the status `survival.REQUEUE`, when SIGINT or SIGTERM ended the run early.
+      SystemExit: with the status `interrupts.EXIT_TEMPFAIL`, when SIGINT or SIGTERM ended it.
     """
     started = time.time()
     validate(config)
@@ -55,41 +52,41 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     keep_compiled(workdir)
     setup = set_up(config)
     with (
-        survival.only_run_in(workdir),
+        files.one_run_in(workdir),
         checkpoint.manager(workdir, config.train.keep) as checkpoints,
     ):
         saved = checkpoint.restore_latest(checkpoints, setup.state)
         if config.model.pretrained and not (saved and Path(workdir, "baselines.json").exists()):
             setup = setup._replace(state=load_pretrained(config.model.pretrained, setup.state))
         folder = processes.report_folder(workdir)
-        report.write_json(folder / "config.json", to_dict(config))
-        report.say(report.dataset_table(setup.dataset) + "\n")
+        files.write_json(folder / "config.json", to_dict(config))
+        console.say(tables.dataset_table(setup.dataset) + "\n")
         flops = flops_per_image(setup.model, setup.state, config.data.image_size)
-        report.say(report.run_table(run_facts(config, workdir, setup, flops)) + "\n")
+        console.say(tables.run_table(run_facts(config, workdir, setup, flops)) + "\n")
         baselines = {}
         if config.eval.baselines:
             baselines = measure_baselines(config, workdir, folder, setup)
         if saved:
-            report.say(f"Resumed from the checkpoint of step {int(saved.step)}.")
+            console.say(f"Resumed from the checkpoint of step {int(saved.step)}.")
         state = saved or setup.state
-        with report.History(folder, int(state.step)) as history:
+        with History(folder, int(state.step)) as history:
             state, stopped = train(
                 config, folder, setup, state, flops, checkpoints, history, started
             )
-        with survival.reported("curves.png"):
-            report.plot_curves(folder / "curves.png", history.rows, baselines)
+        with files.warn_on_write_error("curves.png"):
+            plots.plot_curves(folder / "curves.png", history.rows, baselines)
         if stopped:
-            report.say(
+            console.say(
                 f"Stopped at step {int(state.step)} of {config.train.steps}; the same command goes "
                 f"on from the checkpoint of step {checkpoints.latest_step()} in {workdir}."
             )
-            raise SystemExit(survival.REQUEUE)
+            raise SystemExit(interrupts.EXIT_TEMPFAIL)
         result = evaluate_checkpoint(config, workdir, folder, setup, None, "")
         results = {**result, "baselines": baselines}
-        report.write_json(folder / "results.json", results)
+        files.write_json(folder / "results.json", results)
     say_results(config, results)
     seconds = time.time() - started
-    report.say(f"\n{seconds:.0f} s in all. Look at curves.png and retrievals.png in {workdir}.")
+    console.say(f"\n{seconds:.0f} s in all. Look at curves.png and retrievals.png in {workdir}.")
     return results
 
 
@@ -100,7 +97,7 @@ def train(
     state: State,
     flops: float,
     checkpoints: ocp.CheckpointManager,
-    history: report.History,
+    history: History,
     started: float,
 ) -> tuple[State, bool]:
     """Trains from a state to the last step, or until a signal comes.
@@ -129,11 +126,11 @@ def train(
     batches = prefetch(make_batch, range(first, steps), setup.split)
     train_step = make_train_step(config, setup.model, setup.optimizer, setup.split.mesh)
     # A backward pass costs two forward ones.
-    meter = report.Meter(batch_size, 3 * flops * batch_size, peak_flops(config.model.dtype))
+    meter = Meter(batch_size, 3 * flops * batch_size, peak_flops(config.model.dtype))
     metrics, unlogged, stop = None, [], False
-    stop_by_any_process = processes.votes(setup.split)
+    stop_by_any_process = processes.stop_together(setup.split)
     due = lambda step, every: step % every == 0 or step == steps
-    with survival.stop_signals() as stopped_by, report.Progress(first, steps) as progress:
+    with interrupts.stop_signals() as stopped_by, Progress(first, steps) as progress:
         if first and due(first, config.train.eval_every) and checkpoints.metrics(first) is None:
             # A signal came while this step was evaluated.
             recalls = evaluate_step(config, setup, state, stopped_by)
@@ -156,7 +153,7 @@ def train(
             progress.update()
             if step == first + 1:
                 jax.block_until_ready(metrics)
-                report.say(f"First step after {time.time() - started:.0f} s.")
+                console.say(f"First step after {time.time() - started:.0f} s.")
                 meter.restart()
 
             row, recalls = {}, {}
@@ -192,8 +189,8 @@ def evaluate_step(config: ConfigDict, setup: Setup, state: State, stopped_by: li
     """
     # One of several processes cannot leave without the others waiting for it.
     alone = jax.process_count() == 1
-    droppable = survival.stop_at_once(stopped_by) if alone else contextlib.nullcontext()
-    with contextlib.suppress(survival.Stopped), droppable:
+    droppable = interrupts.stop_at_once(stopped_by) if alone else contextlib.nullcontext()
+    with contextlib.suppress(interrupts.Stopped), droppable:
         return evaluate.recall(
             embed_test(config, setup, state),
             setup.dataset,
@@ -225,7 +222,7 @@ def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) ->
     if step == end:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
-        report.say(f"Look at the profile: tensorboard --logdir={folder / 'profile'}")
+        console.say(f"Look at the profile: tensorboard --logdir={folder / 'profile'}")
 
 
 def stop_if_not_finite(
@@ -248,9 +245,7 @@ def stop_if_not_finite(
         return
     images = [dataset.train.ids[i] for i in choose(step - 1)]
     values = {name: str(float(value)) for name, value in metrics.items()}
-    report.write_json(
-        folder / "nonfinite.json", {"step": step, "metrics": values, "images": images}
-    )
+    files.write_json(folder / "nonfinite.json", {"step": step, "metrics": values, "images": images})
     raise Diverged(
         f"The loss or its gradient is not finite at step {step}. nonfinite.json in {folder} names "
         f"the images of the batch; the checkpoints are from before. Lower the learning rate, or "

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.profile_steps = ""  # "10:15": writes a profiler trace of the steps 10 to 14
 
     config.data = data = ConfigDict()
-    data.name = "glyphs"  # which data set: see cgd_jax/datasets
+    data.name = "glyphs"  # which data set: see cgd_jax/data
     data.source = ""  # the archive you have, or the folder it unpacks to; "auto": download
     data.dir = ""  # where data sets and caches are built; "": where TFDS puts them
     data.resize = 252  # pixels: training images are resized to this square, ratio not kept

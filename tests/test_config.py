@@ -2,14 +2,7 @@
 
 import pytest
 
-from cgd_jax.config import (
-    ConfigError,
-    default_workdir,
-    differences,
-    from_dict,
-    to_dict,
-    validate,
-)
+from cgd_jax.config import ConfigError, default_workdir, differences, from_dict, to_dict, validate
 from configs import base, glyphs
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from cgd_jax import evaluate
 from cgd_jax.augment import IMAGENET
-from cgd_jax.datasets import Dataset, Split
+from cgd_jax.data import Dataset, Split
 from cgd_jax.evaluate import Embeddings
+from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD, Output
 from cgd_jax.models.resnet import BACKBONES
 from configs import base
@@ -100,7 +101,7 @@ def test_vectors_on_the_way():
     )
 
     def select(vector):
-        return evaluate.select_vector(output, "SG", vector)
+        return cgd.select_vector(output, "SG", vector)
 
     np.testing.assert_array_equal(select("embedding"), output.embedding)
     np.testing.assert_array_equal(select("branch_G"), output.embedding[:, 3:])
@@ -109,8 +110,8 @@ def test_vectors_on_the_way():
     np.testing.assert_array_equal(select("first_descriptor"), select("descriptor_S"))
     assert select("descriptors").shape == (2, 6)
     raw = ["embedding", "descriptors", "first_descriptor", "descriptor_S"]
-    assert evaluate.vectors_of("S", "raw") == raw
-    assert evaluate.vectors_of("SG", "concat") == [*raw, "descriptor_G", "branch_S", "branch_G"]
+    assert cgd.vectors_of("S", "raw") == raw
+    assert cgd.vectors_of("SG", "concat") == [*raw, "descriptor_G", "branch_S", "branch_G"]
 
 
 def test_flip_and_scales_make_the_embedding_blind_to_mirroring():
@@ -118,14 +119,14 @@ def test_flip_and_scales_make_the_embedding_blind_to_mirroring():
     images = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3)).astype(np.uint8)
     variables = random_variables(model, images[:, :8, :8] / 255)
     arguments = (model, variables, IMAGENET, 8)
-    plain, both = (evaluate.embed_model(*arguments, flip=flip) for flip in (False, True))
+    plain, both = (cgd.embed_model(*arguments, flip=flip) for flip in (False, True))
     mirrored = images[:, :, ::-1]
     assert np.abs(plain(images) - plain(mirrored)).max() > 1e-3
     np.testing.assert_allclose(both(images), both(mirrored), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(both(images), axis=1), 1, atol=1e-5)
     # Larger images are cut to their middle.
     np.testing.assert_allclose(plain(images), plain(images[:, 2:10, 2:10]), atol=1e-6)
-    scaled = evaluate.embed_model(*arguments, scales=(1.0, 1.5))
+    scaled = cgd.embed_model(*arguments, scales=(1.0, 1.5))
     assert np.abs(scaled(images) - plain(images)).max() > 1e-4
 
 

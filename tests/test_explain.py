@@ -12,7 +12,8 @@ from PIL import Image
 from cgd_jax import combination, evaluate, explain, pooling
 from cgd_jax.augment import Normalization
 from cgd_jax.config import ConfigError
-from cgd_jax.datasets import Dataset, Split
+from cgd_jax.data import Dataset, Split
+from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.resnet import BACKBONES
 from tests.variables import random_variables
@@ -81,7 +82,7 @@ def test_the_explanation_is_of_what_the_network_computes(options):
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
     variables = random_variables(model, jnp.zeros((2, 16, 16, 3)))
     normalization = Normalization.of(0.5, 0.25)
-    embed = evaluate.embed_model(model, variables, normalization, 16)
+    embed = cgd.embed_model(model, variables, normalization, 16)
     expected = np.asarray(embed(images))
     found = explain.explain_pair(model, variables, normalization, images, 16)
     assert found.maps.shape == (2, len(model.descriptors), 2, 2)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from cgd_jax import experiment, export, outcome
+from cgd_jax import evaluate, export, from_config
 from cgd_jax.augment import IMAGENET
 from cgd_jax.models import pretrained
 
@@ -20,10 +20,10 @@ def test_an_exported_network_computes_the_same(finished_run, tmp_path):
     assert folder == workdir / "export"
     moved = folder.rename(tmp_path / "elsewhere")
     model = export.open_model(str(moved))
-    setup = experiment.set_up(config)
+    setup = from_config.set_up(config)
     images = setup.dataset.query.images[:5]
     state = setup.state.replace(**pretrained.read_run(workdir, result["step"])[0])
-    expected = outcome.embed_state(config, setup, state)(images)
+    expected = evaluate.embed_state(config, setup, state)(images)
     np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
     assert model.image_size == 8 and model.config == config
     np.testing.assert_array_equal(model.normalization.mean, IMAGENET.mean)

@@ -11,39 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import (
-    checkpoint,
-    evaluate,
-    experiment,
-    outcome,
-    report,
-    survival,
-    train,
-    train_step,
-)
+from cgd_jax import checkpoint, evaluate, from_config, train, train_step, workdir
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError, to_dict
 from cgd_jax.models import pretrained
+from cgd_jax.reports.history import History, read_history
+from cgd_jax.runtime import files, interrupts
 from tests.variables import assert_same
 
 
 def state_of(config, workdir):
     """The state of the latest checkpoint."""
-    setup = experiment.set_up(config)
+    setup = from_config.set_up(config)
     with checkpoint.manager(workdir) as checkpoints:
         return checkpoint.restore(checkpoints, setup.state, checkpoints.latest_step())
 
 
 def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     """A signal arrives while the row of a step is written."""
-    add = report.History.add
+    add = History.add
 
     def add_and_interrupt(self, at, values):
         add(self, at, values)
         if at == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(report.History, "add", add_and_interrupt)
+    monkeypatch.setattr(History, "add", add_and_interrupt)
 
 
 def interrupted(number, *args, **options):
@@ -72,7 +65,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
                 patch.setattr(evaluate, "recall", partial(interrupted, number))
             with pytest.raises(SystemExit) as stop:
                 train.train_and_evaluate(tiny_config, parts)
-        assert stop.value.code == survival.REQUEUE == 75
+        assert stop.value.code == interrupts.EXIT_TEMPFAIL == 75
         assert signal.getsignal(signal.SIGINT) == before
         output = capsys.readouterr().out
         assert f"Stopped at step {step} of 12; the same command goes on from " in output
@@ -82,7 +75,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     assert "Resumed from the checkpoint of step 12" in capsys.readouterr().out
     assert resumed == results
     assert_same(state_of(tiny_config, whole), state_of(tiny_config, parts))
-    histories = [report.read_history(Path(w, "history.csv")) for w in (whole, parts)]
+    histories = [read_history(Path(w, "history.csv")) for w in (whole, parts)]
     assert [row["step"] for row in histories[1]] == [2, 4, 6, 8, 10, 12]
     for ours, theirs in zip(*histories, strict=True):
         assert "input_wait" in ours and "tflops_per_second" in ours
@@ -106,19 +99,19 @@ def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
     assert list(workdir.glob("tensorboard/events*")) and not list(workdir.glob("*.tmp"))
     assert json.loads((workdir / "results.json").read_text()) == results
     assert set(results["baselines"]) == {"raw pixels", "untrained network"}
-    history = report.read_history(workdir / "history.csv")
+    history = read_history(workdir / "history.csv")
     best = max((row for row in history if "recall@1" in row), key=lambda r: r["recall@1"])
     assert results["metrics"]["recall@1"] == pytest.approx(best["recall@1"], abs=1e-5)
     # Colours are easy: it has learned something, and rows are plausible.
     assert history[-1]["classification_loss"] < history[0]["classification_loss"]
     assert results["metrics"]["recall@1"] > 0.3
     # Evaluation by itself gives what training logged, for the best and for any step kept.
-    assert outcome.evaluate_run(str(workdir))["metrics"] == results["metrics"]
-    last = outcome.evaluate_run(str(workdir), 12)
+    assert evaluate.evaluate_run(str(workdir))["metrics"] == results["metrics"]
+    last = evaluate.evaluate_run(str(workdir), 12)
     assert last["metrics"]["recall@1"] == pytest.approx(history[-1]["recall@1"], abs=1e-5)
     assert (workdir / "eval-12.json").exists() and (workdir / "retrievals-12.png").exists()
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; the steps kept are: "):
-        outcome.evaluate_run(str(workdir), 5)
+        evaluate.evaluate_run(str(workdir), 5)
     # The same command again: nothing is trained, the same is reported.
     assert train.train_and_evaluate(tiny_config, str(workdir)) == results
 
@@ -143,7 +136,7 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
         projector=True,
         complementarity=True,
     )
-    result = outcome.evaluate_run(str(tmp_path), config=tiny_config)
+    result = evaluate.evaluate_run(str(tmp_path), config=tiny_config)
     assert list(result["with options"]) == [
         "descriptor_S, flip, scales 1 1.5",
         "whitened to 3, database augmented by 1, queries expanded by 2",
@@ -170,19 +163,19 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
     assert list(saved["query_ids"][:2]) == ["6-0", "6-1"] and saved["query_labels"][0] == 6
     tiny_config.eval.whitening_dim = 17
     with pytest.raises(ConfigError, match="eval: dim must be"):
-        outcome.evaluate_run(str(tmp_path), config=tiny_config)
+        evaluate.evaluate_run(str(tmp_path), config=tiny_config)
     tiny_config.model.embedding_dim = 16
     with pytest.raises(ConfigError, match="model.embedding_dim: 8 → 16"):
-        outcome.evaluate_run(str(tmp_path), config=tiny_config)
+        evaluate.evaluate_run(str(tmp_path), config=tiny_config)
 
 
 def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
     kernels, batches, keys = [], [], []
     for seed in (0, 0, 1):
         tiny_config.seed = seed
-        setup = experiment.set_up(tiny_config)
+        setup = from_config.set_up(tiny_config)
         kernels.append(np.asarray(setup.state.params["backbone"]["conv1"]["kernel"]))
-        batches.append(experiment.batch_positions(tiny_config, setup.labels)(3))
+        batches.append(batches.batch_positions(tiny_config, setup.labels)(3))
         keys.append(jax.random.key_data(train_step.step_key(seed, 3)))
     for first, again, other in (kernels, batches, keys):
         np.testing.assert_array_equal(first, again)
@@ -190,26 +183,26 @@ def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
 
 
 def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
-    experiment.check_workdir(tiny_config, str(tmp_path))  # nothing there yet
-    report.write_json(tmp_path / "config.json", to_dict(tiny_config))
+    workdir.check_workdir(tiny_config, str(tmp_path))  # nothing there yet
+    files.write_json(tmp_path / "config.json", to_dict(tiny_config))
     tiny_config.train.log_every = 1  # free to change
-    experiment.check_workdir(tiny_config, str(tmp_path))
+    workdir.check_workdir(tiny_config, str(tmp_path))
     tiny_config.optimizer.learning_rate = 0.5
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.004 → 0.5"):
-        experiment.check_workdir(tiny_config, str(tmp_path))
+        workdir.check_workdir(tiny_config, str(tmp_path))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny_config, tmp_path):
     workdir = str(tmp_path / "run")
     with (
-        survival.only_run_in(workdir),
+        files.one_run_in(workdir),
         pytest.raises(
             BlockingIOError, match=rf"still at work \(process {os.getpid()} on .*--workdir"
         ),
     ):
         train.train_and_evaluate(tiny_config, workdir)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-    with survival.only_run_in(workdir):  # it is free again
+    with files.one_run_in(workdir):  # it is free again
         pass
 
 
@@ -221,12 +214,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path):
 
 
 def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
-    setup = experiment.set_up(tiny_config)
+    setup = from_config.set_up(tiny_config)
     variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
     doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
     path = tmp_path / "weights.safetensors"
     pretrained.save(path, doubled, EFFICIENTNET_LITE)
-    state = experiment.load_pretrained(str(path), setup.state)
+    state = from_config.load_pretrained(str(path), setup.state)
     kernel = state.params["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
     assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
@@ -242,12 +235,12 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
 def test_too_many_classes_for_the_data_set(tiny_config):
     tiny_config.train.classes_per_batch = 7
     with pytest.raises(ConfigError, match="blobs has 6 training classes"):
-        experiment.set_up(tiny_config)
+        from_config.set_up(tiny_config)
 
 
 def test_evaluating_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json.*--workdir="):
-        outcome.evaluate_run(str(tmp_path))
+        evaluate.evaluate_run(str(tmp_path))
 
 
 def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
@@ -262,8 +255,8 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     assert state.variables()["params"] is state.average
     gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, state.average)
     assert max(jax.tree.leaves(gap)) > 1e-4
-    setup = experiment.set_up(tiny_config)
-    embeddings = outcome.embed_test(tiny_config, setup, state.replace(params=None))
+    setup = from_config.set_up(tiny_config)
+    embeddings = evaluate.embed_test(tiny_config, setup, state.replace(params=None))
     recall = evaluate.recall(embeddings, setup.dataset, (1,))["recall@1"]
     assert recall == pytest.approx(result["metrics"]["recall@1"])
 

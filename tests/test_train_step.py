@@ -13,7 +13,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from cgd_jax import losses, train_step
+from cgd_jax import gradient_caching, losses, train_step
 from cgd_jax.models.cgd import compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
@@ -91,7 +91,7 @@ def direct(model, measure, arguments):
 def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p):
     model, measure, arguments = problem(freeze_batch_norm=True, learn_p=learn_p)
     expected, stats, metrics = direct(model, measure, arguments)
-    chunked = train_step.make_chunked_gradients(model, measure, chunk)
+    chunked = gradient_caching.make_chunked_gradients(model, measure, chunk)
     found, found_stats, found_metrics = chunked(*arguments)
     assert np.abs(expected["backbone"]["conv1"]["kernel"]).max() > 0
     assert metrics["ranking_loss"] > 0 and metrics["classification_loss"] > 0
@@ -102,7 +102,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p):
 
 def test_statistics_of_chunks_are_averaged():
     model, measure, (state, images, labels) = problem()
-    chunked = train_step.make_chunked_gradients(model, measure, 4)
+    chunked = gradient_caching.make_chunked_gradients(model, measure, 4)
     _, stats, _ = chunked(state, images, labels)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     update = jax.jit(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"])[1])

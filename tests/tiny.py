@@ -1,9 +1,9 @@
 """An experiment of seconds, as a config file: `--config=tests/tiny.py`."""
 
-import cgd_jax.datasets
+import cgd_jax.data
 from configs import glyphs
 
-cgd_jax.datasets.NAMES["blobs"] = "tests.blobs:Blobs"
+cgd_jax.data.NAMES["blobs"] = "tests.blobs:Blobs"
 
 
 def get_config(descriptors: str = "SG"):

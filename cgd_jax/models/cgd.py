@@ -1,5 +1,7 @@
 """The CGD network: a backbone, branches of global descriptors, an auxiliary head."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -7,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax import combination, pooling
+from cgd_jax.augment import Normalization, center_crop, normalize
+from cgd_jax.combination import l2_normalize
 from cgd_jax.models import efficientnet_lite, resnet
 
 __all__ = ["BACKBONES", "CGD", "LEARN_P", "Output", "create_model"]
@@ -138,3 +142,86 @@ def create_model(config, num_classes: int) -> CGD:
         freeze_batch_norm=config.freeze_batch_norm,
         dtype=dtype,
     )
+
+
+def vectors_of(descriptors: str, combination: str) -> list[str]:
+    """The names that `select_vector` knows for a descriptor set and a combination."""
+    names = ["embedding", "descriptors", "first_descriptor"]
+    names += [f"descriptor_{letter}" for letter in descriptors]
+    return names + [f"branch_{letter}" for letter in branches_of(descriptors, combination)]
+
+
+def branches_of(descriptors: str, combination: str) -> str:
+    """The letters of the parts of the embedding, in their order; "" if they are mixed."""
+    return descriptors if combination in ("concat", "separate") else ""
+
+
+def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
+    """One of the vectors that the network computes on its way.
+
+    Args:
+      output: of the network, with its descriptors.
+      descriptors: the letters of the descriptor set.
+      vector: "embedding", what is trained; "descriptors", all descriptors as they come
+        out of the pooling, before the FC layers, each normalized; "descriptor_S", one
+        of them; "first_descriptor", the one that feeds the auxiliary module; "branch_S",
+        the part of the embedding that comes from one of them.
+
+    Returns:
+      [B, D].
+    """
+    if vector == "first_descriptor":
+        vector = f"descriptor_{descriptors[0]}"
+    kind, _, letter = vector.partition("_")
+    if kind == "embedding":
+        return output.embedding
+    if kind == "branch":
+        return jnp.split(output.embedding, len(descriptors), 1)[descriptors.index(letter)]
+    chosen = descriptors if kind == "descriptors" else letter
+    chosen = [output.descriptors[descriptors.index(letter)] for letter in chosen]
+    return jnp.concatenate([l2_normalize(d.astype(jnp.float32)) for d in chosen], 1)
+
+
+def embed_model(
+    model: CGD,
+    variables: dict,
+    normalization: Normalization,
+    image_size: int,
+    vector: str = "embedding",
+    flip: bool = False,
+    scales: tuple[float, ...] = (1.0,),
+) -> Callable[[jax.Array], jax.Array]:
+    """The trained (or untrained) network as a function: [B, S, S, 3] uint8 → [B, D].
+
+    Args:
+      model: the network.
+      variables: its weights and BatchNorm statistics.
+      normalization: of the pixels, which belongs to the weights.
+      image_size: what the network sees; of larger images it is the centre.
+      vector: which of its vectors is compared, see `select_vector`.
+      flip: whether the vector of the mirrored image is added.
+      scales: factors of `image_size`; the vectors of all of them are added.
+
+    Returns:
+      A jitted function; its vectors have unit length.
+    """
+    return lambda images: _embed(
+        model, variables, normalization, images, image_size, vector, flip, scales
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales"))
+def _embed(model, variables, normalization, images, image_size, vector, flip, scales):
+    images = normalize(center_crop(images, image_size), normalization)
+    views = []
+    for scale in scales:
+        side = round(scale * image_size)
+        shape = (len(images), side, side, 3)
+        view = images if side == image_size else jax.image.resize(images, shape, "linear")
+        views += [view, view[:, :, ::-1]] if flip else [view]
+
+    def embed(view):
+        output = model.apply(variables, view, return_descriptors=vector != "embedding")
+        return l2_normalize(select_vector(output, model.descriptors, vector))
+
+    return l2_normalize(sum(map(embed, views)))

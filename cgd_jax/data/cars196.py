@@ -1,0 +1,141 @@
+"""Stanford Cars: makes, models and years.
+
+Krause, Stark, Deng and Fei-Fei, "3D Object Representations for Fine-Grained Categorization",
+3dRR 2013.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from cgd_jax.data import archives
+from cgd_jax.data.builder import ImageBuilder, Photograph
+
+TRAIN_CLASSES = 98  # The first half of the models trains, the second is retrieved.
+ARCHIVES = ("car_ims", "cars_train", "cars_test", "car_devkit")
+
+
+class Cars196(ImageBuilder):
+    """CARS196 with the split of metric learning, which pools the set's own train and test.
+
+    Every test photograph searches all the others. Boxes come along; the paper crops to them.
+    """
+
+    PUBLISHED = {"train": (98, 8_054), "test": (98, 8_131)}
+    WANTED = (
+        "The original server is gone (404 since 2023); copies circulate in two forms, on Kaggle "
+        "for example. Put into one folder either car_ims (or car_ims.tgz) and cars_annos.mat, or "
+        "cars_train, cars_test and devkit (or cars_train.tgz, cars_test.tgz and car_devkit.tgz) "
+        "and cars_test_annos_withlabels.mat, and pass it, or an archive of it, as "
+        "--config.data.source=PATH."
+    )
+    BOXES = True
+
+    @contextlib.contextmanager
+    def unpacked(self, source: Path, scratch: Path) -> Iterator[list[Path]]:
+        """The folder, and what the archives in it unpack to where nobody unpacked them."""
+        with contextlib.ExitStack() as stack:
+            folders = [stack.enter_context(archives.unpacked(source, scratch))]
+            for name in ARCHIVES:
+                unpacked = "devkit" if name == "car_devkit" else name
+                if archives.find(folders[0], unpacked) is None:
+                    for ending in archives.ARCHIVE_ENDINGS:
+                        archive = archives.find(folders[0], name + ending)
+                        if archive:
+                            folders.append(stack.enter_context(archives.unpacked(archive, scratch)))
+                            break
+            yield folders
+
+    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
+        """Photographs of both forms, from their .mat files."""
+
+        def find(name: str) -> Path | None:
+            return next((path for path in (archives.find(f, name) for f in folders) if path), None)
+
+        if annotations := find("cars_annos.mat"):
+            rows = _one_archive(annotations, find("car_ims"))
+        elif find("cars_train_annos.mat"):
+            labelled = find("cars_test_annos_withlabels.mat")
+            if labelled is None:
+                raise ValueError(
+                    f"cars196: there is no cars_test_annos_withlabels.mat in {folders[0]}, and "
+                    "without it half of the photographs have no class (cars_test_annos.mat has "
+                    f"boxes only). {self.WANTED}"
+                )
+            rows = [
+                *_half(find("cars_train_annos.mat"), find("cars_train"), "cars_train"),
+                *_half(labelled, find("cars_test"), "cars_test"),
+            ]
+        else:
+            raise ValueError(
+                f"cars196: there is neither cars_annos.mat nor cars_train_annos.mat in "
+                f"{folders[0]}. {self.WANTED}"
+            )
+        names = _class_names(find("cars_annos.mat") or find("cars_meta.mat"))
+        splits: dict[str, list[Photograph]] = {"train": [], "test": []}
+        for name, path, number, box in rows:
+            class_name = names[number - 1] if number <= len(names) else f"class {number}"
+            splits["train" if number <= TRAIN_CLASSES else "test"].append(
+                Photograph(name, path, number - 1, class_name, box)
+            )
+        return splits
+
+
+def _one_archive(annotations: Path, pictures: Path | None) -> list:
+    folder = pictures or annotations.parent / "car_ims"
+    return [
+        (row["relative_im_path"], folder.parent / row["relative_im_path"], row["class"], _box(row))
+        for row in _rows(annotations)
+    ]
+
+
+def _half(annotations: Path, pictures: Path | None, half: str) -> list:
+    folder = pictures or annotations.parent / half
+    # Some copies hold a second folder of the same name inside.
+    folder = folder / half if (folder / half).is_dir() else folder
+    return [
+        (f"{half}/{row['fname']}", folder / row["fname"], row["class"], _box(row))
+        for row in _rows(annotations)
+    ]
+
+
+def _rows(path: Path) -> list[dict]:
+    try:
+        table = np.atleast_1d(_load(path)["annotations"])
+        rows = [{name: row[name] for name in table.dtype.names} for row in table]
+        for row in rows:
+            row["class"] = int(row["class"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold the annotations of CARS196 (missing or wrong: {error}). Get it "
+            "again from another copy."
+        ) from error
+    return rows
+
+
+def _box(row: dict) -> tuple[float, float, float, float]:
+    """Corners that count from 1 and belong to the box → pixel edges that count from 0."""
+    return (
+        float(row["bbox_x1"]) - 1,
+        float(row["bbox_y1"]) - 1,
+        float(row["bbox_x2"]),
+        float(row["bbox_y2"]),
+    )
+
+
+def _class_names(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    return [str(name) for name in np.atleast_1d(_load(path).get("class_names", []))]
+
+
+def _load(path: Path) -> dict:
+    try:
+        return scipy.io.loadmat(path, squeeze_me=True)
+    except Exception as error:  # scipy raises nearly anything on a damaged file.
+        raise ValueError(f"{path} is damaged ({error}). Get it again.") from error

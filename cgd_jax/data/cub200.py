@@ -1,0 +1,65 @@
+"""Caltech-UCSD Birds 200, 2011.
+
+Wah, Branson, Welinder, Perona and Belongie, "The Caltech-UCSD Birds-200-2011 Dataset",
+CNS-TR-2011-001, https://www.vision.caltech.edu/datasets/cub_200_2011/.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cgd_jax.data import archives
+from cgd_jax.data.builder import ImageBuilder, Photograph
+
+TRAIN_CLASSES = 100  # The first hundred species train, the last hundred are retrieved.
+
+
+class Cub200(ImageBuilder):
+    """CUB-200-2011 with the split of metric learning, which ignores the one that comes with it.
+
+    Every test photograph searches all the others. Boxes come along; the paper crops to them.
+    """
+
+    PUBLISHED = {"train": (100, 5_864), "test": (100, 5_924)}
+    WANTED = (
+        "Get CUB_200_2011.tgz (1.1 GB; from https://data.caltech.edu/records/65de6-vp158) and "
+        "pass it, or the folder CUB_200_2011 it unpacks to, as --config.data.source=PATH."
+    )
+    # Checksum as TensorFlow Datasets publishes it for this address.
+    DOWNLOAD = archives.Download(
+        url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+        filename="CUB_200_2011.tgz",
+        sha256="0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
+    )
+    BOXES = True
+
+    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+        """Rows of images.txt, with classes and boxes from the lists beside it."""
+        images = archives.find(folder, "images.txt")
+        if images is None:
+            raise ValueError(f"cub200: there is no images.txt in {folder}. {self.WANTED}")
+        root = images.parent
+        for name in ("image_class_labels.txt", "bounding_boxes.txt"):
+            if not (root / name).exists():
+                raise ValueError(f"cub200: there is no {name} in {root}. {self.WANTED}")
+        labels = dict(archives.read_rows(root / "image_class_labels.txt", columns=2))
+        boxes = {
+            number: tuple(map(float, box))
+            for number, *box in archives.read_rows(root / "bounding_boxes.txt", columns=5)
+        }
+        splits: dict[str, list[Photograph]] = {"train": [], "test": []}
+        for number, name in archives.read_rows(images, columns=2):
+            if number not in labels or number not in boxes:
+                raise ValueError(
+                    f"cub200: image {number} ({name}) has no class or no box in the lists of "
+                    f"{root}. {self.WANTED}"
+                )
+            label = int(labels[number]) - 1
+            x, y, width, height = boxes[number]
+            class_name = name.partition("/")[0].partition(".")[2].replace("_", " ")
+            splits["train" if label < TRAIN_CLASSES else "test"].append(
+                Photograph(
+                    name, root / "images" / name, label, class_name, (x, y, x + width, y + height)
+                )
+            )
+        return splits

@@ -1,0 +1,61 @@
+"""Grocery Store: photographs of fruit, vegetables and packages taken in shops.
+
+Klasson, Zhang and Kjellström, "A Hierarchical Grocery Store Image Dataset with Visual and
+Semantic Labels", WACV 2019, https://github.com/marcusklasson/GroceryStoreDataset (MIT).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cgd_jax.data import archives
+from cgd_jax.data.builder import ImageBuilder, Photograph
+
+TRAIN_CLASSES = 41  # classes 0 to 40 train, 41 to 80 are retrieved
+
+
+class Grocery(ImageBuilder):
+    """Grocery Store with a retrieval split of its 81 fine classes.
+
+    The set was made for classification. Here ``train`` holds all photographs of classes 0–40;
+    of the other classes, the original test photographs (``query``) search the original training
+    photographs (``gallery``), which were taken in other shops.
+    """
+
+    PUBLISHED = {"train": (41, 3_051), "query": (40, 1_061), "gallery": (40, 1_162)}
+    WANTED = (
+        "Get it with `git clone https://github.com/marcusklasson/GroceryStoreDataset` (or its zip "
+        "from the same page) and pass the folder or the zip, which holds dataset/classes.csv and "
+        "dataset/train.txt, as --config.data.source=PATH."
+    )
+
+    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+        """Rows of the three lists, spread over train, query and gallery."""
+        classes = archives.find(folder, "classes.csv")
+        if classes is None:
+            raise ValueError(f"grocery: there is no classes.csv in {folder}. {self.WANTED}")
+        root = classes.parent
+        names = {}
+        for line in classes.read_text(encoding="utf-8").splitlines()[1:]:
+            name, number = line.split(",")[:2]
+            names[int(number)] = name.strip()
+        splits: dict[str, list[Photograph]] = {"train": [], "query": [], "gallery": []}
+        for part, unseen in (("train", "gallery"), ("val", None), ("test", "query")):
+            if not (root / f"{part}.txt").exists():
+                raise ValueError(f"grocery: there is no {part}.txt in {root}. {self.WANTED}")
+            for number, line in enumerate((root / f"{part}.txt").read_text("utf-8").splitlines()):
+                if not line.strip():
+                    continue
+                try:
+                    path, fine, _ = (cell.strip() for cell in line.rsplit(",", 2))
+                    label = int(fine)
+                except ValueError:
+                    raise ValueError(
+                        f"{root / part}.txt, line {number + 1}: expected path, fine class, coarse "
+                        f"class, found {line!r}. Get the data set again."
+                    ) from None
+                split = "train" if label < TRAIN_CLASSES else unseen
+                if split:  # Validation photographs of the unseen classes are not used.
+                    row = Photograph(path, root / path, label, names.get(label, str(label)))
+                    splits[split].append(row)
+        return splits

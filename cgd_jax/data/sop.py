@@ -1,0 +1,47 @@
+"""Stanford Online Products: product photographs from eBay.
+
+Song, Xiang, Jegelka and Savarese, "Deep Metric Learning via Lifted Structured Feature
+Embedding", CVPR 2016, https://arxiv.org/abs/1511.06452.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cgd_jax.data import archives
+from cgd_jax.data.builder import ImageBuilder, Photograph
+
+
+class Sop(ImageBuilder):
+    """Stanford Online Products: 22,634 products, the first half of them for training.
+
+    Every test photograph searches all the others.
+    """
+
+    PUBLISHED = {"train": (11_318, 59_551), "test": (11_316, 60_502)}
+    WANTED = (
+        "Get Stanford_Online_Products.zip (2.9 GB; from Stanford's page "
+        "https://cvgl.stanford.edu/projects/lifted_struct/, or one of its many mirrors) and pass "
+        "the zip, or the folder it unpacks to (with Ebay_train.txt and Ebay_test.txt), as "
+        "--config.data.source=PATH."
+    )
+
+    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+        """Rows of Ebay_train.txt and Ebay_test.txt."""
+        splits = {}
+        for split in ("train", "test"):
+            path = archives.find(folder, f"Ebay_{split}.txt")
+            if path is None:
+                raise ValueError(f"sop: there is no Ebay_{split}.txt in {folder}. {self.WANTED}")
+            splits[split] = [
+                # Classes count from 1; the folder names the kind of product.
+                Photograph(name, path.parent / name, int(label) - 1, _class_name(name))
+                for _, label, _, name in archives.read_rows(path, columns=4, skip=1)
+            ]
+        return splits
+
+
+def _class_name(name: str) -> str:
+    """``bicycle_final/111085122871_0.JPG`` → ``bicycle 111085122871``."""
+    kind, _, file = name.partition("/")
+    return f"{kind.removesuffix('_final')} {file.partition('_')[0]}"

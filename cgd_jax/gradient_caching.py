@@ -1,0 +1,92 @@
+"""Gradients of large batches in the memory of small ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from cgd_jax.models.cgd import CGD
+
+
+def make_chunked_gradients(model: CGD, measure, chunk: int):
+    """The same gradient in the memory of `chunk` images, for batches that would not fit.
+
+    Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983): the descriptors of all
+    images are computed chunk by chunk without keeping activations, the loss and its gradient
+    are taken on all of them, then every chunk is computed once more and passed its share of
+    the gradient. The loss, and with it the mining, sees the whole batch; it costs one more
+    forward pass. Accumulating gradients of small batches would mine within each of them.
+
+    The backbone's BatchNorm normalizes each chunk by the chunk's own statistics, and its
+    running statistics become the mean of the updates by the chunks. With
+    `model.freeze_batch_norm` the gradient is that of `direct_gradients` exactly. The
+    auxiliary module sees the whole batch in any case.
+
+    Every part is compiled by itself and the host goes from chunk to chunk, without waiting for
+    any: one program with a loop in it can be much slower on a CPU (see `conv`), and one without
+    a loop grows with the number of chunks.
+
+    Args:
+      model: the network.
+      measure: labels, `Output` → loss, metrics.
+      chunk: how many images; divides the batch.
+
+    Returns:
+      state, images, labels → what `direct_gradients` returns.
+    """
+
+    @jax.jit
+    def split(images):
+        # Every n-th image makes a chunk, so that each device computes its part of it.
+        chunks = images.reshape(chunk, -1, *images.shape[1:])
+        return tuple(chunks[:, i] for i in range(chunks.shape[1]))
+
+    def describe(params, batch_stats, images):
+        output, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            return_descriptors=True,
+            mutable=["batch_stats"],
+        )
+        return output.descriptors, updates["batch_stats"]["backbone"]
+
+    @jax.jit
+    def rank(state, chunks, backbone_stats, labels):
+        def loss_of(params, chunks):
+            # Back in the order of the labels.
+            join = lambda *parts: jnp.stack(parts, 1).reshape(len(labels), -1)
+            output, updates = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                None,
+                train=True,
+                descriptors=jax.tree.map(join, *chunks),
+                mutable=["batch_stats"],
+            )
+            loss, metrics = measure(labels, output)
+            return loss, (updates["batch_stats"], metrics)
+
+        gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
+        (_, (batch_stats, metrics)), (gradients, cotangents) = gradient(state.params, chunks)
+        mean = lambda *parts: sum(parts) / len(parts)
+        batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, *backbone_stats)}
+        return gradients, cotangents, batch_stats, metrics
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add_gradient(total, state, images, cotangents):
+        descriptors_of = lambda params: describe(params, state.batch_stats, images)[0]
+        _, backward = jax.vjp(descriptors_of, state.params)
+        return jax.tree.map(jnp.add, total, backward(cotangents)[0])
+
+    describe_chunk = jax.jit(describe)
+
+    def gradients_of(state, images, labels):
+        chunks = split(images)
+        found = [describe_chunk(state.params, state.batch_stats, chunk) for chunk in chunks]
+        descriptors, backbone_stats = zip(*found, strict=True)
+        total, cotangents, batch_stats, metrics = rank(state, descriptors, backbone_stats, labels)
+        for images, their_cotangents in zip(chunks, cotangents, strict=True):
+            total = add_gradient(total, state, images, their_cotangents)
+        return total, batch_stats, metrics
+
+    return gradients_of

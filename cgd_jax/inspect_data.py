@@ -1,0 +1,41 @@
+"""`--mode=data`: the splits of a data set, and a batch as the network will see it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from cgd_jax.augment import IMAGENET, augment
+from cgd_jax.config import validate
+from cgd_jax.data.batches import batch_positions, make_batches
+from cgd_jax.from_config import open_data
+from cgd_jax.reports import plots, tables
+from cgd_jax.runtime import console
+from cgd_jax.train_step import step_key
+
+
+def show_data(config: ConfigDict, workdir: str) -> None:
+    """Builds the data set and its caches, prints its splits, draws what the network will see.
+
+    Args:
+      config: of the experiment.
+      workdir: where samples.png goes: the images of the first batch after augmentation,
+        class by class.
+
+    Raises:
+      ConfigError: a config that cannot be run, or data that cannot be used.
+    """
+    validate(config)
+    dataset, labels = open_data(config)
+    console.say(tables.dataset_table(dataset))
+    images, _ = make_batches(batch_positions(config, labels), dataset, labels)(0)
+    key = step_key(config.seed, 0)
+    images = jax.jit(augment, static_argnums=(2, 3))(
+        key, images, FrozenConfigDict(config.augment), config.data.image_size, IMAGENET
+    )
+    path = Path(workdir, "samples.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    per_class = config.train.images_per_class
+    plots.plot_samples(path, np.asarray(images), per_class * max(1, 12 // per_class))
+    console.say(f"\nLook at {path}: the first batch, {per_class} images of a class side by side.")

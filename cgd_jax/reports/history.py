@@ -1,0 +1,116 @@
+"""The numbers of a run by step: history.csv, TensorBoard, the progress bar."""
+
+import csv
+import time
+from pathlib import Path
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tqdm import tqdm
+
+from cgd_jax.reports.tables import metric_name
+from cgd_jax.runtime import console, files
+
+
+class History:
+    """One row for each step that was logged or evaluated: history.csv, and TensorBoard's events."""
+
+    def __init__(self, folder: Path, step: int):
+        """Opens the history of a run.
+
+        Args:
+          folder: of the run; need not hold a history.
+          step: where the run goes on: rows behind it are dropped.
+        """
+        self.path = folder / "history.csv"
+        self.rows = [row for row in read_history(self.path) if row["step"] <= step]
+        self._write()
+        events = folder / "tensorboard"
+        events.mkdir(exist_ok=True)
+        # Not tensorboardX's SummaryWriter: where its thread dies of a full disk, the run hangs.
+        self.events = EventsWriter(str(events / "events"))
+        # Hides what was written behind this step.
+        start = SessionLog(status=SessionLog.START)
+        self.events.write_event(Event(step=step + 1, session_log=start))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        with files.warn_on_write_error("The end of TensorBoard's events"):
+            self.events.close()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Adds values to the row of a step; the columns are those that any row has a value for."""
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step})
+        self.rows[-1].update(values)
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        with files.warn_on_write_error(f"The row of step {step}"):
+            self.events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self.events.flush()
+        with files.warn_on_write_error(self.path.name):
+            self._write()
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
+        lines = [",".join(columns)]
+        for row in self.rows:
+            lines.append(",".join(f"{row[key]:.6g}" if key in row else "" for key in columns))
+        files.write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+def read_history(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a history.csv; none if the file does not exist."""
+    if not Path(path).exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [
+            {column: float(value) for column, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+class Progress:
+    """A progress bar of the training steps, and log lines where the output is no terminal."""
+
+    def __init__(self, step: int, steps: int):
+        """Starts at `step` of `steps`."""
+        self.steps, self.width = steps, len(str(steps))
+        self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=None)
+        self.first, self.started = step, time.time()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def update(self) -> None:
+        """Counts one step."""
+        self.bar.update()
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Shows a row of the history: in the bar, or as a line."""
+        parts = [f"{label} {row[key]:.{digits}f}" for key, label, digits in _SHOWN if key in row]
+        parts += [
+            f"{metric_name(key)} {100 * row[key]:.2f} %" for key in row if key.startswith("recall@")
+        ]
+        if self.bar.disable or "recall@1" in row:
+            left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
+            minutes, seconds = divmod(round(left), 60)
+            console.say(
+                f"step {step:{self.width}}/{self.steps}  {'  '.join(parts)}  "
+                f"{minutes}:{seconds:02} left"
+            )
+        else:
+            self.bar.set_postfix_str(", ".join(parts))
+
+
+_SHOWN = (
+    ("loss", "loss", 4),
+    ("ranking_loss", "ranking", 4),
+    ("classification_loss", "classification", 4),
+    ("images_per_second", "images/s", 0),
+)

@@ -1,0 +1,90 @@
+"""How fast training is, in images and in floating-point operations."""
+
+import contextlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cgd_jax.augment import normalize
+from cgd_jax.models.cgd import CGD, compute_dtype
+from cgd_jax.train_step import State
+
+
+class Meter:
+    """How fast training is, over the steps since it was last read."""
+
+    def __init__(self, images: int, flops: float, peak: float):
+        """Takes images a step, floating-point operations a step, and the devices' FLOP/s or nan."""
+        self.images, self.flops, self.peak = images, flops, peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out what was done since the last reading: compiling, evaluating."""
+        self.steps, self.waited, self.since = 0, 0.0, time.time()
+
+    def count(self) -> None:
+        """Counts one step."""
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside as waiting for a batch."""
+        began = time.time()
+        yield
+        self.waited += time.time() - began
+
+    def read(self) -> dict[str, float]:
+        """Columns of the history, and starts anew."""
+        seconds = max(time.time() - self.since, 1e-9)
+        row = {
+            "images_per_second": self.steps * self.images / seconds,
+            "input_wait": self.waited / seconds,
+            "tflops_per_second": self.steps * self.flops / seconds / 1e12,
+        }
+        row["share_of_peak"] = 1e12 * row["tflops_per_second"] / self.peak
+        self.restart()
+        return {name: value for name, value in row.items() if np.isfinite(value)}
+
+
+def flops_per_image(model: CGD, state: State, image_size: int) -> float:
+    """Floating-point operations of one forward pass, as the compiler counts them."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+
+    def embed(state, images):
+        return model.apply(state.variables(), normalize(images, state.normalization)).embedding
+
+    lowered = jax.jit(embed).lower(state, images)
+    return (lowered.cost_analysis() or {}).get("flops", float("nan"))
+
+
+# Dense matrix products in bfloat16 (T4 and V100: float16) by the makers' data sheets, in
+# FLOP/s of one device as JAX counts them; the longest name that a device's begins with.
+_PEAKS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(dtype: str) -> float:
+    """What all devices could compute together, in FLOP/s; nan if that is not known.
+
+    Args:
+      dtype: of the computation, as a config has it. Only for 16 bits are there figures here.
+    """
+    kind = jax.devices()[0].device_kind
+    names = [name for name in _PEAKS if kind.startswith(name)]
+    if not names or compute_dtype(dtype).itemsize != 2:
+        return float("nan")
+    return jax.device_count() * _PEAKS[max(names, key=len)]

@@ -1,0 +1,1 @@
+"""What a run needs of the machine: files, signals, threads, processes, a terminal."""

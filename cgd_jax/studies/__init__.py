@@ -1,0 +1,1 @@
+"""Variants of an experiment, several seeds each, run and compared."""

@@ -1,0 +1,272 @@
+"""Bad files, interrupted builds, keys and concurrency, on a folder of photographs."""
+
+import io
+import multiprocessing
+import os
+import struct
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cgd_jax.data import builder as builder_module
+from cgd_jax.data.image_folder import ImageFolder
+from tests.dataset_samples import encoded, examples, picture, write
+
+# Not forked: other tests start threads, which do not survive it.
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def folder_of(root, classes=4, each=3):
+    names = {f"class {c}/{i}.jpg": 10 * c + i for c in range(classes) for i in range(each)}
+    return write(root, {name: picture(seed) for name, seed in names.items()})
+
+
+def everything(builder):
+    return {e["id"]: e for split in builder.info.splits for e in examples(builder, split)}
+
+
+def prepared(tmp_path, source, **options):
+    builder = ImageFolder(data_dir=tmp_path / "data", source=source, **options)
+    builder.download_and_prepare()
+    return builder
+
+
+def bomb():
+    data = bytearray(picture())
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
+    return bytes(data)
+
+
+BAD = {
+    "class 0/zero.jpg": (b"", "empty file"),
+    "class 0/text.jpg": (b"<html>not found</html>", "not an image"),
+    "class 1/cut.jpg": (picture(1, 200, 200)[:-100], "truncated"),
+    "class 1/cut.png": (picture(1, 200, 200, "PNG")[:-500], ""),
+    "class 2/bomb.jpg": (bomb(), "decompression bomb"),
+}
+
+
+def odd_but_good():
+    image = Image.open(io.BytesIO(picture(5)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "class 3/cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
+        "class 3/grey16.png": encoded(Image.new("I;16", (5, 5), 300), "PNG"),
+        "class 3/palette.png": encoded(image.convert("P"), "PNG"),
+        "class 3/alpha.webp": encoded(image.convert("RGBA"), "WEBP"),
+        "class 3/turned.jpg": encoded(image, "JPEG", exif=exif),
+        "class 3/really a png.jpg": encoded(image, "PNG"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_files_are_skipped_counted_and_listed(tmp_path):
+    source = folder_of(tmp_path / "in")
+    write(source, {name: data for name, (data, _) in BAD.items()} | odd_but_good())
+    builder = prepared(tmp_path, source, max_bad_fraction=0.5)
+    found = everything(builder)
+    assert len(found) == 12 + len(odd_but_good()) and not BAD.keys() & found.keys()
+    for name, data in odd_but_good().items():
+        assert found[name]["image"] == data
+    rows = builder.skipped()
+    assert {row["id"] for row in rows} == BAD.keys()
+    for row in rows:
+        assert BAD[row["id"]][1] in row["reason"] and row["reason"]
+        assert row["split"] in ("train", "test")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_many_bad_files_stop_the_build(tmp_path):
+    source = folder_of(tmp_path / "in")
+    write(source, {name: data for name, (data, _) in BAD.items()})
+    with pytest.raises(ValueError, match=r"of 17 files.*share of 0\.1 .*skipped.csv") as error:
+        prepared(tmp_path, source, max_bad_fraction=0.1)
+    builder = ImageFolder(data_dir=tmp_path / "data", source=source)
+    assert str(builder.report_path) in str(error.value) and builder.skipped()
+    assert not os.path.exists(builder.data_dir) and not builder.is_prepared()
+    # Built under a generous limit, it still does not pass a strict one.
+    prepared(tmp_path, source, max_bad_fraction=0.5)
+    with pytest.raises(ValueError, match="5 of 17 files"):
+        prepared(tmp_path, source, max_bad_fraction=0.1)
+
+
+def test_files_that_vanish_are_reported(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "in")
+    real = builder_module._read
+
+    def read(row):
+        if row.id == "class 2/1.jpg":
+            row.path.unlink()
+        return real(row)
+
+    monkeypatch.setattr(builder_module, "_read", read)
+    builder = prepared(tmp_path, source, max_bad_fraction=0.1)
+    assert [(row["id"], row["reason"]) for row in builder.skipped()] == [
+        ("class 2/1.jpg", "no such file")
+    ]
+
+
+def test_a_shard_of_nothing_but_bad_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder_module, "SHARD_IMAGES", 2)
+    source = folder_of(tmp_path / "in", classes=2, each=6)
+    write(source, {f"class {c}/{i}.jpg": b"" for c in range(2) for i in (2, 3)})
+    builder = prepared(tmp_path, source, max_bad_fraction=0.9)
+    assert builder.info.splits["train"].shard_lengths == [2, 0, 2]
+    for split in ("train", "test"):
+        rows = examples(builder, split)
+        assert [row["id"][-5] for row in rows] == ["0", "1", "4", "5"]
+    again = ImageFolder(data_dir=tmp_path / "data", source=source, max_bad_fraction=0.9)
+    assert len(examples(again, "test")) == 4
+
+
+def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder_module, "SHARD_BYTES", 3000)
+    builder = prepared(tmp_path, folder_of(tmp_path / "in", 2, 20))
+    assert builder.info.splits["train"].num_shards > 2
+    rows = examples(builder, "train")
+    assert len(rows) == 20
+    source = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    assert [source[i]["id"].decode() for i in (13, 2)] == [rows[13]["id"], rows[2]["id"]]
+
+
+def test_an_interrupted_build_is_not_taken_for_complete(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "in")
+    real = builder_module._read
+
+    def interrupt(row):
+        if row.id == "class 2/1.jpg":
+            raise KeyboardInterrupt
+        return real(row)
+
+    monkeypatch.setattr(builder_module, "_read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, source)
+    builder = ImageFolder(data_dir=tmp_path / "data", source=source)
+    assert not os.path.exists(builder.data_dir)
+    assert not list(builder.report_path.parent.glob("incomplete*"))
+    monkeypatch.undo()
+    assert len(everything(prepared(tmp_path, source))) == 12
+
+
+def die(tmp_path, source):
+    builder_module._read = lambda row: os._exit(7)
+    prepared(tmp_path, source)
+
+
+def test_a_killed_build_is_not_taken_for_complete(tmp_path):
+    source = folder_of(tmp_path / "in")
+    process = SPAWN.Process(target=die, args=(tmp_path, source))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    folder = ImageFolder(data_dir=tmp_path / "data", source=source).report_path.parent
+    assert list(folder.glob("incomplete*"))
+    assert len(everything(prepared(tmp_path, source))) == 12
+    assert not list(folder.glob("incomplete*"))
+
+
+def test_another_source_or_option_is_another_data_set(tmp_path):
+    one, two = folder_of(tmp_path / "a" / "in"), folder_of(tmp_path / "b" / "in", classes=6)
+    folders = {
+        ImageFolder(data_dir=tmp_path, source=source, **options).data_dir
+        for source, options in (
+            (one, {}),
+            (two, {}),
+            (one, {"seed": 1}),
+            (one, {"test_fraction": 0.3}),
+            (one, {"nested_classes": True}),
+        )
+    }
+    assert len(folders) == 5
+    builder = prepared(tmp_path, one)
+    assert len(everything(builder)) == 12
+    write(one, {"class 9/new.jpg": picture(99)})
+    changed = prepared(tmp_path, one)
+    assert changed.data_dir != builder.data_dir and len(everything(changed)) == 13
+    # Options that do not shape the content do not build anything again.
+    lenient = ImageFolder(data_dir=tmp_path / "data", source=one, max_bad_fraction=1)
+    assert lenient.data_dir == changed.data_dir and lenient.is_prepared()
+
+
+def test_a_prepared_data_set_may_be_read_only(tmp_path, monkeypatch):
+    source = folder_of(tmp_path / "in")
+    prepared(tmp_path, source)
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(builder_module, "one_at_a_time", refuse)
+    monkeypatch.setattr(builder_module.Path, "write_text", refuse)
+    assert len(everything(prepared(tmp_path, source))) == 12
+
+
+def test_the_source_may_be_deleted_afterwards(tmp_path):
+    source = folder_of(tmp_path / "in")
+    builder = prepared(tmp_path, source)
+    moved = source.rename(tmp_path / "elsewhere")
+    again = prepared(tmp_path, source)
+    assert again.data_dir == builder.data_dir and len(everything(again)) == 12
+    with pytest.raises(FileNotFoundError):
+        prepared(tmp_path, source, seed=1)
+    with pytest.raises(FileNotFoundError):
+        prepared(tmp_path, tmp_path / "another")
+    # When something is there again, it counts.
+    write(moved.rename(source), {"class 1/new.jpg": picture(70)})
+    assert len(everything(prepared(tmp_path, source))) == 13
+    # Of two that were made of the same path, the later one is meant.
+    source.rename(tmp_path / "elsewhere")
+    assert len(everything(prepared(tmp_path, source))) == 13
+
+
+def build(tmp_path, source, barrier, results):
+    barrier.wait()
+    results.put(len(everything(prepared(tmp_path, source))))
+
+
+def test_processes_at_once_build_one_good_data_set(tmp_path):
+    source = folder_of(tmp_path / "in")
+    barrier, results = SPAWN.Barrier(3), SPAWN.Queue()
+    arguments = (tmp_path, source, barrier, results)
+    processes = [SPAWN.Process(target=build, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [12] * 3
+    for process in processes:
+        process.join()
+
+
+def test_boxes_are_clipped_and_degenerate_ones_replaced():
+    builder = object.__new__(builder_module.ImageBuilder)
+    builder._degenerate = []
+
+    def clip(*box):
+        return builder._clip("train", builder.Photograph("x", None, 0, "", box), 20, 30).tolist()
+
+    assert clip(1.5, 2, 10, 12) == [1.5, 2, 10, 12]
+    assert clip(-5, -1, 100, 200) == [0, 0, 30, 20]
+    assert not builder._degenerate
+    whole = [0, 0, 30, 20]
+    for box in (
+        (5, 5, 5, 9),
+        (9, 5, 5, 9),
+        (31, 0, 40, 9),
+        (0, -9, 9, 0),
+        (5, 5, 5.5, 9),
+        (np.nan, 0, 5, 5),
+    ):
+        assert clip(*box) == whole, box
+    assert len(builder._degenerate) == 6
+
+
+def test_share_of_bad_files_is_a_share(tmp_path):
+    with pytest.raises(ValueError, match="share from 0 to 1, not 5"):
+        ImageFolder(data_dir=tmp_path, source=tmp_path, max_bad_fraction=5)
+
+
+def test_no_tensorflow():
+    assert "tensorflow" not in sys.modules

@@ -1,0 +1,222 @@
+"""The cache against decoding by hand; damage, interruption, several processes at once."""
+
+import json
+import multiprocessing
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from cgd_jax.data import cache
+from cgd_jax.data.decode import decode
+from cgd_jax.runtime import files
+from tests.dataset_samples import picture
+
+
+class Source:
+    """What TFDS's data sources offer, counting how often it is read."""
+
+    def __init__(self, count=40, boxes=False, broken=None):
+        self.examples = [
+            {
+                "image": picture(i, 20 + i, 30),
+                "label": i // 3,
+                "class_name": b"thing",
+                "id": f"ä b/{i}.jpg".encode(),
+            }
+            | ({"bbox": np.array([2, 3, 15, 20], np.float32)} if boxes else {})
+            for i in range(count)
+        ]
+        if broken is not None:
+            self.examples[broken]["image"] = b"broken"
+        self.read = 0
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitems__(self, numbers):
+        assert all(type(i) is int for i in numbers)
+        self.read += len(numbers)
+        return [self.examples[i] for i in numbers]
+
+
+# Not forked: other tests start threads, which do not survive it.
+SPAWN = multiprocessing.get_context("spawn")
+KEY = {"name": "things", "version": "1.0.0", "split": "train"}
+
+
+@pytest.mark.parametrize("make", ["file", "none"])
+@pytest.mark.parametrize("crop", [True, False])
+def test_every_image_is_what_decoding_gives(tmp_path, make, crop):
+    source = Source(boxes=True)
+    if make == "file":
+        found = cache.resized(source, tmp_path, KEY, 16, crop)
+        images = found.images
+    else:
+        found = images = cache.Decoded(source, 16, crop)
+    assert images.shape == (40, 16, 16, 3)
+    order = np.array([39, 0, 7, 7, 21])
+    expected = [
+        decode(source.examples[i]["image"], (2, 3, 15, 20) if crop else None, 16) for i in order
+    ]
+    batch = images[order]
+    assert batch.dtype == np.uint8 and batch.flags.writeable
+    np.testing.assert_array_equal(batch, expected)
+    np.testing.assert_array_equal(found.labels, np.arange(40) // 3)
+    assert found.labels.dtype == np.int64
+    assert list(found.ids) == [f"ä b/{i}.jpg" for i in range(40)]
+    assert found.class_names == dict.fromkeys(range(14), "thing")
+    assert images[np.array([], int)].shape == (0, 16, 16, 3)
+
+
+def test_the_second_time_nothing_is_decoded(tmp_path):
+    source = Source()
+    cache.resized(source, tmp_path, KEY, 16)
+    assert source.read == 40
+    again = cache.resized(source, tmp_path, KEY, 16)
+    assert source.read == 40
+    assert isinstance(again.images, np.memmap) and not again.images.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "change", [{"key": KEY | {"split": "test"}}, {"size": 17}, {"crop": False}, {"count": 39}]
+)
+def test_whatever_shapes_the_content_has_a_cache_of_its_own(tmp_path, change):
+    first = cache.resized(Source(), tmp_path, KEY, 16)
+    arguments = {"key": KEY, "size": 16, "crop": True, "count": 40} | change
+    source = Source(arguments.pop("count"))
+    other = cache.resized(source, tmp_path, **arguments)
+    assert source.read == len(source) == len(other.images)
+    assert other.images.filename != first.images.filename
+
+
+def damage_cut(folder):
+    with open(folder / "images.npy", "r+b") as file:
+        file.truncate(1000)
+
+
+def damage_header(folder):
+    with open(folder / "images.npy", "r+b") as file:
+        file.write(b"garbage!")
+
+
+def damage_shape(folder):
+    text = (folder / "images.npy").read_bytes()
+    (folder / "images.npy").write_bytes(text.replace(b"(40, 16", b"(20, 16", 1))
+
+
+def damage_labels(folder):
+    (folder / "labels.npy").unlink()
+
+
+def damage_key(folder):
+    stored = json.loads((folder / "key.json").read_text())
+    stored["key"]["split"] = "other"
+    (folder / "key.json").write_text(json.dumps(stored))
+
+
+def damage_json(folder):
+    (folder / "key.json").write_text("{")
+
+
+def damage_all(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_cut, damage_header, damage_shape, damage_labels, damage_key, damage_json, damage_all],
+)
+def test_a_damaged_cache_is_built_again(tmp_path, damage):
+    source = Source()
+    good = np.array(cache.resized(source, tmp_path, KEY, 16).images)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    damage(folder)
+    again = cache.resized(source, tmp_path, KEY, 16)
+    assert source.read == 80
+    np.testing.assert_array_equal(again.images, good)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+    assert not list(folder.glob("damaged*"))
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    source, real = Source(), cache.pixels
+
+    def interrupt(example, *rest):
+        if example["label"] == 9:
+            raise KeyboardInterrupt
+        return real(example, *rest)
+
+    monkeypatch.setattr(cache, "pixels", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.resized(source, tmp_path, KEY, 16)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    monkeypatch.undo()
+    assert len(cache.resized(source, tmp_path, KEY, 16).images) == 40
+
+
+def die(folder):
+    cache.pixels = lambda example, *_: os._exit(7)  # In the middle, without any cleaning up.
+    cache.resized(Source(), folder, KEY, 16)
+
+
+def test_remains_of_a_killed_build_are_removed(tmp_path):
+    process = SPAWN.Process(target=die, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    images = cache.resized(Source(), tmp_path, KEY, 16)
+    np.testing.assert_array_equal(images.images[5], decode(picture(5, 25, 30), size=16))
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+def test_a_broken_image_is_named(tmp_path):
+    for use in (
+        lambda source: cache.resized(source, tmp_path, KEY, 16),
+        lambda source: cache.Decoded(source, 16)[np.array([7])],
+    ):
+        with pytest.raises(ValueError, match=r"ä b/7\.jpg"):
+            use(Source(broken=7))
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
+    source = Source()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"takes 0.00 GB.*cache=none"):
+        cache.resized(source, tmp_path, KEY, 16)
+    assert source.read == 0
+
+
+def refuse(*_):
+    raise OSError("no locks available")
+
+
+def build(folder, locks, barrier, results):
+    if not locks:  # As on a file system without them.
+        files.fcntl.flock = refuse
+    source = Source()
+    barrier.wait()
+    images = cache.resized(source, folder, KEY, 16)
+    results.put((source.read, int(images.images.astype(np.int64).sum())))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_at_once_all_get_a_good_cache(tmp_path, locks):
+    barrier, results = SPAWN.Barrier(3), SPAWN.Queue()
+    arguments = (tmp_path, locks, barrier, results)
+    processes = [SPAWN.Process(target=build, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    expected = sum(
+        int(decode(e["image"], size=16).astype(np.int64).sum()) for e in Source().examples
+    )
+    assert {total for _, total in found} == {expected}
+    if locks:
+        assert sorted(read for read, _ in found) == [0, 0, 40]
