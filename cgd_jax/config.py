@@ -9,7 +9,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from cgd_jax import combination, data, losses, metrics, pooling
-from cgd_jax.data import load
 from cgd_jax.models import cgd, resnet
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -133,7 +132,7 @@ def _validate(config: ConfigDict) -> None:
             f"eval.center_crop cuts data.image_size={config.data.image_size} out of images of "
             f"data.resize={config.data.resize}, which must not be smaller."
         )
-    if config.data.source and not load.needs_source(config.data.name):
+    if config.data.source and not data.needs_source(config.data.name):
         raise ConfigError(
             f"data.source={config.data.source!r}, but {config.data.name} is drawn, not read."
         )
