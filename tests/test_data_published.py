@@ -61,9 +61,9 @@ def expect_cub(builder):
     np.testing.assert_array_equal([e["bbox"] for e in train], [[2, 3, 13, 15], [5, 4, 30, 14]] * 2)
     assert train[0]["bbox"].dtype == np.float32
     np.testing.assert_array_equal(test[3]["bbox"], [0, 0, 30, 20])
-    report = builder.boxes_path.read_text()
+    report = builder.report_path("boxes").read_text()
     assert test[3]["id"] in report and len(report.splitlines()) == 2
-    assert builder.skipped() == []
+    assert builder.report("skipped") == []
 
 
 def mat(rows, columns, **more):
@@ -238,7 +238,7 @@ def test_layout(tmp_path, layout, form):
     builder = cls(data_dir=tmp_path / "data", source=source, allow_incomplete=True)
     builder.download_and_prepare()
     expect(builder)
-    folder = builder.report_path.parent
+    folder = builder.report_path("skipped").parent
     assert not list(folder.glob("incomplete*"))
     if form.startswith("x."):  # What is prepared does not need the archive any more to be read.
         expect(builder)
