@@ -18,7 +18,6 @@ A position of the feature map has seen more of the image than its own cell, so m
 the network found something, not which pixels it is made of.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,15 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax import evaluate, from_config, pooling, retrieval
+from cgd_jax import checkpoint, evaluate, from_config, pooling, retrieval
 from cgd_jax.augment import Normalization, center_crop, normalize
-from cgd_jax.config import ConfigError, from_dict
+from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
-from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import CGD, create_model, embed_model
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
+from cgd_jax.workdir import keep_compiled, read_config
 
 __all__ = ["Explanation", "contributions", "explain_pair", "explain_run", "pooled_map"]
 
@@ -236,10 +235,7 @@ def explain_run(
     for flag, file in files.items():
         if not Path(file).is_file():
             raise FileNotFoundError(f"--{flag}={file}: there is no such file.")
-    path = Path(workdir, "config.json")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no run in {workdir}: it has no config.json.")
-    config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    config = read_config(workdir)
     size = config.data.image_size
     decoded = []
     for flag, file in files.items():
@@ -248,23 +244,25 @@ def explain_run(
             decoded.append(decode(Path(file).read_bytes(), size=side))
         except ValueError as error:
             raise ConfigError(f"--{flag}={file}: {error}.") from error
-    variables, normalization, step = pretrained.read_run(workdir, step)
+    variables, normalization, step = checkpoint.read_weights(workdir, step)
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
 
-    workdir.keep_compiled(workdir)
+    keep_compiled(workdir)
     setup = from_config.set_up(config)
     dataset, batch = setup.dataset, config.eval.batch_size
     embed = embed_model(model, variables, normalization, size)
     if files:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
-        embeddings = evaluate.embed_images(embed, dataset.query.images[sample], batch, setup.split)
+        embeddings = evaluate.embed_images(
+            embed, dataset.query.images[sample], batch, setup.batch_sharding
+        )
         reference = embeddings.mean(0)
         names = [Path(file).name for file in files.values()]
         stems = "-".join(Path(file).stem for file in files.values())
         chosen = {f"explain-{stems}.png": [(np.stack(decoded), names, None)]}
     else:
-        embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.split)
+        embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.batch_sharding)
         reference = embeddings.query.mean(0)
         right, wrong = right_and_wrong(embeddings, dataset, PAIRS, config.seed, setup.mesh)
         chosen = {

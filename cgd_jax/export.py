@@ -16,12 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from cgd_jax import checkpoint
 from cgd_jax.augment import Normalization
 from cgd_jax.config import from_dict, to_dict
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model, embed_model
 from cgd_jax.reports import tables
 from cgd_jax.runtime import files
+from cgd_jax.workdir import read_config
 
 __all__ = ["Model", "export_run", "open_model", "push_to_hub"]
 
@@ -86,11 +88,8 @@ def export_run(workdir: str, step: int | None = None) -> Path:
     Raises:
       FileNotFoundError: there is no such run or checkpoint, or it was not evaluated.
     """
-    path = Path(workdir, "config.json")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no run in {workdir}: it has no config.json.")
-    config = from_dict(json.loads(path.read_text(encoding="utf-8")))
-    variables, normalization, step = pretrained.read_run(workdir, step)
+    config = read_config(workdir)
+    variables, normalization, step = checkpoint.read_weights(workdir, step)
     metrics = _measured(workdir, step)
     folder = Path(workdir, FOLDER)
     folder.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from cgd_jax import evaluate, export, from_config
+from cgd_jax import checkpoint, evaluate, export, from_config
 from cgd_jax.augment import IMAGENET
 from cgd_jax.models import pretrained
 
@@ -22,7 +22,7 @@ def test_an_exported_network_computes_the_same(finished_run, tmp_path):
     model = export.open_model(str(moved))
     setup = from_config.set_up(config)
     images = setup.dataset.query.images[:5]
-    state = setup.state.replace(**pretrained.read_run(workdir, result["step"])[0])
+    state = setup.state.replace(**checkpoint.read_weights(workdir, result["step"])[0])
     expected = evaluate.embed_state(config, setup, state)(images)
     np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
     assert model.image_size == 8 and model.config == config

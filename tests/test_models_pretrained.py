@@ -222,13 +222,13 @@ def test_an_earlier_run(small, tmp_path, averaged):
     assert_same(loaded, small)
     assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(loaded))
     assert_same(normalization, lite)
-    weights, _, step = pretrained.read_run(tmp_path, 9)
+    weights, _, step = checkpoint.read_weights(tmp_path, 9)
     assert_same(weights["batch_stats"], worse.batch_stats)
     assert step == 9
     with pytest.raises(
         FileNotFoundError, match="no checkpoint of step 7; the steps kept are: 5, 9"
     ):
-        pretrained.read_run(tmp_path, 7)
+        checkpoint.read_weights(tmp_path, 7)
 
 
 def test_a_run_that_was_never_evaluated_or_never_saved(small, tmp_path):

@@ -248,7 +248,7 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     tiny_config.eval.baselines = False
     tiny_config.train.steps = 6
     result = train.train_and_evaluate(tiny_config, str(tmp_path))
-    average, _, step = pretrained.read_run(tmp_path)
+    average, _, step = checkpoint.read_weights(tmp_path)
     assert step == result["step"] == 6
     state = state_of(tiny_config, str(tmp_path))
     assert_same(state.average, average["params"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax import combination, pooling
-from cgd_jax.augment import Normalization, center_crop, normalize
+from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET, Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.models import efficientnet_lite, resnet
 
@@ -105,6 +105,11 @@ class CGD(nn.Module):
         shape = () if self.learn_p == "scalar" else features.shape[-1:]
         p = self.param("gem_p_learned", nn.initializers.constant(self.gem_p), shape)
         return pooling.gem(features, p)
+
+
+def normalization_of(backbone: str) -> Normalization:
+    """Returns the normalization that a backbone is published with."""
+    return EFFICIENTNET_LITE if backbone in efficientnet_lite.BACKBONES else IMAGENET
 
 
 def compute_dtype(name: str) -> jnp.dtype:

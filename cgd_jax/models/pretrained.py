@@ -13,14 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from cgd_jax import checkpoint
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET, Normalization
 from cgd_jax.models.torch_file import read_torch_file
 
@@ -29,7 +26,7 @@ __all__ = [
     "find",
     "load",
     "read_header",
-    "read_run",
+    "fill",
     "save",
     "to_torchvision",
     "usual_normalization",
@@ -246,12 +243,12 @@ def _backbone(variables) -> dict:
     return {part: variables[part]["backbone"] for part in ("params", "batch_stats")}
 
 
-def _fill(tree, variables) -> dict:
+def fill(tree, variables) -> dict:
     """Variables from a tree with our own names: a backbone, or a whole network."""
     if "backbone" in tree["params"] and "backbone" not in variables["params"]:
         tree = _backbone(tree)
     elif "backbone" in variables["params"] and "backbone" not in tree["params"]:
-        filled = _fill(tree, _backbone(variables))
+        filled = fill(tree, _backbone(variables))
         return {part: {**variables[part], "backbone": filled[part]} for part in filled}
     found, expected = flatten_dict(tree, sep="/"), flatten_dict(variables, sep="/")
     problems = []
@@ -301,15 +298,13 @@ def load(variables, source: str) -> tuple[dict, Normalization]:
     normalization = None
     if source == "efficientnet_lite0":
         weights = read_torch_file(_find_wheel())
-    elif (path / checkpoint.FOLDER).is_dir():
-        weights, normalization, _ = read_run(path)
     else:
         path = find(source)
         weights, normalization = _read_file(path)
         normalization = normalization or _declared_normalization(path.parent)
     if "params" not in weights:
         weights = convert_state_dict(weights, _backbone(variables))
-    filled = _fill(weights, variables)
+    filled = fill(weights, variables)
     return filled, normalization or usual_normalization(filled)
 
 
@@ -422,45 +417,10 @@ def _weights_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{folder} holds no weights: neither {checkpoint.FOLDER}/ of a run nor model.safetensors "
+        f"{folder} holds no weights: neither checkpoints/ of a run nor model.safetensors "
         f"or pytorch_model.bin of a published network. Pass the file itself if it is called "
         f"otherwise."
     )
-
-
-def read_run(workdir: str | Path, step: int | None = None) -> tuple[dict, Normalization, int]:
-    """The weights of a checkpoint, without its network or data set.
-
-    Args:
-      workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1, or the latest if none
-        was evaluated.
-
-    Returns:
-      {"params": ..., "batch_stats": ...} of NumPy arrays, the parameters averaged if the
-      run averages them; the normalization; the step.
-
-    Raises:
-      FileNotFoundError: there is no such checkpoint.
-    """
-    with checkpoint.manager(str(workdir)) as checkpoints:
-        if step is None:
-            step = checkpoints.best_step()
-        if step is None:
-            step = checkpoints.latest_step()
-        checkpoint.check_step(checkpoints, step, workdir)
-    folder = Path(workdir, checkpoint.FOLDER, str(step), "default").resolve()
-    log.info("Weights of step %d of %s.", step, workdir)
-    with ocp.PyTreeCheckpointer() as reader:
-        # As NumPy arrays: the run may have had other devices than there are here.
-        metadata = reader.metadata(folder).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        state = reader.restore(folder, restore_args=as_numpy)
-    variables = {
-        "params": state.get("average") or state["params"],
-        "batch_stats": state["batch_stats"],
-    }
-    return variables, Normalization.of(**state["normalization"]), step
 
 
 def _find_wheel() -> Path:
