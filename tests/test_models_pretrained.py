@@ -218,8 +218,10 @@ def test_an_earlier_run(small, tmp_path, averaged):
     with checkpoint.manager(tmp_path, keep=2) as checkpoints:
         checkpoint.save(checkpoints, best, 0.9)
         checkpoint.save(checkpoints, worse, 0.4)
-    loaded, normalization = pretrained.load(small, str(tmp_path))
+    weights, normalization, step = checkpoint.read_weights(tmp_path)
+    loaded = pretrained.fill(weights, small)
     assert_same(loaded, small)
+    assert step == 5
     assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(loaded))
     assert_same(normalization, lite)
     weights, _, step = checkpoint.read_weights(tmp_path, 9)
@@ -234,11 +236,11 @@ def test_an_earlier_run(small, tmp_path, averaged):
 def test_a_run_that_was_never_evaluated_or_never_saved(small, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-        pretrained.load(small, str(tmp_path))
+        checkpoint.read_weights(tmp_path)
     tree = jax.tree.map(jnp.asarray, small)
     with checkpoint.manager(tmp_path, keep=2) as checkpoints:
         checkpoint.save(checkpoints, State(jnp.int32(5), tree["params"], tree["batch_stats"]))
-    assert_same(pretrained.load(small, str(tmp_path))[0], small)
+    assert_same(checkpoint.read_weights(tmp_path)[0], small)
 
 
 @pytest.mark.parametrize(
