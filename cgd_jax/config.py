@@ -9,14 +9,23 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cgd_jax import combination, data, losses, metrics, pooling
-from cgd_jax.models import cgd, resnet
+from cgd_jax.models import backbones, cgd, resnet
 
-__all__ = ["ConfigError", "differences", "flatten", "from_dict", "to_dict", "validate"]
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+__all__ = [
+    "ConfigError",
+    "differences",
+    "fill_added_keys",
+    "flatten",
+    "from_dict",
+    "to_dict",
+    "validate",
+]
 
 # What may differ when a run is continued: none of it changes what is trained.
 FREE_TO_CHANGE = (
@@ -84,7 +93,7 @@ RULES: dict[str, Rule] = {
     "augment.min_area": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "augment.jitter": at_least(0),
     "augment.erase": Rule(lambda p: 0 <= p <= 1, "must be a probability"),
-    "model.backbone": one_of(cgd.BACKBONES),
+    "model.backbone": one_of(backbones.names()),
     "model.pretrained": _any_text,
     "model.width": at_least(1),
     "model.stem": one_of(resnet.STEMS),
@@ -170,7 +179,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: "ConfigDict") -> None:
     """Checks a whole config before any work starts.
 
     Raises:
@@ -196,19 +205,11 @@ def validate(config: ConfigDict) -> None:
             raise ConfigError(problem)
 
 
-def _options_of_another_backbone(config: ConfigDict) -> str | None:
-    published = {"width": 64, "stem": "7x7", "stem_stride": 2}
-    if config.model.backbone not in resnet.BACKBONES:
-        for name in cgd.RESNET_OPTIONS:
-            if config.model[name] != published[name]:
-                return (
-                    f"model.{name}={config.model[name]!r} is an option of ResNets; "
-                    f"{config.model.backbone} has none, leave {published[name]!r}."
-                )
-    return None
+def _options_of_another_backbone(config: "ConfigDict") -> str | None:
+    return next(iter(backbones.refused_options(config.model)), None)
 
 
-def _embedding_cannot_be_shared(config: ConfigDict) -> str | None:
+def _embedding_cannot_be_shared(config: "ConfigDict") -> str | None:
     model = config.model
     try:
         combination.kernel_shapes(1, len(model.descriptors), model.embedding_dim, model.combination)
@@ -217,7 +218,7 @@ def _embedding_cannot_be_shared(config: ConfigDict) -> str | None:
     return None
 
 
-def _no_exponent_to_learn(config: ConfigDict) -> str | None:
+def _no_exponent_to_learn(config: "ConfigDict") -> str | None:
     if config.model.learn_p != "fixed" and "G" not in config.model.descriptors:
         return (
             f"model.learn_p={config.model.learn_p!r} learns the exponent of GeM, but there is no "
@@ -226,7 +227,7 @@ def _no_exponent_to_learn(config: ConfigDict) -> str | None:
     return None
 
 
-def _crop_larger_than_image(config: ConfigDict) -> str | None:
+def _crop_larger_than_image(config: "ConfigDict") -> str | None:
     size, resize, pad = config.data.image_size, config.data.resize, config.augment.pad
     if resize + 2 * pad < size:
         return (
@@ -246,13 +247,13 @@ def _crop_larger_than_image(config: ConfigDict) -> str | None:
     return None
 
 
-def _source_of_drawn_data(config: ConfigDict) -> str | None:
+def _source_of_drawn_data(config: "ConfigDict") -> str | None:
     if config.data.source and not data.needs_source(config.data.name):
         return f"data.source={config.data.source!r}, but {config.data.name} is drawn, not read."
     return None
 
 
-def _nothing_to_rank(config: ConfigDict) -> str | None:
+def _nothing_to_rank(config: "ConfigDict") -> str | None:
     loss, classes, images = (
         config.loss,
         *(config.train[key] for key in ("classes_per_batch", "images_per_class")),
@@ -267,7 +268,7 @@ def _nothing_to_rank(config: ConfigDict) -> str | None:
     return None
 
 
-def _weight_decay_of_adam(config: ConfigDict) -> str | None:
+def _weight_decay_of_adam(config: "ConfigDict") -> str | None:
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:
         return (
             "optimizer.weight_decay is not 0, but adam has no decoupled weight decay; "
@@ -276,7 +277,7 @@ def _weight_decay_of_adam(config: ConfigDict) -> str | None:
     return None
 
 
-def _steps_to_profile(config: ConfigDict) -> str | None:
+def _steps_to_profile(config: "ConfigDict") -> str | None:
     if not config.profile_steps:
         return None
     begin, end = map(int, config.profile_steps.split(":"))
@@ -288,14 +289,14 @@ def _steps_to_profile(config: ConfigDict) -> str | None:
     return None
 
 
-def _unknown_vector(config: ConfigDict) -> str | None:
+def _unknown_vector(config: "ConfigDict") -> str | None:
     vectors = cgd.vectors_of(config.model.descriptors, config.model.combination)
     if config.eval.vector not in vectors:
         return f"eval.vector={config.eval.vector!r} {one_of(vectors).otherwise}."
     return None
 
 
-def _branches_not_separable(config: ConfigDict) -> str | None:
+def _branches_not_separable(config: "ConfigDict") -> str | None:
     model = config.model
     branches = cgd.branches_of(model.descriptors, model.combination)
     if config.eval.complementarity and len(branches) < 2:
@@ -307,7 +308,7 @@ def _branches_not_separable(config: ConfigDict) -> str | None:
     return None
 
 
-def _missing_package(config: ConfigDict) -> str | None:
+def _missing_package(config: "ConfigDict") -> str | None:
     for wanted, option, module, package in (
         (config.eval.clustering, "eval.clustering", "sklearn", "scikit-learn"),
         (config.eval.projection == "umap", "eval.projection=umap", "umap", "umap-learn"),
@@ -318,7 +319,7 @@ def _missing_package(config: ConfigDict) -> str | None:
 
 
 # Each returns what is wrong, or None.
-RULES_OF_SEVERAL: tuple[Callable[[ConfigDict], str | None], ...] = (
+RULES_OF_SEVERAL: tuple[Callable[["ConfigDict"], str | None], ...] = (
     _options_of_another_backbone,
     _embedding_cannot_be_shared,
     _no_exponent_to_learn,
@@ -352,27 +353,34 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def to_dict(config: ConfigDict) -> dict:
+def to_dict(config: "ConfigDict") -> dict:
     """Returns the config as JSON holds it: tuples are lists."""
     return json.loads(config.to_json())
 
 
-def from_dict(values: dict) -> ConfigDict:
+def from_dict(values: dict) -> "ConfigDict":
     """Returns the config that `to_dict` was given, with the `ADDED_KEYS` that it lacks."""
+    from ml_collections import ConfigDict  # here: an exported network is opened without it
 
-    def restore(value):
+    return ConfigDict(fill_added_keys(values))
+
+
+def fill_added_keys(values: dict) -> dict:
+    """Returns a copy of what `to_dict` made, with `ADDED_KEYS` filled in and lists as tuples."""
+
+    def copy(value):
         if isinstance(value, dict):
-            return {key: restore(entry) for key, entry in value.items()}
+            return {key: copy(entry) for key, entry in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    values = restore(values)
+    values = copy(values)
     for path, value in ADDED_KEYS.items():
         *groups, name = path.split(".")
         group = values
         for key in groups:
             group = group.setdefault(key, {})
         group.setdefault(name, value)
-    return ConfigDict(values)
+    return values
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:

@@ -13,8 +13,8 @@ from cgd_jax import checkpoint
 from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
-from cgd_jax.models import pretrained
-from cgd_jax.models.cgd import CGD, create_model, normalization_of
+from cgd_jax.models import backbones, pretrained
+from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.runtime import processes
 from cgd_jax.train_step import State, create_state, shardings
@@ -58,7 +58,7 @@ def set_up(config: ConfigDict) -> Setup:
         config.data.image_size,
         replicated,
         average=config.optimizer.average > 0,
-        normalization=normalization_of(config.model.backbone),
+        normalization=backbones.normalization_of(config.model.backbone),
     )
     return Setup(dataset, labels, model, optimizer, state, batch_sharding)
 
@@ -91,12 +91,12 @@ def check_batch(config: ConfigDict, devices: int) -> None:
         )
 
 
-def load_pretrained(source: str, state: State) -> State:
+def load_pretrained(config: ConfigDict, state: State) -> State:
     """Puts published weights, or those of an earlier run, into a state at step 0.
 
     Args:
-      source: the folder of a run, whose best checkpoint is taken, or what `pretrained.load`
-        knows.
+      config: the `model` part of an experiment's config. `pretrained` is the folder of a run,
+        whose best checkpoint is taken, or what `pretrained.load` knows.
       state: from `create_state`.
 
     Returns:
@@ -106,12 +106,15 @@ def load_pretrained(source: str, state: State) -> State:
       ConfigError: There is no such source, or it does not fit the network.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
+    source = config.pretrained
     try:
         if Path(source, checkpoint.FOLDER).is_dir():
             weights, normalization, _ = checkpoint.read_weights(source)
             loaded = pretrained.fill(weights, variables)
         else:
-            loaded, normalization = pretrained.load(variables, source)
+            loaded, normalization = pretrained.load(
+                variables, source, backbones.family_of(config.backbone)
+            )
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     average = None if state.average is None else loaded["params"]

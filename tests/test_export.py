@@ -1,6 +1,9 @@
 """A trained network taken away: the file opens without the run, and computes the same."""
 
+import ast
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -11,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from cgd_jax import checkpoint, evaluate, export, from_config
 from cgd_jax.augment import IMAGENET
-from cgd_jax.models import pretrained
+from cgd_jax.models import pretrained, resnet
 
 
 def test_an_exported_network_computes_the_same(finished_run, tmp_path):
@@ -25,13 +28,13 @@ def test_an_exported_network_computes_the_same(finished_run, tmp_path):
     state = setup.state.replace(**checkpoint.read_weights(workdir, result["step"])[0])
     expected = evaluate.embed_state(config, setup, state)(images)
     np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
-    assert model.image_size == 8 and model.config == config
+    assert model.image_size == 8 and model.config == config.to_dict()
     np.testing.assert_array_equal(model.normalization.mean, IMAGENET.mean)
     raw = export.open_model(str(moved / "model.safetensors"), vector="descriptor_S")
     assert raw.embed(images).shape == (5, 16)
     # It is also a source of weights for another run.
     variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
-    loaded, normalization = pretrained.load(variables, str(moved))
+    loaded, normalization = pretrained.load(variables, str(moved), resnet.FAMILY)
     np.testing.assert_array_equal(loaded["params"]["fc_S"], state.params["fc_S"])
     np.testing.assert_array_equal(normalization.std, IMAGENET.std)
     backbone = load_file(moved / "backbone.safetensors")
@@ -102,3 +105,21 @@ def test_pushing_to_the_hub(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         export.push_to_hub(tmp_path, "me/birds")
+
+
+def test_opening_an_export_needs_jax_flax_and_safetensors_only(finished_run):
+    config, workdir, _ = finished_run
+    folder = export.export_run(str(workdir))
+    code = f"""
+import sys
+import flax.linen, jax.numpy, numpy, safetensors.numpy
+before = set(sys.modules)
+from cgd_jax import export
+export.open_model({str(folder)!r})
+print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert set(ast.literal_eval(found.stdout)) <= {"cgd_jax", "jax", "jaxlib", "flax"}
