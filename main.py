@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -9,7 +10,9 @@ from ml_collections import config_flags
 from cgd_jax import evaluate, explain, export, inspect_data, train
 from cgd_jax.config import ConfigError, default_workdir, parse_flags
 from cgd_jax.runtime import console, interrupts, processes
-from cgd_jax.studies import runner
+from cgd_jax.studies import runner, study
+
+CLONE = Path(__file__).resolve().parent
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
@@ -33,8 +36,8 @@ STUDY = flags.DEFINE_string(
 )
 VARIANTS = flags.DEFINE_list("variants", None, "With --mode=study: some of them, separated by ,")
 SEEDS = flags.DEFINE_list("seeds", None, "With --mode=study: others than the study's.")
-JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs at a time; else one a device.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: only lists runs and times.")
+JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs that share a CPU; else 1.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: lists runs, times, commands.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several processes, as SLURM, Open MPI or the TPU pod has started them."
 )
@@ -89,17 +92,13 @@ def main(argv):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             train.train_and_evaluate(CONFIG.value, workdir)
         elif MODE.value == "study":
-            runner.run_study(
-                runner.load(STUDY.value),
-                CONFIG.value,
-                config_file,
-                config_flags.get_override_values(flags.FLAGS["config"]),
-                workdir,
-                VARIANTS.value,
-                SEEDS.value and list(map(int, SEEDS.value)),
-                JOBS.value,
-                DRY_RUN.value,
-            )
+            chosen = study.load(STUDY.value, CLONE)
+            given = config_flags.get_override_values(flags.FLAGS["config"])
+            seeds = SEEDS.value and list(map(int, SEEDS.value))
+            runs = study.plan(chosen, CONFIG.value, given, workdir, VARIANTS.value, seeds)
+            command = [sys.executable, str(CLONE / "main.py"), f"--config={config_file}"]
+            command += [f"--config.{key}={value}" for key, value in given.items()]
+            runner.run_study(chosen, runs, command, workdir, JOBS.value, DRY_RUN.value)
         elif MODE.value == "data":
             inspect_data.show_data(CONFIG.value, workdir)
         elif MODE.value == "eval":
@@ -120,4 +119,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(runner.with_base_config(argv)))
+    app.run(main, flags_parser=lambda argv: parse_flags(study.with_base_config(argv, CLONE)))

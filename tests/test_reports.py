@@ -55,6 +55,12 @@ def test_history_goes_on_where_the_run_does(tmp_path):
     assert read_history(tmp_path / "none.csv") == []
 
 
+def test_late_steps_are_not_rounded(tmp_path):
+    with History(tmp_path, 0) as history:
+        history.add(1234567, {"loss": 1 / 3})
+    assert read_history(tmp_path / "history.csv") == [{"step": 1234567, "loss": 0.333333}]
+
+
 def read_events(path):
     """The events of a TensorBoard file: records of length, checksum, event, checksum."""
     data, events = path.read_bytes(), []

@@ -1,4 +1,4 @@
-"""Variants of an experiment, each run with several seeds: is a difference more than noise?
+"""The variants of a study compared: is a difference more than noise?
 
 The intervals are Student's, over seeds. A seed stands for weights, batches and augmentation,
 so that two variants are compared seed by seed: what the same batches do to both cancels.
@@ -6,20 +6,40 @@ so that two variants are compared seed by seed: what the same batches do to both
 
 import csv
 import io
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from scipy import stats
-from tabulate import tabulate
 
-from cgd_jax.reports import plots, tables
+from cgd_jax.reports import plots
+from cgd_jax.reports.history import read_history
+from cgd_jax.reports.tables import metric_name, table
+from cgd_jax.runtime import files
+from cgd_jax.studies.study import Run, Study
 
-__all__ = ["COLUMNS", "Row", "compare", "markdown_table", "mean_interval", "plot", "to_csv"]
+__all__ = [
+    "COLUMNS",
+    "Row",
+    "compare",
+    "markdown_table",
+    "mean_interval",
+    "plot",
+    "read_metrics",
+    "to_csv",
+    "write_report",
+]
 
-# Fewer than three seeds leave next to nothing to judge the noise by.
+# Fewer seeds leave next to nothing to judge the noise by.
 FEW_SEEDS = 3
+
+COLUMNS = (
+    "vector", "metric", "variant", "seeds", "mean", "low", "high",
+    "difference", "difference_low", "difference_high", "differs",
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -33,20 +53,15 @@ class Row(NamedTuple):
     differs: bool  # whether that interval excludes zero
 
 
-def mean_interval(values) -> tuple[float, float]:
-    """The mean of some numbers, and half of its 95 % interval by Student's t.
+def mean_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Returns the mean of some numbers, and half of its 95 % interval by Student's t.
 
-    Args:
-      values: [n] numbers.
-
-    Returns:
-      mean, half; the mean of none is nan, and so is half the interval of fewer than two.
+    The mean of none is nan, and so is half the interval of fewer than two.
     """
     values = np.asarray(list(values), np.float64)
     if len(values) < 2:
         return (float(values[0]) if len(values) else float("nan")), float("nan")
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def compare(measured: dict[str, dict[int, float]], reference: str) -> dict[str, Row]:
@@ -61,14 +76,11 @@ def compare(measured: dict[str, dict[int, float]], reference: str) -> dict[str, 
     """
     rows = {}
     for variant, values in measured.items():
-        mean, half = mean_interval(values.values())
-        shared = values.keys() & measured.get(reference, {}).keys()
-        if variant == reference:
-            shared = set()
-        pairs = [values[seed] - measured[reference][seed] for seed in sorted(shared)]
-        difference, difference_half = mean_interval(pairs)
-        differs = bool(abs(difference) > difference_half)  # never where either is nan
-        rows[variant] = Row(values, mean, half, difference, difference_half, differs)
+        others = {} if variant == reference else measured.get(reference, {})
+        shared = sorted(values.keys() & others.keys())
+        difference, half = mean_interval(values[seed] - others[seed] for seed in shared)
+        differs = bool(abs(difference) > half)  # never where either is nan
+        rows[variant] = Row(values, *mean_interval(values.values()), difference, half, differs)
     return rows
 
 
@@ -87,24 +99,21 @@ def markdown_table(
     Returns:
       The table in Markdown. A star marks a difference whose 95 % interval excludes zero.
     """
-    compared = {name: compare(measured, reference) for name, measured in metrics.items()}
-    first = next(iter(compared))
-    shown = tables.metric_name(first)
-    header = ["", "seeds", shown, f"{shown} − {reference}"]
-    header += [tables.metric_name(name) for name in metrics if name != first] + list(facts)
+    compared = {metric_name(name): compare(found, reference) for name, found in metrics.items()}
+    first, *others = compared
+    header = ["", "seeds", first, f"{first} − {reference}", *others, *facts]
     cells = []
     for variant, row in compared[first].items():
         difference = "reference" if variant == reference else ""
         if np.isfinite(row.difference):
             difference = _per_cent(row.difference, row.difference_half, "+") + " *" * row.differs
-        others = [compared[name][variant] for name in metrics if name != first]
+        rest = [compared[name][variant] for name in others]
         cells.append(
             [variant, len(row.values), _per_cent(row.mean, row.half), difference]
-            + [_per_cent(other.mean, other.half) for other in others]
+            + [_per_cent(other.mean, other.half) for other in rest]
             + [column.get(variant, "") for column in facts.values()]
         )
-    align = ["left"] + ["right"] * (len(header) - 1)
-    return tabulate(cells, header, "github", colalign=align, disable_numparse=True)
+    return table(header, cells, "github")
 
 
 def _per_cent(value: float, half: float, sign: str = "") -> str:
@@ -112,12 +121,6 @@ def _per_cent(value: float, half: float, sign: str = "") -> str:
         return ""
     interval = "" if np.isnan(half) else f" ± {100 * half:.2f}"
     return f"{100 * value:{sign}.2f}{interval}"
-
-
-COLUMNS = (
-    "vector", "metric", "variant", "seeds", "mean", "low", "high",
-    "difference", "difference_low", "difference_high", "differs",
-)  # fmt: skip
 
 
 def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vector: str) -> str:
@@ -135,9 +138,9 @@ def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vect
     writer = csv.writer(text, lineterminator="\n")
     for name, measured in metrics.items():
         for variant, row in compare(measured, reference).items():
-            low, high = row.mean - row.half, row.mean + row.half
-            apart = (row.difference - row.difference_half, row.difference + row.difference_half)
-            numbers = [row.mean, low, high, row.difference, *apart]
+            numbers = []
+            for centre, half in (row.mean, row.half), (row.difference, row.difference_half):
+                numbers += [centre, centre - half, centre + half]
             cells = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
             differs = "yes" if row.differs else "no"
             writer.writerow([vector, name, variant, len(row.values), *cells, differs])
@@ -154,34 +157,106 @@ def plot(path: str | Path, rows: dict[str, Row], reference: str, metric: str, ti
       metric: its name, for the axes.
       title: of the picture.
     """
-    figure = Figure(figsize=(10, 1.5 + 0.38 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    figure.suptitle(title, fontsize=12)
-    for height, row in enumerate(rows.values()):
-        seeds = [100 * value for value in row.values.values()]
-        left.plot(seeds, [height] * len(seeds), "o", color=plots.GRAY, alpha=0.45, markersize=4)
-        _draw_interval(left, height, row.mean, row.half, "black")
-        color = plots.GRAY
-        if row.differs:
+    with plots.picture(path, 10, 1.5 + 0.38 * len(rows)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        figure.suptitle(title, fontsize=12)
+        for height, row in enumerate(rows.values()):
+            seeds = [100 * value for value in row.values.values()]
+            left.plot(seeds, [height] * len(seeds), "o", color=plots.GRAY, alpha=0.45, markersize=4)
+            _draw_interval(left, height, row.mean, row.half, "black")
             color = plots.GREEN if row.difference > 0 else plots.RED
-        _draw_interval(right, height, row.difference, row.difference_half, color)
-    right.axvline(0, color="black", linewidth=1)
-    left.set_yticks(range(len(rows)), list(rows))
-    left.set_ylim(len(rows) - 0.5, -0.5)
-    left.set(xlabel=f"{metric}, per cent", title="Mean, 95 % interval, every seed")
-    right.set(
-        xlabel=f"difference to {reference}, points", title="Difference by seed, 95 % interval"
-    )
-    for axes in (left, right):
-        axes.title.set_fontsize(10)
-        axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+            color = color if row.differs else plots.GRAY
+            _draw_interval(right, height, row.difference, row.difference_half, color)
+        right.axvline(0, color="black", linewidth=1)
+        left.set_yticks(range(len(rows)), list(rows))
+        left.set_ylim(len(rows) - 0.5, -0.5)
+        left.set_xlabel(f"{metric}, per cent")
+        left.set_title("Mean, 95 % interval, every seed", fontsize=10)
+        right.set_xlabel(f"difference to {reference}, points")
+        right.set_title("Difference by seed, 95 % interval", fontsize=10)
+        for axes in (left, right):
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_interval(axes, height: int, value: float, half: float, color: str) -> None:
+def _draw_interval(axes: Axes, height: int, value: float, half: float, color: str) -> None:
     if np.isfinite(value):
         error = None if np.isnan(half) else [100 * half]
         axes.errorbar(
             100 * value, height, xerr=error, fmt="D", color=color, markersize=5, capsize=4
         )
+
+
+def read_metrics(run: Run) -> dict[str, dict]:
+    """Returns what a finished run measured at its last step: name of the vector → metrics."""
+    result = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    return {"embedding": result["metrics"], **result["with options"]}
+
+
+def training_seconds(run: Run) -> float:
+    """Returns how long the steps of a run took, without compiling and evaluating."""
+    images = run.config.train.classes_per_batch * run.config.train.images_per_class
+    seconds, before = 0.0, 0
+    for row in read_history(run.folder / "history.csv"):
+        if "images_per_second" in row:
+            seconds += (row["step"] - before) * images / row["images_per_second"]
+            before = row["step"]
+    return seconds
+
+
+def write_report(study: Study, runs: list[Run], workdir: str) -> str:
+    """Writes the comparison of what is finished: NAME.md, NAME.csv, NAME.png in `workdir`.
+
+    Returns:
+      The text of NAME.md; "" if nothing is finished.
+    """
+    finished = [run for run in runs if run.finished()]
+    if not finished:
+        return ""
+    measured, seconds = {}, {}  # vector → metric → variant → seed → value; variant → seconds
+    for run in finished:
+        seconds.setdefault(run.variant, []).append(training_seconds(run))
+        for vector, values in read_metrics(run).items():
+            for name, value in values.items():
+                if name.startswith("recall@") or name == "map@r":
+                    by_variant = measured.setdefault(vector, {}).setdefault(name, {})
+                    by_variant.setdefault(run.variant, {})[run.seed] = value
+    config = runs[0].config
+    seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
+    facts = {
+        "training": {name: f"{np.mean(values):.0f} s" for name, values in seconds.items()},
+        "embedding": {run.variant: str(run.config.model.embedding_dim) for run in runs},
+    }
+    lines = [
+        f"# {study.name}, {config.data.name}",
+        study.question,
+        f"{config.train.steps:,} steps, seeds {seeds}; {len(finished)} of {len(runs)} runs are "
+        f"finished. Per cent, on classes never seen in training, at the last step.",
+    ]
+    for vector, metrics in measured.items():
+        if len(measured) > 1:
+            lines.append(f"## Vector: {vector}")
+        lines.append(markdown_table(metrics, study.reference, facts))
+    lines.append(
+        "Intervals are 95 %, by Student's t over seeds. Differences are paired: the same seed has "
+        "the same batches. A star marks one whose interval excludes zero; of twenty such "
+        "comparisons one would by chance. Training time is that of the steps alone."
+    )
+    recalls = measured["embedding"]["recall@1"]
+    fewest = min(len(values) for values in recalls.values())
+    if fewest < FEW_SEEDS:
+        lines.append(
+            f"**Warning:** there are variants with {fewest} seed{'s' * (fewest > 1)}. Fewer than "
+            f"{FEW_SEEDS} leave next to nothing to judge the noise by."
+        )
+    text = "\n\n".join(lines) + "\n"
+    files.write_atomically(Path(workdir, f"{study.name}.md"), text)
+    lines = [",".join(COLUMNS) + "\n"]
+    for vector, metrics in measured.items():
+        lines.append(to_csv(metrics, study.reference, vector))
+    files.write_atomically(Path(workdir, f"{study.name}.csv"), "".join(lines))
+    title = f"{study.name}, {config.data.name}, {config.train.steps:,} steps"
+    rows = compare(recalls, study.reference)
+    path = Path(workdir, f"{study.name}.png")
+    plot(path, rows, study.reference, metric_name("recall@1"), title)
+    return text
