@@ -169,8 +169,8 @@ def test_files_of_the_projector_can_be_read(tmp_path):
     np.testing.assert_allclose(np.loadtxt(folder / paths[0]), vectors, rtol=1e-4)
     rows = [line.split("\t") for line in (folder / paths[1]).read_text().splitlines()]
     assert rows[0] == ["class", "label", "id", "split"] and len(rows) == 6
-    assert rows[1] == ["class 1", "1", "image 0", "query"]
-    assert rows[5] == ["class 3", "3", "image 4", "gallery"]
+    assert rows[1] == ["class\\t1", "1", "image 0", "query"]
+    assert rows[5] == ["class\\t3", "3", "image 4", "gallery"]
     sprite = np.asarray(Image.open(folder / paths[2]))
     assert sprite.shape == (16, 24, 3)  # three in a row
     for i in range(5):

@@ -16,7 +16,8 @@ import pytest
 
 from cgd_jax.config import ConfigError
 from cgd_jax.data.load import load_dataset
-from cgd_jax.studies import comparison, runner
+from cgd_jax.studies import runner
+from cgd_jax.studies.report import write_report
 from cgd_jax.studies.study import plan
 from configs import glyphs
 from tests import test_main
@@ -73,14 +74,14 @@ def test_one_failure_does_not_end_a_study(tmp_path, command, capsys):
     assert failed.keys() == {"rank, seed 1", "both, seed 1"} and len(finished) == 2
     assert "exit status 1, error: no more disk (see " in failed["both, seed 1"]
     assert "both, seed 1 failed: exit status 1" in capsys.readouterr().out
-    text = comparison.write_report(TWO, runs, str(tmp_path))
+    text = write_report(TWO, runs, str(tmp_path))
     assert "2 of 4 runs are finished" in text and "variants with 1 seed." in text
 
     # The same command trains the rest, and the report has everything.
     (tmp_path / "fail").unlink()
     waiting = [run for run in runs if not run.finished()]
     assert runner.train_all(waiting, command, places[:1], lambda: None) == {}
-    text = comparison.write_report(TWO, runs, str(tmp_path))
+    text = write_report(TWO, runs, str(tmp_path))
     assert "4 of 4 runs are finished" in text and "## Vector: first_descriptor" in text
     assert "| rank |       2 | 55.00 ± 63.53 | -20.00 ± 0.00 * |" in text
     # 500 steps of 64 images at 64 images/s, 500 at 128.

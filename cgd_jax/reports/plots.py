@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -10,10 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.ticker import LogFormatter
+from PIL import Image, ImageDraw
 
 from cgd_jax.augment import Normalization
 from cgd_jax.data import Dataset, Split
+from cgd_jax.reports import lettering
 from cgd_jax.reports.tables import metric_name
 from cgd_jax.runtime import files
 
@@ -26,55 +29,124 @@ _CONTRIBUTION = LinearSegmentedColormap.from_list(
 
 
 @contextlib.contextmanager
-def picture(path: str | Path, width: float, height: float, dpi: int = 120) -> Iterator[Figure]:
-    """Yields an empty figure of so many inches, and writes it as a PNG at the end."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    files.write_atomically(path, buffer.getvalue())
+def picture(
+    path: str | Path, width: float, height: float, texts: Iterable[str] = (), dpi: int = 120
+) -> Iterator[Figure]:
+    """Yields an empty figure, and writes it as a PNG at the end.
 
-
-def plot_curves(
-    path: str | Path, rows: list[dict[str, float]], baselines: dict[str, dict[str, float]]
-) -> None:
-    """Draws losses and Recall@K over the steps.
+    Texts in it are drawn as they are: a $ or a _ is no markup.
 
     Args:
       path: of the PNG.
-      rows: of the history.
-      baselines: name → {"recall@1": ...}; their R@1 become dashed lines.
+      width, height: in inches.
+      texts: that are drawn, as far as they may hold more than Latin letters.
+      dpi: pixels an inch.
     """
-    with picture(path, 11, 4) as figure:
-        left, right = figure.subplots(1, 2)
-        for key, label in [
-            ("loss", "total"),
-            ("classification_loss", "classification"),
-            ("ranking_loss", "ranking"),
-        ]:
-            _plot_column(left, rows, key, label)
-        left.set(xlabel="step", ylabel="loss", title="Training", yscale="log")
-        for key in dict.fromkeys(key for row in rows for key in row if key.startswith("recall@")):
-            _plot_column(right, rows, key, metric_name(key), "o-", scale=100)
-        for style, (name, values) in zip(("--", ":", "-."), baselines.items(), strict=False):
-            height = 100 * values["recall@1"]
-            label = f"{metric_name('recall@1')}, {name}"
-            right.axhline(height, linestyle=style, color=GRAY, label=label)
-        right.set(xlabel="step", ylabel="per cent", title="Unseen classes")
-        right.set_xlim(left=0)
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, fontsize=9)
+    style = {"text.parse_math": False, "text.usetex": False}
+    with matplotlib.rc_context(style | {"font.family": lettering.families(*texts)}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi)
+    files.write_atomically(path, buffer.getvalue())
+
+
+# Columns of the history that show whether an embedding collapses, and what a legend calls them.
+_DISTANCES = {
+    "negative_distance": "negatives",
+    "hardest_negative": "hardest negative",
+    "positive_distance": "positives",
+    "hardest_positive": "hardest positive",
+}
+_SHARES = {"active_triplets": "active triplets", "mean_embedding_norm": "norm of the mean"}
+_GRADIENTS = {"ranking_gradient": "ranking", "classification_gradient": "classification"}
+
+
+def plot_curves(
+    path: str | Path,
+    rows: list[dict[str, float]],
+    baselines: dict[str, dict[str, float]],
+    margin: float | None = None,
+    classes: str = "test classes",
+) -> None:
+    """Draws losses and Recall@K over the steps, and whether the embedding collapses.
+
+    Args:
+      path: of the PNG.
+      rows: of the history. Distances, active triplets, the norm of the mean embedding and
+        those of the gradients are drawn where rows have them.
+      baselines: name → {"recall@1": ...}; their R@1 become dashed lines.
+      margin: of the ranking loss, a dashed line; None if it has none.
+      classes: whose recall it is, see `tables.describe_classes`.
+    """
+    signs = [*_DISTANCES, *_SHARES, *_GRADIENTS]
+    has_signs = any(key in row for row in rows for key in signs)
+    with picture(path, 11, 7.4 if has_signs else 4, [*baselines]) as figure:
+        layout = "aaabbb\nccddee" if has_signs else "ab"
+        axes = figure.subplot_mosaic(layout, height_ratios=[1, 0.8][: 1 + has_signs])
+        _draw_losses(axes["a"], rows, margin)
+        _draw_recalls(axes["b"], rows, baselines, classes)
+        if has_signs:
+            _draw_signs(axes["c"], axes["d"], axes["e"], rows)
+        for each in axes.values():
+            each.set_xlabel("step")
+            each.grid(alpha=0.3)
+            each.spines[["top", "right"]].set_visible(False)
+            if each.get_legend_handles_labels()[0]:
+                each.legend(frameon=False, fontsize=9)
+
+
+def _draw_losses(axes: Axes, rows: list[dict], margin: float | None) -> None:
+    columns = {"loss": "total", "classification_loss": "classification", "ranking_loss": "ranking"}
+    for key, label in columns.items():
+        _plot_column(axes, rows, key, label)
+    if margin:
+        axes.axhline(margin, linestyle="--", color=GRAY, linewidth=1, label="margin")
+    axes.set(title="Training", ylabel="loss")
+    _scale_by_logarithm(axes)
+
+
+def _draw_recalls(axes: Axes, rows: list[dict], baselines: dict[str, dict], classes: str) -> None:
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("recall@"))
+    for key in keys:
+        _plot_column(axes, rows, key, metric_name(key), "o-", scale=100)
+    styles = itertools.cycle(["--", ":", "-.", (0, (1, 4)), (0, (8, 4))])
+    for (name, values), style in zip(baselines.items(), styles, strict=False):
+        label = f"{metric_name('recall@1')}, {lettering.drawable(name, 40)}"
+        axes.axhline(100 * values["recall@1"], linestyle=style, color=GRAY, label=label)
+    axes.set(title=classes[:1].upper() + classes[1:], ylabel="per cent")
+    axes.set_xlim(left=0)
+
+
+def _draw_signs(distances: Axes, shares: Axes, gradients: Axes, rows: list[dict]) -> None:
+    for number, (key, label) in enumerate(_DISTANCES.items()):
+        color, style = [RED, GREEN][number // 2], ["-", ":"][number % 2]
+        _plot_column(distances, rows, key, label, style, color=color)
+    distances.set(title="Distances in a batch", ylabel="distance")
+    distances.set_ylim(bottom=0)
+    for key, label in _SHARES.items():
+        _plot_column(shares, rows, key, label)
+    shares.set(title="Signs of a collapse, at 1", ylim=(-0.03, 1.03))
+    for key, label in _GRADIENTS.items():
+        _plot_column(gradients, rows, key, label)
+    gradients.set(title="Gradients", ylabel="norm")
+    _scale_by_logarithm(gradients)
+
+
+def _scale_by_logarithm(axes: Axes) -> None:
+    """Gives an axis of positive values ticks at powers of ten, and between if they are few."""
+    axes.set_yscale("log")
+    # Matplotlib's own labels are markup.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _plot_column(
-    axes: Axes, rows: list[dict], key: str, label: str, style: str = "-", scale: float = 1
+    axes: Axes, rows: list[dict], key: str, label: str, style: str = "-", scale: float = 1, **look
 ) -> None:
     points = [(row["step"], scale * row[key]) for row in rows if key in row]
     if points:
-        axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, **look)
 
 
 def plot_samples(
@@ -139,7 +211,7 @@ def plot_retrievals(
     for line, height in zip(lines, heights, strict=True):
         if isinstance(line, str):
             size, color = (20, "black") if y == 0 else (16, GRAY)
-            draw.text((gap, y + heading - 10), line, color, font(size), anchor="ls")
+            lettering.write(draw, (gap, y + heading - 10), lettering.drawable(line), size, color)
         else:
             place(dataset.query, rows[line], gap, y, "black")
             for i, neighbour in enumerate(nearest[line], 1):
@@ -162,11 +234,12 @@ def plot_explanations(path: str | Path, rows: list[tuple], letters: str, title: 
       letters: the descriptor set.
       title: of the picture.
     """
-    with picture(path, 12, 0.4 + 2.7 * len(rows), dpi=110) as figure:
-        figure.suptitle(title, fontsize=12)
+    names = [[lettering.drawable(name, 26) for name in pair] for _, pair, _, _ in rows]
+    with picture(path, 12, 0.4 + 2.7 * len(rows), sum(names, []), dpi=110) as figure:
+        figure.suptitle(lettering.drawable(title), fontsize=12)
         grid = figure.subplots(len(rows), 5, squeeze=False)
-        for axes, (images, names, right, found) in zip(grid, rows, strict=True):
-            _draw_pair(axes[:4], images, names, right, found.maps.sum(1))
+        for axes, pair, (images, _, right, found) in zip(grid, names, rows, strict=True):
+            _draw_pair(axes[:4], images, pair, right, found.maps.sum(1))
             _draw_shares(axes[4], letters, found)
 
 
@@ -179,7 +252,7 @@ def _draw_pair(
     for i, (role, ink) in enumerate([("query", "black"), match[right]]):
         plain, overlaid = axes[2 * i : 2 * i + 2]
         plain.imshow(images[i])
-        plain.set_title(f"{role}\n{shortened(names[i], 26)}", fontsize=10, color=ink)
+        plain.set_title(f"{role}\n{names[i]}", fontsize=10, color=ink)
         # Black in the middle of the grays, so that no overlay drowns in it.
         overlaid.imshow(images[i].mean(-1), cmap="gray", vmin=-255, vmax=255)
         side = len(images[i]) - 0.5
@@ -217,19 +290,8 @@ def _draw_shares(axes: Axes, letters: str, found) -> None:
     )
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Returns the font that matplotlib brings along, in a height of so many pixels."""
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(str(path), size)
-
-
 def thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
     """Scales [S, S, 3] uint8 to a square of `side`, small images pixel by pixel."""
     small = len(pixels) <= side
     resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
     return Image.fromarray(pixels).resize((side, side), resampling)
-
-
-def shortened(name: str, length: int) -> str:
-    """Cuts a name to so many letters."""
-    return name if len(name) <= length else f"{name[: length - 1]}…"

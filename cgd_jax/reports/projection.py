@@ -13,7 +13,7 @@ from matplotlib import colormaps, colors
 from PIL import Image, ImageDraw
 
 from cgd_jax.data import Dataset
-from cgd_jax.reports import plots
+from cgd_jax.reports import lettering, plots
 from cgd_jax.runtime import files
 
 __all__ = ["Sample", "draw_map", "project", "sample_test", "write_projector"]
@@ -193,23 +193,18 @@ def draw_map(
     names = {}
     for name in {name for name, _ in sample.places}:
         names |= getattr(dataset, name).class_names
-    classes = len(np.unique(sample.labels))
-    frames = f"{len(coloured)} of {classes:,} classes" if classes > len(coloured) else "classes"
-    subtitle = (
-        f"{int(drawn.sum()):,} of {len(points):,} test images have room, the others are dots; "
-        f"the colours are {frames}:"
-    )
+    subtitle = _subtitle(sample, int(drawn.sum()), len(coloured))
     legend, lines = _legend([(shade, str(names.get(c, c))) for c, shade in color.items()], size[0])
     heading = 90 + 28 * lines + margin
     height = heading + int(where[:, 1].max()) + side + margin
     canvas = Image.new("RGB", (size[0] + 2 * margin, height), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((margin, 42), title, "black", plots.font(26), anchor="ls")
-    draw.text((margin, 76), subtitle, plots.GRAY, plots.font(18), anchor="ls")
+    lettering.write(draw, (margin, 42), lettering.drawable(title), 26, "black")
+    lettering.write(draw, (margin, 76), subtitle, 18, plots.GRAY)
     for x, line, shade, name in legend:
         x, y = x + margin, 90 + 28 * line
         draw.rectangle((x, y + 5, x + 15, y + 20), shade)
-        draw.text((x + 22, y + 19), name, "black", plots.font(16), anchor="ls")
+        lettering.write(draw, (x + 22, y + 19), name, 16, "black")
 
     where = where + [margin, heading]
     for i in np.flatnonzero(~drawn):
@@ -222,6 +217,19 @@ def draw_map(
         canvas.paste(thumbnail, (x + frame, y + frame))
     files.write_picture(path, canvas)
     return drawn
+
+
+def _subtitle(sample: Sample, drawn: int, coloured: int) -> str:
+    count, classes = len(sample.labels), len(np.unique(sample.labels))
+    text = (
+        f"{count:,} test images"
+        if count == sample.total
+        else (f"{count:,} of {sample.total:,} test images, drawn at random")
+    )
+    if drawn < count:
+        text += f"; {drawn:,} of them have room, the others are dots"
+    frames = "classes" if coloured == classes else f"{coloured} of {classes:,} classes"
+    return f"{text}; the colours are {frames}:"
 
 
 def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title: str) -> None:
@@ -247,7 +255,7 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
     for label, (name, i) in zip(sample.labels.tolist(), sample.places, strict=True):
         part = getattr(dataset, name)
         cells = [part.class_names.get(label, label), label, part.ids[i], name]
-        lines.append("\t".join(" ".join(str(cell).split()) for cell in cells))
+        lines.append("\t".join(map(lettering.literal, cells)))
     files.write_atomically(below / "metadata.tsv", "\n".join(lines) + "\n")
 
     # Row by row; what the last row lacks is white.
@@ -260,7 +268,7 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
         sprite.paste(thumbnail, (i % columns * side, i // columns * side))
     files.write_picture(below / "sprite.png", sprite)
 
-    quoted = title.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = lettering.literal(title).replace("\\", "\\\\").replace('"', '\\"')
     files.write_atomically(
         Path(folder, "projector_config.pbtxt"),
         f'embeddings {{\n  tensor_name: "{quoted}"\n'
@@ -280,8 +288,8 @@ def _legend(entries: list[tuple[str, str]], width: int) -> tuple[list[tuple], in
     """Lays (colour, name) out in lines: ([(x, line, colour, name)], number of lines)."""
     placed, x, line = [], 0, 0
     for shade, name in entries:
-        name = plots.shortened(name, 40)
-        length = 22 + plots.font(16).getlength(name) + 28
+        name = lettering.drawable(name, 40)
+        length = 22 + lettering.width(name, 16) + 28
         if x and x + length > width:
             x, line = 0, line + 1
         placed.append((int(x), line, shade, name))

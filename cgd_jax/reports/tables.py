@@ -6,8 +6,17 @@ import numpy as np
 from tabulate import tabulate
 
 from cgd_jax.data import Dataset
+from cgd_jax.reports.names import literal, markdown
 
-__all__ = ["complementarity_text", "dataset_table", "metric_name", "metrics_table", "run_table"]
+__all__ = [
+    "complementarity_text",
+    "dataset_table",
+    "describe_classes",
+    "metric_name",
+    "metrics_table",
+    "run_table",
+    "table",
+]
 
 
 def metric_name(key: str) -> str:
@@ -15,14 +24,31 @@ def metric_name(key: str) -> str:
     return key.replace("recall@", "R@").replace("map@r", "MAP@R")
 
 
+def describe_classes(tested: int, trained_on: int) -> str:
+    """Says whether a network had seen the classes that it is measured on.
+
+    Args:
+      tested: how many classes it is measured on.
+      trained_on: how many of those it was trained on.
+    """
+    if not trained_on:
+        return "classes never seen in training"
+    if trained_on == tested:
+        return "classes that were all seen in training"
+    return f"classes, {trained_on:,} of {tested:,} seen in training"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple") -> str:
     """Lays texts out in columns, the first one left-aligned and the others right-aligned.
 
     Args:
-      header: of every column.
-      rows: as long as the header.
+      header: of every column; names are shown as they are, whatever they contain.
+      rows: as long as the header; the first of each is a name too.
       style: "simple" for a terminal, "github" for Markdown.
     """
+    show = markdown if style == "github" else literal
+    header = [show(name) for name in header]
+    rows = [[show(name), *cells] for name, *cells in rows]
     align = ["left"] + ["right"] * (len(header) - 1)
     return tabulate(
         rows, header, style, colalign=align, disable_numparse=True, preserve_whitespace=True
@@ -59,8 +85,9 @@ def dataset_table(dataset: Dataset) -> str:
 
 
 def run_table(facts: dict[str, str]) -> str:
-    """Facts in two columns, as they are."""
-    return tabulate(facts.items(), tablefmt="plain", disable_numparse=True)
+    """Lays facts out in two columns."""
+    rows = [[literal(text) for text in fact] for fact in facts.items()]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
 def complementarity_text(found: dict, style: str = "simple") -> str:
@@ -87,6 +114,8 @@ def complementarity_text(found: dict, style: str = "simple") -> str:
         outcomes.append([", ".join(row["right"]) or "none", *counts, change])
     low, high = (100 * bound for bound in gain["confidence"])
     points = f"points over {best}"
+    is_alone = list(found["branches"].values()).count(found["branches"][best]) == 1
+    which = "the best branch" if is_alone else "one of the best branches"
     return "\n\n".join(
         [
             f"What every branch finds alone, of {queries:,} queries, in per cent:",
@@ -94,7 +123,7 @@ def complementarity_text(found: dict, style: str = "simple") -> str:
             f"Mean share of common ones among the {found['k']} nearest neighbours, in per cent, "
             f"and the correlation (phi)\nof having a wrong first neighbour:",
             table(["branches", "common neighbours", "correlated errors"], pairs, style),
-            f"Against {best}, the best branch, the combination wins {gain['won']:,} queries and "
+            f"Against {best}, {which}, the combination wins {gain['won']:,} queries and "
             f"loses {gain['lost']:,}: {100 * gain['total']:+.2f} points of "
             f"{metric_name('recall@1')}\n(95 % interval, bootstrapped over classes: {low:+.2f} to "
             f"{high:+.2f}). Where these points come from, in numbers of queries:",

@@ -6,7 +6,6 @@ so that two variants are compared seed by seed: what the same batches do to both
 
 import csv
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
 
-from cgd_jax.reports import plots
-from cgd_jax.reports.history import read_history
+from cgd_jax.reports import lettering, plots
 from cgd_jax.reports.tables import metric_name, table
-from cgd_jax.runtime import files
-from cgd_jax.studies.study import Run, Study
 
 __all__ = [
     "COLUMNS",
@@ -28,13 +24,8 @@ __all__ = [
     "markdown_table",
     "mean_interval",
     "plot",
-    "read_metrics",
     "to_csv",
-    "write_report",
 ]
-
-# Fewer seeds leave next to nothing to judge the noise by.
-FEW_SEEDS = 3
 
 COLUMNS = (
     "vector", "metric", "variant", "seeds", "mean", "low", "high",
@@ -157,7 +148,9 @@ def plot(path: str | Path, rows: dict[str, Row], reference: str, metric: str, ti
       metric: its name, for the axes.
       title: of the picture.
     """
-    with plots.picture(path, 10, 1.5 + 0.38 * len(rows)) as figure:
+    names = [lettering.drawable(name, 40) for name in rows]
+    title, shown = lettering.drawable(title, 90), lettering.drawable(reference, 40)
+    with plots.picture(path, 10, 1.5 + 0.38 * len(rows), [*names, title, shown]) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         figure.suptitle(title, fontsize=12)
         for height, row in enumerate(rows.values()):
@@ -168,11 +161,11 @@ def plot(path: str | Path, rows: dict[str, Row], reference: str, metric: str, ti
             color = color if row.differs else plots.GRAY
             _draw_interval(right, height, row.difference, row.difference_half, color)
         right.axvline(0, color="black", linewidth=1)
-        left.set_yticks(range(len(rows)), list(rows))
+        left.set_yticks(range(len(rows)), names)
         left.set_ylim(len(rows) - 0.5, -0.5)
         left.set_xlabel(f"{metric}, per cent")
         left.set_title("Mean, 95 % interval, every seed", fontsize=10)
-        right.set_xlabel(f"difference to {reference}, points")
+        right.set_xlabel(f"difference to {shown}, points")
         right.set_title("Difference by seed, 95 % interval", fontsize=10)
         for axes in (left, right):
             axes.grid(axis="x", alpha=0.3)
@@ -185,78 +178,3 @@ def _draw_interval(axes: Axes, height: int, value: float, half: float, color: st
         axes.errorbar(
             100 * value, height, xerr=error, fmt="D", color=color, markersize=5, capsize=4
         )
-
-
-def read_metrics(run: Run) -> dict[str, dict]:
-    """Returns what a finished run measured at its last step: name of the vector → metrics."""
-    result = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-    return {"embedding": result["metrics"], **result["with options"]}
-
-
-def training_seconds(run: Run) -> float:
-    """Returns how long the steps of a run took, without compiling and evaluating."""
-    images = run.config.train.classes_per_batch * run.config.train.images_per_class
-    seconds, before = 0.0, 0
-    for row in read_history(run.folder / "history.csv"):
-        if "images_per_second" in row:
-            seconds += (row["step"] - before) * images / row["images_per_second"]
-            before = row["step"]
-    return seconds
-
-
-def write_report(study: Study, runs: list[Run], workdir: str) -> str:
-    """Writes the comparison of what is finished: NAME.md, NAME.csv, NAME.png in `workdir`.
-
-    Returns:
-      The text of NAME.md; "" if nothing is finished.
-    """
-    finished = [run for run in runs if run.finished()]
-    if not finished:
-        return ""
-    measured, seconds = {}, {}  # vector → metric → variant → seed → value; variant → seconds
-    for run in finished:
-        seconds.setdefault(run.variant, []).append(training_seconds(run))
-        for vector, values in read_metrics(run).items():
-            for name, value in values.items():
-                if name.startswith("recall@") or name == "map@r":
-                    by_variant = measured.setdefault(vector, {}).setdefault(name, {})
-                    by_variant.setdefault(run.variant, {})[run.seed] = value
-    config = runs[0].config
-    seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
-    facts = {
-        "training": {name: f"{np.mean(values):.0f} s" for name, values in seconds.items()},
-        "embedding": {run.variant: str(run.config.model.embedding_dim) for run in runs},
-    }
-    lines = [
-        f"# {study.name}, {config.data.name}",
-        study.question,
-        f"{config.train.steps:,} steps, seeds {seeds}; {len(finished)} of {len(runs)} runs are "
-        f"finished. Per cent, on classes never seen in training, at the last step.",
-    ]
-    for vector, metrics in measured.items():
-        if len(measured) > 1:
-            lines.append(f"## Vector: {vector}")
-        lines.append(markdown_table(metrics, study.reference, facts))
-    lines.append(
-        "Intervals are 95 %, by Student's t over seeds. Differences are paired: the same seed has "
-        "the same batches. A star marks one whose interval excludes zero; of twenty such "
-        "comparisons one would by chance. Training time is that of the steps alone."
-    )
-    recalls = measured["embedding"]["recall@1"]
-    fewest = min(len(values) for values in recalls.values())
-    if fewest < FEW_SEEDS:
-        lines.append(
-            f"**Warning:** there are variants with {fewest} seed{'s' * (fewest > 1)}. Fewer than "
-            f"{FEW_SEEDS} leave next to nothing to judge the noise by."
-        )
-    text = "\n\n".join(lines) + "\n"
-    files.write_atomically(Path(workdir, f"{study.name}.md"), text)
-    lines = [",".join(COLUMNS) + "\n"]
-    for vector, metrics in measured.items():
-        lines.append(to_csv(metrics, study.reference, vector))
-    files.write_atomically(Path(workdir, f"{study.name}.csv"), "".join(lines))
-    title = f"{study.name}, {config.data.name}, {config.train.steps:,} steps"
-    rows = compare(recalls, study.reference)
-    path = Path(workdir, f"{study.name}.png")
-    plot(path, rows, study.reference, metric_name("recall@1"), title)
-    return text

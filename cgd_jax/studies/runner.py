@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from tabulate import tabulate
 from tqdm import tqdm
 
 from cgd_jax.config import ConfigError
 from cgd_jax.reports.history import read_history
+from cgd_jax.reports.tables import table
 from cgd_jax.runtime import console, files, interrupts
-from cgd_jax.studies import comparison
+from cgd_jax.studies.report import read_result, write_report
 from cgd_jax.studies.study import Run, Study
 
 __all__ = ["Unfinished", "run_study"]
@@ -88,9 +88,8 @@ def run_study(
     )
     failed = {}
     if waiting:
-        report = lambda: comparison.write_report(study, runs, workdir)
-        failed = train_all(waiting, command, places, report)
-    text = comparison.write_report(study, runs, workdir)
+        failed = train_all(waiting, command, places, lambda: write_report(study, runs, workdir))
+    text = write_report(study, runs, workdir)
     if text:
         console.say(f"\n{text}\nLook at {study.name}.png and {study.name}.md in {workdir}.")
     if failed:
@@ -176,7 +175,7 @@ def train_all(
                 name, status = job.run.name(), job.process.returncode
                 if status == 0:
                     left = (time.time() - started) / ended * (len(waiting) - ended) / 60
-                    recall = 100 * comparison.read_metrics(job.run)["embedding"]["recall@1"]
+                    recall = 100 * read_result(job.run)["metrics"]["recall@1"]
                     console.say(
                         f"{name}: R@1 {recall:.2f} %, {time.time() - job.since:.0f} s; "
                         f"{ended} of {len(waiting)}, about {left:.0f} min left"
@@ -260,8 +259,8 @@ def show_plan(
             left = fixed + per_step * (steps - done)
             state = f"step {done} of {steps}" if done else "not begun"
         total += left
-        rows.append([run.variant, run.seed, state, f"{left / 60:.1f} min", run.folder])
-    console.say(tabulate(rows, ["variant", "seed", "state", "time left", "folder"]))
+        rows.append([run.variant, str(run.seed), state, f"{left / 60:.1f} min", str(run.folder)])
+    console.say(table(["variant", "seed", "state", "time left", "folder"], rows))
     console.say(
         f"\nAbout {total / len(places) / 60:.0f} min, {len(places)} at a time. Nothing was started."
     )
