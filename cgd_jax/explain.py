@@ -9,8 +9,8 @@ linear; so the embedding is a sum over branches and positions, and the dot produ
 summand with the embedding of the other image is its contribution. They add up to the
 similarity, each image's by itself. A contribution may be negative: it pushes apart.
 
-Features are not negative, and all embeddings of a network lie in one narrow cone; most of any
-similarity is what every image has with every other. No ranking depends on that, and it would
+Features are not negative, so the embeddings of a network may lie in one narrow cone, and most of
+any similarity is what every image has with every other. No ranking depends on that, and it would
 drown all else. So pictures take the mean embedding m of the test set from the other image:
 they show ⟨e, e' - m⟩, how much more like this image than like the average one.
 
@@ -19,6 +19,7 @@ the network found something, not which pixels it is made of.
 """
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -230,8 +231,8 @@ def explain_run(
       match: file of another image; None likewise.
 
     Returns:
-      The pictures, in `workdir`: explain-QUERY-MATCH.png of the two files, or
-      explain-right.png and explain-wrong.png (one that has no pair is left out).
+      The pictures, in `workdir`: explain-QUERY-MATCH.png of the two files (long names are
+      cut), or explain-right.png and explain-wrong.png (one that has no pair is left out).
 
     Raises:
       FileNotFoundError: there is no such file, run or checkpoint.
@@ -257,8 +258,10 @@ def explain_run(
         embeddings = evaluate.embed_images(embed, dataset.query.images[sample], batch, setup.split)
         reference = embeddings.mean(0)
         names = [Path(file).name for file in given.values()]
-        stems = "-".join(Path(file).stem for file in given.values())
-        chosen = {f"explain-{stems}.png": [(pixels, names, None)]}
+        # Both names in one, which file systems allow 255 bytes.
+        stems = [os.fsencode(Path(file).stem)[:100] for file in given.values()]
+        file = f"explain-{b'-'.join(stems).decode(errors='ignore')}.png"
+        chosen = {file: [(pixels, names, None)]}
     else:
         embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.split)
         reference = embeddings.query.mean(0)

@@ -153,6 +153,36 @@ def test_images_without_room_are_dots_in_the_colour_of_their_class(tmp_path):
     assert frames < blue.sum() < frames + 25 * (~drawn).sum()
 
 
+@pytest.mark.parametrize(
+    "most,drawn,coloured,text",
+    [
+        (99, 80, 7, "80 test images; the colours are classes:"),
+        (99, 60, 7, "80 test images; 60 of them have room, the others are dots; the colours are "),
+        (20, 20, 5, "20 of 80 test images, drawn at random; the colours are 5 of 6 classes:"),
+    ],
+)
+def test_a_map_says_what_it_shows(most, drawn, coloured, text):
+    labels = np.arange(80) % 7
+    embeddings = Embeddings(np.zeros((80, 2), np.float32), None)
+    sample = projection.sample_test(embeddings, Dataset(None, split_of(labels), None), 0, most)
+    assert text in projection._subtitle(sample, drawn, coloured)
+
+
+def test_odd_names_in_a_map(tmp_path):
+    names = {1: "two\nlines", 2: "猫 🦄", 3: "$\\frac$", 4: "x" * 300}
+    dataset = Dataset(None, split_of([1, 2, 3, 4])._replace(class_names=names), None)
+    sample = projection.sample_test(Embeddings(np.eye(4), None), dataset, 0)
+    projection.draw_map(tmp_path / "a.png", np.eye(4)[:, :2], sample, dataset, "a\nb", 0)
+    assert Image.open(tmp_path / "a.png").width == 1640
+    projection.write_projector(tmp_path, sample, dataset, 'a\n"b"')
+    rows = (tmp_path / "projector" / "metadata.tsv").read_text().splitlines()
+    assert (
+        len(rows) == 5 and rows[1].startswith("two\\nlines\t1\t") and rows[2].startswith("猫 🦄\t")
+    )
+    config = (tmp_path / "projector_config.pbtxt").read_text()
+    assert r'tensor_name: "a\\n\"b\""' in config
+
+
 def test_files_of_the_projector_can_be_read(tmp_path):
     dataset = Dataset(None, split_of([1, 1, 2]), split_of([2, 3], 3))
     vectors = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)

@@ -108,6 +108,14 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         plan(TWO, glyphs.get_config(), {}, str(tmp_path))
 
 
+def test_long_values_make_folders_of_their_own(tmp_path):
+    weights = {name: {"model.pretrained": f"/weights/{'ä' * 300}/{name}.pth"} for name in "ab"}
+    runs = plan(TWO._replace(variants=weights | TWO.variants), glyphs.get_config(), {}, "w")
+    for run in runs:
+        (tmp_path / run.folder).mkdir(parents=True)
+    assert len({run.folder for run in runs}) == len(runs) == 8
+
+
 @pytest.mark.parametrize("flags", [["--study=losses"], ["--study", "losses"], ["-study=losses"]])
 def test_a_study_brings_its_config(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it is found from anywhere

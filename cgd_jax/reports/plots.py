@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw
 
 from cgd_jax.augment import Normalization
@@ -51,12 +51,12 @@ def picture(
     files.write_atomically(path, buffer.getvalue())
 
 
-# Columns of the history that show whether an embedding collapses, and what a legend calls them.
+# Columns of the history that show whether an embedding collapses, and how they are drawn.
 _DISTANCES = {
-    "negative_distance": "negatives",
-    "hardest_negative": "hardest negative",
-    "positive_distance": "positives",
-    "hardest_positive": "hardest positive",
+    "negative_distance": ("negatives", RED, "-"),
+    "hardest_negative": ("hardest negative", RED, ":"),
+    "positive_distance": ("positives", GREEN, "-"),
+    "hardest_positive": ("hardest positive", GREEN, ":"),
 }
 _SHARES = {"active_triplets": "active triplets", "mean_embedding_norm": "norm of the mean"}
 _GRADIENTS = {"ranking_gradient": "ranking", "classification_gradient": "classification"}
@@ -79,8 +79,7 @@ def plot_curves(
       margin: of the ranking loss, a dashed line; None if it has none.
       classes: whose recall it is, see `tables.describe_classes`.
     """
-    signs = [*_DISTANCES, *_SHARES, *_GRADIENTS]
-    has_signs = any(key in row for row in rows for key in signs)
+    has_signs = any(row.keys() & (_DISTANCES | _SHARES | _GRADIENTS).keys() for row in rows)
     with picture(path, 11, 7.4 if has_signs else 4, [*baselines]) as figure:
         layout = "aaabbb\nccddee" if has_signs else "ab"
         axes = figure.subplot_mosaic(layout, height_ratios=[1, 0.8][: 1 + has_signs])
@@ -90,20 +89,21 @@ def plot_curves(
             _draw_signs(axes["c"], axes["d"], axes["e"], rows)
         for each in axes.values():
             each.set_xlabel("step")
+            each.set_xlim(left=0)
             each.grid(alpha=0.3)
             each.spines[["top", "right"]].set_visible(False)
             if each.get_legend_handles_labels()[0]:
-                each.legend(frameon=False, fontsize=9)
+                each.legend(fontsize=9, edgecolor="none", framealpha=0.8)
 
 
 def _draw_losses(axes: Axes, rows: list[dict], margin: float | None) -> None:
+    _scale_by_logarithm(axes)
     columns = {"loss": "total", "classification_loss": "classification", "ranking_loss": "ranking"}
     for key, label in columns.items():
         _plot_column(axes, rows, key, label)
-    if margin:
+    if margin and axes.lines:
         axes.axhline(margin, linestyle="--", color=GRAY, linewidth=1, label="margin")
     axes.set(title="Training", ylabel="loss")
-    _scale_by_logarithm(axes)
 
 
 def _draw_recalls(axes: Axes, rows: list[dict], baselines: dict[str, dict], classes: str) -> None:
@@ -115,37 +115,35 @@ def _draw_recalls(axes: Axes, rows: list[dict], baselines: dict[str, dict], clas
         label = f"{metric_name('recall@1')}, {lettering.drawable(name, 40)}"
         axes.axhline(100 * values["recall@1"], linestyle=style, color=GRAY, label=label)
     axes.set(title=classes[:1].upper() + classes[1:], ylabel="per cent")
-    axes.set_xlim(left=0)
 
 
 def _draw_signs(distances: Axes, shares: Axes, gradients: Axes, rows: list[dict]) -> None:
-    for number, (key, label) in enumerate(_DISTANCES.items()):
-        color, style = [RED, GREEN][number // 2], ["-", ":"][number % 2]
+    for key, (label, color, style) in _DISTANCES.items():
         _plot_column(distances, rows, key, label, style, color=color)
     distances.set(title="Distances in a batch", ylabel="distance")
     distances.set_ylim(bottom=0)
     for key, label in _SHARES.items():
         _plot_column(shares, rows, key, label)
     shares.set(title="Signs of a collapse, at 1", ylim=(-0.03, 1.03))
+    _scale_by_logarithm(gradients)
     for key, label in _GRADIENTS.items():
         _plot_column(gradients, rows, key, label)
     gradients.set(title="Gradients", ylabel="norm")
-    _scale_by_logarithm(gradients)
 
 
 def _scale_by_logarithm(axes: Axes) -> None:
-    """Gives an axis of positive values ticks at powers of ten, and between if they are few."""
     axes.set_yscale("log")
-    # Matplotlib's own labels are markup.
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # Matplotlib's own labels are markup
+    axes.yaxis.set_minor_formatter("")
 
 
 def _plot_column(
     axes: Axes, rows: list[dict], key: str, label: str, style: str = "-", scale: float = 1, **look
 ) -> None:
     points = [(row["step"], scale * row[key]) for row in rows if key in row]
-    if points:
+    is_zero = axes.get_yscale() == "log" and not any(value > 0 for _, value in points)
+    if points and not is_zero:  # a loss that is switched off has no logarithm
         axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, **look)
 
 

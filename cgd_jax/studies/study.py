@@ -1,6 +1,8 @@
 """What a study is: a file of four names, and the training runs that follow from it."""
 
+import hashlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,7 +156,7 @@ def plan(
                 text = " ".join(str(error.args[0]).split())
                 raise ConfigError(f"{study.name}, variant {name}: {text}") from error
             parts = [f"{key}={new}" for key, new in sorted(changes.items()) if values[key] != new]
-            folder = Path(workdir, ",".join([*parts, f"seed={seed}"]).replace("/", "_"))
+            folder = Path(workdir, folder_name([*parts, f"seed={seed}"]))
             run = Run(name, seed, overrides, run_config, folder)
             if folder in runs:
                 twins = f"{runs[folder].name()} and {run.name()}"
@@ -162,6 +164,16 @@ def plan(
             check_workdir(run_config, str(folder))
             runs[folder] = run
     return list(runs.values())
+
+
+def folder_name(parts: list[str]) -> str:
+    """Joins what a run changes to the name of its folder, at most 255 bytes long."""
+    name = ",".join(parts).replace("/", "_")
+    encoded = os.fsencode(name)
+    if len(encoded) <= 255:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    return f"{encoded[:230].decode(errors='ignore')},{digest}"
 
 
 def check_choice(study: Study, chosen: list[str], given: dict) -> None:
