@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,7 +93,10 @@ def test_one_failure_does_not_end_a_study(tmp_path, command, capsys):
     assert (tmp_path / "two.png").stat().st_size > 1000
 
 
-def test_a_study_passes_signals_on_and_goes_on(tmp_path, command):
+@pytest.mark.parametrize("status,said", [(75, "everything is saved."), (1, "rank, seed 0: exit")])
+def test_a_study_passes_signals_on_and_goes_on(tmp_path, command, capsys, status, said):
+    script = Path(command[1])
+    script.write_text(TRAINING.replace("sys.exit(75)", f"sys.exit({status})"))
     runs = plan(TWO, glyphs.get_config(), {}, str(tmp_path))
     (tmp_path / "wait").touch()
 
@@ -104,7 +108,7 @@ def test_a_study_passes_signals_on_and_goes_on(tmp_path, command):
     threading.Thread(target=interrupt).start()
     with pytest.raises(SystemExit) as stopped:
         runner.train_all(runs, command, [None], lambda: None)
-    assert stopped.value.code == 75
+    assert stopped.value.code == 75 and said in capsys.readouterr().out
     assert not any(run.finished() for run in runs)
     assert not any(run.folder.exists() for run in runs[1:]), "no other run was begun"
     (tmp_path / "wait").unlink()
@@ -139,7 +143,7 @@ def dry_run(study, workdir, command, capsys):
 def test_a_dry_run_prints_commands_that_train(tmp_path, command, capsys):
     workdir = tmp_path / "a folder"
     output = dry_run(TWO, workdir, command, capsys)
-    assert re.search(r"About \d+ min, 1 at a time. Nothing was started.", output)
+    assert re.search(r"About \d+ min, 1 at a time. No run was started.", output)
     assert not [path for path in workdir.iterdir() if path.is_dir()]
     commands = [line for line in output.splitlines() if line.startswith(command[0])]
     assert len(commands) == 4

@@ -33,21 +33,23 @@ class Sample(NamedTuple):
     total: int  # images that it was drawn from
 
 
-def sample_test(embeddings, dataset: Dataset, seed: int, most: int = MOST) -> Sample:
+def sample_test(
+    embeddings: tuple[np.ndarray, np.ndarray | None], dataset: Dataset, seed: int, most: int = MOST
+) -> Sample:
     """Takes all test images, or as many at random as a person can look at.
 
     Args:
-      embeddings: `evaluate.Embeddings` of the data set.
+      embeddings: [N, D] of the queries, [G, D] of the gallery if there is one.
       dataset: that was embedded.
       seed: of the draw.
       most: images in the sample.
     """
-    sides = [(name, v) for name, v in embeddings._asdict().items() if v is not None]
-    places = [(name, i) for name, vectors in sides for i in range(len(vectors))]
+    of = dict(zip(("query", "gallery"), embeddings, strict=True))
+    places = [(name, i) for name, x in of.items() if x is not None for i in range(len(x))]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:most])
     kept = [places[i] for i in chosen]
     return Sample(
-        np.array([getattr(embeddings, name)[i] for name, i in kept]),
+        np.array([of[name][i] for name, i in kept]),
         np.array([getattr(dataset, name).labels[i] for name, i in kept]),
         kept,
         len(places),

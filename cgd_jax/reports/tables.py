@@ -56,7 +56,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple"
 
 
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
-    """Recall@K and MAP@R in per cent, one row for each way of embedding.
+    """Shows Recall@K and MAP@R in per cent, one row for each way of embedding.
 
     Args:
       rows: name of the row → {"recall@1": between 0 and 1, ..., "map@r": ...}; what a
@@ -73,7 +73,7 @@ def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> s
 
 
 def dataset_table(dataset: Dataset) -> str:
-    """Classes, images and images per class of every split."""
+    """Counts classes, images and images per class of every split."""
     rows = []
     for name, split in dataset._asdict().items():
         if split is not None:
@@ -91,7 +91,7 @@ def run_table(facts: dict[str, str]) -> str:
 
 
 def complementarity_text(found: dict, style: str = "simple") -> str:
-    """What `complementarity.measure` found, as three tables with a sentence each.
+    """Shows what `complementarity.measure` found, in three tables with a sentence each.
 
     Args:
       found: its dict.

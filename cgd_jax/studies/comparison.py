@@ -56,7 +56,7 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def compare(measured: dict[str, dict[int, float]], reference: str) -> dict[str, Row]:
-    """Means with intervals, and differences to one of the variants paired by seed.
+    """Works out means with intervals, and differences to one variant paired by seed.
 
     Args:
       measured: variant → seed → a metric; seeds may be missing.
@@ -80,7 +80,7 @@ def markdown_table(
     reference: str,
     facts: dict[str, dict[str, str]],
 ) -> str:
-    """Every metric of every variant in per cent, differences for the first metric.
+    """Shows every metric of every variant in per cent, differences for the first metric.
 
     Args:
       metrics: name, such as "recall@1" → variant → seed → between 0 and 1.
@@ -115,7 +115,7 @@ def _per_cent(value: float, half: float, sign: str = "") -> str:
 
 
 def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vector: str) -> str:
-    """The same for programs: a line a metric and variant, without a header.
+    """Writes the same for programs: a line a metric and variant, without a header.
 
     Args:
       metrics: as for `markdown_table`.

@@ -149,7 +149,7 @@ def train_all(
     Raises:
       SystemExit: as for `run_study`.
     """
-    failed, queue, free, active = {}, list(waiting), list(places), []
+    failed, lost, queue, free, active = {}, [], list(waiting), list(places), []
     started, ended, told = time.time(), 0, False
     with (
         contextlib.ExitStack() as at_exit,
@@ -184,8 +184,11 @@ def train_all(
                 elif not stopped_by:
                     failed[name] = why(job.run, status)
                     console.say(f"{name} failed: {failed[name]}")
+                elif status != interrupts.EXIT_TEMPFAIL:
+                    lost.append(f"\n  {name}: {why(job.run, status)}")
     if stopped_by:
-        console.say("Stopped; everything is saved, and the same command goes on from there.")
+        saved = "these runs go on from their last checkpoint:" if lost else "everything is saved."
+        console.say(f"Stopped; the same command goes on, and {saved}{''.join(lost)}")
         raise SystemExit(interrupts.EXIT_TEMPFAIL)
     return failed
 
@@ -262,7 +265,7 @@ def show_plan(
         rows.append([run.variant, str(run.seed), state, f"{left / 60:.1f} min", str(run.folder)])
     console.say(table(["variant", "seed", "state", "time left", "folder"], rows))
     console.say(
-        f"\nAbout {total / len(places) / 60:.0f} min, {len(places)} at a time. Nothing was started."
+        f"\nAbout {total / len(places) / 60:.0f} min, {len(places)} at a time. No run was started."
     )
     if waiting:
         console.say(
