@@ -10,8 +10,10 @@ from ml_collections import config_flags
 from cgd_jax import evaluate, explain, export, inspect_data, train
 from cgd_jax.config import ConfigError
 from cgd_jax.runtime import console, interrupts, processes
-from cgd_jax.studies import runner
+from cgd_jax.studies import runner, study
 from cgd_jax.workdir import default_workdir
+
+CLONE = Path(__file__).resolve().parent
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
@@ -37,8 +39,8 @@ STUDY = flags.DEFINE_string(
 )
 VARIANTS = flags.DEFINE_list("variants", None, "With --mode=study: some of them, separated by ,")
 SEEDS = flags.DEFINE_list("seeds", None, "With --mode=study: others than the study's.")
-JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs at a time; else one a device.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: only lists runs and times.")
+JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs that share a CPU; else 1.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: lists runs, times, commands.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several processes, as SLURM, Open MPI or the TPU pod has started them."
 )
@@ -53,7 +55,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a mistake in it, or a config that fails, is said in one line."""
     config = flags.FLAGS["config"]
     try:
-        arguments = flags.FLAGS(runner.with_base_config(argv))
+        arguments = flags.FLAGS(study.with_base_config(argv, CLONE))
         if config.value is not None:
             config.value.to_dict()  # a config file that cannot be loaded is reported on first use
         return arguments
@@ -62,7 +64,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except Exception as error:  # whatever the user's file raises
         file = (config_flags.get_config_filename(config) or "").partition(":")[0]
         if file and not Path(file).is_file():
-            folder = Path(__file__).with_name("configs")
+            folder = CLONE / "configs"
             known = ", ".join(sorted(f"configs/{path.name}" for path in folder.glob("[!_]*.py")))
             sys.exit(f"error: --config={file}: there is no such file; there are {known}.")
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -118,17 +120,13 @@ def run_mode() -> None:
             if PUSH.value:
                 console.say(f"Uploaded to {export.push_to_hub(folder, PUSH.value)}")
         case "study":
-            runner.run_study(
-                runner.load(STUDY.value),
-                CONFIG.value,
-                config_file,
-                config_flags.get_override_values(flags.FLAGS["config"]),
-                workdir,
-                VARIANTS.value,
-                SEEDS.value and list(map(int, SEEDS.value)),
-                JOBS.value,
-                DRY_RUN.value,
-            )
+            chosen = study.load(STUDY.value, CLONE)
+            given = config_flags.get_override_values(flags.FLAGS["config"])
+            seeds = SEEDS.value and list(map(int, SEEDS.value))
+            runs = study.plan(chosen, CONFIG.value, given, workdir, VARIANTS.value, seeds)
+            command = [sys.executable, str(CLONE / "main.py"), f"--config={config_file}"]
+            command += [f"--config.{key}={value}" for key, value in given.items()]
+            runner.run_study(chosen, runs, command, workdir, JOBS.value, DRY_RUN.value)
 
 
 def main(argv: list[str]) -> None:

@@ -178,6 +178,12 @@ def test_two_files_of_any_size(run, tmp_path):
     a, b = (str(tmp_path / f"{name}.png") for name in "ab")
     assert explain.explain_run(str(run), 12, a, b) == [run / "explain-a-b.png"]
     assert Image.open(run / "explain-a-b.png").size == (1320, 341)
+    odd = [tmp_path / f"{name}.png" for name in ("$\\frac$ [*] 猫\n", "-" + "ä" * 120)]
+    for path in odd:
+        Image.fromarray(colors[0]).save(path)
+    (picture,) = explain.explain_run(str(run), 12, *map(str, odd))
+    assert picture.parent == run and picture.name.startswith("explain-$\\frac$ [*] 猫\n--ää")
+    assert Image.open(picture).size == (1320, 341)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 99"):
         explain.explain_run(str(run), 99, a, b)
     with pytest.raises(FileNotFoundError, match="--match=.*c.png: there is no such file"):
