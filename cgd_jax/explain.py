@@ -18,7 +18,6 @@ A position of the feature map has seen more of the image than its own cell, so m
 the network found something, not which pixels it is made of.
 """
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -30,16 +29,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cgd_jax import evaluate, from_config, pooling, retrieval
+from cgd_jax import checkpoint, evaluate, from_config, pooling, retrieval
 from cgd_jax.augment import Normalization, center_crop, normalize
-from cgd_jax.config import ConfigError, from_dict
+from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
 from cgd_jax.models.cgd import CGD, create_model, embed_model
-from cgd_jax.models.pretrained import read_run as read_weights
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
-from cgd_jax.workdir import keep_compiled
+from cgd_jax.workdir import keep_compiled, read_config
 
 __all__ = ["Explanation", "contributions", "explain_pair", "explain_run", "pooled_map"]
 
@@ -244,7 +242,7 @@ def explain_run(
             raise FileNotFoundError(f"--{flag}={file}: there is no such file.")
     config = read_config(workdir)
     pixels = read_images(given, config)
-    variables, normalization, step = read_weights(workdir, step)
+    variables, normalization, step = checkpoint.read_weights(workdir, step)
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
     size, batch = config.data.image_size, config.eval.batch_size
 
@@ -255,7 +253,9 @@ def explain_run(
     if given:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
-        embeddings = evaluate.embed_images(embed, dataset.query.images[sample], batch, setup.split)
+        embeddings = evaluate.embed_images(
+            embed, dataset.query.images[sample], batch, setup.batch_sharding
+        )
         reference = embeddings.mean(0)
         names = [Path(file).name for file in given.values()]
         # Both names in one, which file systems allow 255 bytes.
@@ -263,7 +263,7 @@ def explain_run(
         file = f"explain-{b'-'.join(stems).decode(errors='ignore')}.png"
         chosen = {file: [(pixels, names, None)]}
     else:
-        embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.split)
+        embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.batch_sharding)
         reference = embeddings.query.mean(0)
         right, wrong = right_and_wrong(embeddings, dataset, PAIRS, config.seed, setup.mesh)
         chosen = {
@@ -282,14 +282,6 @@ def explain_run(
             plots.plot_explanations(folder / file, rows, model.descriptors, title)
             pictures.append(Path(workdir, file))
     return pictures
-
-
-def read_config(workdir: str) -> ConfigDict:
-    """Returns the config of a run."""
-    path = Path(workdir, "config.json")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no run in {workdir}: it has no config.json.")
-    return from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_images(given: dict[str, str], config: ConfigDict) -> np.ndarray:
