@@ -12,9 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from cgd_jax.augment import Normalization
 from cgd_jax.runtime import files, processes
 
 FOLDER = "checkpoints"
@@ -22,7 +24,7 @@ FOLDER = "checkpoints"
 log = logging.getLogger(__name__)
 
 
-def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
+def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManager:
     """Opens the checkpoints of a work folder.
 
     Args:
@@ -176,3 +178,38 @@ def restore(checkpoints: ocp.CheckpointManager, state, step: int):
     """
     abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
     return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+
+
+def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, Normalization, int]:
+    """Reads the weights of a checkpoint, without its network or data set.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; None for the one with the best R@1, or the latest if none
+        was evaluated.
+
+    Returns:
+      {"params": ..., "batch_stats": ...} of NumPy arrays, the parameters averaged if the
+      run averages them; the normalization of the pixels; the step.
+
+    Raises:
+      FileNotFoundError: There is no such checkpoint.
+    """
+    with manager(workdir) as checkpoints:
+        if step is None:
+            step = checkpoints.best_step()
+        if step is None:
+            step = checkpoints.latest_step()
+        check_step(checkpoints, step, workdir)
+    folder = Path(workdir, FOLDER, str(step), "default").resolve()
+    log.info("Weights of step %d of %s.", step, workdir)
+    with ocp.PyTreeCheckpointer() as reader:
+        # As NumPy arrays: the run may have had other devices than there are here.
+        metadata = reader.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        state = reader.restore(folder, restore_args=as_numpy)
+    variables = {
+        "params": state.get("average") or state["params"],
+        "batch_stats": state["batch_stats"],
+    }
+    return variables, Normalization.of(**state["normalization"]), step

@@ -1,6 +1,5 @@
 """Training from start to end: read `train_and_evaluate`, then `train`."""
 
-import contextlib
 import time
 from pathlib import Path
 
@@ -9,11 +8,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, evaluate
+from cgd_jax import checkpoint
 from cgd_jax.config import to_dict, validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
-from cgd_jax.evaluate import embed_test, evaluate_checkpoint, measure_baselines, say_results
+from cgd_jax.evaluate import (
+    evaluate_checkpoint,
+    evaluate_step,
+    measure_baselines,
+    say_results,
+)
 from cgd_jax.from_config import Setup, load_pretrained, set_up
 from cgd_jax.reports import plots, tables
 from cgd_jax.reports.history import History, Progress
@@ -57,7 +61,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     ):
         saved = checkpoint.restore_latest(checkpoints, setup.state)
         if config.model.pretrained and not (saved and Path(workdir, "baselines.json").exists()):
-            setup = setup._replace(state=load_pretrained(config.model.pretrained, setup.state))
+            setup = setup._replace(state=load_pretrained(config.model, setup.state))
         folder = processes.report_folder(workdir)
         files.write_json(folder / "config.json", to_dict(config))
         console.say(tables.dataset_table(setup.dataset) + "\n")
@@ -121,14 +125,14 @@ def train(
     first, steps = int(state.step), config.train.steps
     batch_size = config.train.classes_per_batch * config.train.images_per_class
     choose = batch_positions(config, setup.labels)
-    rows = processes.local_rows(setup.split, batch_size)
+    rows = processes.local_rows(setup.batch_sharding, batch_size)
     make_batch = make_batches(choose, setup.dataset, setup.labels, rows)
-    batches = prefetch(make_batch, range(first, steps), setup.split)
-    train_step = make_train_step(config, setup.model, setup.optimizer, setup.split.mesh)
+    batches = prefetch(make_batch, range(first, steps), setup.batch_sharding)
+    train_step = make_train_step(config, setup.model, setup.optimizer, setup.mesh)
     # A backward pass costs two forward ones.
     meter = Meter(batch_size, 3 * flops * batch_size, peak_flops(config.model.dtype))
     metrics, unlogged, stop = None, [], False
-    stop_by_any_process = processes.stop_together(setup.split)
+    stop_together = processes.stop_together(setup.batch_sharding)
     due = lambda step, every: step % every == 0 or step == steps
     with interrupts.stop_signals() as stopped_by, Progress(first, steps) as progress:
         if first and due(first, config.train.eval_every) and checkpoints.metrics(first) is None:
@@ -169,7 +173,7 @@ def train(
                 meter.restart()
             if row or recalls:
                 progress.log(step, row | recalls)
-            stop = stop_by_any_process(bool(stopped_by))
+            stop = stop_together(bool(stopped_by))
             if stop or recalls or step % config.train.checkpoint_every == 0:
                 # Else the run would pass over this step when it is started again.
                 stop_if_not_finite(config, folder, setup.dataset, choose, step, metrics)
@@ -179,26 +183,6 @@ def train(
         batches.close()
         checkpoint.finish(checkpoints)
     return state, stop
-
-
-def evaluate_step(config: ConfigDict, setup: Setup, state: State, stopped_by: list[int]) -> dict:
-    """Recall@K of the test images: {"recall@1": ...}, or {} if a signal comes meanwhile.
-
-    Then a run of one process drops the evaluation, which may take longer than schedulers
-    wait, and makes up for it when it is started again.
-    """
-    # One of several processes cannot leave without the others waiting for it.
-    alone = jax.process_count() == 1
-    droppable = interrupts.stop_at_once(stopped_by) if alone else contextlib.nullcontext()
-    with contextlib.suppress(interrupts.Stopped), droppable:
-        return evaluate.recall(
-            embed_test(config, setup, state),
-            setup.dataset,
-            config.eval.ks,
-            precision=config.eval.precision,
-            mesh=setup.mesh,
-        )
-    return {}
 
 
 def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) -> None:

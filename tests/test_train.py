@@ -219,7 +219,8 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
     doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
     path = tmp_path / "weights.safetensors"
     pretrained.save(path, doubled, EFFICIENTNET_LITE)
-    state = from_config.load_pretrained(str(path), setup.state)
+    tiny_config.model.pretrained = str(path)
+    state = from_config.load_pretrained(tiny_config.model, setup.state)
     kernel = state.params["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
     assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
@@ -248,7 +249,7 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     tiny_config.eval.baselines = False
     tiny_config.train.steps = 6
     result = train.train_and_evaluate(tiny_config, str(tmp_path))
-    average, _, step = pretrained.read_run(tmp_path)
+    average, _, step = checkpoint.read_weights(tmp_path)
     assert step == result["step"] == 6
     state = state_of(tiny_config, str(tmp_path))
     assert_same(state.average, average["params"])

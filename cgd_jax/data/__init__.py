@@ -40,3 +40,8 @@ def builder_class(name: str):
     """The TFDS builder that a name in `NAMES` stands for."""
     module, _, attribute = NAMES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def needs_source(name: str) -> bool:
+    """Returns whether a data set is read from files that the user has, rather than drawn."""
+    return bool(getattr(builder_class(name), "WANTED", ""))

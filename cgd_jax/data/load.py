@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from cgd_jax.data import Dataset, Split, builder_class, cache
+from cgd_jax.data import Dataset, Split, builder_class, cache, needs_source
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +64,6 @@ def make_builder(config):
         options["allow_incomplete"] = config.allow_incomplete
         options["max_bad_fraction"] = config.max_bad_fraction
     return builder(data_dir=config.dir or None, file_format="array_record", **options)
-
-
-def needs_source(name: str) -> bool:
-    """Whether a data set is made of files that the user has, rather than drawn."""
-    return hasattr(builder_class(name), "WANTED")
 
 
 def open_split(builder, name: str, size: int, config) -> Split:

@@ -8,8 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from cgd_jax.runtime import processes
 
@@ -17,6 +16,9 @@ try:
     import fcntl
 except ImportError:  # Not a POSIX system.
     fcntl = None
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def write_json(path: str | Path, values: dict) -> None:
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
-def write_picture(path: str | Path, picture: Image.Image) -> None:
+def write_picture(path: str | Path, picture: "Image.Image") -> None:
     """Writes a PNG as `write_atomically` writes text."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
