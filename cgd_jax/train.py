@@ -22,7 +22,7 @@ from cgd_jax.from_config import Setup, load_pretrained, set_up
 from cgd_jax.reports import plots, tables
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
-from cgd_jax.runtime import console, files, interrupts, processes
+from cgd_jax.runtime import console, files, interrupts, locks, processes
 from cgd_jax.train_step import State, make_train_step
 from cgd_jax.workdir import check_workdir, keep_compiled
 
@@ -56,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     keep_compiled(workdir)
     setup = set_up(config)
     with (
-        files.one_run_in(workdir),
+        locks.one_run_in(workdir),
         checkpoint.manager(workdir, config.train.keep) as checkpoints,
     ):
         saved = checkpoint.restore_latest(checkpoints, setup.state)
