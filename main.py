@@ -2,14 +2,18 @@
 
 import signal
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cgd_jax import evaluate, explain, export, inspect_data, train
-from cgd_jax.config import ConfigError, default_workdir, parse_flags
+from cgd_jax.config import ConfigError
 from cgd_jax.runtime import console, interrupts, processes
-from cgd_jax.studies import runner
+from cgd_jax.studies import runner, study
+from cgd_jax.workdir import default_workdir
+
+CLONE = Path(__file__).resolve().parent
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
@@ -19,11 +23,13 @@ MODE = flags.DEFINE_enum(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
 STEP = flags.DEFINE_integer(
-    "step", None, "With --mode=eval, export and explain: the checkpoint; else the best."
+    "step", None, "With --mode=eval, export and explain: the checkpoint; by default the best."
 )
-QUERY = flags.DEFINE_string("query", None, "With --mode=explain: file of an image; and of another,")
+QUERY = flags.DEFINE_string(
+    "query", None, "With --mode=explain: the file of an image; by default pairs of the test set."
+)
 MATCH = flags.DEFINE_string(
-    "match", None, "whose likeness is explained; else some of the test set."
+    "match", None, "With --mode=explain: the file of the image that --query is compared with."
 )
 PUSH = flags.DEFINE_string(
     "push_to_hub", None, "With --mode=export: a Hugging Face repository, owner/name, to upload to."
@@ -33,8 +39,8 @@ STUDY = flags.DEFINE_string(
 )
 VARIANTS = flags.DEFINE_list("variants", None, "With --mode=study: some of them, separated by ,")
 SEEDS = flags.DEFINE_list("seeds", None, "With --mode=study: others than the study's.")
-JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs at a time; else one a device.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: only lists runs and times.")
+JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs that share a CPU; else 1.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: lists runs, times, commands.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several processes, as SLURM, Open MPI or the TPU pod has started them."
 )
@@ -45,7 +51,28 @@ PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator: which one, from 0.")
 
 
-def check_flags(argv):
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a mistake in it, or a config that fails, is said in one line."""
+    config = flags.FLAGS["config"]
+    try:
+        arguments = flags.FLAGS(study.with_base_config(argv, CLONE))
+        if config.value is not None:
+            config.value.to_dict()  # a config file that cannot be loaded is reported on first use
+        return arguments
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:  # whatever the user's file raises
+        file = (config_flags.get_config_filename(config) or "").partition(":")[0]
+        if file and not Path(file).is_file():
+            folder = CLONE / "configs"
+            known = ", ".join(sorted(f"configs/{path.name}" for path in folder.glob("[!_]*.py")))
+            sys.exit(f"error: --config={file}: there is no such file; there are {known}.")
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        text = " ".join(str(text).split())
+        sys.exit(f"error: --config={file} cannot be used: {type(error).__name__}: {text}")
+
+
+def check_flags(argv: list[str]) -> None:
     """Ends with one line about flags that do not go together."""
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --config=configs/glyphs.py.")
@@ -68,51 +95,57 @@ def check_flags(argv):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
 
 
-def main(argv):
-    # Of the libraries, which raise what they log as an error; ours goes to stdout.
-    logging.set_verbosity(logging.FATAL)
-    console.show_log()
-    check_flags(argv)
-    if DISTRIBUTED.value or COORDINATOR.value:
-        try:
-            processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        except RuntimeError as error:
-            sys.exit(f"error: {error}")
+def run_mode() -> None:
+    """Does what --mode says."""
     workdir, config_file = WORKDIR.value, None
     if CONFIG.value:
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     if not workdir:
         workdir = default_workdir(config_file, "runs/studies" if STUDY.value else "runs")
-    try:
-        if MODE.value == "train":
-            # Where nothing is lost, as Ctrl-C; what trains finishes its step first.
+    match MODE.value:
+        case "train":
+            # Until training takes over, SIGTERM is like Ctrl-C: nothing is lost yet.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             train.train_and_evaluate(CONFIG.value, workdir)
-        elif MODE.value == "study":
-            runner.run_study(
-                runner.load(STUDY.value),
-                CONFIG.value,
-                config_file,
-                config_flags.get_override_values(flags.FLAGS["config"]),
-                workdir,
-                VARIANTS.value,
-                SEEDS.value and list(map(int, SEEDS.value)),
-                JOBS.value,
-                DRY_RUN.value,
-            )
-        elif MODE.value == "data":
+        case "data":
             inspect_data.show_data(CONFIG.value, workdir)
-        elif MODE.value == "eval":
+        case "eval":
             evaluate.evaluate_run(workdir, STEP.value, CONFIG.value)
-        elif MODE.value == "explain":
+        case "explain":
             pictures = explain.explain_run(workdir, STEP.value, QUERY.value, MATCH.value)
             console.say(f"Look at {' and '.join(map(str, pictures))}.")
-        else:
+        case "export":
             folder = export.export_run(workdir, STEP.value)
             console.say(f"{folder} holds the network; its README.md says how to open it.")
             if PUSH.value:
                 console.say(f"Uploaded to {export.push_to_hub(folder, PUSH.value)}")
-    except (ConfigError, train.Diverged, runner.Unfinished, ImportError, OSError) as error:
+        case "study":
+            chosen = study.load(STUDY.value, CLONE)
+            given = config_flags.get_override_values(flags.FLAGS["config"])
+            seeds = SEEDS.value and list(map(int, SEEDS.value))
+            runs = study.plan(chosen, CONFIG.value, given, workdir, VARIANTS.value, seeds)
+            command = [sys.executable, str(CLONE / "main.py"), f"--config={config_file}"]
+            command += [f"--config.{key}={value}" for key, value in given.items()]
+            runner.run_study(chosen, runs, command, workdir, JOBS.value, DRY_RUN.value)
+
+
+def main(argv: list[str]) -> None:
+    # Errors reach the user as exceptions; what libraries log beside them is noise.
+    logging.set_verbosity(logging.FATAL)
+    console.show_log()
+    check_flags(argv)
+    try:
+        if DISTRIBUTED.value or COORDINATOR.value:
+            processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        run_mode()
+    except (
+        ConfigError,
+        processes.NotFound,
+        train.Diverged,
+        runner.Unfinished,
+        ImportError,
+        OSError,
+    ) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -120,4 +153,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(runner.with_base_config(argv)))
+    app.run(main, flags_parser=parse_flags)

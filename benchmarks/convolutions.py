@@ -24,15 +24,15 @@ import numpy as np
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax.models import conv, efficientnet_lite
+from cgd_jax.models import cpu_ops, efficientnet_lite
 
 
 def native(x, kernel, stride):
-    return conv.conv_native(x, kernel, stride, padding_of(kernel))
+    return cpu_ops.conv_native(x, kernel, stride, padding_of(kernel))
 
 
 def ours(x, kernel, stride):
-    return conv.conv(x, kernel, stride, padding_of(kernel))
+    return cpu_ops.conv(x, kernel, stride, padding_of(kernel))
 
 
 def padding_of(kernel):
@@ -41,12 +41,12 @@ def padding_of(kernel):
 
 
 def pointwise_ours(x, kernel, stride):
-    module = conv.PointwiseConv(kernel.shape[-1], stride)
+    module = cpu_ops.Conv(kernel.shape[-1], (1, 1), strides=stride)
     return module.apply({"params": {"kernel": kernel}}, x)
 
 
 WAYS = {
-    "depthwise": (conv.depthwise_native, conv.depthwise_conv),
+    "depthwise": (cpu_ops.depthwise_native, cpu_ops.depthwise_conv),
     "1×1": (native, pointwise_ours),
     "k×k": (native, ours),
 }

@@ -1,7 +1,12 @@
-"""Evaluation: embed the test images, then see at which rank the first true match stands."""
+"""Evaluation: embed the test images, rank, measure, report.
 
+`evaluate_step` is called while training, `evaluate_checkpoint` at its end and by `evaluate_run`,
+which is `--mode=eval`; `measure_baselines` before the first step. Below them, in the order in
+which they are needed, stand the functions that embed, measure and report.
+"""
+
+import contextlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +18,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgd_jax import checkpoint, complementarity, metrics, rerank
-from cgd_jax.config import ConfigError, from_dict, validate
+from cgd_jax.config import ConfigError, validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import prefetch
 from cgd_jax.from_config import Setup, set_up
-from cgd_jax.metrics import write_per_class
 from cgd_jax.models.cgd import embed_model
 from cgd_jax.reports import plots, projection, tables
-from cgd_jax.runtime import console, files, processes
+from cgd_jax.runtime import console, files, interrupts, processes
 from cgd_jax.train_step import State
-from cgd_jax.workdir import check_workdir, keep_compiled
+from cgd_jax.workdir import check_workdir, keep_compiled, read_config
 
 
 class Embeddings(NamedTuple):
@@ -32,19 +36,229 @@ class Embeddings(NamedTuple):
     gallery: np.ndarray | None  # [G, D] float32; None: queries search each other
 
 
-@jax.jit
-def embed_pixels(images: jax.Array) -> jax.Array:
-    """The baseline without any network: the pixels themselves, at 32 × 32 at most.
+def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
+    """Evaluates a checkpoint of an earlier run.
 
     Args:
-      images: [B, S, S, 3] uint8.
+      workdir: folder of the run.
+      step: of the checkpoint; None for the one with the best R@1.
+      config: the run's own, perhaps with another `eval` part; None for just the run's.
 
     Returns:
-      [B, D] float32.
+      What is written to eval-STEP.json: see `evaluate_checkpoint`. The picture
+      retrievals-STEP.png lies beside it, and what else `config.eval` asks for.
+
+    Raises:
+      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
+      ConfigError: `config` describes another network, or cannot be run.
     """
-    side = min(32, images.shape[1])
-    shape = (len(images), side, side, 3)
-    return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
+    of_run = read_config(workdir)
+    config = of_run if config is None else config
+    validate(config)
+    check_workdir(config, workdir)
+    keep_compiled(workdir)
+    setup = set_up(config)
+    folder = processes.report_folder(workdir)
+    result = evaluate_checkpoint(config, workdir, folder, setup, step, "-{step}")
+    files.write_json(folder / f"eval-{result['step']}.json", result)
+    say_results(config, {**result, "baselines": {}})
+    return result
+
+
+def evaluate_checkpoint(
+    config: ConfigDict, workdir: str, folder: Path, setup: Setup, step: int | None, suffix: str
+) -> dict:
+    """All metrics of one checkpoint, with and without what `config.eval` asks for.
+
+    Args:
+      config: of the experiment.
+      workdir: folder of the run.
+      folder: where per_class.csv, the pictures and tables are written.
+      setup: from `set_up`.
+      step: of the checkpoint; None for the one with the best R@1.
+      suffix: of the names of pictures and tables; {step} is filled in.
+
+    Returns:
+      {"step": ..., "metrics": of the embedding as it is trained, "with options": name →
+      metrics, one for every kind of option that the config sets, and if it is asked for
+      "complementarity": see `complementarity.measure`}.
+
+    Raises:
+      FileNotFoundError: no such checkpoint.
+    """
+    dataset, wanted = setup.dataset, config.eval
+    with checkpoint.manager(workdir) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        checkpoint.check_step(checkpoints, step, workdir)
+        state = checkpoint.restore(checkpoints, setup.state, step)
+    suffix = suffix.format(step=step)
+    embeddings = embed_test(config, setup, state)
+    measured = measure(
+        embeddings,
+        dataset,
+        wanted,
+        bootstrap=wanted.bootstrap,
+        per_class=True,
+        clustering=wanted.clustering,
+        seed=config.seed,
+        mesh=setup.mesh,
+    )
+    names = dataset.query.class_names
+    rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
+    metrics.write_per_class(folder / "per_class.csv", rows)
+    queries = len(dataset.query.labels)
+    sample = np.random.default_rng(config.seed).permutation(queries)[:256]
+    plots.plot_retrievals(
+        folder / f"retrievals{suffix}.png",
+        dataset,
+        sample,
+        nearest(embeddings, sample, k=8),
+        f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
+    )
+
+    draw_embeddings(config, folder, dataset, embeddings, step, suffix)
+    with_options = measure_options(config, folder, setup, state, embeddings)
+    result = {"step": step, "metrics": measured, "with options": with_options}
+    if wanted.complementarity:
+        letters, options = config.model.descriptors, {"seed": config.seed, "mesh": setup.mesh}
+        found = measure_branches(embeddings, dataset, letters, wanted, **options)
+        text = f"# Step {step}\n\n{tables.complementarity_text(found, 'github')}\n"
+        files.write_atomically(folder / f"complementarity{suffix}.md", text)
+        result["complementarity"] = found
+    return result
+
+
+def evaluate_step(config: ConfigDict, setup: Setup, state: State, stopped_by: list[int]) -> dict:
+    """Recall@K of the test images: {"recall@1": ...}, or {} if a signal comes meanwhile.
+
+    Then a run of one process drops the evaluation, which may take longer than schedulers
+    wait, and makes up for it when it is started again.
+    """
+    # One of several processes cannot leave without the others waiting for it.
+    alone = jax.process_count() == 1
+    droppable = interrupts.stop_at_once(stopped_by) if alone else contextlib.nullcontext()
+    with contextlib.suppress(interrupts.Stopped), droppable:
+        return recall(
+            embed_test(config, setup, state),
+            setup.dataset,
+            config.eval.ks,
+            precision=config.eval.precision,
+            mesh=setup.mesh,
+        )
+    return {}
+
+
+def measure_baselines(config: ConfigDict, workdir: str, folder: Path, setup: Setup) -> dict:
+    """Metrics of raw pixels and of the network before training, measured once a work folder.
+
+    They are read from `workdir`, or measured and written into `folder`.
+    """
+    path = Path(workdir, "baselines.json")
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    embeddings = {
+        "raw pixels": embed_raw_pixels(setup.dataset, config.eval.batch_size, setup.batch_sharding)
+    }
+    if config.model.pretrained:
+        # The FC layers are new: what was pretrained is compared as it comes out of the pooling.
+        together = embed_test(config, setup, setup.state, vector="descriptors")
+        letters = config.model.descriptors
+        for i, letter in enumerate(letters):
+            part = [x if x is None else np.split(x, len(letters), 1)[i] for x in together]
+            embeddings[f"pretrained {letter}"] = Embeddings(*part)
+    else:
+        embeddings["untrained network"] = embed_test(config, setup, setup.state)
+    baselines = {
+        name: measure(found, setup.dataset, config.eval, mesh=setup.mesh)
+        for name, found in embeddings.items()
+    }
+    files.write_json(folder / path.name, baselines)
+    return baselines
+
+
+def measure_options(
+    config: ConfigDict,
+    folder: Path,
+    setup: Setup,
+    state: State,
+    embeddings: Embeddings,
+) -> dict[str, dict]:
+    """Metrics with each kind of inference option that `config.eval` sets, one upon the other.
+
+    Args:
+      config: of the experiment.
+      folder: where embeddings.npz is written if the config wants it.
+      setup: from `set_up`.
+      state: the weights.
+      embeddings: of the test images, without any option.
+
+    Returns:
+      What was done → metrics; empty if nothing is asked for.
+    """
+    dataset, mesh, wanted = setup.dataset, setup.mesh, config.eval
+    measured = {}
+    views = {"vector": wanted.vector, "flip": wanted.flip, "scales": wanted.scales}
+    if views != {"vector": "embedding", "flip": False, "scales": (1.0,)}:
+        embeddings = embed_test(config, setup, state, **views)
+        name = f"{wanted.vector}{', flip' * wanted.flip}"
+        if wanted.scales != (1.0,):
+            name += f", scales {' '.join(f'{scale:g}' for scale in wanted.scales)}"
+        measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
+    if wanted.save_embeddings:
+        save_embeddings(folder / "embeddings.npz", embeddings, dataset)
+
+    done = {
+        "whitened to": wanted.whitening_dim,
+        "database augmented by": wanted.database_augmentation,
+        "queries expanded by": wanted.query_expansion,
+    }
+    if any(done.values()):
+        training = None
+        if wanted.whitening_dim:
+            embed = embed_state(config, setup, state, **views)
+            images = dataset.train.images
+            training = embed_images(
+                embed, images, wanted.batch_size, setup.batch_sharding, "embedding training images"
+            )
+        try:
+            embeddings = postprocess(embeddings, training, wanted, mesh)
+        except ValueError as error:  # more dimensions or neighbours than there are
+            raise ConfigError(f"eval: {error}") from error
+        name = ", ".join(f"{what} {number}" for what, number in done.items() if number)
+        measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
+    if wanted.rerank:
+        measured["re-ranked"] = reranked_recall(embeddings, dataset, wanted.ks, mesh)
+    return measured
+
+
+# Embed.
+
+
+def embed_state(config: ConfigDict, setup: Setup, state: State, **views):
+    """The network with the weights of a state as `embed_images` takes it."""
+    size = config.data.image_size
+    variables = state.variables()
+    return embed_model(setup.model, variables, state.normalization, size, **views)
+
+
+def embed_test(config: ConfigDict, setup: Setup, state: State, **views) -> Embeddings:
+    """The embeddings of all test images; `views` as for `embed_model`."""
+    embed = embed_state(config, setup, state, **views)
+    return embed_dataset(embed, setup.dataset, config.eval.batch_size, setup.batch_sharding)
+
+
+def embed_dataset(
+    embed: Callable[[jax.Array], jax.Array],
+    dataset: Dataset,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding,
+) -> Embeddings:
+    """Embeds the test images of a data set. Arguments as for `embed_images`."""
+    query = embed_images(embed, dataset.query.images, batch_size, sharding, "embedding queries")
+    if dataset.gallery is None:
+        return Embeddings(query, None)
+    gallery = embed_images(embed, dataset.gallery.images, batch_size, sharding, "embedding gallery")
+    return Embeddings(query, gallery)
 
 
 def embed_images(
@@ -85,20 +299,6 @@ def embed_images(
     return np.concatenate(parts)[:count].astype(np.float32)
 
 
-def embed_dataset(
-    embed: Callable[[jax.Array], jax.Array],
-    dataset: Dataset,
-    batch_size: int,
-    sharding: jax.sharding.NamedSharding,
-) -> Embeddings:
-    """Embeds the test images of a data set. Arguments as for `embed_images`."""
-    query = embed_images(embed, dataset.query.images, batch_size, sharding, "embedding queries")
-    if dataset.gallery is None:
-        return Embeddings(query, None)
-    gallery = embed_images(embed, dataset.gallery.images, batch_size, sharding, "embedding gallery")
-    return Embeddings(query, gallery)
-
-
 def embed_raw_pixels(
     dataset: Dataset, batch_size: int, sharding: jax.sharding.NamedSharding
 ) -> Embeddings:
@@ -111,6 +311,57 @@ def embed_raw_pixels(
         # Gray images hold every number three times.
         query, gallery = query[:, ::3], None if gallery is None else gallery[:, ::3]
     return Embeddings(query, gallery)
+
+
+@jax.jit
+def embed_pixels(images: jax.Array) -> jax.Array:
+    """The baseline without any network: the pixels themselves, at 32 × 32 at most.
+
+    Args:
+      images: [B, S, S, 3] uint8.
+
+    Returns:
+      [B, D] float32.
+    """
+    side = min(32, images.shape[1])
+    shape = (len(images), side, side, 3)
+    return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
+
+
+def postprocess(embeddings: Embeddings, training: np.ndarray | None, config, mesh) -> Embeddings:
+    """Whitening, database-side augmentation and query expansion, those that a config wants.
+
+    Args:
+      embeddings: from `embed_dataset`.
+      training: [N, D] of the training images; needed for whitening only.
+      config: the `eval` part of an experiment's config.
+      mesh: whose devices share the work.
+
+    Returns:
+      Embeddings to measure in place of the given ones.
+    """
+    query, gallery = embeddings
+    if config.whitening_dim:
+        mean, projection = rerank.learn_whitening(training, config.whitening_dim)
+        query = rerank.whiten(query, mean, projection)
+        gallery = None if gallery is None else rerank.whiten(gallery, mean, projection)
+    k, alpha = config.database_augmentation, config.alpha
+    if k and gallery is not None:
+        gallery = rerank.augment_database(gallery, k, alpha, mesh=mesh)
+    elif k:  # the queries are the database
+        query = rerank.augment_database(query, k, alpha, mesh=mesh)
+    k = config.query_expansion
+    if k:
+        # Queries that search each other stay themselves as a database: a pair of which
+        # both were moved towards the other would count its likeness twice.
+        itself = np.arange(len(query)) if gallery is None else None
+        database = query if gallery is None else gallery
+        query = rerank.expand_queries(query, database, k, alpha, exclude=itself, mesh=mesh)
+        gallery = database
+    return Embeddings(query, gallery)
+
+
+# Rank and measure.
 
 
 def recall(
@@ -173,6 +424,20 @@ def measure_branches(
     )
 
 
+def reranked_recall(
+    embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...], mesh
+) -> dict[str, float]:
+    """Recall@K after k-reciprocal re-ranking of the nearest neighbours; see `recall`."""
+    query, gallery = embeddings
+    itself = dataset.gallery is None
+    exclude = np.arange(len(query)) if itself and gallery is not None else None
+    k = min(max(100, *ks), len(query if gallery is None else gallery) - itself)
+    index = rerank.k_reciprocal(query, gallery, k, exclude=exclude, mesh=mesh)[1]
+    labels = dataset.query.labels if itself else dataset.gallery.labels
+    recalls = metrics.recall_of_ranking(index, dataset.query.labels, labels, ks, itself)
+    return {f"recall@{k}": value for k, value in recalls.items()}
+
+
 def _measured(embeddings: Embeddings, dataset: Dataset) -> dict:
     """Embeddings and labels as `metrics` takes them."""
     measured = {"query": embeddings.query, "query_labels": dataset.query.labels}
@@ -189,74 +454,6 @@ def _measured(embeddings: Embeddings, dataset: Dataset) -> dict:
         "query_ids": itself,
         "gallery_ids": itself,
     }
-
-
-def postprocess(embeddings: Embeddings, training: np.ndarray | None, config, mesh) -> Embeddings:
-    """Whitening, database-side augmentation and query expansion, those that a config wants.
-
-    Args:
-      embeddings: from `embed_dataset`.
-      training: [N, D] of the training images; needed for whitening only.
-      config: the `eval` part of an experiment's config.
-      mesh: whose devices share the work.
-
-    Returns:
-      Embeddings to measure in place of the given ones.
-    """
-    query, gallery = embeddings
-    if config.whitening_dim:
-        mean, projection = rerank.learn_whitening(training, config.whitening_dim)
-        query = rerank.whiten(query, mean, projection)
-        gallery = None if gallery is None else rerank.whiten(gallery, mean, projection)
-    k, alpha = config.database_augmentation, config.alpha
-    if k and gallery is not None:
-        gallery = rerank.augment_database(gallery, k, alpha, mesh=mesh)
-    elif k:  # the queries are the database
-        query = rerank.augment_database(query, k, alpha, mesh=mesh)
-    k = config.query_expansion
-    if k:
-        # Queries that search each other stay themselves as a database: a pair of which
-        # both were moved towards the other would count its likeness twice.
-        itself = np.arange(len(query)) if gallery is None else None
-        database = query if gallery is None else gallery
-        query = rerank.expand_queries(query, database, k, alpha, exclude=itself, mesh=mesh)
-        gallery = database
-    return Embeddings(query, gallery)
-
-
-def reranked_recall(
-    embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...], mesh
-) -> dict[str, float]:
-    """Recall@K after k-reciprocal re-ranking of the nearest neighbours; see `recall`."""
-    query, gallery = embeddings
-    itself = dataset.gallery is None
-    exclude = np.arange(len(query)) if itself and gallery is not None else None
-    k = min(max(100, *ks), len(query if gallery is None else gallery) - itself)
-    index = rerank.k_reciprocal(query, gallery, k, exclude=exclude, mesh=mesh)[1]
-    labels = dataset.query.labels if itself else dataset.gallery.labels
-    recalls = metrics.recall_of_ranking(index, dataset.query.labels, labels, ks, itself)
-    return {f"recall@{k}": value for k, value in recalls.items()}
-
-
-def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:
-    """Writes vectors with ids and labels for other tools: `numpy.load(path)["query"]`.
-
-    Args:
-      path: of the .npz; its arrays are query [N, D], query_labels [N], query_ids [N],
-        and the same for a gallery.
-      embeddings: from `embed_dataset`.
-      dataset: the data set that was embedded.
-    """
-    arrays = {}
-    for name, vectors in embeddings._asdict().items():
-        split = getattr(dataset, name)
-        if vectors is not None and split is not None:
-            arrays[name] = vectors
-            arrays[f"{name}_labels"] = split.labels
-            arrays[f"{name}_ids"] = np.array(split.ids)
-    with open(f"{path}.tmp", "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(f"{path}.tmp", path)
 
 
 def nearest(embeddings: Embeddings, rows: np.ndarray, k: int) -> np.ndarray:
@@ -278,102 +475,7 @@ def nearest(embeddings: Embeddings, rows: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
 
 
-def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
-    """Evaluates a checkpoint of an earlier run.
-
-    Args:
-      workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1.
-      config: the run's own, perhaps with another `eval` part; None for just the run's.
-
-    Returns:
-      What is written to eval-STEP.json: see `evaluate_checkpoint`. The picture
-      retrievals-STEP.png lies beside it, and what else `config.eval` asks for.
-
-    Raises:
-      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
-      ConfigError: `config` describes another network, or cannot be run.
-    """
-    path = Path(workdir, "config.json")
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no run in {workdir}: it has no config.json. Give the folder of a run "
-            f"with --workdir=, or train one first."
-        )
-    if config is None:
-        config = from_dict(json.loads(path.read_text(encoding="utf-8")))
-    validate(config)
-    check_workdir(config, workdir)
-    keep_compiled(workdir)
-    setup = set_up(config)
-    folder = processes.report_folder(workdir)
-    result = evaluate_checkpoint(config, workdir, folder, setup, step, "-{step}")
-    files.write_json(folder / f"eval-{result['step']}.json", result)
-    say_results(config, {**result, "baselines": {}})
-    return result
-
-
-def evaluate_checkpoint(
-    config: ConfigDict, workdir: str, folder: Path, setup: Setup, step: int | None, suffix: str
-) -> dict:
-    """All metrics of one checkpoint, with and without what `config.eval` asks for.
-
-    Args:
-      config: of the experiment.
-      workdir: folder of the run.
-      folder: where per_class.csv, the pictures and tables are written.
-      setup: from `set_up`.
-      step: of the checkpoint; None for the one with the best R@1.
-      suffix: of the names of pictures and tables; {step} is filled in.
-
-    Returns:
-      {"step": ..., "metrics": of the embedding as it is trained, "with options": name →
-      metrics, one for every kind of option that the config sets, and if it is asked for
-      "complementarity": see `complementarity.measure`}.
-
-    Raises:
-      FileNotFoundError: no such checkpoint.
-    """
-    dataset, wanted = setup.dataset, config.eval
-    with checkpoint.manager(workdir) as checkpoints:
-        step = checkpoints.best_step() if step is None else step
-        checkpoint.check_step(checkpoints, step, workdir)
-        state = checkpoint.restore(checkpoints, setup.state, step)
-    suffix = suffix.format(step=step)
-    embeddings = embed_test(config, setup, state)
-    measured = measure(
-        embeddings,
-        dataset,
-        wanted,
-        bootstrap=wanted.bootstrap,
-        per_class=True,
-        clustering=wanted.clustering,
-        seed=config.seed,
-        mesh=setup.mesh,
-    )
-    names = dataset.query.class_names
-    rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
-    write_per_class(folder / "per_class.csv", rows)
-    queries = len(dataset.query.labels)
-    sample = np.random.default_rng(config.seed).permutation(queries)[:256]
-    plots.plot_retrievals(
-        folder / f"retrievals{suffix}.png",
-        dataset,
-        sample,
-        nearest(embeddings, sample, k=8),
-        f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
-    )
-
-    draw_embeddings(config, folder, dataset, embeddings, step, suffix)
-    with_options = measure_options(config, folder, setup, state, embeddings)
-    result = {"step": step, "metrics": measured, "with options": with_options}
-    if wanted.complementarity:
-        letters, options = config.model.descriptors, {"seed": config.seed, "mesh": setup.mesh}
-        found = measure_branches(embeddings, dataset, letters, wanted, **options)
-        text = f"# Step {step}\n\n{tables.complementarity_text(found, 'github')}\n"
-        files.write_atomically(folder / f"complementarity{suffix}.md", text)
-        result["complementarity"] = found
-    return result
+# Report.
 
 
 def draw_embeddings(
@@ -410,100 +512,24 @@ def draw_embeddings(
         console.say(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
 
 
-def measure_options(
-    config: ConfigDict,
-    folder: Path,
-    setup: Setup,
-    state: State,
-    embeddings: Embeddings,
-) -> dict[str, dict]:
-    """Metrics with each kind of inference option that `config.eval` sets, one upon the other.
+def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:
+    """Writes vectors with ids and labels for other tools: `numpy.load(path)["query"]`.
 
     Args:
-      config: of the experiment.
-      folder: where embeddings.npz is written if the config wants it.
-      setup: from `set_up`.
-      state: the weights.
-      embeddings: of the test images, without any option.
-
-    Returns:
-      What was done → metrics; empty if nothing is asked for.
+      path: of the .npz; its arrays are query [N, D], query_labels [N], query_ids [N],
+        and the same for a gallery.
+      embeddings: from `embed_dataset`.
+      dataset: the data set that was embedded.
     """
-    dataset, mesh, wanted = setup.dataset, setup.mesh, config.eval
-    measured = {}
-    views = {"vector": wanted.vector, "flip": wanted.flip, "scales": wanted.scales}
-    if views != {"vector": "embedding", "flip": False, "scales": (1.0,)}:
-        embeddings = embed_test(config, setup, state, **views)
-        name = f"{wanted.vector}{', flip' * wanted.flip}"
-        if wanted.scales != (1.0,):
-            name += f", scales {' '.join(f'{scale:g}' for scale in wanted.scales)}"
-        measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
-    if wanted.save_embeddings:
-        save_embeddings(folder / "embeddings.npz", embeddings, dataset)
-
-    done = {
-        "whitened to": wanted.whitening_dim,
-        "database augmented by": wanted.database_augmentation,
-        "queries expanded by": wanted.query_expansion,
-    }
-    if any(done.values()):
-        training = None
-        if wanted.whitening_dim:
-            embed = embed_state(config, setup, state, **views)
-            images = dataset.train.images
-            training = embed_images(
-                embed, images, wanted.batch_size, setup.split, "embedding training images"
-            )
-        try:
-            embeddings = postprocess(embeddings, training, wanted, mesh)
-        except ValueError as error:  # more dimensions or neighbours than there are
-            raise ConfigError(f"eval: {error}") from error
-        name = ", ".join(f"{what} {number}" for what, number in done.items() if number)
-        measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
-    if wanted.rerank:
-        measured["re-ranked"] = reranked_recall(embeddings, dataset, wanted.ks, mesh)
-    return measured
-
-
-def embed_state(config: ConfigDict, setup: Setup, state: State, **views):
-    """The network with the weights of a state as `embed_images` takes it."""
-    size = config.data.image_size
-    variables = state.variables()
-    return embed_model(setup.model, variables, state.normalization, size, **views)
-
-
-def embed_test(config: ConfigDict, setup: Setup, state: State, **views) -> Embeddings:
-    """The embeddings of all test images; `views` as for `embed_model`."""
-    embed = embed_state(config, setup, state, **views)
-    return embed_dataset(embed, setup.dataset, config.eval.batch_size, setup.split)
-
-
-def measure_baselines(config: ConfigDict, workdir: str, folder: Path, setup: Setup) -> dict:
-    """Metrics of raw pixels and of the network before training, measured once a work folder.
-
-    They are read from `workdir`, or measured and written into `folder`.
-    """
-    path = Path(workdir, "baselines.json")
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    embeddings = {
-        "raw pixels": embed_raw_pixels(setup.dataset, config.eval.batch_size, setup.split)
-    }
-    if config.model.pretrained:
-        # The FC layers are new: what was pretrained is compared as it comes out of the pooling.
-        together = embed_test(config, setup, setup.state, vector="descriptors")
-        letters = config.model.descriptors
-        for i, letter in enumerate(letters):
-            part = [x if x is None else np.split(x, len(letters), 1)[i] for x in together]
-            embeddings[f"pretrained {letter}"] = Embeddings(*part)
-    else:
-        embeddings["untrained network"] = embed_test(config, setup, setup.state)
-    baselines = {
-        name: measure(found, setup.dataset, config.eval, mesh=setup.mesh)
-        for name, found in embeddings.items()
-    }
-    files.write_json(folder / path.name, baselines)
-    return baselines
+    arrays = {}
+    for name, vectors in embeddings._asdict().items():
+        split = getattr(dataset, name)
+        if vectors is not None and split is not None:
+            arrays[name] = vectors
+            arrays[f"{name}_labels"] = split.labels
+            arrays[f"{name}_ids"] = np.array(split.ids)
+    with files.replacing(path) as part:
+        np.savez(part, **arrays)
 
 
 def say_results(config: ConfigDict, results: dict) -> None:

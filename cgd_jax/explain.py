@@ -9,8 +9,8 @@ linear; so the embedding is a sum over branches and positions, and the dot produ
 summand with the embedding of the other image is its contribution. They add up to the
 similarity, each image's by itself. A contribution may be negative: it pushes apart.
 
-Features are not negative, and all embeddings of a network lie in one narrow cone; most of any
-similarity is what every image has with every other. No ranking depends on that, and it would
+Features are not negative, so the embeddings of a network may lie in one narrow cone, and most of
+any similarity is what every image has with every other. No ranking depends on that, and it would
 drown all else. So pictures take the mean embedding m of the test set from the other image:
 they show ⟨e, e' - m⟩, how much more like this image than like the average one.
 
@@ -18,7 +18,7 @@ A position of the feature map has seen more of the image than its own cell, so m
 the network found something, not which pixels it is made of.
 """
 
-import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,16 +26,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from cgd_jax import evaluate, from_config, pooling, retrieval
+from cgd_jax import checkpoint, combination, evaluate, from_config, pooling, retrieval
 from cgd_jax.augment import Normalization, center_crop, normalize
-from cgd_jax.config import ConfigError, from_dict
+from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
-from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import CGD, create_model, embed_model
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
+from cgd_jax.workdir import keep_compiled, read_config
 
 __all__ = ["Explanation", "contributions", "explain_pair", "explain_run", "pooled_map"]
 
@@ -54,7 +56,7 @@ class Explanation(NamedTuple):
 
 
 def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> jax.Array:
-    """A descriptor as a sum over positions: what each of them gave.
+    """Takes a descriptor apart: what each position of the feature map gave to it.
 
     SPoC is a sum already. In MAC, all is of the position of the maximum; equal maxima share.
     GeM, d = (mean f^p)^(1/p), is homogeneous of degree one: twice the features, twice the
@@ -86,28 +88,28 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
     if letter == "M":
         return _maxima(features)
     if letter == "G":
-        floor = 1e-6  # of pooling.gem: a channel that is dead everywhere is shared evenly
-        weights = jax.nn.softmax(p * jnp.log(jnp.maximum(features, floor)), (0, 1))
-        return weights * pooling.gem(features, p, floor)
+        # A channel that is dead everywhere is shared evenly, as the floor is.
+        weights = jax.nn.softmax(p * jnp.log(jnp.maximum(features, pooling.EPS)), (0, 1))
+        return weights * pooling.gem(features, p)
     if letter == "R":
         total = jnp.zeros_like(features)
         for top, left, side in pooling.rmac_regions(height, width):
             region = slice(top, top + side), slice(left, left + side)
             maxima = _maxima(features[region])
-            squared_norm = jnp.sum(maxima.sum((0, 1)) ** 2)
-            total = total.at[region].add(maxima * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-6)))
+            squared_norm = jnp.maximum(jnp.sum(maxima.sum((0, 1)) ** 2), pooling.EPS)
+            total = total.at[region].add(maxima * jax.lax.rsqrt(squared_norm))
         return total
     raise ValueError(f"unknown descriptor {letter!r}; known are {', '.join(pooling.POOLINGS)}.")
 
 
 def _maxima(features: jax.Array) -> jax.Array:
-    """[H, W, C] → the same, with 0 where a channel has no maximum; ties share it."""
+    """Keeps the maxima of every channel of [H, W, C], shared out where there are several."""
     highest = features == features.max((0, 1))
     return jnp.where(highest, features / highest.sum((0, 1)), 0)
 
 
 def linear_maps(descriptors: jax.Array, kernels: list[jax.Array], combination: str) -> jax.Array:
-    """`combination.combine` for one image as the linear function that it is at that image.
+    """Writes `combination.combine` for one image as the linear function that it is there.
 
     Args:
       descriptors: [n, C].
@@ -134,7 +136,7 @@ def linear_maps(descriptors: jax.Array, kernels: list[jax.Array], combination: s
 
 
 def _length(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(jnp.sum(x**2), 1e-12))  # the floor of l2_normalize
+    return jnp.sqrt(jnp.maximum(jnp.sum(x**2), combination.EPS))  # as l2_normalize divides by
 
 
 def contributions(
@@ -145,7 +147,7 @@ def contributions(
     p: float | jax.Array = 3.0,
     reference: float | jax.Array = 0.0,
 ) -> jax.Array:
-    """What every branch and position of two images contributes to their similarity.
+    """Takes the similarity of two images apart: what every branch and position contributes.
 
     Args:
       features: [2, H, W, C], floating point.
@@ -181,20 +183,20 @@ def explain_pair(
     image_size: int,
     reference: float | jax.Array = 0.0,
 ) -> Explanation:
-    """Takes the similarity of two images apart.
+    """Takes what `embed_model` computes of two images apart.
 
     Args:
       model: the network.
       variables: its weights and BatchNorm statistics.
-      normalization: of the pixels, which belongs to the weights.
+      normalization: of the pixels; it belongs to the weights.
       images: [2, S, S, 3] uint8.
       image_size: what the network sees, of larger images the centre.
       reference: as for `contributions`.
 
     Returns:
-      The explanation of what `embed_model` computes of these images. Without a
-      reference, the branches' shares are those of either image with "concat" and
-      "separate"; with "sum" and "raw" a branch also meets the others, and the images differ.
+      The explanation. With "concat" and "separate", and without a reference, both images
+      have the same shares; with "sum" and "raw" a branch also meets the others, and the
+      images differ.
     """
     images = normalize(center_crop(images, image_size), normalization)
     is_backbone = lambda module, _: module.name == "backbone"
@@ -225,46 +227,41 @@ def explain_run(
       match: file of another image; None likewise.
 
     Returns:
-      The pictures, in `workdir`: explain-QUERY-MATCH.png of the two files, or
-      explain-right.png and explain-wrong.png (one that has no pair is left out).
+      The pictures, in `workdir`: explain-QUERY-MATCH.png of the two files (long names are
+      cut), or explain-right.png and explain-wrong.png (one that has no pair is left out).
 
     Raises:
       FileNotFoundError: there is no such file, run or checkpoint.
       ConfigError: a file is no image, or the data set cannot be used.
     """
-    files = {"query": query, "match": match} if query or match else {}
-    for flag, file in files.items():
+    given = {"query": query, "match": match} if query or match else {}
+    for flag, file in given.items():
         if not Path(file).is_file():
             raise FileNotFoundError(f"--{flag}={file}: there is no such file.")
-    path = Path(workdir, "config.json")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no run in {workdir}: it has no config.json.")
-    config = from_dict(json.loads(path.read_text(encoding="utf-8")))
-    size = config.data.image_size
-    decoded = []
-    for flag, file in files.items():
-        try:
-            side = config.data.resize if config.eval.center_crop else size
-            decoded.append(decode(Path(file).read_bytes(), size=side))
-        except ValueError as error:
-            raise ConfigError(f"--{flag}={file}: {error}.") from error
-    variables, normalization, step = pretrained.read_run(workdir, step)
+    config = read_config(workdir)
+    pixels = read_images(given, config)
+    variables, normalization, step = checkpoint.read_weights(workdir, step)
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
+    size, batch = config.data.image_size, config.eval.batch_size
 
-    workdir.keep_compiled(workdir)
+    keep_compiled(workdir)
     setup = from_config.set_up(config)
-    dataset, batch = setup.dataset, config.eval.batch_size
+    dataset = setup.dataset
     embed = embed_model(model, variables, normalization, size)
-    if files:
+    if given:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
-        embeddings = evaluate.embed_images(embed, dataset.query.images[sample], batch, setup.split)
+        embeddings = evaluate.embed_images(
+            embed, dataset.query.images[sample], batch, setup.batch_sharding
+        )
         reference = embeddings.mean(0)
-        names = [Path(file).name for file in files.values()]
-        stems = "-".join(Path(file).stem for file in files.values())
-        chosen = {f"explain-{stems}.png": [(np.stack(decoded), names, None)]}
+        names = [Path(file).name for file in given.values()]
+        # Both names in one, which file systems allow 255 bytes.
+        stems = [os.fsencode(Path(file).stem)[:100] for file in given.values()]
+        file = f"explain-{b'-'.join(stems).decode(errors='ignore')}.png"
+        chosen = {file: [(pixels, names, None)]}
     else:
-        embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.split)
+        embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.batch_sharding)
         reference = embeddings.query.mean(0)
         right, wrong = right_and_wrong(embeddings, dataset, PAIRS, config.seed, setup.mesh)
         chosen = {
@@ -285,19 +282,42 @@ def explain_run(
     return pictures
 
 
+def read_images(given: dict[str, str], config: ConfigDict) -> np.ndarray:
+    """Decodes images as the data set's are.
+
+    Args:
+      given: flag → file.
+      config: of the run.
+
+    Returns:
+      [N, S, S, 3] uint8.
+
+    Raises:
+      ConfigError: a file is no image; it says which.
+    """
+    side = config.data.resize if config.eval.center_crop else config.data.image_size
+    decoded = []
+    for flag, file in given.items():
+        try:
+            decoded.append(decode(Path(file).read_bytes(), size=side))
+        except ValueError as error:
+            raise ConfigError(f"--{flag}={file}: {error}.") from error
+    return np.array(decoded)
+
+
 def right_and_wrong(
-    embeddings: evaluate.Embeddings, dataset: Dataset, count: int, seed: int, mesh
+    embeddings: evaluate.Embeddings, dataset: Dataset, count: int, seed: int, mesh: Mesh | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Retrievals to look at: right ones at random, and the wrong ones of highest similarity.
+    """Chooses retrievals to look at: right ones at random, wrong ones of highest similarity.
 
     The right ones of highest similarity would be near duplicates, which need no explanation.
 
     Args:
       embeddings: of the test images.
-      dataset: the data set.
+      dataset: that was embedded.
       count: how many of each, at most.
       seed: of the draw.
-      mesh: whose devices search.
+      mesh: whose devices search; None for one device.
 
     Returns:
       Two arrays [≤ count, 2] of positions: of a query, and of its first neighbour in the
@@ -313,7 +333,7 @@ def right_and_wrong(
     labels = dataset.query.labels
     found = (labels if gallery is None else dataset.gallery.labels)[index]
 
-    def choose(rows):
+    def choose(rows: np.ndarray) -> np.ndarray:
         pairs, seen = [], set()
         for row in rows:
             if len(pairs) < count and not {labels[row], found[row]} & seen:
@@ -328,11 +348,11 @@ def right_and_wrong(
 
 
 def pairs_of(dataset: Dataset, positions: np.ndarray, right: bool) -> list[tuple]:
-    """Images [2, S, S, 3], names of their classes, and `right`, for every pair of positions."""
-    splits = dataset.query, dataset.gallery or dataset.query
+    """Returns images [2, S, S, 3], names of their classes, and `right` of pairs of positions."""
+    sides = dataset.query, dataset.gallery or dataset.query
     pairs = []
     for pair in positions:
-        images = [s.images[np.array([i])][0] for s, i in zip(splits, pair, strict=True)]
-        names = [s.class_names[s.labels[i]] for s, i in zip(splits, pair, strict=True)]
+        images = [side.images[np.array([i])][0] for side, i in zip(sides, pair, strict=True)]
+        names = [side.class_names[side.labels[i]] for side, i in zip(sides, pair, strict=True)]
         pairs.append((np.stack(images), names, right))
     return pairs

@@ -9,18 +9,17 @@ vectors = embed(images)  # [B, S, S, 3] uint8 → [B, D]
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+import safetensors.numpy
 
 from cgd_jax.augment import Normalization
-from cgd_jax.config import from_dict, to_dict
-from cgd_jax.models import pretrained
+from cgd_jax.config import fill_added_keys
+from cgd_jax.models import backbones, pretrained
 from cgd_jax.models.cgd import create_model, embed_model
-from cgd_jax.reports import tables
 from cgd_jax.runtime import files
 
 __all__ = ["Model", "export_run", "open_model", "push_to_hub"]
@@ -33,37 +32,39 @@ class Model(NamedTuple):
 
     embed: Callable[[jax.Array], jax.Array]  # [B, S, S, 3] uint8 → [B, D], unit length
     image_size: int  # S
-    config: ConfigDict  # of the run that trained it
+    config: dict  # of the run that trained it, see configs/base.py
     normalization: Normalization  # what `embed` does to the pixels
 
 
-def open_model(source: str, vector: str = "embedding") -> Model:
+def open_model(source: str | Path, vector: str = "embedding") -> Model:
     """Opens what `export_run` wrote; neither the data set nor the run is needed.
 
     Args:
       source: the file, its folder, or the Hugging Face repository that it was pushed to.
-      vector: which of its vectors is computed, see `evaluate.select_vector`.
+      vector: which of its vectors is computed, see `cgd.select_vector`.
 
     Returns:
       The network and its config.
 
     Raises:
-      FileNotFoundError: there is no such source.
-      ValueError: it is damaged, or was not exported from a run.
+      FileNotFoundError: There is no such source.
+      ValueError: It is damaged, or was not exported from a run.
     """
-    path = pretrained.find(source)
+    path = pretrained.find(str(source))
     metadata, shapes = pretrained.read_header(path)
     if "config" not in metadata:
         raise ValueError(
             f"{path} holds weights, but not the config of the network that they belong to; only "
             f"files that --mode=export wrote do."
         )
-    config = from_dict(json.loads(metadata["config"]))
-    model = create_model(config.model, shapes["params/auxiliary_fc/bias"][0])
-    size = config.data.image_size
+    config = fill_added_keys(json.loads(metadata["config"]))
+    options = SimpleNamespace(**config["model"])
+    model = create_model(options, shapes["params/auxiliary_fc/bias"][0])
+    size = config["data"]["image_size"]
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables, normalization = pretrained.load(variables, str(path))
+    family = backbones.family_of(options.backbone)
+    variables, normalization = pretrained.load(variables, str(path), family)
     embed = embed_model(model, variables, normalization, size, vector)
     return Model(embed, size, config, normalization)
 
@@ -86,11 +87,13 @@ def export_run(workdir: str, step: int | None = None) -> Path:
     Raises:
       FileNotFoundError: there is no such run or checkpoint, or it was not evaluated.
     """
-    path = Path(workdir, "config.json")
-    if not path.exists():
-        raise FileNotFoundError(f"There is no run in {workdir}: it has no config.json.")
-    config = from_dict(json.loads(path.read_text(encoding="utf-8")))
-    variables, normalization, step = pretrained.read_run(workdir, step)
+    # Here: a network is opened without what a run needs.
+    from cgd_jax import checkpoint
+    from cgd_jax.config import to_dict
+    from cgd_jax.workdir import read_config
+
+    config = read_config(workdir)
+    variables, normalization, step = checkpoint.read_weights(workdir, step)
     metrics = _measured(workdir, step)
     folder = Path(workdir, FOLDER)
     folder.mkdir(exist_ok=True)
@@ -100,9 +103,8 @@ def export_run(workdir: str, step: int | None = None) -> Path:
         "metrics": json.dumps(metrics),
     }
     pretrained.save(folder / "model.safetensors", variables, normalization, metadata)
-    temporary = folder / "backbone.safetensors.tmp"
-    save_file(pretrained.to_torchvision(variables), temporary)
-    temporary.replace(folder / "backbone.safetensors")
+    names = pretrained.to_torchvision(variables, backbones.family_of(config.model.backbone))
+    files.write_atomically(folder / "backbone.safetensors", safetensors.numpy.save(names))
     files.write_atomically(folder / "README.md", model_card(config, step, metrics))
     return folder
 
@@ -121,7 +123,7 @@ def _measured(workdir: str, step: int) -> dict[str, dict]:
     )
 
 
-def model_card(config: ConfigDict, step: int, metrics: dict[str, dict]) -> str:
+def model_card(config, step: int, metrics: dict[str, dict]) -> str:
     """README.md of an exported network, in Markdown with the header that Hugging Face reads.
 
     Args:
@@ -129,6 +131,8 @@ def model_card(config: ConfigDict, step: int, metrics: dict[str, dict]) -> str:
       step: of the checkpoint.
       metrics: name of the vector → what `metrics.evaluate` returns.
     """
+    from cgd_jax.reports import tables
+
     model, loss, train = config.model, config.loss, config.train
     confidence = metrics["embedding"].get("confidence", {}).get("recall@1")
     interval = ""

@@ -1,6 +1,7 @@
 """What a config describes: the data set, the network, the optimizer, the state at step 0."""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from cgd_jax.config import ConfigError, validate
+from cgd_jax import checkpoint
+from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
-from cgd_jax.models import pretrained
+from cgd_jax.models import backbones, pretrained
 from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.runtime import processes
@@ -26,35 +28,39 @@ class Setup(NamedTuple):
     model: CGD
     optimizer: optax.GradientTransformation
     state: State  # at step 0, on all devices
-    split: jax.sharding.NamedSharding  # of a batch
-    mesh: jax.sharding.Mesh  # all devices
+    batch_sharding: jax.sharding.NamedSharding  # divides the first axis over all devices
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """All devices."""
+        return self.batch_sharding.mesh
 
 
 def set_up(config: ConfigDict) -> Setup:
-    """Checks the config, reads the data set, makes the network.
-
-    Args:
-      config: of the experiment.
+    """Opens the data set and makes the network of a valid config.
 
     Returns:
       The parts of a run; the same config gives the same state.
 
     Raises:
-      ConfigError: says what in the config cannot be run.
+      ConfigError: The data cannot be used, or a batch does not fit the data or the devices.
     """
-    validate(config)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
-    replicated, split = shardings(mesh)
+    replicated, batch_sharding = shardings(mesh)
     check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)
-    classes = np.unique(labels)
-    model = create_model(config.model, len(classes))
+    model = create_model(config.model, len(np.unique(labels)))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    averaged = config.optimizer.average > 0
     state = create_state(
-        model, optimizer, config.seed, config.data.image_size, replicated, averaged
+        model,
+        optimizer,
+        config.seed,
+        config.data.image_size,
+        replicated,
+        average=config.optimizer.average > 0,
+        normalization=backbones.normalization_of(config.model.backbone),
     )
-    return Setup(dataset, labels, model, optimizer, state, split, mesh)
+    return Setup(dataset, labels, model, optimizer, state, batch_sharding)
 
 
 def check_batch(config: ConfigDict, devices: int) -> None:
@@ -62,17 +68,13 @@ def check_batch(config: ConfigDict, devices: int) -> None:
 
     Args:
       config: the `train` part of an experiment's config.
-      devices: how many.
+      devices: how many there are.
 
     Raises:
-      ConfigError: they cannot; it names sizes that can.
+      ConfigError: They cannot; it names sizes that can.
     """
-    classes, per_class, chunk = (
-        config.classes_per_batch,
-        config.images_per_class,
-        config.embed_chunk,
-    )
-    images = classes * per_class
+    classes, per_class = config.classes_per_batch, config.images_per_class
+    chunk, images = config.embed_chunk, classes * per_class
     if images % devices:
         step = devices // math.gcd(devices, per_class)  # of the number of classes
         fitting = [n for n in (classes // step * step, (classes // step + 1) * step) if n > 1]
@@ -89,22 +91,30 @@ def check_batch(config: ConfigDict, devices: int) -> None:
         )
 
 
-def load_pretrained(source: str, state: State) -> State:
-    """Puts published weights into the backbone of a state at step 0.
+def load_pretrained(config: ConfigDict, state: State) -> State:
+    """Puts published weights, or those of an earlier run, into a state at step 0.
 
     Args:
-      source: as `pretrained.load` takes it.
+      config: the `model` part of an experiment's config. `pretrained` is the folder of a run,
+        whose best checkpoint is taken, or what `pretrained.load` knows.
       state: from `create_state`.
 
     Returns:
-      The state with them, laid over the devices as before.
+      The state with the weights, laid over the devices as before.
 
     Raises:
-      ConfigError: no such source, or one that does not fit the network.
+      ConfigError: There is no such source, or it does not fit the network.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
+    source = config.pretrained
     try:
-        loaded, normalization = pretrained.load(variables, source)
+        if Path(source, checkpoint.FOLDER).is_dir():
+            weights, normalization, _ = checkpoint.read_weights(source)
+            loaded = pretrained.fill(weights, variables)
+        else:
+            loaded, normalization = pretrained.load(
+                variables, source, backbones.family_of(config.backbone)
+            )
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     average = None if state.average is None else loaded["params"]
@@ -113,10 +123,13 @@ def load_pretrained(source: str, state: State) -> State:
 
 
 def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
-    """The data set of a config, and the labels [N] int32 of its training images in [0, M).
+    """Opens the data set of a config, building it first if need be.
+
+    Returns:
+      The data set; the labels [N] int32 of its training images, in [0, M).
 
     Raises:
-      ConfigError: what is wrong with the source, the data set or the disk.
+      ConfigError: Something is wrong with the source, the data set or the disk.
     """
     try:
         # What the first process builds the others find built, if they share its disk.

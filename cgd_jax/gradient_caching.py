@@ -1,15 +1,18 @@
 """Gradients of large batches in the memory of small ones."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from cgd_jax.models.cgd import CGD
+from cgd_jax.models.cgd import CGD, Output
 
 
-def make_chunked_gradients(model: CGD, measure, chunk: int):
-    """The same gradient in the memory of `chunk` images, for batches that would not fit.
+def make_chunked_gradients(
+    model: CGD, measure: Callable[[jax.Array, Output], tuple[jax.Array, dict]], chunk: int
+) -> Callable:
+    """Makes a function for the gradient of a large batch in the memory of `chunk` images.
 
     Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983): the descriptors of all
     images are computed chunk by chunk without keeping activations, the loss and its gradient
@@ -22,9 +25,9 @@ def make_chunked_gradients(model: CGD, measure, chunk: int):
     `model.freeze_batch_norm` the gradient is that of `direct_gradients` exactly. The
     auxiliary module sees the whole batch in any case.
 
-    Every part is compiled by itself and the host goes from chunk to chunk, without waiting for
-    any: one program with a loop in it can be much slower on a CPU (see `conv`), and one without
-    a loop grows with the number of chunks.
+    Every part is a program of its own and the host goes from chunk to chunk, without waiting for
+    any: XLA compiles convolutions inside of loops to slow code on a CPU, and a program without a
+    loop would grow with the number of chunks.
 
     Args:
       model: the network.
@@ -32,11 +35,11 @@ def make_chunked_gradients(model: CGD, measure, chunk: int):
       chunk: how many images; divides the batch.
 
     Returns:
-      state, images, labels → what `direct_gradients` returns.
+      state, images, labels → what `train_step.direct_gradients` returns.
     """
 
     @jax.jit
-    def split(images):
+    def in_chunks(images):
         # Every n-th image makes a chunk, so that each device computes its part of it.
         chunks = images.reshape(chunk, -1, *images.shape[1:])
         return tuple(chunks[:, i] for i in range(chunks.shape[1]))
@@ -81,7 +84,7 @@ def make_chunked_gradients(model: CGD, measure, chunk: int):
     describe_chunk = jax.jit(describe)
 
     def gradients_of(state, images, labels):
-        chunks = split(images)
+        chunks = in_chunks(images)
         found = [describe_chunk(state.params, state.batch_stats, chunk) for chunk in chunks]
         descriptors, backbone_stats = zip(*found, strict=True)
         total, cotangents, batch_stats, metrics = rank(state, descriptors, backbone_stats, labels)

@@ -37,5 +37,6 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     path = Path(workdir, "samples.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     per_class = config.train.images_per_class
-    plots.plot_samples(path, np.asarray(images), per_class * max(1, 12 // per_class))
+    columns = per_class * max(1, 12 // per_class)
+    plots.plot_samples(path, np.asarray(images), columns, IMAGENET)
     console.say(f"\nLook at {path}: the first batch, {per_class} images of a class side by side.")

@@ -1,6 +1,10 @@
-"""One training step: the state, the losses, their gradient, the update."""
+"""One training step, top-down: augment, losses, gradients, update.
+
+`make_train_step` is the whole of it; the functions below it are its parts, in that order.
+"""
 
 import functools
+from collections.abc import Callable
 
 import flax
 import jax
@@ -9,9 +13,8 @@ import optax
 from ml_collections import ConfigDict
 
 from cgd_jax import losses
-from cgd_jax.augment import Normalization, augment
+from cgd_jax.augment import IMAGENET, Normalization, augment
 from cgd_jax.gradient_caching import make_chunked_gradients
-from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import CGD, Output
 from cgd_jax.optimizer import learning_rate_schedule, moving_average
 
@@ -25,94 +28,101 @@ class State:
     batch_stats: dict
     opt_state: optax.OptState
     normalization: Normalization  # of the pixels; it belongs to the weights
-    average: dict | None  # of the parameters over the steps, if it is wanted
+    average: dict | None  # moving average of the parameters, if the config asks for one
     skipped: jax.Array  # int32, steps in a row, up to now, whose loss was not finite
 
     def variables(self) -> dict:
-        """What is evaluated: the averaged parameters if there are any."""
+        """Returns what is evaluated: the averaged parameters if there are any."""
         params = self.params if self.average is None else self.average
         return {"params": params, "batch_stats": self.batch_stats}
 
 
-def create_state(
+def make_train_step(
+    config: ConfigDict,
     model: CGD,
     optimizer: optax.GradientTransformation,
-    seed: int,
-    image_size: int,
-    sharding: jax.sharding.Sharding,
-    average: bool = False,
-) -> State:
-    """Draws the initial weights.
+    mesh: jax.sharding.Mesh,
+) -> Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """Compiles a training step for all devices of a mesh.
+
+    It is written for the global batch and partitioned by the compiler: batch-hard mining
+    looks at the images of all devices, BatchNorm sees global statistics, and n devices
+    compute what one computes.
 
     Args:
+      config: a whole experiment's.
       model: the network.
       optimizer: from `make_optimizer`.
-      seed: of the experiment.
-      image_size: side of the images, in pixels.
-      sharding: how the devices hold it.
-      average: whether the parameters are averaged over the steps.
+      mesh: has the one axis "data".
 
     Returns:
-      The state at step 0, with the normalization that the backbone is published with.
+      (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics); the state is
+      donated.
     """
+    measure = functools.partial(measure_losses, config.loss)
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    chunk = config.train.embed_chunk
+    gradients_of = (
+        make_chunked_gradients(model, measure, chunk)
+        if chunk
+        else functools.partial(direct_gradients, model, measure)
+    )
 
-    @functools.partial(jax.jit, out_shardings=sharding)
-    def init():
-        images = jnp.zeros((1, image_size, image_size, 3))
-        variables = model.init(jax.random.key(seed), images)
-        params = variables["params"]
-        return State(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(params),
-            normalization=jax.tree.map(jnp.asarray, pretrained.usual_normalization(variables)),
-            average=params if average else None,
-            skipped=jnp.zeros((), jnp.int32),
-        )
+    def prepare(state: State, images: jax.Array) -> jax.Array:
+        key = step_key(config.seed, state.step)
+        return augment(key, images, config.augment, config.data.image_size, state.normalization)
 
-    return init()
+    def update(state: State, gradients: dict, batch_stats: dict, metrics: dict):
+        new = apply_gradients(config, optimizer, state, gradients, batch_stats)
+        # What is not finite does not get into the weights.
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
+        return new.replace(step=state.step + 1, skipped=skipped), metrics
+
+    replicated, batch_sharding = shardings(mesh)
+    if chunk:  # the host goes from chunk to chunk, so that this cannot be one program
+        prepare = jax.jit(prepare, out_shardings=batch_sharding)
+        update = jax.jit(update, donate_argnums=0, out_shardings=replicated)
+
+    def train_step(state: State, images: jax.Array, labels: jax.Array):
+        images = prepare(state, images)
+        return update(state, *gradients_of(state, images, labels))
+
+    if chunk:
+        return train_step
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(replicated, batch_sharding, batch_sharding),
+        out_shardings=(replicated, replicated),
+    )
 
 
-def compute_losses(
-    config: ConfigDict, ranked: list[jax.Array], logits: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The total loss and its two parts (paper, section 3).
+def measure_losses(
+    config: ConfigDict, labels: jax.Array, output: Output
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes the loss of a batch (paper, section 3), and what is logged of it.
 
     Args:
-      config: the `loss` part of an experiment's config.
-      ranked: the vectors that the ranking loss applies to; of several, the mean.
-      logits: [B, M].
+      config: the `loss` part of an experiment's config. A loss whose weight is 0 is not
+        computed and logged as 0.
       labels: [B], in [0, M).
+      output: of the network; of several ranked vectors the ranking loss is the mean.
 
     Returns:
-      total, ranking loss, classification loss: float32 scalars. A part whose weight
-      is 0 is not computed and is 0.
+      The weighted sum of both losses, a float32 scalar; {name: float32 scalar}.
     """
     ranking = classification = jnp.zeros(())
     if config.ranking_weight:
         loss = functools.partial(losses.RANKING_LOSSES[config.ranking], **config[config.ranking])
-        ranking = sum(loss(vectors, labels) for vectors in ranked) / len(ranked)
+        ranking = sum(loss(vectors, labels) for vectors in output.ranked) / len(output.ranked)
     if config.classification_weight:
         classification = losses.smoothed_cross_entropy(
-            logits, labels, config.temperature, config.smoothing
+            output.logits, labels, config.temperature, config.smoothing
         )
     total = config.ranking_weight * ranking + config.classification_weight * classification
-    return total, ranking, classification
-
-
-def measure_losses(config: ConfigDict, labels: jax.Array, output: Output) -> tuple:
-    """The total loss of a batch, and what is logged of it.
-
-    Args:
-      config: the `loss` part of an experiment's config.
-      labels: [B], in [0, M).
-      output: of the network.
-
-    Returns:
-      A float32 scalar; {name: float32 scalar}.
-    """
-    total, ranking, classification = compute_losses(config, output.ranked, output.logits, labels)
     return total, {
         "loss": total,
         "ranking_loss": ranking,
@@ -121,18 +131,24 @@ def measure_losses(config: ConfigDict, labels: jax.Array, output: Output) -> tup
     }
 
 
-def direct_gradients(model: CGD, measure, state: State, images: jax.Array, labels: jax.Array):
-    """The gradient of the loss, all images at once.
+def direct_gradients(
+    model: CGD,
+    measure: Callable[[jax.Array, Output], tuple[jax.Array, dict]],
+    state: State,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[dict, dict, dict]:
+    """Computes the gradient of the loss from all images at once.
 
     Args:
       model: the network.
       measure: labels, `Output` → loss, metrics.
-      state: whose parameters the gradient is taken of.
+      state: its parameters are differentiated.
       images: [B, S, S, 3], normalized.
       labels: [B], in [0, M).
 
     Returns:
-      gradient, as the parameters; new BatchNorm statistics; metrics.
+      The gradient, as the parameters; new BatchNorm statistics; metrics.
     """
 
     def loss_of(params):
@@ -145,83 +161,75 @@ def direct_gradients(model: CGD, measure, state: State, images: jax.Array, label
     return gradients, batch_stats, metrics
 
 
-def make_train_step(
+def apply_gradients(
     config: ConfigDict,
-    model: CGD,
     optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-):
-    """Compiles a training step for all devices of a mesh.
-
-    It is written for the global batch and split by the compiler: batch-hard mining
-    looks at the images of all devices, BatchNorm sees global statistics, and n
-    devices compute what one computes.
-
-    Args:
-      config: of the experiment.
-      model: the network.
-      optimizer: from `make_optimizer`.
-      mesh: with the one axis "data".
-
-    Returns:
-      (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics); the
-      state is donated.
-    """
-    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-    measure = functools.partial(measure_losses, config.loss)
-
-    def prepare(state: State, images: jax.Array):
-        key = step_key(config.seed, state.step)
-        return augment(key, images, config.augment, config.data.image_size, state.normalization)
-
-    def update(state: State, gradients: dict, batch_stats: dict, metrics: dict):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average is not None:
-            average = moving_average(average, params, state.step, config.optimizer.average)
-        new = state.replace(
-            params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
-        )
-        # What is not finite does not get into the weights.
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
-        return new.replace(step=state.step + 1, skipped=skipped), metrics
-
-    replicated, split = shardings(mesh)
-    if config.train.embed_chunk:
-        prepare = jax.jit(prepare, out_shardings=split)
-        update = jax.jit(update, donate_argnums=0, out_shardings=replicated)
-        gradients_of = make_chunked_gradients(model, measure, config.train.embed_chunk)
-
-        def train_step(state: State, images: jax.Array, labels: jax.Array):
-            return update(state, *gradients_of(state, prepare(state, images), labels))
-
-        return train_step
-
-    def train_step(state: State, images: jax.Array, labels: jax.Array):
-        images = prepare(state, images)
-        return update(state, *direct_gradients(model, measure, state, images, labels))
-
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(replicated, split, split),
-        out_shardings=(replicated, replicated),
+    state: State,
+    gradients: dict,
+    batch_stats: dict,
+) -> State:
+    """Returns the state with updated parameters, their average and BatchNorm statistics."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+        average = moving_average(average, params, state.step, config.optimizer.average)
+    return state.replace(
+        params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
     )
 
 
+def create_state(
+    model: CGD,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    image_size: int,
+    sharding: jax.sharding.Sharding,
+    average: bool = False,
+    normalization: Normalization = IMAGENET,
+) -> State:
+    """Draws the initial weights.
+
+    Args:
+      model: the network.
+      optimizer: from `make_optimizer`.
+      seed: of the weights.
+      image_size: side of the images, in pixels.
+      sharding: how the devices hold the state.
+      average: whether the parameters are averaged over the steps.
+      normalization: of the pixels, the one that the backbone is published with.
+
+    Returns:
+      The state at step 0.
+    """
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def init():
+        images = jnp.zeros((1, image_size, image_size, 3))
+        variables = model.init(jax.random.key(seed), images)
+        params = variables["params"]
+        return State(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(params),
+            normalization=jax.tree.map(jnp.asarray, normalization),
+            average=params if average else None,
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+    return init()
+
+
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
-    """The random key of a training step: all that is random in it follows from it."""
+    """Returns the random key of a training step, from which all of its randomness follows."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def shardings(
     mesh: jax.sharding.Mesh,
 ) -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding]:
-    """How a mesh holds things: the same on every device; split along the first axis."""
+    """Returns how a mesh holds state and batches: replicated; divided along the first axis."""
     spec = jax.sharding.PartitionSpec
     return (
         jax.sharding.NamedSharding(mesh, spec()),

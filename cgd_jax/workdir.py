@@ -1,4 +1,4 @@
-"""The work folder of a run: its config, its compiled programs."""
+"""The work folder of a run: its name, its config, the programs compiled beside it."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,45 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from cgd_jax.config import ConfigError, differences, to_dict
+from cgd_jax.config import ConfigError, differences, from_dict, to_dict
+
+__all__ = ["check_workdir", "default_workdir", "keep_compiled", "read_config"]
 
 
-def check_workdir(config: ConfigDict, workdir: str) -> None:
+def default_workdir(config_argument: str, parent: str = "runs") -> str:
+    """Returns the folder of a run that names none: configs/glyphs.py:SMG → runs/glyphs-SMG."""
+    path, _, argument = config_argument.partition(":")
+    return str(Path(parent, "-".join(filter(None, [Path(path).stem, argument]))))
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """Reads the config of a run; keys that are newer than the run are filled in.
+
+    Raises:
+      FileNotFoundError: There is no run.
+      ConfigError: Its config.json is damaged.
+    """
+    path = Path(workdir, "config.json")
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"There is no run in {workdir}: it has no config.json. Give the folder of a run with "
+            f"--workdir=, or train one first."
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from error
+
+
+def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
     """Refuses a work folder that holds a run of another config.
 
     Raises:
-      ConfigError: names every difference.
+      ConfigError: Names every difference.
     """
-    path = Path(workdir, "config.json")
-    if not path.exists():
+    if not Path(workdir, "config.json").exists():
         return
-    changes = differences(json.loads(path.read_text(encoding="utf-8")), to_dict(config))
+    changes = differences(to_dict(read_config(workdir)), to_dict(config))
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         raise ConfigError(
@@ -27,7 +53,7 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
         )
 
 
-def keep_compiled(workdir: str) -> None:
+def keep_compiled(workdir: str | Path) -> None:
     """Keeps compiled programs beside the work folders, so that the next run starts sooner."""
     if jax.config.jax_compilation_cache_dir is None:  # else the user has chosen a place
         folder = Path(workdir).resolve().parent / ".compiled"

@@ -1,8 +1,15 @@
 """Configs: every mistake is answered with the key, the value and what is valid."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
-from cgd_jax.config import ConfigError, default_workdir, differences, from_dict, to_dict, validate
+from cgd_jax import config as config_module
+from cgd_jax import workdir
+from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validate
+from cgd_jax.workdir import default_workdir
 from configs import base, glyphs
 
 
@@ -17,7 +24,7 @@ from configs import base, glyphs
         ("model.dtype", "int8", "float32, bfloat16"),
         ("model.descriptors", "SX", "S, M, G, R"),
         ("model.descriptors", "SS", "at most once"),
-        ("model.descriptors", "", "one or more"),
+        ("model.descriptors", "", "must be one or more"),
         ("model.descriptors", "SMGR", "embedding_dim: an embedding of 1538"),
         ("model.last_stride", 3, "must be 1 or 2"),
         ("model.gem_p", 0.0, "above 0"),
@@ -136,8 +143,58 @@ def test_default_workdir():
     assert default_workdir("/somewhere/else.py:SMG") == "runs/else-SMG"
 
 
-def test_a_config_of_an_older_version(tmp_path):
+def test_keys_that_are_missing_unknown_or_of_another_type():
     config = glyphs.get_config()
     del config.train.embed_chunk
-    with pytest.raises(ConfigError, match="no key embed_chunk; one of an older version"):
+    with pytest.raises(ConfigError, match="no key train.embed_chunk"):
         validate(config)
+    config = glyphs.get_config()
+    config.model.descriptor = "SM"
+    with pytest.raises(ConfigError, match="a key that nothing reads: model.descriptor"):
+        validate(config)
+    config = glyphs.get_config()
+    config.optimizer = config.optimizer.to_dict() | {"learning_rate": "fast"}
+    with pytest.raises(ConfigError, match="optimizer.learning_rate='fast' is of the wrong type"):
+        validate(config)
+
+
+@pytest.mark.parametrize("key", ["model.gem_p", "optimizer.learning_rate", "loss.temperature"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_that_are_not_finite(key, value):
+    config = glyphs.get_config()
+    group, name = key.split(".")
+    config[group][name] = value
+    with pytest.raises(ConfigError, match=f"{key}={value}"):
+        validate(config)
+
+
+def test_every_key_has_a_rule_and_a_value_for_older_runs():
+    keys = config_module.flatten(base.get_config().to_dict()).keys()
+    assert keys == config_module.RULES.keys()
+    golden = Path(__file__).parent / "goldens" / "config_0.1.0.json"
+    older = config_module.flatten(json.loads(golden.read_text()))
+    assert keys - older.keys() == config_module.ADDED_KEYS.keys()
+
+
+def test_a_work_folder_of_version_0_1_0(tmp_path, monkeypatch):
+    golden = Path(__file__).parent / "goldens" / "config_0.1.0.json"
+    shutil.copy(golden, tmp_path / "config.json")
+    config = workdir.read_config(tmp_path)
+    validate(config)
+    workdir.check_workdir(config, tmp_path)
+    # A key of a later version: the run goes on with what was done before there was one.
+    monkeypatch.setattr(config_module, "ADDED_KEYS", {"model.neck": "none", "new.group.key": 3})
+    newer = workdir.read_config(tmp_path)
+    assert newer.model.neck == "none" and newer.new.group.key == 3
+    workdir.check_workdir(newer, tmp_path)
+    newer.model.neck = "batch_norm"
+    with pytest.raises(ConfigError, match="model.neck: none → batch_norm"):
+        workdir.check_workdir(newer, tmp_path)
+
+
+def test_a_folder_without_a_run_and_a_damaged_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no run in .*train one first"):
+        workdir.read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": 0')
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        workdir.read_config(tmp_path)

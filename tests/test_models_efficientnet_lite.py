@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from cgd_jax.models.efficientnet_lite import BACKBONES, EfficientNetLite, InvertedResidual
+from cgd_jax.models.efficientnet_lite import FAMILY, EfficientNetLite, InvertedResidual
 from tests.variables import random_variables
 
 # Parameters of the published networks, less their classifiers of 1280 × 1000 + 1000.
@@ -18,7 +19,7 @@ PUBLISHED = {
 
 def shapes_of(backbone, size=224, **kwargs):
     """Shapes of variables and features, without computing anything."""
-    model = BACKBONES[backbone](**kwargs)
+    model = FAMILY.backbones[backbone](**kwargs)
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return variables, jax.eval_shape(model.apply, variables, images)
@@ -42,7 +43,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
 def test_where_the_input_is_added():
     x = jnp.ones((1, 4, 4, 8))
     for out, stride, added in ((8, 1, True), (8, 2, False), (16, 1, False)):
-        block = InvertedResidual(3, stride, 6, out, jnp.float32)
+        block = InvertedResidual(3, stride, 6, out, jnp.float32, nn.Conv)
         variables = random_variables(block, x, False)
         # Without the projection, what is left is the input, or nothing.
         norm = variables["params"]["project_bn"]

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from cgd_jax.models.resnet import BACKBONES, Block
+from cgd_jax.models.resnet import FAMILY, Block
 from tests.variables import random_variables
 
 # Parameters of the published networks (torchvision; timm for SE-ResNet-50), less
@@ -21,6 +22,8 @@ PUBLISHED = {
     "se_resnet50": 28_088_024 - 2_049_000,
     "resnext50_32x4d": 25_028_904 - 2_049_000,
 }
+
+BACKBONES = FAMILY.backbones
 
 
 def shapes_of(backbone, size=224, **kwargs):
@@ -57,7 +60,14 @@ def test_small_images_and_small_widths():
 def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
     """Else every second pixel would be lost to the strided 1×1 convolution."""
     block = Block(
-        width=4, out=8, stride=2, bottleneck=True, groups=1, squeeze_excite=False, dtype="float32"
+        width=4,
+        out=8,
+        stride=2,
+        bottleneck=True,
+        groups=1,
+        squeeze_excite=False,
+        dtype="float32",
+        conv=nn.Conv,
     )
     images = jax.random.normal(jax.random.key(1), (1, 8, 8, 8))
     variables = random_variables(block, images, train=False)

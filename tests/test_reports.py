@@ -1,14 +1,19 @@
 """Reports: tables that line up, histories that go on, pictures that show what they say."""
 
+import contextlib
 import struct
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from cgd_jax.augment import IMAGENET, Normalization, normalize
 from cgd_jax.data import Dataset, Split
-from cgd_jax.reports import plots, tables
+from cgd_jax.reports import plots, tables, throughput
 from cgd_jax.reports.history import History, Progress, read_history
 from cgd_jax.runtime import files
 
@@ -53,6 +58,12 @@ def test_history_goes_on_where_the_run_does(tmp_path):
         again.add(3, {"loss": 0.2})
     assert [row["loss"] for row in read_history(path)] == [0.5, 0.25, 0.2]
     assert read_history(tmp_path / "none.csv") == []
+
+
+def test_late_steps_are_not_rounded(tmp_path):
+    with History(tmp_path, 0) as history:
+        history.add(1234567, {"loss": 1 / 3})
+    assert read_history(tmp_path / "history.csv") == [{"step": 1234567, "loss": 0.333333}]
 
 
 def read_events(path):
@@ -140,14 +151,137 @@ def test_failing_queries_get_a_part_of_their_own(tmp_path):
     assert heights[1] - heights[0] == 40 + 114
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, which are not written."""
+    figures = []
+
+    @contextlib.contextmanager
+    def picture(*_, **__):
+        figures.append(Figure(layout="constrained"))
+        yield figures[-1]
+
+    monkeypatch.setattr(plots, "picture", picture)
+    return figures
+
+
+LOSSES = [
+    {"step": 1.0, "loss": 2.0, "ranking_loss": 0.0, "classification_loss": 2.0},
+    {"step": 2.0, "loss": 1.0, "recall@1": 0.5, "recall@2": 0.7},
+]
+SIGNS = {
+    "active_triplets": 0.9,
+    "mean_embedding_norm": 0.4,
+    "positive_distance": 0.5,
+    "negative_distance": 1.2,
+    "hardest_positive": 0.9,
+    "hardest_negative": 0.8,
+    "ranking_gradient": 0.01,
+    "classification_gradient": 3.0,
+}
+
+
 def test_curves_are_drawn_with_and_without_evaluations(tmp_path):
-    rows = [
-        {"step": 1.0, "loss": 2.0, "ranking_loss": 0.0, "classification_loss": 2.0},
-        {"step": 2.0, "loss": 1.0, "recall@1": 0.5, "recall@2": 0.7},
-    ]
-    for name, some in [("all", rows), ("first", rows[:1]), ("none", [])]:
-        plots.plot_curves(tmp_path / f"{name}.png", some, {"raw pixels": {"recall@1": 0.3}})
-        assert Image.open(tmp_path / f"{name}.png").size == (1320, 480)
+    with_signs = [row | SIGNS for row in LOSSES]
+    for rows, height in [(LOSSES, 480), (LOSSES[:1], 480), ([], 480), (with_signs, 888)]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plots.plot_curves(tmp_path / "a.png", rows, {"raw pixels": {"recall@1": 0.3}}, 0.1)
+        assert Image.open(tmp_path / "a.png").size == (1320, height)
+
+
+def lines_of(axes):
+    """What a panel shows: label → the values."""
+    return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+
+
+def test_curves_show_the_history(drawn):
+    baselines = {f"pretrained {letter}": {"recall@1": i / 10} for i, letter in enumerate("SMGR")}
+    baselines["raw $pixels$"] = {"recall@1": 0.9}
+    seen = "classes, 3 of 40 seen in training"
+    plots.plot_curves("", [row | SIGNS for row in LOSSES], baselines, 0.1, seen)
+    losses, recalls, distances, shares, gradients = map(lines_of, drawn[0].axes)
+    assert losses["total"] == [2, 1] and losses["classification"] == [2]
+    assert losses["margin"] == [0.1, 0.1] and "ranking" not in losses, "a loss of 0 is not there"
+    assert recalls["R@1"] == [50] and recalls["R@2"] == [70]
+    assert all(recalls[f"R@1, {name}"][0] == 100 * x["recall@1"] for name, x in baselines.items())
+    assert drawn[0].axes[1].get_title() == "Classes, 3 of 40 seen in training"
+    assert distances["hardest negative"] == [0.8, 0.8] and len(distances) == 4
+    assert shares == {"active triplets": [0.9, 0.9], "norm of the mean": [0.4, 0.4]}
+    assert gradients == {"ranking": [0.01, 0.01], "classification": [3, 3]}
+    plots.plot_curves("", LOSSES, {})
+    assert len(drawn[1].axes) == 2 and drawn[1].axes[1].get_title() == "Test classes"
+    assert "margin" not in lines_of(drawn[1].axes[0])
+
+
+def test_samples_are_shown_in_their_own_colours(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    for normalization in (IMAGENET, Normalization.of(0.5, 0.25)):
+        images = np.asarray(normalize(pixels, normalization))
+        plots.plot_samples(tmp_path / "a.png", images, 3, normalization)
+        shown = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+        assert shown.shape == (2 * 68 + 4, 3 * 68 + 4, 3)
+        assert np.abs(shown[72:136, 4:68] - pixels[3]).max() <= 1
+
+
+def test_classes_are_called_unseen_where_they_are():
+    assert tables.describe_classes(40, 0) == "classes never seen in training"
+    assert tables.describe_classes(2400, 1003) == "classes, 1,003 of 2,400 seen in training"
+    assert tables.describe_classes(40, 40) == "classes that were all seen in training"
+
+
+@pytest.mark.parametrize(
+    "of_g,said",
+    [(0.25, "Against S, the best branch,"), (0.5, "Against S, one of the best branches,")],
+)
+def test_the_best_branch_is_the_best(of_g, said):
+    found = {
+        "queries": 8,
+        "k": 3,
+        "branches": {"S": 0.5, "G": of_g},
+        "combined": 0.75,
+        "any_branch": 0.75,
+        "best_branch": "S",
+        "pairs": [{"branches": ["S", "G"], "overlap": 0.5, "error_correlation": None}],
+        "gain": {"total": 0.25, "confidence": [0.1, 0.4], "won": 2, "lost": 0},
+        "outcomes": [{"right": [], "queries": 4, "combined_right": 2, "gain": 2}],
+    }
+    assert f"{said} the combination wins 2 queries and loses 0: +25.00" in (
+        tables.complementarity_text(found)
+    )
+
+
+def test_tables_show_names_as_they_are():
+    rows = {"a|b\n*c*": {"recall@1": 0.5}}
+    assert "a\\|b\\\\n\\*c\\* |" in tables.metrics_table(rows, "github")
+    assert "a|b\\n*c*" in tables.metrics_table(rows)
+    assert tables.run_table({"work folder": "a\nb"}) == "work folder  a\\nb"
+
+
+def test_the_meter_counts_what_was_done(monkeypatch):
+    clock = iter([0.0, 10.0, 13.0, 20.0, 20.0])
+    monkeypatch.setattr(throughput.time, "time", lambda: next(clock))
+    meter = throughput.Meter(images=32, flops=5e12, peak=10e12)
+    with meter.waiting():
+        meter.count()
+    meter.count()
+    row = meter.read()
+    assert row == {
+        "images_per_second": 2 * 32 / 20,
+        "input_wait": 3 / 20,
+        "tflops_per_second": 0.5,
+        "share_of_peak": 0.05,
+    }
+
+
+def test_peaks_are_those_of_the_longest_name(monkeypatch):
+    device = SimpleNamespace(device_kind="TPU v5 lite")
+    monkeypatch.setattr(throughput.jax, "devices", lambda: [device])
+    monkeypatch.setattr(throughput.jax, "device_count", lambda: 4)
+    assert throughput.peak_flops("bfloat16") == 4 * 197e12
+    assert np.isnan(throughput.peak_flops("float32"))
+    device.device_kind = "cpu"
+    assert np.isnan(throughput.peak_flops("bfloat16"))
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(capsys):

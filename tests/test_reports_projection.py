@@ -30,14 +30,14 @@ def rgb(color):
 def test_pca_is_that_of_numpy(shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape) * np.linspace(3, 1, shape[1]) + 5
-    points, shares = projection.pca(x.astype(np.float32), 3)
+    points, shares = projection.pca(x.astype(np.float32))
     centred = x - x.mean(0)
     left, values, _ = np.linalg.svd(centred, full_matrices=False)
-    expected = left[:, :3] * values[:3]
+    expected = left[:, :2] * values[:2]
     signs = np.sign(np.sum(expected * points, 0))
     np.testing.assert_allclose(points, expected * signs, atol=1e-4)
-    np.testing.assert_allclose(shares, values[:3] ** 2 / np.sum(centred**2), rtol=1e-4)
-    np.testing.assert_allclose(np.cov(points.T) * (1 - np.eye(3)), 0, atol=1e-4)
+    np.testing.assert_allclose(shares, values[:2] ** 2 / np.sum(centred**2), rtol=1e-4)
+    np.testing.assert_allclose(np.cov(points.T)[0, 1], 0, atol=1e-4)
 
 
 def test_signs_of_pca_follow_from_the_data():
@@ -153,6 +153,36 @@ def test_images_without_room_are_dots_in_the_colour_of_their_class(tmp_path):
     assert frames < blue.sum() < frames + 25 * (~drawn).sum()
 
 
+@pytest.mark.parametrize(
+    "most,drawn,coloured,text",
+    [
+        (99, 80, 7, "80 test images; the colours are classes:"),
+        (99, 60, 7, "80 test images; 60 of them have room, the others are dots; the colours are "),
+        (20, 20, 5, "20 of 80 test images, drawn at random; the colours are 5 of 6 classes:"),
+    ],
+)
+def test_a_map_says_what_it_shows(most, drawn, coloured, text):
+    labels = np.arange(80) % 7
+    embeddings = Embeddings(np.zeros((80, 2), np.float32), None)
+    sample = projection.sample_test(embeddings, Dataset(None, split_of(labels), None), 0, most)
+    assert text in projection._subtitle(sample, drawn, coloured)
+
+
+def test_odd_names_in_a_map(tmp_path):
+    names = {1: "two\nlines", 2: "猫 🦄", 3: "$\\frac$", 4: "x" * 300}
+    dataset = Dataset(None, split_of([1, 2, 3, 4])._replace(class_names=names), None)
+    sample = projection.sample_test(Embeddings(np.eye(4), None), dataset, 0)
+    projection.draw_map(tmp_path / "a.png", np.eye(4)[:, :2], sample, dataset, "a\nb", 0)
+    assert Image.open(tmp_path / "a.png").width == 1640
+    projection.write_projector(tmp_path, sample, dataset, 'a\n"b"')
+    rows = (tmp_path / "projector" / "metadata.tsv").read_text().splitlines()
+    assert (
+        len(rows) == 5 and rows[1].startswith("two\\nlines\t1\t") and rows[2].startswith("猫 🦄\t")
+    )
+    config = (tmp_path / "projector_config.pbtxt").read_text()
+    assert r'tensor_name: "a\\n\"b\""' in config
+
+
 def test_files_of_the_projector_can_be_read(tmp_path):
     dataset = Dataset(None, split_of([1, 1, 2]), split_of([2, 3], 3))
     vectors = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
@@ -169,8 +199,8 @@ def test_files_of_the_projector_can_be_read(tmp_path):
     np.testing.assert_allclose(np.loadtxt(folder / paths[0]), vectors, rtol=1e-4)
     rows = [line.split("\t") for line in (folder / paths[1]).read_text().splitlines()]
     assert rows[0] == ["class", "label", "id", "split"] and len(rows) == 6
-    assert rows[1] == ["class 1", "1", "image 0", "query"]
-    assert rows[5] == ["class 3", "3", "image 4", "gallery"]
+    assert rows[1] == ["class\\t1", "1", "image 0", "query"]
+    assert rows[5] == ["class\\t3", "3", "image 4", "gallery"]
     sprite = np.asarray(Image.open(folder / paths[2]))
     assert sprite.shape == (16, 24, 3)  # three in a row
     for i in range(5):

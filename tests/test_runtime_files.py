@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from cgd_jax.runtime import files
+from cgd_jax.runtime import files, locks
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
@@ -40,7 +40,7 @@ def test_a_name_of_255_bytes_can_be_written(tmp_path):
 
 
 def hold_and_die(path, held, die):
-    with files.one_at_a_time(path):
+    with locks.one_at_a_time(path):
         held.set()
         die.wait(60)
         os._exit(9)
@@ -52,12 +52,12 @@ def test_a_lock_ends_with_its_holder(tmp_path):
     process = spawn.Process(target=hold_and_die, args=(path, held, die))
     process.start()
     assert held.wait(60)
-    with pytest.raises(BlockingIOError), files.one_at_a_time(path, wait=False):
+    with pytest.raises(BlockingIOError), locks.one_at_a_time(path, wait=False):
         pytest.fail("two at a time")
     entered = threading.Event()
 
     def wait():
-        with files.one_at_a_time(path) as alone:
+        with locks.one_at_a_time(path) as alone:
             assert alone
             entered.set()
 
@@ -76,20 +76,20 @@ def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch, er
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with files.one_at_a_time(tmp_path / "lock") as one:
-        with files.one_at_a_time(tmp_path / "lock", wait=False) as two:
+    with locks.one_at_a_time(tmp_path / "lock") as one:
+        with locks.one_at_a_time(tmp_path / "lock", wait=False) as two:
             assert not one and not two
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError), files.one_at_a_time(tmp_path / "file" / "lock"):
+    with pytest.raises(OSError), locks.one_at_a_time(tmp_path / "file" / "lock"):
         pytest.fail("there is no such folder")
 
 
 def test_the_holder_of_a_work_folder_is_named(tmp_path):
-    with files.one_run_in(tmp_path):
+    with locks.one_run_in(tmp_path):
         for _ in range(2):  # asking does not erase the answer
             with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} on "):
-                with files.one_run_in(tmp_path):
+                with locks.one_run_in(tmp_path):
                     pytest.fail("two runs in one folder")

@@ -16,7 +16,7 @@ from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError, to_dict
 from cgd_jax.models import pretrained
 from cgd_jax.reports.history import History, read_history
-from cgd_jax.runtime import files, interrupts
+from cgd_jax.runtime import files, interrupts, locks
 from tests.variables import assert_same
 
 
@@ -195,14 +195,14 @@ def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(tiny_config, tmp_path):
     workdir = str(tmp_path / "run")
     with (
-        files.one_run_in(workdir),
+        locks.one_run_in(workdir),
         pytest.raises(
             BlockingIOError, match=rf"still at work \(process {os.getpid()} on .*--workdir"
         ),
     ):
         train.train_and_evaluate(tiny_config, workdir)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-    with files.one_run_in(workdir):  # it is free again
+    with locks.one_run_in(workdir):  # it is free again
         pass
 
 
@@ -219,7 +219,8 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
     doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
     path = tmp_path / "weights.safetensors"
     pretrained.save(path, doubled, EFFICIENTNET_LITE)
-    state = from_config.load_pretrained(str(path), setup.state)
+    tiny_config.model.pretrained = str(path)
+    state = from_config.load_pretrained(tiny_config.model, setup.state)
     kernel = state.params["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
     assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
@@ -248,7 +249,7 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     tiny_config.eval.baselines = False
     tiny_config.train.steps = 6
     result = train.train_and_evaluate(tiny_config, str(tmp_path))
-    average, _, step = pretrained.read_run(tmp_path)
+    average, _, step = checkpoint.read_weights(tmp_path)
     assert step == result["step"] == 6
     state = state_of(tiny_config, str(tmp_path))
     assert_same(state.average, average["params"])

@@ -14,12 +14,18 @@ import pytest
 from ml_collections import ConfigDict
 
 from cgd_jax import gradient_caching, losses, train_step
-from cgd_jax.models.cgd import compute_dtype, create_model
+from cgd_jax.models.cgd import Output, compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
 from configs import base, glyphs
 
 ROOT = Path(__file__).parents[1]
+
+
+def losses_of(config, vectors, logits, labels):
+    """The total loss, and the ranking and the classification loss in it."""
+    total, metrics = train_step.measure_losses(config, labels, Output(None, vectors, logits, None))
+    return total, metrics["ranking_loss"], metrics["classification_loss"]
 
 
 def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
@@ -31,7 +37,7 @@ def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
     config.update(ranking_weight=2.0, classification_weight=3.0)
     config.batch_hard_triplet.margin = 0.7
     config.temperature = 0.2
-    total, ranking, classification = train_step.compute_losses(config, vectors, logits, labels)
+    total, ranking, classification = losses_of(config, vectors, logits, labels)
     # Rival A: the mean of the losses of its branches.
     expected = np.mean([losses.batch_hard_triplet_loss(v, labels, 0.7) for v in vectors])
     np.testing.assert_allclose(ranking, expected, rtol=1e-6)
@@ -40,10 +46,10 @@ def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
     np.testing.assert_allclose(total, 2 * ranking + 3 * classification, rtol=1e-6)
     config.classification_weight = 0.0
     nan = jnp.full((6, 3), jnp.nan)
-    total, _, classification = train_step.compute_losses(config, vectors, nan, labels)
+    total, _, classification = losses_of(config, vectors, nan, labels)
     assert classification == 0 and total == 2 * ranking
     config.update(ranking_weight=0.0, classification_weight=1.0)
-    total, ranking, _ = train_step.compute_losses(config, [vectors[0] * jnp.nan], logits, labels)
+    total, ranking, _ = losses_of(config, [vectors[0] * jnp.nan], logits, labels)
     assert ranking == 0 and np.isfinite(total)
 
 
@@ -54,11 +60,11 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
     vectors = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
     labels = jnp.array([0, 0, 1, 1, 2, 2])
     vectors *= 0.1  # close together: every loss is at work
-    before = train_step.compute_losses(config, [vectors], jnp.zeros((6, 3)), labels)[1]
+    before = losses_of(config, [vectors], jnp.zeros((6, 3)), labels)[1]
     for option in config[name]:
         changed = ConfigDict(config)
         changed[name][option] = 1.7 * config[name][option]
-        after = train_step.compute_losses(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
+        after = losses_of(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
         if option != "mining_margin":  # may mine the same pairs
             assert before != after, f"{name}.{option} does nothing"
 

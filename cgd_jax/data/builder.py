@@ -29,7 +29,8 @@ import tensorflow_datasets as tfds
 from cgd_jax.data import archives, decode
 from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress
-from cgd_jax.runtime.files import one_at_a_time, replacing, write_atomically
+from cgd_jax.runtime.files import replacing, write_atomically
+from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
 
 log = logging.getLogger(__name__)

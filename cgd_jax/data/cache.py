@@ -24,7 +24,8 @@ import numpy as np
 from cgd_jax.data import Split
 from cgd_jax.data.decode import decode, may_be_float
 from cgd_jax.runtime.console import progress
-from cgd_jax.runtime.files import one_at_a_time, replacing
+from cgd_jax.runtime.files import replacing
+from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
 
 log = logging.getLogger(__name__)

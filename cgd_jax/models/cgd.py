@@ -11,15 +11,19 @@ from flax import linen as nn
 from cgd_jax import combination, pooling
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
-from cgd_jax.models import efficientnet_lite, resnet
+from cgd_jax.models import backbones
 
-__all__ = ["BACKBONES", "CGD", "LEARN_P", "Output", "create_model"]
-
-# The names under which configs select a backbone.
-BACKBONES = resnet.BACKBONES | efficientnet_lite.BACKBONES
-
-# Options of a config that only ResNets have.
-RESNET_OPTIONS = ("width", "stem", "stem_stride")
+__all__ = [
+    "CGD",
+    "LEARN_P",
+    "Output",
+    "branches_of",
+    "compute_dtype",
+    "create_model",
+    "embed_model",
+    "select_vector",
+    "vectors_of",
+]
 
 # How GeM's exponent is learned: not at all, one for all channels, one a channel.
 LEARN_P = ("fixed", "scalar", "channel")
@@ -89,7 +93,9 @@ class CGD(nn.Module):
         ]
         embedding, ranked = combination.combine(descriptors, kernels, self.combination)
 
-        auxiliary = resnet.batch_norm(train, jnp.float32, "auxiliary_bn")(descriptors[0])
+        auxiliary = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="auxiliary_bn"
+        )(descriptors[0])
         # Small weights: else temperature-scaled logits of thousands of classes start
         # out confidently wrong.
         small = nn.initializers.normal(0.01)
@@ -128,11 +134,8 @@ def create_model(config, num_classes: int) -> CGD:
       The module; `model.init(key, images)` gives its variables.
     """
     dtype = compute_dtype(config.dtype)
-    options = {"last_stride": config.last_stride, "remat": config.remat, "dtype": dtype}
-    if config.backbone in resnet.BACKBONES:
-        options |= {name: config[name] for name in RESNET_OPTIONS}
     return CGD(
-        backbone=BACKBONES[config.backbone](**options),
+        backbone=backbones.create(config, dtype),
         num_classes=num_classes,
         descriptors=config.descriptors,
         embedding_dim=config.embedding_dim,

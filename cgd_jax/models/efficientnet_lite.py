@@ -8,15 +8,20 @@ Drop-connect, the regularizer of its ImageNet training, is left out.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.conv import Conv, DepthwiseConv, PointwiseConv
+from cgd_jax.augment import EFFICIENTNET_LITE
+from cgd_jax.models.family import KERNEL_INIT, Family, Scheme
 
-__all__ = ["BACKBONES", "EfficientNetLite"]
+__all__ = ["FAMILY", "EfficientNetLite"]
+
+ModuleDef = Any
 
 # A stage a row: blocks, side of the kernel, stride, expansion, channels.
 _STAGES = (
@@ -39,16 +44,23 @@ class InvertedResidual(nn.Module):
     expansion: int
     out: int  # channels
     dtype: jnp.dtype
+    conv: ModuleDef  # `nn.Conv` with all but features, kernel_size and the layer's own set
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv1x1 = partial(PointwiseConv, dtype=self.dtype)
+        conv1x1 = partial(self.conv, kernel_size=(1, 1))
         norm = partial(_batch_norm, train=train, dtype=self.dtype)
         y = x
         if self.expansion != 1:
             y = conv1x1(self.expansion * x.shape[-1], name="expand_conv")(y)
             y = nn.relu6(norm(name="expand_bn")(y))
-        y = DepthwiseConv(self.side, self.stride, self.dtype, name="depthwise_conv")(y)
+        y = self.conv(
+            y.shape[-1],
+            (self.side, self.side),
+            strides=self.stride,
+            feature_group_count=y.shape[-1],
+            name="depthwise_conv",
+        )(y)
         y = nn.relu6(norm(name="depthwise_bn")(y))
         y = norm(name="project_bn")(conv1x1(self.out, name="project_conv")(y))
         return x + y if x.shape == y.shape and self.stride == 1 else y
@@ -63,6 +75,8 @@ class EfficientNetLite(nn.Module):
       last_stride: of the last stage that downsamples, 2 as published or 1 as in CGD.
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
+      conv: `nn.Conv`, or what takes its arguments and has its parameters.
+      max_pool: not used; every family takes it.
     """
 
     width: float = 1.0
@@ -70,11 +84,14 @@ class EfficientNetLite(nn.Module):
     last_stride: int = 1
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    conv: ModuleDef = nn.Conv
+    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(self.conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=self.dtype)
         norm = partial(_batch_norm, train=train, dtype=self.dtype)
-        x = Conv(32, 3, stride=2, dtype=self.dtype, name="stem_conv")(x)
+        x = conv(32, (3, 3), strides=2, name="stem_conv")(x)
         x = nn.relu6(norm(name="stem_bn")(x))
         block_of = nn.remat(InvertedResidual, static_argnums=2) if self.remat else InvertedResidual
         for stage, (blocks, side, stride, expansion, channels) in enumerate(_STAGES):
@@ -89,9 +106,10 @@ class EfficientNetLite(nn.Module):
                     expansion=expansion,
                     out=_multiple_of_8(self.width * channels),
                     dtype=self.dtype,
+                    conv=conv,
                     name=f"blocks{stage}_{block}",
                 )(x, train)
-        x = PointwiseConv(1280, dtype=self.dtype, name="head_conv")(x)
+        x = conv(1280, (1, 1), name="head_conv")(x)
         return nn.relu6(norm(name="head_bn")(x))
 
 
@@ -108,9 +126,42 @@ def _multiple_of_8(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-# The names under which configs select a backbone.
-BACKBONES = {
-    "efficientnet_lite0": EfficientNetLite,
-    "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
-    "efficientnet_lite2": partial(EfficientNetLite, width=1.1, depth=1.2),
-}
+def _efficientnet_pytorch_name(module: tuple[str, ...], blocks: list[str]) -> str:
+    top = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "head_conv": "_conv_head"}
+    if len(module) == 1:
+        return (top | {"head_bn": "_bn1"})[module[0]]
+    norms = {"expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2"}
+    return f"_blocks.{blocks.index(module[0])}." + norms.get(module[1], f"_{module[1]}")
+
+
+def _timm_efficientnet_name(module: tuple[str, ...], blocks: list[str]) -> str:
+    top = {"stem_conv": "conv_stem", "stem_bn": "bn1", "head_conv": "conv_head"}
+    if len(module) == 1:
+        return (top | {"head_bn": "bn2"})[module[0]]
+    # The first stage expands nothing, and there timm calls the projection conv_pw.
+    first = module[0].startswith("blocks0_")
+    order = ["depthwise", "project"] if first else ["expand", "depthwise", "project"]
+    convs = ["conv_dw", "conv_pw"] if first else ["conv_pw", "conv_dw", "conv_pwl"]
+    part, kind = module[1].split("_")
+    i = order.index(part)
+    return (
+        module[0].replace("_", ".").replace("blocks", "blocks.")
+        + "."
+        + (convs[i] if kind == "conv" else f"bn{i + 1}")
+    )
+
+
+FAMILY = Family(
+    title="EfficientNet-Lite",
+    backbones={
+        "efficientnet_lite0": EfficientNetLite,
+        "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
+        "efficientnet_lite2": partial(EfficientNetLite, width=1.1, depth=1.2),
+    },
+    options={},
+    normalization=EFFICIENTNET_LITE,
+    schemes=(
+        Scheme("efficientnet-lite-pytorch", "_conv_stem.weight", "_fc", _efficientnet_pytorch_name),
+        Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier", _timm_efficientnet_name),
+    ),
+)

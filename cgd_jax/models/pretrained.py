@@ -9,30 +9,28 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
+import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
-from cgd_jax import checkpoint
-from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET, Normalization
+from cgd_jax.augment import Normalization
+from cgd_jax.models.backbones import FAMILIES
+from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.torch_file import read_torch_file
+from cgd_jax.runtime import files
 
 __all__ = [
     "convert_state_dict",
+    "fill",
     "find",
     "load",
     "read_header",
-    "read_run",
     "save",
     "to_torchvision",
-    "usual_normalization",
 ]
 
 log = logging.getLogger(__name__)
@@ -50,73 +48,6 @@ _FILES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 # Names. Ours are paths such as params/layer1_0/conv1/kernel.
 
 
-def _torchvision_name(module: tuple[str, ...], blocks: list[str]) -> str:
-    name = ".".join(module).replace("downsample_conv", "downsample.0")
-    name = name.replace("downsample_bn", "downsample.1")
-    return re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", name)
-
-
-def _hugging_face_name(module: tuple[str, ...], blocks: list[str]) -> str:
-    kinds = {"conv": "convolution", "bn": "normalization"}
-    if len(module) == 1:
-        return "embedder.embedder." + kinds[module[0][:-1]]
-    stage, layer = re.match(r"layer(\d)_(\d+)", module[0]).groups()
-    where = f"encoder.stages.{int(stage) - 1}.layers.{layer}"
-    if module[1].startswith("downsample"):
-        return f"{where}.shortcut.{kinds[module[1].split('_')[1]]}"
-    kind, number = re.match(r"(conv|bn|se)(\d*)", module[1]).groups()
-    if kind == "se":  # Hugging Face has no such network; the name will be missing
-        return f"{where}.{'.'.join(module[1:])}"
-    return f"{where}.layer.{int(number) - 1}.{kinds[kind]}"
-
-
-def _efficientnet_pytorch_name(module: tuple[str, ...], blocks: list[str]) -> str:
-    top = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "head_conv": "_conv_head"}
-    if len(module) == 1:
-        return (top | {"head_bn": "_bn1"})[module[0]]
-    norms = {"expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2"}
-    return f"_blocks.{blocks.index(module[0])}." + norms.get(module[1], f"_{module[1]}")
-
-
-def _timm_efficientnet_name(module: tuple[str, ...], blocks: list[str]) -> str:
-    top = {"stem_conv": "conv_stem", "stem_bn": "bn1", "head_conv": "conv_head"}
-    if len(module) == 1:
-        return (top | {"head_bn": "bn2"})[module[0]]
-    # The first stage expands nothing, and there timm calls the projection conv_pw.
-    first = module[0].startswith("blocks0_")
-    order = ["depthwise", "project"] if first else ["expand", "depthwise", "project"]
-    convs = ["conv_dw", "conv_pw"] if first else ["conv_pw", "conv_dw", "conv_pwl"]
-    part, kind = module[1].split("_")
-    i = order.index(part)
-    return (
-        module[0].replace("_", ".").replace("blocks", "blocks.")
-        + "."
-        + (convs[i] if kind == "conv" else f"bn{i + 1}")
-    )
-
-
-class _Scheme(NamedTuple):
-    """How somebody names the tensors of a network."""
-
-    title: str
-    stem: str  # our name of the first convolution, which tells the families apart
-    classifier: str  # dropped
-    name: Callable  # our module → theirs
-
-
-# By the name of the first convolution.
-_SCHEMES = {
-    "conv1.weight": _Scheme("torchvision or timm ResNet", "conv1", "fc", _torchvision_name),
-    "embedder.embedder.convolution.weight": _Scheme(
-        "Hugging Face ResNet", "conv1", "classifier.1", _hugging_face_name
-    ),
-    "_conv_stem.weight": _Scheme(
-        "efficientnet-lite-pytorch", "stem_conv", "_fc", _efficientnet_pytorch_name
-    ),
-    "conv_stem.weight": _Scheme(
-        "timm EfficientNet-Lite", "stem_conv", "classifier", _timm_efficientnet_name
-    ),
-}
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -126,24 +57,25 @@ _LEAVES = {
 }
 
 
-def _names(scheme: _Scheme, variables) -> dict[tuple[str, ...], str]:
+def _names(scheme: Scheme, variables) -> dict[tuple[str, ...], str]:
     """Our paths, and what they are called in a scheme."""
     paths = flatten_dict(variables).keys()
     blocks = sorted({path[1] for path in paths if len(path) == 4})
     return {path: f"{scheme.name(path[1:-1], blocks)}.{_LEAVES[path[-1]]}" for path in paths}
 
 
-def convert_state_dict(state_dict: Mapping[str, np.ndarray], variables) -> dict:
+def convert_state_dict(
+    state_dict: Mapping[str, np.ndarray], variables: dict, family: Family
+) -> dict:
     """Brings published weights of a backbone into our names and layout.
 
     Args:
-      state_dict: arrays by name, as torchvision, timm (ResNet, seresnet50,
-        resnext50_32x4d, tf_efficientnet_lite*), Hugging Face transformers
-        (ResNetModel, ResNetForImageClassification) or efficientnet-lite-pytorch name
-        them, convolutions as [out, in, h, w]. The ImageNet classifier is dropped,
-        which is logged; counters `num_batches_tracked` are ignored.
+      state_dict: arrays by name, in one of the schemes of the family; convolutions as
+        [out, in, h, w]. The ImageNet classifier is dropped, which is logged; counters
+        `num_batches_tracked` are ignored.
       variables: {"params": ..., "batch_stats": ...} of the backbone to be filled;
         only its names and shapes matter.
+      family: of the backbone.
 
     Returns:
       The same tree with the weights, NumPy float32. The running variance is taken as
@@ -155,18 +87,18 @@ def convert_state_dict(state_dict: Mapping[str, np.ndarray], variables) -> dict:
     """
     # As torch.nn.DataParallel and ResNetForImageClassification put in front.
     arrays = {re.sub(r"^(module\.|resnet\.)+", "", name): a for name, a in state_dict.items()}
-    scheme = next((s for stem, s in _SCHEMES.items() if stem in arrays), None)
+    schemes = {scheme.first: (scheme, owner) for owner in FAMILIES for scheme in owner.schemes}
+    scheme, owner = next((schemes[name] for name in schemes if name in arrays), (None, None))
     if scheme is None:
         some = ", ".join(list(state_dict)[:4]) or "nothing"
         raise ValueError(
             f"These are no names of a backbone that is known here: {some}, … of "
-            f"{len(state_dict)}. One of {', '.join(_SCHEMES)} must be among them."
+            f"{len(state_dict)}. One of {', '.join(schemes)} must be among them."
         )
-    if scheme.stem not in variables["params"]:
+    if owner is not family:
         raise ValueError(
-            f"The weights are of a {scheme.title}, the network begins with "
-            f"{sorted(variables['params'])[-1]} and is of another family; set the backbone "
-            f"that the weights were trained with."
+            f"The weights are of a {scheme.title}, but the network is of another family, "
+            f"{family.title}; set the backbone that the weights were trained with."
         )
     dropped = {
         f"{name} {list(arrays.pop(name).shape)}"
@@ -196,7 +128,7 @@ def convert_state_dict(state_dict: Mapping[str, np.ndarray], variables) -> dict:
     return unflatten_dict(converted)
 
 
-def to_torchvision(variables) -> dict[str, np.ndarray]:
+def to_torchvision(variables: dict, family: Family) -> dict[str, np.ndarray]:
     """The inverse of `convert_state_dict`: a backbone for users of PyTorch.
 
     A model of torchvision takes the result with ``load_state_dict(..., strict=False)``
@@ -211,14 +143,13 @@ def to_torchvision(variables) -> dict[str, np.ndarray]:
     Args:
       variables: {"params": ..., "batch_stats": ...} of a backbone with the published
         stem, or of a whole CGD network, of which only the backbone goes out.
+      family: of the backbone; its first scheme gives the names.
 
     Returns:
       Arrays by name, float32, convolutions as [out, in, h, w].
     """
     variables = _backbone(variables)
-    schemes = {scheme.stem: scheme for scheme in _SCHEMES.values()}
-    schemes |= {"conv1": _SCHEMES["conv1.weight"], "stem_conv": _SCHEMES["_conv_stem.weight"]}
-    (scheme,) = (s for stem, s in schemes.items() if stem in variables["params"])
+    scheme = family.schemes[0]
     flat = flatten_dict(variables)
     return {name: _to_theirs(flat[path]) for path, name in _names(scheme, variables).items()}
 
@@ -246,12 +177,16 @@ def _backbone(variables) -> dict:
     return {part: variables[part]["backbone"] for part in ("params", "batch_stats")}
 
 
-def _fill(tree, variables) -> dict:
-    """Variables from a tree with our own names: a backbone, or a whole network."""
+def fill(tree: dict, variables: dict) -> dict:
+    """Fills variables from a tree with our own names: of a backbone, or of a whole network.
+
+    Raises:
+      ValueError: Names or shapes differ; every one is named.
+    """
     if "backbone" in tree["params"] and "backbone" not in variables["params"]:
         tree = _backbone(tree)
     elif "backbone" in variables["params"] and "backbone" not in tree["params"]:
-        filled = _fill(tree, _backbone(variables))
+        filled = fill(tree, _backbone(variables))
         return {part: {**variables[part], "backbone": filled[part]} for part in filled}
     found, expected = flatten_dict(tree, sep="/"), flatten_dict(variables, sep="/")
     problems = []
@@ -270,7 +205,7 @@ def _fill(tree, variables) -> dict:
 # Sources.
 
 
-def load(variables, source: str) -> tuple[dict, Normalization]:
+def load(variables: dict, source: str, family: Family) -> tuple[dict, Normalization]:
     """Fills a network with weights from somewhere.
 
     Args:
@@ -284,7 +219,8 @@ def load(variables, source: str) -> tuple[dict, Normalization]:
           if it is to be pinned; downloaded once, then cached;
         a file: .safetensors, .npz, or torch's .pth, .pt, .bin (read without executing
           anything in it);
-        a folder: of an earlier run (its best checkpoint), or a downloaded repository.
+        a folder: a downloaded repository.
+      family: of the backbone.
 
     Returns:
       The tree of `variables` with NumPy arrays where it was filled, and the
@@ -301,16 +237,14 @@ def load(variables, source: str) -> tuple[dict, Normalization]:
     normalization = None
     if source == "efficientnet_lite0":
         weights = read_torch_file(_find_wheel())
-    elif (path / checkpoint.FOLDER).is_dir():
-        weights, normalization, _ = read_run(path)
     else:
         path = find(source)
         weights, normalization = _read_file(path)
         normalization = normalization or _declared_normalization(path.parent)
     if "params" not in weights:
-        weights = convert_state_dict(weights, _backbone(variables))
-    filled = _fill(weights, variables)
-    return filled, normalization or usual_normalization(filled)
+        weights = convert_state_dict(weights, _backbone(variables), family)
+    filled = fill(weights, variables)
+    return filled, normalization or family.normalization
 
 
 def find(source: str) -> Path:
@@ -329,12 +263,6 @@ def find(source: str) -> Path:
     return path if path.is_file() else _download(source)
 
 
-def usual_normalization(variables) -> Normalization:
-    """The normalization that a network's family is published with. Arguments as for `load`."""
-    lite = "stem_conv" in _backbone(variables)["params"]
-    return EFFICIENTNET_LITE if lite else IMAGENET
-
-
 def save(path: str | Path, variables, normalization: Normalization, metadata=None) -> None:
     """Writes variables as a .safetensors that `load` reads back.
 
@@ -351,10 +279,7 @@ def save(path: str | Path, variables, normalization: Normalization, metadata=Non
     }
     values = {name: value.tolist() for name, value in normalization._asdict().items()}
     metadata = {**(metadata or {}), "normalization": json.dumps(values)}
-    # Under another name first: a reader never sees half of it.
-    temporary = Path(f"{path}.tmp")
-    save_file(arrays, temporary, metadata)
-    temporary.replace(path)
+    files.write_atomically(path, safetensors.numpy.save(arrays, metadata))
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -422,45 +347,10 @@ def _weights_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{folder} holds no weights: neither {checkpoint.FOLDER}/ of a run nor model.safetensors "
+        f"{folder} holds no weights: neither checkpoints/ of a run nor model.safetensors "
         f"or pytorch_model.bin of a published network. Pass the file itself if it is called "
         f"otherwise."
     )
-
-
-def read_run(workdir: str | Path, step: int | None = None) -> tuple[dict, Normalization, int]:
-    """The weights of a checkpoint, without its network or data set.
-
-    Args:
-      workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1, or the latest if none
-        was evaluated.
-
-    Returns:
-      {"params": ..., "batch_stats": ...} of NumPy arrays, the parameters averaged if the
-      run averages them; the normalization; the step.
-
-    Raises:
-      FileNotFoundError: there is no such checkpoint.
-    """
-    with checkpoint.manager(str(workdir)) as checkpoints:
-        if step is None:
-            step = checkpoints.best_step()
-        if step is None:
-            step = checkpoints.latest_step()
-        checkpoint.check_step(checkpoints, step, workdir)
-    folder = Path(workdir, checkpoint.FOLDER, str(step), "default").resolve()
-    log.info("Weights of step %d of %s.", step, workdir)
-    with ocp.PyTreeCheckpointer() as reader:
-        # As NumPy arrays: the run may have had other devices than there are here.
-        metadata = reader.metadata(folder).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        state = reader.restore(folder, restore_args=as_numpy)
-    variables = {
-        "params": state.get("average") or state["params"],
-        "batch_stats": state["batch_stats"],
-    }
-    return variables, Normalization.of(**state["normalization"]), step
 
 
 def _find_wheel() -> Path:

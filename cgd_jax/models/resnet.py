@@ -6,16 +6,21 @@ ResNeXt (Xie et al., https://arxiv.org/abs/1611.05431). Paddings, epsilons and t
 order of operations are those under which ImageNet weights are published.
 """
 
+import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.conv import Conv, PointwiseConv
-from cgd_jax.models.max_pool import max_pool
+from cgd_jax.augment import IMAGENET
+from cgd_jax.models.family import KERNEL_INIT, Family, Scheme
 
-__all__ = ["BACKBONES", "STEMS", "ResNet"]
+__all__ = ["FAMILY", "STEMS", "ResNet"]
+
+ModuleDef = Any
 
 STEMS = ("7x7", "3x3")
 
@@ -46,24 +51,30 @@ class Block(nn.Module):
     groups: int
     squeeze_excite: bool
     dtype: jnp.dtype
+    conv: ModuleDef  # `nn.Conv` with all but features, kernel_size and the layer's own set
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv1x1 = partial(PointwiseConv, dtype=self.dtype)
-        conv3x3 = partial(Conv, side=3, padding=1, dtype=self.dtype)
+        conv1x1 = partial(self.conv, kernel_size=(1, 1))
+        conv3x3 = partial(self.conv, kernel_size=(3, 3), padding=1)
         norm = partial(batch_norm, train=train, dtype=self.dtype)
         if self.bottleneck:
             y = nn.relu(norm(name="bn1")(conv1x1(self.width, name="conv1")(x)))
-            y = conv3x3(self.width, stride=self.stride, groups=self.groups, name="conv2")(y)
+            y = conv3x3(
+                self.width,
+                strides=self.stride,
+                feature_group_count=self.groups,
+                name="conv2",
+            )(y)
             y = nn.relu(norm(name="bn2")(y))
             y = norm(name="bn3")(conv1x1(self.out, name="conv3")(y))
         else:
-            y = nn.relu(norm(name="bn1")(conv3x3(self.width, stride=self.stride, name="conv1")(x)))
+            y = nn.relu(norm(name="bn1")(conv3x3(self.width, strides=self.stride, name="conv1")(x)))
             y = norm(name="bn2")(conv3x3(self.out, name="conv2")(y))
         if self.squeeze_excite:
             y = SqueezeExcite(dtype=self.dtype, name="se")(y)
         if x.shape[-1] != self.out or self.stride != 1:
-            x = conv1x1(self.out, self.stride, name="downsample_conv")(x)
+            x = conv1x1(self.out, strides=self.stride, name="downsample_conv")(x)
             x = norm(name="downsample_bn")(x)
         return nn.relu(x + y)
 
@@ -88,6 +99,8 @@ class ResNet(nn.Module):
       squeeze_excite: adds squeeze-and-excitation to every block.
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
+      conv: `nn.Conv`, or what takes its arguments and has its parameters.
+      max_pool: `nn.max_pool`, or what takes its arguments.
     """
 
     stage_sizes: tuple[int, ...]
@@ -101,15 +114,19 @@ class ResNet(nn.Module):
     squeeze_excite: bool = False
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    conv: ModuleDef = nn.Conv
+    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(self.conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=self.dtype)
         side = 7 if self.stem == "7x7" else 3
-        stem = Conv(self.width, side, self.stem_stride, side // 2, dtype=self.dtype, name="conv1")
-        x = stem(x)
+        x = conv(
+            self.width, (side, side), strides=self.stem_stride, padding=side // 2, name="conv1"
+        )(x)
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="bn1")(x))
         if self.stem == "7x7":
-            x = max_pool(x)
+            x = self.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         block_of = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, blocks in enumerate(self.stage_sizes):
             planes = self.width * 2**stage
@@ -124,6 +141,7 @@ class ResNet(nn.Module):
                     groups=self.groups,
                     squeeze_excite=self.squeeze_excite,
                     dtype=self.dtype,
+                    conv=conv,
                     name=f"layer{stage + 1}_{block}",
                 )(x, train)
         return x
@@ -136,14 +154,47 @@ def batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
     )
 
 
-# The names under which configs select a backbone.
-BACKBONES = {
-    "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
-    "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
-    "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
-    "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3)),
-    "resnet101": partial(ResNet, stage_sizes=(3, 4, 23, 3)),
-    "resnet152": partial(ResNet, stage_sizes=(3, 8, 36, 3)),
-    "se_resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), squeeze_excite=True),
-    "resnext50_32x4d": partial(ResNet, stage_sizes=(3, 4, 6, 3), groups=32, width_per_group=4),
-}
+def _torchvision_name(module: tuple[str, ...], blocks: list[str]) -> str:
+    name = ".".join(module).replace("downsample_conv", "downsample.0")
+    name = name.replace("downsample_bn", "downsample.1")
+    return re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", name)
+
+
+def _hugging_face_name(module: tuple[str, ...], blocks: list[str]) -> str:
+    kinds = {"conv": "convolution", "bn": "normalization"}
+    if len(module) == 1:
+        return "embedder.embedder." + kinds[module[0][:-1]]
+    stage, layer = re.match(r"layer(\d)_(\d+)", module[0]).groups()
+    where = f"encoder.stages.{int(stage) - 1}.layers.{layer}"
+    if module[1].startswith("downsample"):
+        return f"{where}.shortcut.{kinds[module[1].split('_')[1]]}"
+    kind, number = re.match(r"(conv|bn|se)(\d*)", module[1]).groups()
+    if kind == "se":  # Hugging Face has no such network; the name will be missing
+        return f"{where}.{'.'.join(module[1:])}"
+    return f"{where}.layer.{int(number) - 1}.{kinds[kind]}"
+
+
+FAMILY = Family(
+    title="ResNets",
+    backbones={
+        "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
+        "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
+        "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
+        "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3)),
+        "resnet101": partial(ResNet, stage_sizes=(3, 4, 23, 3)),
+        "resnet152": partial(ResNet, stage_sizes=(3, 8, 36, 3)),
+        "se_resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), squeeze_excite=True),
+        "resnext50_32x4d": partial(ResNet, stage_sizes=(3, 4, 6, 3), groups=32, width_per_group=4),
+    },
+    options={"width": 64, "stem": "7x7", "stem_stride": 2},
+    normalization=IMAGENET,
+    schemes=(
+        Scheme("torchvision or timm ResNet", "conv1.weight", "fc", _torchvision_name),
+        Scheme(
+            "Hugging Face ResNet",
+            "embedder.embedder.convolution.weight",
+            "classifier.1",
+            _hugging_face_name,
+        ),
+    ),
+)

@@ -1,6 +1,7 @@
 """The numbers of a run by step: history.csv, TensorBoard, the progress bar."""
 
 import csv
+import io
 import time
 from pathlib import Path
 
@@ -21,16 +22,16 @@ class History:
 
         Args:
           folder: of the run; need not hold a history.
-          step: where the run goes on: rows behind it are dropped.
+          step: where the run goes on; later rows are dropped.
         """
         self.path = folder / "history.csv"
         self.rows = [row for row in read_history(self.path) if row["step"] <= step]
         self._write()
         events = folder / "tensorboard"
         events.mkdir(exist_ok=True)
-        # Not tensorboardX's SummaryWriter: where its thread dies of a full disk, the run hangs.
+        # tensorboardX's SummaryWriter has a thread that dies of a full disk, and the run hangs.
         self.events = EventsWriter(str(events / "events"))
-        # Hides what was written behind this step.
+        # Makes TensorBoard forget what was written after this step.
         start = SessionLog(status=SessionLog.START)
         self.events.write_event(Event(step=step + 1, session_log=start))
 
@@ -54,15 +55,18 @@ class History:
             self._write()
 
     def _write(self) -> None:
-        columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
-        lines = [",".join(columns)]
+        columns = dict.fromkeys(["step", *(key for row in self.rows for key in row)])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
         for row in self.rows:
-            lines.append(",".join(f"{row[key]:.6g}" if key in row else "" for key in columns))
-        files.write_atomically(self.path, "\n".join(lines) + "\n")
+            numbers = {key: f"{value:.6g}" for key, value in row.items()}
+            writer.writerow(numbers | {"step": int(row["step"])})
+        files.write_atomically(self.path, text.getvalue())
 
 
 def read_history(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a history.csv; none if the file does not exist."""
+    """Returns the rows of a history.csv; none if the file does not exist."""
     if not Path(path).exists():
         return []
     with open(path, encoding="utf-8", newline="") as file:

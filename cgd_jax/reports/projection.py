@@ -13,8 +13,10 @@ from matplotlib import colormaps, colors
 from PIL import Image, ImageDraw
 
 from cgd_jax.data import Dataset
-from cgd_jax.reports import plots
+from cgd_jax.reports import lettering, plots
 from cgd_jax.runtime import files
+
+__all__ = ["Sample", "draw_map", "project", "sample_test", "write_projector"]
 
 MOST = 10_000  # images: the projector in the browser, and UMAP, grow slow with more
 SPRITE = 8192  # pixels: the largest side of a sprite that TensorBoard shows
@@ -31,21 +33,23 @@ class Sample(NamedTuple):
     total: int  # images that it was drawn from
 
 
-def sample_test(embeddings, dataset: Dataset, seed: int, most: int = MOST) -> Sample:
-    """All test images, or as many at random as a person can look at.
+def sample_test(
+    embeddings: tuple[np.ndarray, np.ndarray | None], dataset: Dataset, seed: int, most: int = MOST
+) -> Sample:
+    """Takes all test images, or as many at random as a person can look at.
 
     Args:
-      embeddings: `evaluate.Embeddings` of the data set.
-      dataset: the data set.
+      embeddings: [N, D] of the queries, [G, D] of the gallery if there is one.
+      dataset: that was embedded.
       seed: of the draw.
       most: images in the sample.
     """
-    splits = [(name, v) for name, v in embeddings._asdict().items() if v is not None]
-    places = [(name, i) for name, vectors in splits for i in range(len(vectors))]
+    of = dict(zip(("query", "gallery"), embeddings, strict=True))
+    places = [(name, i) for name, x in of.items() if x is not None for i in range(len(x))]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:most])
     kept = [places[i] for i in chosen]
     return Sample(
-        np.array([getattr(embeddings, name)[i] for name, i in kept]),
+        np.array([of[name][i] for name, i in kept]),
         np.array([getattr(dataset, name).labels[i] for name, i in kept]),
         kept,
         len(places),
@@ -76,31 +80,29 @@ def project(vectors: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, str]
     return reducer.fit_transform(vectors), f"UMAP, {neighbours} neighbours"
 
 
-def pca(vectors: np.ndarray, dim: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Principal components, the same whatever the machine's linear algebra.
+def pca(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Projects vectors onto their two principal components, with signs that the data decide.
 
-    By the SVD of the covariance, which has the axes of the SVD of the vectors and is
-    small however many there are. An axis and its opposite are equally good: the one whose
-    largest entry is positive is taken.
+    An axis and its opposite are equally good: the one whose largest entry is positive is
+    taken, so that the picture does not depend on the machine's linear algebra.
 
     Args:
-      vectors: [N, D] float, D at least `dim`.
-      dim: number of components.
+      vectors: [N, D] float, D at least 2.
 
     Returns:
-      (points [N, dim] float64 around 0, the largest variance first; shares [dim] of the
+      (points [N, 2] float64 around 0, the larger variance first; shares [2] of the
       variance, 0 if there is none).
     """
     x = vectors - np.mean(vectors, 0, dtype=np.float64)
-    _, variance, axes = np.linalg.svd(x.T @ x)
-    axes = axes[:dim]
+    _, variance, axes = np.linalg.svd(x.T @ x)  # [D, D], however many vectors there are
+    axes = axes[:2]
     largest = np.take_along_axis(axes, np.abs(axes).argmax(1, keepdims=True), 1)
     axes = axes * np.where(largest < 0, -1, 1)
-    return x @ axes.T, variance[:dim] / max(variance.sum(), np.finfo(float).tiny)
+    return x @ axes.T, variance[:2] / max(variance.sum(), np.finfo(float).tiny)
 
 
 def corners(points: np.ndarray, width: int, height: int, side: int) -> np.ndarray:
-    """Where squares go so that all fit on a canvas, at one scale for both axes.
+    """Places squares so that all fit on a canvas, at one scale for both axes.
 
     Args:
       points: [N, 2] float; the second axis points up.
@@ -118,7 +120,7 @@ def corners(points: np.ndarray, width: int, height: int, side: int) -> np.ndarra
 
 
 def without_overlap(places: np.ndarray, side: int) -> np.ndarray:
-    """Which squares may be drawn: each that overlaps none of those drawn before it.
+    """Chooses the squares that overlap none of those chosen before them.
 
     Args:
       places: [N, 2] int, upper left corners, none negative; the first come first.
@@ -132,13 +134,12 @@ def without_overlap(places: np.ndarray, side: int) -> np.ndarray:
     for i, (x, y) in enumerate(places):
         square = taken[x : x + side, y : y + side]
         free[i] = not square.any()
-        if free[i]:
-            square[:] = True
+        square |= free[i]
     return free
 
 
 def coloured_classes(labels: np.ndarray, seed: int) -> np.ndarray:
-    """As many classes as there are colours: those with the most images, at random among equals."""
+    """Returns a class a colour: those with the most images, at random among equals."""
     classes, counts = np.unique(labels, return_counts=True)
     shuffled = np.random.default_rng(seed).permutation(len(classes))
     order = shuffled[np.argsort(-counts[shuffled], kind="stable")]
@@ -146,14 +147,13 @@ def coloured_classes(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def drawing_order(labels: np.ndarray, coloured: np.ndarray, seed: int) -> np.ndarray:
-    """[N], positions at random, but first ten images of every coloured class.
+    """Returns positions [N] at random, but first ten images of every coloured class.
 
     Without that few of them would find a place among thousands of others.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
-    first = np.concatenate([order[labels[order] == label][:10] for label in coloured])
-    first = order[np.isin(order, first)]  # no class before the others
-    return np.concatenate([first, order[~np.isin(order, first)]])
+    first = [order[labels[order] == label][:10] for label in coloured]
+    return order[np.argsort(~np.isin(order, np.concatenate(first)), kind="stable")]
 
 
 def draw_map(
@@ -180,64 +180,66 @@ def draw_map(
       [N] bool, which images are drawn.
     """
     pixels = len(_image(dataset, sample.places[0]))
-    small = pixels <= 44
-    cell = 44 // pixels * pixels if small else 44  # of small images whole multiples
+    cell = 44 // pixels * pixels if pixels <= 44 else 44  # of small images whole multiples
     frame, margin = 3, 20
     side = cell + 2 * frame
     where = corners(points, *size, side)
     where[:, 1] -= where[:, 1].min()  # no empty strips above and below
-    height = int(where[:, 1].max()) + side
     coloured = coloured_classes(sample.labels, seed)
     color = dict(zip(coloured.tolist(), COLORS, strict=False))
-    colors_of = [color.get(label, LIGHT_GRAY) for label in sample.labels.tolist()]
+    shades = [color.get(label, LIGHT_GRAY) for label in sample.labels.tolist()]
     order = drawing_order(sample.labels, coloured, seed)
     drawn = np.zeros(len(points), bool)
     drawn[order] = without_overlap(where[order], side + 2)  # not quite touching
 
     names = {}
-    for split in {name for name, _ in sample.places}:
-        names |= getattr(dataset, split).class_names
-    classes = len(np.unique(sample.labels))
-    frames = f"{len(coloured)} of {classes:,} classes" if classes > len(coloured) else "classes"
-    text = [
-        (title, "black", 26),
-        (
-            f"{int(drawn.sum()):,} of {len(points):,} test images have room, the others are dots; "
-            f"the colours are {frames}:",
-            plots.GRAY,
-            18,
-        ),
-    ]
-    legend, lines = _legend([(color[c], str(names.get(c, c))) for c in color], size[0])
+    for name in {name for name, _ in sample.places}:
+        names |= getattr(dataset, name).class_names
+    subtitle = _subtitle(sample, int(drawn.sum()), len(coloured))
+    legend, lines = _legend([(shade, str(names.get(c, c))) for c, shade in color.items()], size[0])
     heading = 90 + 28 * lines + margin
-    canvas = Image.new("RGB", (size[0] + 2 * margin, heading + height + margin), "white")
+    height = heading + int(where[:, 1].max()) + side + margin
+    canvas = Image.new("RGB", (size[0] + 2 * margin, height), "white")
     draw = ImageDraw.Draw(canvas)
-    for y, (line, shade, points_high) in zip((42, 76), text, strict=True):
-        draw.text((margin, y), line, shade, plots.font(points_high), anchor="ls")
+    lettering.write(draw, (margin, 42), lettering.drawable(title), 26, "black")
+    lettering.write(draw, (margin, 76), subtitle, 18, plots.GRAY)
     for x, line, shade, name in legend:
-        y = 90 + 28 * line
-        draw.rectangle((margin + x, y + 5, margin + x + 15, y + 20), shade)
-        draw.text((margin + x + 22, y + 19), name, "black", plots.font(16), anchor="ls")
+        x, y = x + margin, 90 + 28 * line
+        draw.rectangle((x, y + 5, x + 15, y + 20), shade)
+        lettering.write(draw, (x + 22, y + 19), name, 16, "black")
 
-    origin = np.array([margin, heading])
+    where = where + [margin, heading]
     for i in np.flatnonzero(~drawn):
-        x, y = (where[i] + side // 2 + origin).tolist()
-        draw.ellipse((x - 2, y - 2, x + 2, y + 2), colors_of[i])
+        x, y = (where[i] + side // 2).tolist()
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), shades[i])
     for i in np.flatnonzero(drawn):
-        x, y = (where[i] + origin).tolist()
-        draw.rectangle((x, y, x + side - 1, y + side - 1), colors_of[i])
+        x, y = where[i].tolist()
+        draw.rectangle((x, y, x + side - 1, y + side - 1), shades[i])
         thumbnail = plots.thumbnail(_image(dataset, sample.places[i]), cell)
         canvas.paste(thumbnail, (x + frame, y + frame))
     files.write_picture(path, canvas)
     return drawn
 
 
-def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title: str) -> None:
-    """Writes what `tensorboard --logdir=FOLDER` shows under PROJECTOR, in the place of earlier.
+def _subtitle(sample: Sample, drawn: int, coloured: int) -> str:
+    count, classes = len(sample.labels), len(np.unique(sample.labels))
+    text = (
+        f"{count:,} test images"
+        if count == sample.total
+        else (f"{count:,} of {sample.total:,} test images, drawn at random")
+    )
+    if drawn < count:
+        text += f"; {drawn:,} of them have room, the others are dots"
+    frames = "classes" if coloured == classes else f"{coloured} of {classes:,} classes"
+    return f"{text}; the colours are {frames}:"
 
-    By hand instead of tensorboardX's `add_embedding`, which adds to the configuration
-    whenever it is called and holds the images as float64. The vectors are text because
-    TensorBoard tries that first; they can also be loaded at https://projector.tensorflow.org.
+
+def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title: str) -> None:
+    """Writes what `tensorboard --logdir=FOLDER` shows under PROJECTOR, over what was there.
+
+    tensorboardX's `add_embedding` is not used: it adds to the configuration whenever it is
+    called and holds the images as float64. The vectors are text because TensorBoard tries
+    that first; they can also be loaded at https://projector.tensorflow.org.
 
     Args:
       folder: of the TensorBoard run: projector_config.pbtxt goes there; vectors.tsv,
@@ -246,19 +248,19 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
       dataset: it was drawn from.
       title: of the embedding.
     """
-    files = Path(folder, "projector")
-    files.mkdir(parents=True, exist_ok=True)
+    below = Path(folder, "projector")
+    below.mkdir(parents=True, exist_ok=True)
     rows = ("\t".join(f"{x:.5g}" for x in vector) for vector in sample.vectors.tolist())
-    files.write_atomically(files / "vectors.tsv", "\n".join(rows) + "\n")
+    files.write_atomically(below / "vectors.tsv", "\n".join(rows) + "\n")
 
     lines = ["class\tlabel\tid\tsplit"]
     for label, (name, i) in zip(sample.labels.tolist(), sample.places, strict=True):
-        split = getattr(dataset, name)
-        cells = [split.class_names.get(label, label), label, split.ids[i], name]
-        lines.append("\t".join(" ".join(str(cell).split()) for cell in cells))
-    files.write_atomically(files / "metadata.tsv", "\n".join(lines) + "\n")
+        part = getattr(dataset, name)
+        cells = [part.class_names.get(label, label), label, part.ids[i], name]
+        lines.append("\t".join(map(lettering.literal, cells)))
+    files.write_atomically(below / "metadata.tsv", "\n".join(lines) + "\n")
 
-    # Row by row, the last row filled up with white, and no row more than are needed.
+    # Row by row; what the last row lacks is white.
     columns = math.ceil(math.sqrt(len(sample.labels)))
     side = min(64, SPRITE // columns, len(_image(dataset, sample.places[0])))
     height = math.ceil(len(sample.labels) / columns)
@@ -266,9 +268,9 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
     for i, place in enumerate(sample.places):
         thumbnail = plots.thumbnail(_image(dataset, place), side)
         sprite.paste(thumbnail, (i % columns * side, i // columns * side))
-    files.write_picture(files / "sprite.png", sprite)
+    files.write_picture(below / "sprite.png", sprite)
 
-    quoted = title.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = lettering.literal(title).replace("\\", "\\\\").replace('"', '\\"')
     files.write_atomically(
         Path(folder, "projector_config.pbtxt"),
         f'embeddings {{\n  tensor_name: "{quoted}"\n'
@@ -279,19 +281,19 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
 
 
 def _image(dataset: Dataset, place: tuple[str, int]) -> np.ndarray:
-    """The pixels of one image, [S, S, 3] uint8."""
+    """Returns the pixels of one image, [S, S, 3] uint8."""
     name, i = place
     return getattr(dataset, name).images[np.array([i])][0]
 
 
-def _legend(entries, width):
+def _legend(entries: list[tuple[str, str]], width: int) -> tuple[list[tuple], int]:
     """Lays (colour, name) out in lines: ([(x, line, colour, name)], number of lines)."""
     placed, x, line = [], 0, 0
-    for color, name in entries:
-        name = name if len(name) <= 40 else name[:39] + "…"
-        length = 22 + plots.font(16).getlength(name) + 28
+    for shade, name in entries:
+        name = lettering.drawable(name, 40)
+        length = 22 + lettering.width(name, 16) + 28
         if x and x + length > width:
             x, line = 0, line + 1
-        placed.append((int(x), line, color, name))
+        placed.append((int(x), line, shade, name))
         x += length
     return placed, line + 1

@@ -1,74 +1,111 @@
 """Numbers in columns: data sets, metrics, branches."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from tabulate import tabulate
 
 from cgd_jax.data import Dataset
+from cgd_jax.reports.names import literal, markdown
+
+__all__ = [
+    "complementarity_text",
+    "dataset_table",
+    "describe_classes",
+    "metric_name",
+    "metrics_table",
+    "run_table",
+    "table",
+]
 
 
 def metric_name(key: str) -> str:
-    """How people write a metric: recall@1 is R@1."""
+    """Returns how people write a metric: recall@1 is R@1."""
     return key.replace("recall@", "R@").replace("map@r", "MAP@R")
 
 
+def describe_classes(tested: int, trained_on: int) -> str:
+    """Says whether a network had seen the classes that it is measured on.
+
+    Args:
+      tested: how many classes it is measured on.
+      trained_on: how many of those it was trained on.
+    """
+    if not trained_on:
+        return "classes never seen in training"
+    if trained_on == tested:
+        return "classes that were all seen in training"
+    return f"classes, {trained_on:,} of {tested:,} seen in training"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple") -> str:
+    """Lays texts out in columns, the first one left-aligned and the others right-aligned.
+
+    Args:
+      header: of every column; names are shown as they are, whatever they contain.
+      rows: as long as the header; the first of each is a name too.
+      style: "simple" for a terminal, "github" for Markdown.
+    """
+    show = markdown if style == "github" else literal
+    header = [show(name) for name in header]
+    rows = [[show(name), *cells] for name, *cells in rows]
+    align = ["left"] + ["right"] * (len(header) - 1)
+    return tabulate(
+        rows, header, style, colalign=align, disable_numparse=True, preserve_whitespace=True
+    )
+
+
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
-    """Recall@K and MAP@R in per cent, one row for each way of embedding.
+    """Shows Recall@K and MAP@R in per cent, one row for each way of embedding.
 
     Args:
       rows: name of the row → {"recall@1": between 0 and 1, ..., "map@r": ...}; what a
         row lacks stays empty.
-      style: "simple" for a terminal, "github" for Markdown.
+      style: as for `table`.
     """
     first = next(iter(rows.values()))
     keys = [key for key in first if key.startswith("recall@")] + ["map@r"]
-    header = ["", *map(metric_name, keys)]
     cells = [
         [name, *(f"{100 * values[key]:.2f}" if key in values else "" for key in keys)]
         for name, values in rows.items()
     ]
-    align = ["left"] + ["right"] * len(keys)
-    return tabulate(
-        cells, header, style, colalign=align, disable_numparse=True, preserve_whitespace=True
-    )
+    return table(["", *map(metric_name, keys)], cells, style)
 
 
 def dataset_table(dataset: Dataset) -> str:
-    """Classes, images and images per class of every split."""
+    """Counts classes, images and images per class of every split."""
     rows = []
     for name, split in dataset._asdict().items():
-        if split is None:
-            continue
-        counts = np.unique(split.labels, return_counts=True)[1]
-        images = len(split.labels)
-        rows.append(
-            [name, len(counts), images, counts.min(), np.median(counts), counts.max()]
-            + [split.skipped]
-        )
+        if split is not None:
+            counts = np.unique(split.labels, return_counts=True)[1]
+            per_class = counts.min(), np.median(counts), counts.max()
+            rows.append([name, len(counts), len(split.labels), *per_class, split.skipped])
     header = ["split", "classes", "images", "per class: min", "median", "max", "skipped"]
     return tabulate(rows, header, intfmt=",")
 
 
+def run_table(facts: dict[str, str]) -> str:
+    """Lays facts out in two columns."""
+    rows = [[literal(text) for text in fact] for fact in facts.items()]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
 def complementarity_text(found: dict, style: str = "simple") -> str:
-    """What `complementarity.measure` found, as three tables with a sentence each.
+    """Shows what `complementarity.measure` found, in three tables with a sentence each.
 
     Args:
       found: its dict.
-      style: "simple" for a terminal, "github" for Markdown.
+      style: as for `table`.
     """
-
-    def table(header, rows):
-        align = ["left"] + ["right"] * (len(header) - 1)
-        return tabulate(rows, header, style, colalign=align, disable_numparse=True)
-
     queries, best, gain = found["queries"], found["best_branch"], found["gain"]
-    alone = [[f"branch {name}", f"{100 * r:.2f}"] for name, r in found["branches"].items()]
-    alone.append(["combined", f"{100 * found['combined']:.2f}"])
-    alone.append(["at least one branch", f"{100 * found['any_branch']:.2f}"])
-    pairs = [
-        [" and ".join(pair["branches"]), f"{100 * pair['overlap']:.1f}"]
-        + ["–" if pair["error_correlation"] is None else f"{pair['error_correlation']:.2f}"]
-        for pair in found["pairs"]
-    ]
+    shares = {f"branch {name}": share for name, share in found["branches"].items()}
+    shares |= {"combined": found["combined"], "at least one branch": found["any_branch"]}
+    alone = [[name, f"{100 * share:.2f}"] for name, share in shares.items()]
+    pairs = []
+    for pair in found["pairs"]:
+        phi = pair["error_correlation"]
+        errors = "–" if phi is None else f"{phi:.2f}"
+        pairs.append([" and ".join(pair["branches"]), f"{100 * pair['overlap']:.1f}", errors])
     outcomes = []
     for row in found["outcomes"]:
         right, wrong = row["combined_right"], row["queries"] - row["combined_right"]
@@ -76,25 +113,20 @@ def complementarity_text(found: dict, style: str = "simple") -> str:
         change = f"{100 * row['gain'] / queries:+.2f}" if row["gain"] else "0.00"
         outcomes.append([", ".join(row["right"]) or "none", *counts, change])
     low, high = (100 * bound for bound in gain["confidence"])
+    points = f"points over {best}"
+    is_alone = list(found["branches"].values()).count(found["branches"][best]) == 1
+    which = "the best branch" if is_alone else "one of the best branches"
     return "\n\n".join(
         [
             f"What every branch finds alone, of {queries:,} queries, in per cent:",
-            table(["", "R@1"], alone),
+            table(["", metric_name("recall@1")], alone, style),
             f"Mean share of common ones among the {found['k']} nearest neighbours, in per cent, "
             f"and the correlation (phi)\nof having a wrong first neighbour:",
-            table(["branches", "common neighbours", "correlated errors"], pairs),
-            f"Against {best}, the best branch, the combination wins {gain['won']:,} queries and "
-            f"loses {gain['lost']:,}: {100 * gain['total']:+.2f} points of R@1\n(95 % interval, "
-            f"bootstrapped over classes: {low:+.2f} to {high:+.2f}). Where these points come from, "
-            f"in numbers of queries:",
-            table(
-                ["right alone", "queries", "combined right", "wrong", f"points over {best}"],
-                outcomes,
-            ),
+            table(["branches", "common neighbours", "correlated errors"], pairs, style),
+            f"Against {best}, {which}, the combination wins {gain['won']:,} queries and "
+            f"loses {gain['lost']:,}: {100 * gain['total']:+.2f} points of "
+            f"{metric_name('recall@1')}\n(95 % interval, bootstrapped over classes: {low:+.2f} to "
+            f"{high:+.2f}). Where these points come from, in numbers of queries:",
+            table(["right alone", "queries", "combined right", "wrong", points], outcomes, style),
         ]
     )
-
-
-def run_table(facts: dict[str, str]) -> str:
-    """Facts in two columns, as they are."""
-    return tabulate(facts.items(), tablefmt="plain", disable_numparse=True)

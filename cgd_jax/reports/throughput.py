@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,21 @@ from cgd_jax.train_step import State
 
 
 class Meter:
-    """How fast training is, over the steps since it was last read."""
+    """Measures how fast training is, over the steps since it was last read."""
 
     def __init__(self, images: int, flops: float, peak: float):
-        """Takes images a step, floating-point operations a step, and the devices' FLOP/s or nan."""
+        """Starts the clock.
+
+        Args:
+          images: of a step.
+          flops: floating-point operations of a step; nan if not known.
+          peak: FLOP/s of all devices; nan if not known.
+        """
         self.images, self.flops, self.peak = images, flops, peak
         self.restart()
 
     def restart(self) -> None:
-        """Leaves out what was done since the last reading: compiling, evaluating."""
+        """Starts anew, so that compiling or evaluating is not counted."""
         self.steps, self.waited, self.since = 0, 0.0, time.time()
 
     def count(self) -> None:
@@ -29,14 +36,14 @@ class Meter:
         self.steps += 1
 
     @contextlib.contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         """Counts the time inside as waiting for a batch."""
         began = time.time()
         yield
         self.waited += time.time() - began
 
     def read(self) -> dict[str, float]:
-        """Columns of the history, and starts anew."""
+        """Returns columns of the history, of what is known, and starts anew."""
         seconds = max(time.time() - self.since, 1e-9)
         row = {
             "images_per_second": self.steps * self.images / seconds,
@@ -49,18 +56,18 @@ class Meter:
 
 
 def flops_per_image(model: CGD, state: State, image_size: int) -> float:
-    """Floating-point operations of one forward pass, as the compiler counts them."""
+    """Counts the floating-point operations of a forward pass, as the compiler does; or nan."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
 
-    def embed(state, images):
+    def embed(state: State, images: jax.Array) -> jax.Array:
         return model.apply(state.variables(), normalize(images, state.normalization)).embedding
 
     lowered = jax.jit(embed).lower(state, images)
     return (lowered.cost_analysis() or {}).get("flops", float("nan"))
 
 
-# Dense matrix products in bfloat16 (T4 and V100: float16) by the makers' data sheets, in
-# FLOP/s of one device as JAX counts them; the longest name that a device's begins with.
+# FLOP/s of dense matrix products in bfloat16 (T4 and V100: float16) by the makers' data
+# sheets, of what JAX counts as one device. The longest name that a device's begins with counts.
 _PEAKS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -78,10 +85,10 @@ _PEAKS = {
 
 
 def peak_flops(dtype: str) -> float:
-    """What all devices could compute together, in FLOP/s; nan if that is not known.
+    """Returns what all devices could compute together, in FLOP/s; nan if that is not known.
 
     Args:
-      dtype: of the computation, as a config has it. Only for 16 bits are there figures here.
+      dtype: of the computation, as a config has it; only 16 bits are known here.
     """
     kind = jax.devices()[0].device_kind
     names = [name for name in _PEAKS if kind.startswith(name)]

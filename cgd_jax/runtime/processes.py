@@ -1,7 +1,7 @@
 """Several processes, on one machine or many, that train one network together.
 
-Every process runs the same program. Each loads its own rows of every batch; computations
-over all devices are the compiler's; the first process alone writes reports.
+Every process runs the same program. Each loads its own rows of every batch; the compiler
+arranges what is computed over all devices; only the first process writes reports.
 """
 
 import tempfile
@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 __all__ = [
+    "NotFound",
     "is_first",
     "local_mesh",
     "local_rows",
@@ -21,10 +22,14 @@ __all__ = [
     "report_folder",
     "share_of_rows",
     "start",
-    "to_host",
     "stop_together",
+    "to_host",
     "wait_for_all",
 ]
+
+
+class NotFound(RuntimeError):
+    """The processes did not find each other."""
 
 
 def start(
@@ -39,14 +44,14 @@ def start(
       process: which of them this is, from 0; None likewise.
 
     Raises:
-      RuntimeError: they do not find each other.
+      NotFound: They do not find each other.
     """
-    # What CPUs talk to each other with; other devices have their own ways.
+    # For CPUs; other devices have their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
-        raise RuntimeError(
+        raise NotFound(
             f"The processes did not find each other: {' '.join(str(error).split())} Where neither "
             f"SLURM nor a TPU pod says who takes part, give every process --coordinator=HOST:PORT "
             f"(of the first one), --num_processes= and its own --process_id=."
@@ -54,83 +59,84 @@ def start(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes reports."""
+    """Returns whether this process is the one that writes reports."""
     return jax.process_index() == 0
 
 
-def report_folder(workdir: str) -> Path:
-    """Where this process writes reports: the work folder, or for all but the first nowhere."""
+def report_folder(workdir: str | Path) -> Path:
+    """Returns where to write reports: the work folder in the first process, else a scratch one."""
     folder = workdir if is_first() else tempfile.mkdtemp(prefix="reports-of-another-process-")
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 
 def wait_for_all(where: str) -> None:
-    """Returns when all processes have come to the place that `where` names."""
+    """Returns once all processes have come to the place that `where` names."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def stop_together(sharding: jax.sharding.NamedSharding) -> Callable[[bool], bool]:
-    """How the processes agree, in a loop, to leave it after the same round.
+    """Makes a function by which all processes leave a loop in the same round.
 
     Args:
-      sharding: that divides the first axis over all devices.
+      sharding: divides the first axis over all devices.
 
     Returns:
-      A function that all processes call once a round: whether any of them said True by the
-      round before. The answer comes with the work of that round, so that no device waits for
-      it. A process that is alone gets back what it says.
+      A function to call once a round in every process, with whether this one wants to stop.
+      It returns whether any process wanted to in the round before: that answer was computed
+      along with the round, so no device waits for it. With a single process it returns its
+      argument.
     """
     if jax.process_count() == 1:
         return bool
     asked = []
 
-    def vote(flag: bool) -> bool:
-        mine = np.full(len(sharding.mesh.local_devices), flag)
+    def stop(wanted: bool) -> bool:
+        mine = np.full(len(sharding.mesh.local_devices), wanted)
         asked.append(_any(jax.make_array_from_process_local_data(sharding, mine)))
         return len(asked) > 1 and bool(asked.pop(0))
 
-    return vote
+    return stop
 
 
 _any = jax.jit(jnp.any)
 
 
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """The devices of a mesh that belong to this process."""
-    if len(_members(mesh)) == 1:
+    """Returns the devices of a mesh that belong to this process."""
+    if len(_processes_of(mesh)) == 1:
         return mesh
     return jax.sharding.Mesh(np.array(mesh.local_devices), mesh.axis_names)
 
 
 def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> slice:
-    """Which rows of something that needs no communication this process works on.
+    """Returns which rows of an embarrassingly parallel job this process works on.
 
     Args:
       mesh: whose processes share the work.
       rows: how many there are.
 
     Returns:
-      Every n-th row, at least one. Where there are fewer than processes, everybody has all.
+      Every n-th row for n processes; all rows if there are fewer of them than processes.
     """
-    sharing = _members(mesh)
+    sharing = _processes_of(mesh)
     if rows < len(sharing):
         return slice(None)
     return slice(sharing.index(jax.process_index()), None, len(sharing))
 
 
 def merge_rows(array: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """What the processes of a mesh have worked out, each for its own rows.
+    """Joins what the processes of a mesh computed, each for its own rows.
 
     Args:
-      array: [N, ...], of 32 or 64 bits; what others work out is the least value there is.
+      array: [N, ...], of 32 or 64 bits; rows of other processes hold the dtype's least value.
       mesh: whose processes share the work.
 
     Returns:
-      The whole, on the host of every process.
+      The elementwise maximum over the processes, on the host of each.
     """
-    if len(_members(mesh)) == 1:
+    if len(_processes_of(mesh)) == 1:
         return array
     # As bits: JAX would make float64 float32.
     bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
@@ -138,15 +144,15 @@ def merge_rows(array: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
     return everywhere.view(array.dtype).reshape(-1, *array.shape).max(0)
 
 
-def _members(mesh: jax.sharding.Mesh) -> list[int]:
+def _processes_of(mesh: jax.sharding.Mesh) -> list[int]:
     return sorted({device.process_index for device in mesh.devices.flat})
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:
-    """Which rows of a global batch this process provides.
+    """Returns which rows of a global batch this process provides.
 
     Args:
-      sharding: that divides the first axis.
+      sharding: divides the first axis.
       batch: rows in all.
 
     Returns:
@@ -157,7 +163,7 @@ def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """All of an array, whichever processes hold its parts."""
+    """Returns all of an array, whichever processes hold its parts."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

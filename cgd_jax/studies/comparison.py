@@ -1,4 +1,4 @@
-"""Variants of an experiment, each run with several seeds: is a difference more than noise?
+"""The variants of a study compared: is a difference more than noise?
 
 The intervals are Student's, over seeds. A seed stands for weights, batches and augmentation,
 so that two variants are compared seed by seed: what the same batches do to both cancels.
@@ -6,20 +6,31 @@ so that two variants are compared seed by seed: what the same batches do to both
 
 import csv
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from scipy import stats
-from tabulate import tabulate
 
-from cgd_jax.reports import plots, tables
+from cgd_jax.reports import lettering, plots
+from cgd_jax.reports.tables import metric_name, table
 
-__all__ = ["COLUMNS", "Row", "compare", "markdown_table", "mean_interval", "plot", "to_csv"]
+__all__ = [
+    "COLUMNS",
+    "Row",
+    "compare",
+    "markdown_table",
+    "mean_interval",
+    "plot",
+    "to_csv",
+]
 
-# Fewer than three seeds leave next to nothing to judge the noise by.
-FEW_SEEDS = 3
+COLUMNS = (
+    "vector", "metric", "variant", "seeds", "mean", "low", "high",
+    "difference", "difference_low", "difference_high", "differs",
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -33,24 +44,19 @@ class Row(NamedTuple):
     differs: bool  # whether that interval excludes zero
 
 
-def mean_interval(values) -> tuple[float, float]:
-    """The mean of some numbers, and half of its 95 % interval by Student's t.
+def mean_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Returns the mean of some numbers, and half of its 95 % interval by Student's t.
 
-    Args:
-      values: [n] numbers.
-
-    Returns:
-      mean, half; the mean of none is nan, and so is half the interval of fewer than two.
+    The mean of none is nan, and so is half the interval of fewer than two.
     """
     values = np.asarray(list(values), np.float64)
     if len(values) < 2:
         return (float(values[0]) if len(values) else float("nan")), float("nan")
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def compare(measured: dict[str, dict[int, float]], reference: str) -> dict[str, Row]:
-    """Means with intervals, and differences to one of the variants paired by seed.
+    """Works out means with intervals, and differences to one variant paired by seed.
 
     Args:
       measured: variant → seed → a metric; seeds may be missing.
@@ -61,14 +67,11 @@ def compare(measured: dict[str, dict[int, float]], reference: str) -> dict[str, 
     """
     rows = {}
     for variant, values in measured.items():
-        mean, half = mean_interval(values.values())
-        shared = values.keys() & measured.get(reference, {}).keys()
-        if variant == reference:
-            shared = set()
-        pairs = [values[seed] - measured[reference][seed] for seed in sorted(shared)]
-        difference, difference_half = mean_interval(pairs)
-        differs = bool(abs(difference) > difference_half)  # never where either is nan
-        rows[variant] = Row(values, mean, half, difference, difference_half, differs)
+        others = {} if variant == reference else measured.get(reference, {})
+        shared = sorted(values.keys() & others.keys())
+        difference, half = mean_interval(values[seed] - others[seed] for seed in shared)
+        differs = bool(abs(difference) > half)  # never where either is nan
+        rows[variant] = Row(values, *mean_interval(values.values()), difference, half, differs)
     return rows
 
 
@@ -77,7 +80,7 @@ def markdown_table(
     reference: str,
     facts: dict[str, dict[str, str]],
 ) -> str:
-    """Every metric of every variant in per cent, differences for the first metric.
+    """Shows every metric of every variant in per cent, differences for the first metric.
 
     Args:
       metrics: name, such as "recall@1" → variant → seed → between 0 and 1.
@@ -87,24 +90,21 @@ def markdown_table(
     Returns:
       The table in Markdown. A star marks a difference whose 95 % interval excludes zero.
     """
-    compared = {name: compare(measured, reference) for name, measured in metrics.items()}
-    first = next(iter(compared))
-    shown = tables.metric_name(first)
-    header = ["", "seeds", shown, f"{shown} − {reference}"]
-    header += [tables.metric_name(name) for name in metrics if name != first] + list(facts)
+    compared = {metric_name(name): compare(found, reference) for name, found in metrics.items()}
+    first, *others = compared
+    header = ["", "seeds", first, f"{first} − {reference}", *others, *facts]
     cells = []
     for variant, row in compared[first].items():
         difference = "reference" if variant == reference else ""
         if np.isfinite(row.difference):
             difference = _per_cent(row.difference, row.difference_half, "+") + " *" * row.differs
-        others = [compared[name][variant] for name in metrics if name != first]
+        rest = [compared[name][variant] for name in others]
         cells.append(
             [variant, len(row.values), _per_cent(row.mean, row.half), difference]
-            + [_per_cent(other.mean, other.half) for other in others]
+            + [_per_cent(other.mean, other.half) for other in rest]
             + [column.get(variant, "") for column in facts.values()]
         )
-    align = ["left"] + ["right"] * (len(header) - 1)
-    return tabulate(cells, header, "github", colalign=align, disable_numparse=True)
+    return table(header, cells, "github")
 
 
 def _per_cent(value: float, half: float, sign: str = "") -> str:
@@ -114,14 +114,8 @@ def _per_cent(value: float, half: float, sign: str = "") -> str:
     return f"{100 * value:{sign}.2f}{interval}"
 
 
-COLUMNS = (
-    "vector", "metric", "variant", "seeds", "mean", "low", "high",
-    "difference", "difference_low", "difference_high", "differs",
-)  # fmt: skip
-
-
 def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vector: str) -> str:
-    """The same for programs: a line a metric and variant, without a header.
+    """Writes the same for programs: a line a metric and variant, without a header.
 
     Args:
       metrics: as for `markdown_table`.
@@ -135,9 +129,9 @@ def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vect
     writer = csv.writer(text, lineterminator="\n")
     for name, measured in metrics.items():
         for variant, row in compare(measured, reference).items():
-            low, high = row.mean - row.half, row.mean + row.half
-            apart = (row.difference - row.difference_half, row.difference + row.difference_half)
-            numbers = [row.mean, low, high, row.difference, *apart]
+            numbers = []
+            for centre, half in (row.mean, row.half), (row.difference, row.difference_half):
+                numbers += [centre, centre - half, centre + half]
             cells = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
             differs = "yes" if row.differs else "no"
             writer.writerow([vector, name, variant, len(row.values), *cells, differs])
@@ -154,32 +148,31 @@ def plot(path: str | Path, rows: dict[str, Row], reference: str, metric: str, ti
       metric: its name, for the axes.
       title: of the picture.
     """
-    figure = Figure(figsize=(10, 1.5 + 0.38 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    figure.suptitle(title, fontsize=12)
-    for height, row in enumerate(rows.values()):
-        seeds = [100 * value for value in row.values.values()]
-        left.plot(seeds, [height] * len(seeds), "o", color=plots.GRAY, alpha=0.45, markersize=4)
-        _draw_interval(left, height, row.mean, row.half, "black")
-        color = plots.GRAY
-        if row.differs:
+    names = [lettering.drawable(name, 40) for name in rows]
+    title, shown = lettering.drawable(title, 90), lettering.drawable(reference, 40)
+    with plots.picture(path, 10, 1.5 + 0.38 * len(rows), [*names, title, shown]) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        figure.suptitle(title, fontsize=12)
+        for height, row in enumerate(rows.values()):
+            seeds = [100 * value for value in row.values.values()]
+            left.plot(seeds, [height] * len(seeds), "o", color=plots.GRAY, alpha=0.45, markersize=4)
+            _draw_interval(left, height, row.mean, row.half, "black")
             color = plots.GREEN if row.difference > 0 else plots.RED
-        _draw_interval(right, height, row.difference, row.difference_half, color)
-    right.axvline(0, color="black", linewidth=1)
-    left.set_yticks(range(len(rows)), list(rows))
-    left.set_ylim(len(rows) - 0.5, -0.5)
-    left.set(xlabel=f"{metric}, per cent", title="Mean, 95 % interval, every seed")
-    right.set(
-        xlabel=f"difference to {reference}, points", title="Difference by seed, 95 % interval"
-    )
-    for axes in (left, right):
-        axes.title.set_fontsize(10)
-        axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+            color = color if row.differs else plots.GRAY
+            _draw_interval(right, height, row.difference, row.difference_half, color)
+        right.axvline(0, color="black", linewidth=1)
+        left.set_yticks(range(len(rows)), names)
+        left.set_ylim(len(rows) - 0.5, -0.5)
+        left.set_xlabel(f"{metric}, per cent")
+        left.set_title("Mean, 95 % interval, every seed", fontsize=10)
+        right.set_xlabel(f"difference to {shown}, points")
+        right.set_title("Difference by seed, 95 % interval", fontsize=10)
+        for axes in (left, right):
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_interval(axes, height: int, value: float, half: float, color: str) -> None:
+def _draw_interval(axes: Axes, height: int, value: float, half: float, color: str) -> None:
     if np.isfinite(value):
         error = None if np.isnan(half) else [100 * half]
         axes.errorbar(

@@ -1,5 +1,6 @@
 """Convolutions written otherwise than XLA's: against loops, and against XLA's own."""
 
+import functools
 import re
 
 import jax
@@ -10,18 +11,22 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cgd_jax.models.conv import (
+from cgd_jax.models.cpu_ops import (
     Conv,
-    PointwiseConv,
     conv,
     conv_canonical,
     conv_native,
     depthwise_conv,
     depthwise_native,
     depthwise_shifted,
-    kernel_init,
+    max_pool,
+    max_pool_native,
+    max_pool_taps,
     pointwise_conv,
 )
+from cgd_jax.models.family import KERNEL_INIT
+
+STEM = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
 
 
 def by_loops(x, kernel, stride):
@@ -78,20 +83,6 @@ def test_each_platform_compiles_its_own_formulation():
     for platform, native in (("cpu", False), ("cuda", True), ("tpu", True)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.convolution" in text) == native
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_pointwise_convolution_is_a_convolution(stride):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 7, 8, 3)).astype(np.float32)
-    variables = {"params": {"kernel": rng.normal(size=(1, 1, 3, 5)).astype(np.float32)}}
-    ours = PointwiseConv(5, stride)
-    flax = nn.Conv(5, (1, 1), strides=stride, use_bias=False)
-    np.testing.assert_allclose(ours.apply(variables, x), flax.apply(variables, x), atol=1e-5)
-    shape = jax.eval_shape(ours.init, jax.random.key(0), x)["params"]["kernel"].shape
-    assert shape == (1, 1, 3, 5)
-    half = PointwiseConv(5, stride, jnp.bfloat16)
-    assert half.apply(variables, x).dtype == jnp.bfloat16
 
 
 def test_gradients_of_a_pointwise_convolution():
@@ -162,23 +153,64 @@ def test_only_cpus_compile_the_canonical_order():
 
 
 @pytest.mark.parametrize(
-    "side,stride,padding,groups",
-    [(3, 1, 1, 1), (3, 2, 1, 1), (7, 2, 3, 1), (3, 2, "SAME", 1), (3, 2, 1, 2)],
+    "side,strides,padding,groups,features",
+    [(3, 1, 1, 1, 6), (3, 2, 1, 1, 6), (7, 2, 3, 1, 6), (3, 2, "SAME", 1, 6), (3, 2, 1, 2, 6)]
+    + [(1, 1, "SAME", 1, 6), (1, 2, "SAME", 1, 6), (1, 1, 1, 1, 6), (1, 2, "SAME", 2, 6)]
+    + [(3, 1, "SAME", 4, 4), (5, 2, "SAME", 4, 4), (3, 2, 1, 4, 4), (3, 1, "SAME", 4, 8)],
 )
-def test_our_module_is_flax_convolution(side, stride, padding, groups):
+def test_our_module_is_flax_convolution(side, strides, padding, groups, features):
     x = np.random.default_rng(0).normal(size=(2, 9, 8, 4)).astype(np.float32)
-    ours = Conv(6, side, stride, padding, groups)
-    flax = nn.Conv(
-        6,
-        (side, side),
-        stride,
-        padding,
-        use_bias=False,
-        feature_group_count=groups,
-        kernel_init=kernel_init,
-    )
+    options = {"strides": strides, "padding": padding, "feature_group_count": groups}
+    options |= {"use_bias": False, "kernel_init": KERNEL_INIT}
+    ours, flax = (module(features, (side, side), **options) for module in (Conv, nn.Conv))
     variables = ours.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, variables, flax.init(jax.random.key(0), x))
     np.testing.assert_allclose(ours.apply(variables, x), flax.apply(variables, x), atol=1e-5)
-    half = Conv(6, side, stride, padding, groups, jnp.bfloat16)
+    half = Conv(features, (side, side), dtype=jnp.bfloat16, **options)
     assert half.apply(variables, x).dtype == jnp.bfloat16
+
+
+def test_a_bias_is_refused():
+    with pytest.raises(ValueError, match="no bias"):
+        Conv(3, (1, 1), use_bias=True).init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 5)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_max_pooling_has_the_values_and_gradients_of_xla(size, dtype):
+    # Behind a ReLU many windows have several maxima.
+    x = jax.nn.relu(jax.random.normal(jax.random.key(0), (2, *size, 3), dtype))
+
+    def value_and_gradient(pool):
+        def loss(x):
+            y = pool(x)
+            return (jnp.sin(jnp.arange(y.size, dtype=dtype)).reshape(y.shape) * y).sum(), y
+
+        gradient, y = jax.jit(jax.grad(loss, has_aux=True))(x)
+        assert y.dtype == gradient.dtype == dtype
+        return np.float32(y), np.float32(gradient)
+
+    expected = value_and_gradient(max_pool_native)
+    tolerance = 4 * float(jnp.finfo(dtype).eps)  # where windows overlap, gradients are added
+    for pool in (functools.partial(max_pool, **STEM), max_pool_taps):
+        y, gradient = value_and_gradient(pool)
+        np.testing.assert_array_equal(y, expected[0])
+        np.testing.assert_allclose(gradient, expected[1], atol=tolerance)
+
+
+def test_what_is_not_a_number_stays_visible():
+    x = jnp.zeros((1, 6, 6, 1)).at[0, 2, 3, 0].set(jnp.nan)
+    np.testing.assert_array_equal(max_pool_taps(x), max_pool_native(x))
+
+
+def test_only_cpus_choose_among_taps():
+    traced = jax.jit(jax.grad(lambda x: max_pool(x, **STEM).sum())).trace(jnp.zeros((1, 8, 8, 4)))
+    for platform, native in (("cpu", False), ("cuda", True), ("tpu", True)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("select_and_scatter" in text) == native
+
+
+def test_other_windows_are_left_to_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
+    window = {"window_shape": (2, 2), "strides": (2, 2), "padding": ((0, 0), (0, 0))}
+    np.testing.assert_array_equal(max_pool(x, **window), nn.max_pool(x, **window))

@@ -1,7 +1,8 @@
-"""Convolutions, each kind in the form that is fast.
+"""Convolution and max-pooling in forms that are fast on a CPU; GPUs and TPUs keep XLA's own.
 
-What XLA makes of a convolution on a CPU depends on how it is written (benchmarks/convolutions.py
-has the times):
+`Conv` and `max_pool` take the place of `nn.Conv` and `nn.max_pool` in a backbone (`backbones`
+puts them there): the same arguments, parameters and results. What XLA makes of a convolution on a
+CPU depends on how it is written (benchmarks/convolutions.py has the times):
 
 - A 1×1 convolution is a matrix product, and one of two matrices: with more axes, the gradient
   with respect to the kernel copies the transposed gradient of the output first, which takes
@@ -10,12 +11,13 @@ has the times):
   implementation wants, but not inside of loops (`jax.lax.scan`, `jax.lax.map`), where they are
   up to 250 times slower. Here they are written in that order.
 - A depthwise convolution is up to ten times faster as a sum of shifted products.
-
-GPUs and TPUs keep their own convolutions.
+- The gradient of XLA's max-pooling carries four indices beside every value through the search
+  for the maximum, and then adds to one place at a time. A choice among the shifted copies of
+  the input, of which JAX derives the gradient, is about four times faster.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -24,54 +26,61 @@ from flax import linen as nn
 
 __all__ = [
     "Conv",
-    "DepthwiseConv",
-    "PointwiseConv",
     "conv",
     "conv_canonical",
     "conv_native",
     "depthwise_conv",
     "depthwise_native",
     "depthwise_shifted",
-    "kernel_init",
+    "max_pool",
+    "max_pool_native",
+    "max_pool_taps",
     "pointwise_conv",
 ]
-
-# He et al., "Delving Deep into Rectifiers", with the fan of the output.
-kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 # Zeros before and after the rows, and before and after the columns.
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Conv(nn.Module):
-    """Convolution of k×k without a bias. [B, H, W, C] → [B, H', W', features].
+    """`nn.Conv` without a bias. [B, H, W, C] → [B, H', W', features].
 
     Attributes:
       features: channels of the output.
-      side: k, odd.
-      stride: of the output, in positions.
+      kernel_size: height and width.
+      strides: of the output, in positions, the same along both axes.
       padding: "SAME" as TensorFlow has it, or zeros on every side.
-      groups: into which channels are divided.
+      feature_group_count: groups into which channels are divided.
+      use_bias: False; taken so that the arguments are those of `nn.Conv`.
+      kernel_init: draws the kernel [h, w, C / groups, features].
       dtype: of the computation.
     """
 
     features: int
-    side: int
-    stride: int = 1
+    kernel_size: Sequence[int]
+    strides: int = 1
     padding: int | str = "SAME"
-    groups: int = 1
+    feature_group_count: int = 1
+    use_bias: bool = False
+    kernel_init: Callable = nn.initializers.lecun_normal()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        sides, strides = (self.side,) * 2, (self.stride,) * 2
-        shape = (*sides, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", kernel_init, shape)
+        if self.use_bias:
+            raise ValueError("cpu_ops.Conv has no bias; use nn.Conv.")
+        sides, stride, groups = tuple(self.kernel_size), self.strides, self.feature_group_count
+        shape = (*sides, x.shape[-1] // groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
         padding = ((self.padding,) * 2,) * 2
         if self.padding == "SAME":
-            padding = tuple(jax.lax.padtype_to_pads(x.shape[1:3], sides, strides, "SAME"))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return conv(x, kernel, self.stride, padding, self.groups)
+            padding = tuple(jax.lax.padtype_to_pads(x.shape[1:3], sides, (stride, stride), "SAME"))
+        if sides == (1, 1) and groups == 1 and self.padding in ("SAME", 0):
+            return pointwise_conv(x[:, ::stride, ::stride], kernel[0, 0])
+        if groups == x.shape[-1] == self.features and self.padding == "SAME":
+            return depthwise_conv(x, kernel, stride)
+        return conv(x, kernel, stride, padding, groups)
 
 
 def conv(
@@ -155,20 +164,6 @@ def _conv_backward(stride, padding, residuals, gradient):
 conv_canonical.defvjp(_conv_forward, _conv_backward)
 
 
-class PointwiseConv(nn.Module):
-    """Convolution of 1×1 without a bias. [B, H, W, C] → [B, ⌈H/s⌉, ⌈W/s⌉, features]."""
-
-    features: int
-    stride: int = 1
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", kernel_init, (1, 1, x.shape[-1], self.features))
-        x = x[:, :: self.stride, :: self.stride]
-        return pointwise_conv(x.astype(self.dtype), kernel[0, 0].astype(self.dtype))
-
-
 def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies every position by a matrix. [B, H, W, C], [C, D] → [B, H, W, D]."""
 
@@ -176,19 +171,6 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
     return jax.lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
-
-
-class DepthwiseConv(nn.Module):
-    """`depthwise_conv` with its kernel as a parameter. [B, H, W, C] → [B, ⌈H/s⌉, ⌈W/s⌉, C]."""
-
-    side: int
-    stride: int = 1
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", kernel_init, (self.side, self.side, 1, x.shape[-1]))
-        return depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -282,3 +264,36 @@ def _depthwise_backward(stride, residuals, gradient):
 
 
 depthwise_shifted.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+# The pooling behind the stem of a ResNet: [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C].
+_STEM_POOLING = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
+
+
+def max_pool(
+    x: jax.Array, window_shape: tuple[int, int], strides: tuple[int, int], padding: Padding
+) -> jax.Array:
+    """Pools as `nn.max_pool` does; windows of 3×3 with stride 2 and padding 1 fast on a CPU.
+
+    Where several positions of a window have its maximum, the first one gets the gradient.
+    """
+    wanted = {"window_shape": window_shape, "strides": strides, "padding": padding}
+    if wanted != _STEM_POOLING:
+        return nn.max_pool(x, **wanted)
+    return jax.lax.platform_dependent(x, cpu=max_pool_taps, default=max_pool_native)
+
+
+max_pool_native = partial(nn.max_pool, **_STEM_POOLING)
+
+
+def max_pool_taps(x: jax.Array) -> jax.Array:
+    """Pools windows of 3×3 with stride 2 and padding 1, by a choice among their nine taps."""
+    height, width = (n + n % 2 for n in x.shape[1:3])
+    pads = ((0, 0), (1, height - x.shape[1]), (1, width - x.shape[2]), (0, 0))
+    padded = jnp.pad(x, pads, constant_values=-jnp.inf)
+    taps = [padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
+    best, winner = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
+    for number, tap in enumerate(taps[1:], 1):
+        wins = (tap > best) | jnp.isnan(tap)
+        best, winner = jnp.where(wins, tap, best), jnp.where(wins, jnp.int8(number), winner)
+    return sum(jnp.where(winner == number, tap, 0) for number, tap in enumerate(taps))

@@ -1,0 +1,137 @@
+"""Studies: files that are read, and the runs they are made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cgd_jax.config import ConfigError
+from cgd_jax.studies.study import FOLDER, Study, load, plan, with_base_config
+from configs import glyphs
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path.stem for path in (ROOT / FOLDER).glob("*.py"))
+
+
+VARIANTS = {"rank": {"loss.classification_weight": 0.0}, "both": {}}
+TWO = Study("two", "Which?", "configs/glyphs.py", "both", VARIANTS, (0, 1))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_that_come_along_can_be_run(name, tmp_path):
+    loaded = load(name, ROOT)
+    runs = plan(loaded, glyphs.get_config(), {}, str(tmp_path))
+    assert len(runs) == len(loaded.variants) * len(loaded.seeds) and len(loaded.seeds) >= 3
+    assert len(loaded.question) > 20 and Path(loaded.config).exists()
+
+
+def test_the_papers_descriptor_sets():
+    sets = set(load("descriptors", ROOT).variants)
+    assert sets - {"R"} == set("S M G SM MS SG GS MG GM SMG MSG GSM".split())
+
+
+def test_plan(tmp_path):
+    config = glyphs.get_config()
+    runs = plan(TWO, config, {}, str(tmp_path))
+    assert [run.name() for run in runs] == [
+        "rank, seed 0", "both, seed 0", "rank, seed 1", "both, seed 1",
+    ]  # fmt: skip
+    assert [run.folder.name for run in runs[:2]] == [
+        "loss.classification_weight=0.0,seed=0",
+        "seed=0",
+    ]
+    assert runs[2].config.loss.classification_weight == 0 and runs[2].config.seed == 1
+    assert runs[1].config.train.eval_every == config.train.steps, (
+        "nothing is chosen on test classes"
+    )
+    assert config.loss.classification_weight == 0.1 and config.seed == 0, "the base is as it was"
+    some = plan(TWO, config, {}, str(tmp_path), ["both"], [7])
+    assert [run.folder.name for run in some] == ["seed=7"]
+
+
+def test_studies_share_runs(tmp_path):
+    folders = [
+        {run.folder for run in plan(load(name, ROOT), glyphs.get_config(), {}, str(tmp_path))}
+        for name in ("descriptors", "losses", "auxiliary", "combination")
+    ]
+    assert len(set.intersection(*folders)) == 3, "the reference of all of them"
+
+
+@pytest.mark.parametrize(
+    "variants,given,chosen,message",
+    [
+        (
+            {"x": {"loss.nothing": 1}},
+            {},
+            None,
+            "two, variant x: the config has no key loss.nothing",
+        ),
+        ({"x": {"loss.temperature": 0.0}}, {}, None, r"two, variant x: loss\.temperature=0\.0"),
+        ({"x": {"train.steps": "many"}}, {}, None, "two, variant x: .*steps"),
+        ({"x": {"seed": 3}}, {}, None, "varies the seed itself"),
+        ({"x": {"loss.classification_weight": 0.1}}, {}, None, "are the same experiment"),
+        ({}, {"seed": 1}, None, "--config.seed was given, but it is what two varies"),
+        ({}, {"loss.classification_weight": 1}, None, "is what two varies"),
+        ({}, {}, ["rank"], "lacks both"),
+        ({}, {}, ["both", "other"], "two has no other"),
+        ({}, {}, ["both", "both"], "names one twice"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path, variants, given, chosen, message):
+    bad = TWO._replace(variants=TWO.variants | variants)
+    with pytest.raises(ConfigError, match=message):
+        plan(bad, glyphs.get_config(), given, str(tmp_path), chosen)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "AttributeError.*It needs CONFIG"),
+        ("1 +", "SyntaxError"),
+        ("CONFIG, SEEDS, VARIANTS, REFERENCE = '', (0,), {'a': {}}, 'b'", "'b' is none of .* a"),
+        ("CONFIG, SEEDS, VARIANTS, REFERENCE = '', (), {'a': {}}, 'a'", "SEEDS"),
+    ],
+)
+def test_files_that_are_no_studies(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(str(path), ROOT)
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    folder = tmp_path / "seed=0"
+    folder.mkdir()
+    values = json.loads(glyphs.get_config().to_json())
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="train.eval_every: 500 → 1000"):
+        plan(TWO, glyphs.get_config(), {}, str(tmp_path))
+
+
+def test_long_values_make_folders_of_their_own(tmp_path):
+    weights = {name: {"model.pretrained": f"/weights/{'ä' * 300}/{name}.pth"} for name in "ab"}
+    runs = plan(TWO._replace(variants=weights | TWO.variants), glyphs.get_config(), {}, "w")
+    for run in runs:
+        (tmp_path / run.folder).mkdir(parents=True)
+    assert len({run.folder for run in runs}) == len(runs) == 8
+
+
+@pytest.mark.parametrize("flags", [["--study=losses"], ["--study", "losses"], ["-study=losses"]])
+def test_a_study_brings_its_config(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it is found from anywhere
+    whole = with_base_config(["main.py", "--mode=study", *flags], ROOT)
+    added = [flag for flag in whole if flag.startswith("--config=")]
+    assert added == [f"--config={ROOT}/configs/glyphs.py"]
+    assert [flag for flag in whole if flag not in added] == ["main.py", "--mode=study", *flags]
+
+
+@pytest.mark.parametrize("config", [["--config=a.py"], ["--config", "a.py"], ["-config=a.py"]])
+def test_a_config_that_is_given_is_taken(config):
+    given = ["main.py", *config, "--study=losses", "--config.train.steps=9"]
+    assert with_base_config(given, ROOT) == given
+    assert with_base_config(given[:2], ROOT) == given[:2]
+
+
+def test_a_study_that_is_not_there():
+    with pytest.raises(SystemExit, match="error: --study=other: there is no file .*descriptors"):
+        with_base_config(["main.py", "--study", "other"], ROOT)
