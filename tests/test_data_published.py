@@ -270,6 +270,17 @@ def test_cars_from_the_archives_that_people_downloaded(tmp_path):
     expect_cars(builder)
 
 
+@pytest.mark.parametrize("form", [cars_one_archive, cars_two_archives])
+def test_of_both_forms_of_cars_the_one_with_pictures_is_read(tmp_path, form):
+    lists = {n: c for n, c in (cars_one_archive() | cars_two_archives()).items() if ".mat" in n}
+    source = write(tmp_path / "in", lists | form())
+    for folder in ("car_ims", "cars_train", "cars_test"):  # some copies have empty ones
+        (source / folder).mkdir(exist_ok=True)
+    builder = Cars196(data_dir=tmp_path / "data", source=source, allow_incomplete=True)
+    builder.download_and_prepare()
+    expect_cars(builder)
+
+
 def test_cars_without_test_labels_says_what_to_get(tmp_path):
     files = cars_two_archives()
     del files["cars_test_annos_withlabels.mat"]

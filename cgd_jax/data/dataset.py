@@ -153,12 +153,12 @@ def describe_difference(
         if "per class" in before and "per class" in now:
             then, current = dict(before["per class"]), dict(now["per class"])
             found += [
-                f"{len(names):,} classes {what}: {listed(names)}"
+                f"classes {what} ({len(names):,}): {listed(names)}"
                 for what, names in (
-                    ("are gone", [n for n in then if n not in current]),
-                    ("are new", [n for n in current if n not in then]),
+                    ("that are gone", [n for n in then if n not in current]),
+                    ("that are new", [n for n in current if n not in then]),
                     (
-                        "have another number of images",
+                        "with another number of images",
                         [n for n in then if current.get(n, then[n]) != then[n]],
                     ),
                 )
