@@ -58,6 +58,9 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     # The published numbers are those of the whole sets, copies included.
     dataset = _handle_copies(dataset, keep=bool(getattr(builder, "PUBLISHED", None)))
     check_queries(dataset)
+    for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
+        names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
+        log.info("%s %s %d classes: %s", config.name, purpose, len(names), listed(names))
     return dataset
 
 
