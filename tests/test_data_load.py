@@ -102,6 +102,25 @@ def test_test_pictures_that_were_trained_on_are_reported(config, tmp_path, caplo
     assert "4 of 4 test pictures are in the training set too: test/c/0.jpg" in caplog.text
 
 
+def test_classes_that_change_what_the_numbers_mean_are_reported(config, tmp_path, caplog):
+    photographs(tmp_path / "in" / "train", "abc", 2)
+    photographs(tmp_path / "in" / "test", "bcde", 2)
+    (tmp_path / "in" / "test" / "d" / "1.jpg").unlink()
+    load_dataset(config)
+    for _ in range(2):  # in every run
+        assert "1 of 4 test classes have no second image to find" in caplog.text
+        assert "2 of 4 test classes are trained on too: they are not unseen: b, c" in caplog.text
+        caplog.clear()
+        load_dataset(config)
+    (tmp_path / "in" / "test").rename(tmp_path / "in" / "query")
+    photographs(tmp_path / "in" / "gallery", "cd", 1)
+    caplog.clear()
+    load_dataset(config)
+    assert (
+        "2 of 4 test classes have no second image" in caplog.text and "at all: b, e" in caplog.text
+    )
+
+
 def test_nothing_to_find_is_one_error(config, tmp_path):
     photographs(tmp_path / "in" / "train", "ab", 3)
     photographs(tmp_path / "in" / "test", "cd", 1)
