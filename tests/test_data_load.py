@@ -146,6 +146,13 @@ def test_a_folder_that_cannot_be_written_is_named(config, tmp_path, below):
         load_dataset(config)
 
 
+def test_a_folder_whose_name_is_no_unicode_is_refused(config, tmp_path):
+    photographs(tmp_path / "in", "abcd", 2)
+    config.dir = str(tmp_path / "data\udcff")
+    with pytest.raises(ValueError, match=r"data\\udcff.* not valid UTF-8"):
+        load_dataset(config)
+
+
 def test_control_characters_in_names_are_escaped(config, tmp_path):
     rows = [
         ("a\n1.jpg", '"one\nline"'),

@@ -1,6 +1,7 @@
 """From the `data` part of a config to images in memory-mapped arrays."""
 
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -88,6 +89,13 @@ def _warn_of_classes(dataset: Dataset) -> None:
 
 def make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     """Makes the TFDS builder that the `data` part of a config describes."""
+    try:
+        (config.dir and os.path.abspath(config.dir)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"--config.data.dir={config.dir!r}: data sets cannot be built in a folder whose name "
+            "is not valid UTF-8. Choose another one."
+        ) from error
     options = {key: config[key] for key in config_keys(config.name)}
     return builder_class(config.name)(
         data_dir=config.dir or None, file_format="array_record", **options
