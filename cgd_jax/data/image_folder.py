@@ -83,12 +83,13 @@ class ImageFolder(ImageBuilder):
         """Returns seed, share and class rule, which shape the splits."""
         return f"{self._seed} {self._test_fraction} {self._nested_classes}"
 
-    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the photographs by split; labels number the class names in alphabetical order."""
+        (folder,), source = folders, Path(self._made_of["source"])
         if folder.is_file():
             found, left_out = _from_list(folder)
         else:
-            found, left_out = _from_folders(folder, self._nested_classes, self._source.is_file())
+            found, left_out = _from_folders(folder, self._nested_classes, source.is_file())
         for id, reason in left_out:
             self.note("left_out", "", id, reason)
         names = sorted({row.label for rows in found.values() for row in rows})
@@ -96,7 +97,7 @@ class ImageFolder(ImageBuilder):
             reasons = Counter(reason for _, reason in left_out).most_common(3)
             also = "".join(f"; {count:,} files are left out: {why}" for why, count in reasons)
             raise ValueError(
-                f"image_folder: found {len(names)} classes with photographs in {self._source}"
+                f"image_folder: found {len(names)} classes with photographs in {source}"
                 f"{also}. Training and testing on different classes takes at least two. "
                 f"{self.HOW_TO_GET}"
             )
@@ -132,18 +133,18 @@ class ImageFolder(ImageBuilder):
                     ", and took the names of splits for classes" * named,
                 )
 
-    def _locate(self, source: str) -> Path | None:
+    def _locate(self, source: str) -> Path | archives.Download:
         path = Path(source).expanduser()
         if path.suffix.lower() == ".csv" and path.is_file():
             return path
         return super()._locate(source)
 
     def _fingerprint(self) -> str:
-        mark = super()._fingerprint()
-        if self._source.suffix.lower() == ".csv":  # The files it names count as well.
+        mark, source = super()._fingerprint(), Path(self._made_of["source"])
+        if source.suffix.lower() == ".csv":  # The files it names count as well.
             mark += "".join(
                 archives.fingerprint(row.path) if archives.is_file(row.path) else "-"
-                for row in photo_list.read(self._source)
+                for row in photo_list.read(source)
             )
         return mark
 

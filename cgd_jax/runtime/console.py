@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -56,7 +57,12 @@ def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0
       unit: name of one unit; "B" counts bytes in kB, MB and GB.
       log_every: seconds between two log lines.
     """
-    options = {"total": total or None, "desc": what, "unit": unit, "unit_scale": unit == "B"}
+    options: dict[str, Any] = {
+        "total": total or None,
+        "desc": what,
+        "unit": unit,
+        "unit_scale": unit == "B",
+    }
     if sys.stderr.isatty():
         options["smoothing"] = 0.1
     else:
