@@ -17,11 +17,32 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from cgd_jax.augment import Normalization
+from cgd_jax.config import ConfigError
 from cgd_jax.runtime import files, processes
 
 FOLDER = "checkpoints"
 
 log = logging.getLogger(__name__)
+
+
+def check_folder(workdir: str | Path) -> None:
+    """Refuses a work folder whose checkpoints could be written, but not read again.
+
+    orbax looks its files up with glob patterns and takes what ends in a colon for the scheme of
+    an address, without escaping either in the path that it was given.
+
+    Raises:
+      ConfigError: Names the characters.
+    """
+    path = Path(workdir).resolve()
+    odd = sorted({letter for letter in str(path) if letter in "[]*?\\"})
+    odd += [part for part in path.parts if part.endswith(":")]
+    if odd:
+        raise ConfigError(
+            f"--workdir={workdir}: checkpoints in {path} could not be read again, because the "
+            f"library that writes them takes {' '.join(odd)} in a path for a pattern or an "
+            f"address. Choose a folder without."
+        )
 
 
 def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManager:
@@ -35,7 +56,11 @@ def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManag
     Returns:
       An orbax manager; close it, or use it in a `with` statement, to wait for the
       last save.
+
+    Raises:
+      ConfigError: As `check_folder`.
     """
+    check_folder(workdir)
 
     def recall_at_1(metrics):
         return metrics["recall_at_1"]

@@ -49,6 +49,7 @@ def set_up(config: ConfigDict) -> Setup:
     replicated, batch_sharding = shardings(mesh)
     check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)
+    check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = create_state(
@@ -89,6 +90,29 @@ def check_batch(config: ConfigDict, devices: int) -> None:
             f"train.embed_chunk={chunk} must divide the batch of {images} images and be a multiple "
             f"of the {devices} devices; {', '.join(['0', *fitting])} are such numbers."
         )
+
+
+def check_options(config: ConfigDict, dataset: Dataset) -> None:
+    """Checks that the inference options of a config fit into the data set.
+
+    Raises:
+      ConfigError: One asks for more neighbours or dimensions than there are; it says how many.
+    """
+    wanted, model = config.eval, config.model
+    queries = len(dataset.query.labels)
+    items = queries if dataset.gallery is None else len(dataset.gallery.labels)
+    searched = items - (dataset.gallery is None)  # a query does not find itself
+    most = {"query_expansion": searched, "database_augmentation": items - 1}
+    most["whitening_dim"] = len(dataset.train.labels) - 1
+    if wanted.vector == "embedding":
+        most["whitening_dim"] = min(most["whitening_dim"], model.embedding_dim)
+    for key, number in most.items():
+        if wanted[key] > number:
+            what = "dimensions" if key == "whitening_dim" else "neighbours"
+            raise ConfigError(
+                f"eval.{key}={wanted[key]} asks for more {what} than this data set has; at most "
+                f"{number} can be used."
+            )
 
 
 def load_pretrained(config: ConfigDict, state: State) -> State:

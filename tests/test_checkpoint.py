@@ -14,8 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from cgd_jax import checkpoint, train_step
+from cgd_jax import checkpoint, train_step, workdir
 from cgd_jax.augment import IMAGENET
+from cgd_jax.config import ConfigError
+from configs import glyphs
 from tests.variables import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -186,3 +188,26 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, caplog, monkeypatc
         checkpoint.save(checkpoints, weights(2))
         checkpoint.finish(checkpoints)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+ODD_NAMES = ["d$HOME", "a&b", "u_{x}", "#h", "100%", "q'\"", "b lank ", "ümlaut", "😀", "new\nline"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "-lead", "a:b", "~tilde", "%s", "..x", "x" * 255])
+def test_work_folders_of_odd_names_keep_their_checkpoints(tmp_path, name):
+    folder = tmp_path / name
+    with checkpoint.manager(folder, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, state_with(1, jnp.ones(2)), 0.5)
+        checkpoint.save(checkpoints, state_with(2, jnp.ones(2)), 0.4)
+    with checkpoint.manager(folder, keep=2) as checkpoints:
+        assert int(checkpoint.restore_latest(checkpoints, state_with(0, jnp.ones(2))).step) == 2
+        assert checkpoints.best_step() == 1
+
+
+@pytest.mark.parametrize("name", ["sweep[lr=1e-4]", "a*b", "what?", "back\\slash", "gs:"])
+def test_work_folders_whose_checkpoints_could_not_be_read_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="could not be read again.*Choose a folder without"):
+        checkpoint.manager(tmp_path / name, keep=2)
+    with pytest.raises(ConfigError, match="could not be read again"):
+        workdir.check_workdir(glyphs.get_config(), tmp_path / name / "run")
+    assert not (tmp_path / name).exists()

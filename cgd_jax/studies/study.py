@@ -168,7 +168,8 @@ def plan(
 
 def folder_name(parts: list[str]) -> str:
     """Joins what a run changes to the name of its folder, at most 255 bytes long."""
-    name = ",".join(parts).replace("/", "_")
+    # Without what separates folders, and what `checkpoint.check_folder` refuses.
+    name = ",".join(parts).translate(str.maketrans("/\\[]*?", "__()__"))
     encoded = os.fsencode(name)
     if len(encoded) <= 255:
         return name
