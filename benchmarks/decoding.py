@@ -37,7 +37,7 @@ KINDS = {"256x256": 600, "500x375": 400, "640x480": 400, "1600x1200": 100}
 
 
 def crops(folder: Path, width: int, height: int, count: int) -> Path:
-    """Write JPEGs cut out of the photograph that matplotlib ships; two classes."""
+    """Writes JPEGs cut out of the photograph that matplotlib ships; two classes."""
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
         photograph = Image.open(file).convert("RGB")
     rng = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def crops(folder: Path, width: int, height: int, count: int) -> Path:
 
 
 def by_pillow(path: Path, draft: bool = False) -> np.ndarray:
-    """The loop body that everybody writes."""
+    """Decodes and resizes one file, as training scripts do."""
     with Image.open(path) as image:
         if draft:
             image.draft("RGB", (SIZE, SIZE))
@@ -64,14 +64,14 @@ def by_pillow(path: Path, draft: bool = False) -> np.ndarray:
 
 
 def seconds(function) -> float:
-    """Time of one call."""
+    """Times one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
-    """Rows of name, images/s, ratio to the first, difference."""
+    """Returns rows of name, images/s, ratio to the first, difference."""
     builder = ImageFolder(source=folder, data_dir=scratch / "data")
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
@@ -80,7 +80,7 @@ def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
 
     def build():
         shutil.rmtree(scratch / "cache", ignore_errors=True)
-        return cache.resized(source, scratch / "cache", {}, SIZE)
+        return cache.cached(source, scratch / "cache", {}, SIZE)
 
     def threads():
         with ThreadPoolExecutor(CORES) as pool:
@@ -111,7 +111,7 @@ def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
 
 
 def main():
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of one subfolder per class")
     parser.add_argument("--rounds", type=int, default=5)

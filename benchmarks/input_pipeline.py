@@ -36,7 +36,7 @@ SIZE, CLASSES, IMAGES_PER_CLASS = 252, 32, 4
 
 
 def photograph(rng: np.random.Generator) -> bytes:
-    """A JPEG with the spectrum of a photograph: noise at several scales."""
+    """Makes a JPEG with the spectrum of a photograph: noise at several scales."""
     image = np.zeros((375, 500, 3))
     for cells in (4, 16, 64):
         noise = rng.uniform(0, 255, (cells, cells, 3)).astype(np.uint8)
@@ -72,7 +72,7 @@ def seconds_of_ours(images, labels, batches: int) -> float:
 
 
 def torch_loader(jpegs: list[bytes]):
-    """What leftthomas-style code does per image, without torchvision."""
+    """Makes the loader of a usual training script, without torchvision."""
     import torch
 
     class Photographs(torch.utils.data.Dataset):
@@ -110,7 +110,7 @@ def compare_speed(count: int, rounds: int) -> None:
     for _ in loader:  # starts the workers
         pass
     with tempfile.TemporaryDirectory() as folder:
-        images = cache.resized(source, folder, {"of": "benchmark"}, SIZE).images
+        images = cache.cached(source, folder, {"of": "benchmark"}, SIZE).images
         seconds_of_ours(images, labels, 4)  # reads the file into the page cache
         ours, theirs = [], []
         for _ in range(rounds):

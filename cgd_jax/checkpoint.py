@@ -28,9 +28,9 @@ def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManag
     """Opens the checkpoints of a work folder.
 
     Args:
-      workdir: work folder of the run.
-      keep: how many of the latest checkpoints survive, beside the best; None to read
-        only, also while a run goes on there.
+      workdir: folder of the run.
+      keep: how many of the latest checkpoints survive, beside the best; None opens them for
+        reading, which is safe while a run writes there.
 
     Returns:
       An orbax manager; close it, or use it in a `with` statement, to wait for the
@@ -51,13 +51,13 @@ def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManag
         best_fn=recall_at_1,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         create=writing,
-        # What a killed run left of an unfinished save.
+        # A killed run may have left an unfinished save.
         cleanup_tmp_directories=writing,
     )
     return ocp.CheckpointManager(
         Path(workdir, FOLDER).resolve(),
         options=options,
-        # Said, because it would be guessed from the latest checkpoint, which may be damaged.
+        # Explicit: orbax would infer it from the latest checkpoint, which may be damaged.
         item_handlers=ocp.StandardCheckpointHandler(),
     )
 
@@ -77,7 +77,7 @@ def check_step(checkpoints: ocp.CheckpointManager, step: int | None, workdir: st
 def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = None) -> None:
     """Saves a state under its step; the writing goes on in the background.
 
-    A checkpoint that cannot be written is reported, and nothing of it is left.
+    If it cannot be written, a warning says so and nothing of it stays on the disk.
 
     Args:
       checkpoints: from `manager`.
@@ -89,7 +89,7 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
     if step in checkpoints.all_steps():
         if recall_at_1 is None or checkpoints.metrics(step) is not None:
             return
-        checkpoints.delete(step)  # saved when a signal ended its evaluation
+        checkpoints.delete(step)  # it was saved without metrics when a signal came
     with files.warn_on_write_error(f"The checkpoint of step {step}"):
         needed = sum(array.nbytes for array in jax.tree.leaves(state))
         free = shutil.disk_usage(checkpoints.directory).free
@@ -102,7 +102,7 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
-    """Waits for the last save. One that failed is reported, and what is left of it removed."""
+    """Waits for the last save; if it failed, warns and removes what it left on the disk."""
     finished = False
     with files.warn_on_write_error("A checkpoint"):
         checkpoints.wait_until_finished()
@@ -111,13 +111,13 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
         if processes.is_first():
             for remains in checkpoints.directory.glob("*" + ocp.utils.TMP_DIR_SUFFIX + "*"):
                 shutil.rmtree(remains, ignore_errors=True)
-        checkpoints.reload()  # else it takes what it wanted to delete for deleted
+        checkpoints.reload()  # its list of steps no longer matches the disk
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state):
-    """Reads the latest checkpoint that can be read.
+    """Restores the latest readable checkpoint.
 
-    Later ones, which cannot, are moved to `damaged` beside the checkpoints, with a warning.
+    Later ones, which are damaged, are moved to `damaged` beside the checkpoints with a warning.
 
     Args:
       checkpoints: from `manager`, for writing.
@@ -127,8 +127,8 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
       The saved state, or None if there is no checkpoint.
 
     Raises:
-      PermissionError: the latest one may not be read; that is no damage.
-      OSError: there are checkpoints, and none can be read; all are left as they are.
+      PermissionError: The latest one must not be read by this user, which is no damage.
+      OSError: There are checkpoints, and none can be read; all are left as they are.
     """
     errors = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
@@ -165,7 +165,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
 
 
 def restore(checkpoints: ocp.CheckpointManager, state, step: int):
-    """Reads the state saved at a step.
+    """Restores the state of a step.
 
     Args:
       checkpoints: from `manager`.

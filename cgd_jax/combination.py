@@ -10,6 +10,12 @@ variant and the paper's two rivals:
     separate   rival A: FC → L2, a ranking loss for every branch by itself;
                concatenated only to search (the embedding of "concat")
     raw        rival B: descriptors concatenated as they are → one FC → L2
+
+>>> descriptors = [jnp.ones((8, 256)), jnp.ones((8, 256))]  # two poolings of one feature map
+>>> kernels = [jnp.ones(shape) for shape in kernel_shapes(256, 2, embedding_dim=128)]
+>>> embedding, ranked = combine(descriptors, kernels)
+>>> embedding.shape, len(ranked)
+((8, 128), 1)
 """
 
 from collections.abc import Sequence
@@ -17,16 +23,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-__all__ = ["COMBINATIONS", "combine", "kernel_shapes", "l2_normalize"]
+__all__ = ["COMBINATIONS", "EPS", "combine", "kernel_shapes", "l2_normalize"]
 
 COMBINATIONS = ("concat", "sum", "separate", "raw")
 
+# The floor of the squared norm in `l2_normalize`.
+EPS = 1e-12
 
-def l2_normalize(x: jax.Array, axis: int = -1, eps: float = 1e-12) -> jax.Array:
-    """Scales vectors to unit length.
+
+def l2_normalize(x: jax.Array, axis: int = -1, eps: float = EPS) -> jax.Array:
+    """Scales vectors to unit length, for training.
 
     Computed in float32. The squared norm is floored at `eps`, so that the zero
-    vector stays zero and has a finite gradient.
+    vector stays zero and has a finite gradient. (`metrics.normalize` has no floor
+    and takes norms up to the ends of float32, but is not for differentiation.)
 
     Args:
       x: any shape, floating point.
@@ -35,6 +45,9 @@ def l2_normalize(x: jax.Array, axis: int = -1, eps: float = 1e-12) -> jax.Array:
 
     Returns:
       Same shape and dtype as `x`.
+
+    >>> l2_normalize(jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist()
+    [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
     x32 = x.astype(jnp.float32)
     squared_norm = jnp.sum(x32**2, axis, keepdims=True)
@@ -44,7 +57,7 @@ def l2_normalize(x: jax.Array, axis: int = -1, eps: float = 1e-12) -> jax.Array:
 def kernel_shapes(
     channels: int, descriptors: int, embedding_dim: int, combination: str = "concat"
 ) -> list[tuple[int, int]]:
-    """Shapes of the FC kernels that `combine` takes.
+    """Returns the shapes of the FC kernels that `combine` takes.
 
     Args:
       channels: C, the length of one descriptor.
@@ -58,6 +71,11 @@ def kernel_shapes(
 
     Raises:
       ValueError: an unknown combination, or D cannot be shared evenly.
+
+    >>> kernel_shapes(2048, descriptors=3, embedding_dim=1536)
+    [(2048, 512), (2048, 512), (2048, 512)]
+    >>> kernel_shapes(2048, descriptors=3, embedding_dim=1536, combination="raw")
+    [(6144, 1536)]
     """
     if combination not in COMBINATIONS:
         raise ValueError(
@@ -97,6 +115,10 @@ def combine(
     Raises:
       ValueError: an unknown combination; shapes of descriptors and kernels that do
         not fit together.
+
+    >>> descriptors = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 5.0]])]
+    >>> combine(descriptors, [jnp.eye(2), jnp.eye(2)])[0].round(2)
+    Array([[0.71, 0.  , 0.  , 0.71]], dtype=float32)
     """
     if combination not in COMBINATIONS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Do descriptors complement one another? What every branch finds alone, and all together.
+"""How descriptors complement one another: what each branch finds alone, and all together.
 
 The embedding of `combination`'s "concat" and "separate" is its branches side by side, so
 that its n equal parts search by themselves without the network running again. Branches
@@ -9,63 +9,64 @@ that find the same neighbours and err on the same queries add nothing to one ano
 Nothing here grows with queries × gallery: `retrieval.top_k` and `metrics` stream both.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from cgd_jax import metrics, retrieval
 
+__all__ = ["measure", "outcomes", "overlap", "phi"]
+
 
 def measure(
-    query,
-    query_labels,
-    gallery=None,
-    gallery_labels=None,
+    query: ArrayLike,
+    query_labels: ArrayLike,
+    gallery: ArrayLike | None = None,
+    gallery_labels: ArrayLike | None = None,
     *,
-    names,
-    k=10,
-    query_ids=None,
-    gallery_ids=None,
-    bootstrap=1000,
-    seed=0,
-    precision="highest",
-    mesh=None,
-):
-    """How the branches of an embedding agree, err, and gain from being combined.
+    names: Sequence[str],
+    k: int = 10,
+    query_ids: ArrayLike | None = None,
+    gallery_ids: ArrayLike | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    precision: str = "highest",
+    mesh: Mesh | None = None,
+) -> dict:
+    """Measures how the branches of an embedding agree, err, and gain from being combined.
 
     A branch, or the combination, is right about a query if `metrics` counts it into R@1:
     a true match is the nearest neighbour, and no other class ties with it.
 
     Args:
-        query, query_labels, gallery, gallery_labels, query_ids, gallery_ids: as for
-            `metrics.evaluate`; the embeddings are the branches side by side.
-        names: of the n branches, in their order; n divides D.
-        k: neighbours to compare; as many as there are if there are fewer.
-        bootstrap: resamplings of the classes for the 95 % interval of the gain.
-        seed: of the resampling.
-        precision, mesh: of the matrix products, as for `metrics.evaluate`.
+      query: [Q, D], the branches side by side; and query_labels, gallery, gallery_labels,
+        query_ids, gallery_ids, precision, mesh: as for `metrics.evaluate`.
+      names: of the n branches, in their order; n divides D.
+      k: neighbours to compare; as many as there are if there are fewer.
+      bootstrap: resamplings of the classes for the 95 % interval of the gain.
+      seed: of the resampling.
 
     Returns:
-        dict of plain numbers, over the queries that have a true match:
-            queries: how many these are. k: neighbours that were compared.
-            branches: {name: R@1 alone}. combined: R@1 of the whole embedding.
-            any_branch: share of queries that at least one branch is right about, what a
-                perfect choice among the branches would reach.
-            pairs: for every two branches {"branches": [a, b]; "overlap": mean share of
-                common ones among their k nearest neighbours; "error_correlation": phi
-                coefficient of their being wrong, None if one always or never is}.
-            best_branch: the name with the highest R@1, the first of equals.
-            gain: {"total": combined minus best branch; "confidence": its [low, high];
-                "won", "lost": queries that only the combination, only the best branch is
-                right about}.
-            outcomes: for every set of branches that are right about some queries together,
-                and the others wrong, largest sets first: {"right": [names]; "queries";
-                "combined_right": so many of these; "gain": won minus lost among them}.
-                The gains add up to won - lost.
+      dict of plain numbers, over the queries that have a true match:
+        queries: how many these are. k: neighbours that were compared.
+        branches: {name: R@1 alone}. combined: R@1 of the whole embedding.
+        any_branch: share of queries that at least one branch is right about, what a
+          perfect choice among the branches would reach.
+        pairs: for every two branches {"branches": [a, b]; "overlap": mean share of
+          common ones among their k nearest neighbours; "error_correlation": phi
+          coefficient of their being wrong, None if one always or never is}.
+        best_branch: the name with the highest R@1, the first of equals.
+        gain: {"total": combined minus best branch; "confidence": its [low, high];
+          "won", "lost": queries that only the combination, only the best branch is
+          right about}.
+        outcomes: see `outcomes`; the gains in it add up to won - lost.
 
     Raises:
-        ValueError: as `metrics.evaluate`; D that cannot be cut into n parts; fewer than two
-            names.
+      ValueError: as `metrics.evaluate`; D that cannot be cut into n parts; fewer than two
+        names.
     """
     query = np.asarray(query)
     if len(names) < 2 or query.ndim != 2 or query.shape[1] % len(names):
@@ -132,28 +133,32 @@ def measure(
     }
 
 
-def overlap(index, other):
+def overlap(index: np.ndarray, other: np.ndarray) -> float:
     """Mean share of common ones among two lists of neighbours per query, [Q, k] each."""
     return float((index[:, :, None] == other[:, None, :]).any(2).mean())
 
 
-def phi(a, b):
+def phi(a: np.ndarray, b: np.ndarray) -> float | None:
     """Correlation of two [Q] bools (Pearson's, called phi); None if one of them is constant."""
     if a.all() or b.all() or not (a.any() and b.any()):
         return None
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def outcomes(names, right, combined, difference):
-    """Counts queries by which branches are right about them, see `measure`.
+def outcomes(
+    names: Sequence[str], right: np.ndarray, combined: np.ndarray, difference: np.ndarray
+) -> list[dict]:
+    """Counts queries by the set of branches that are right about them.
 
     Args:
-        names: of n branches.
-        right: [n, Q] bools, of the branches. combined: [Q] bools, of the combination.
-        difference: [Q] integers, +1 for a query that is won, -1 for one that is lost.
+      names: of n branches.
+      right: [n, Q] bools, of the branches.
+      combined: [Q] bools, of the combination.
+      difference: [Q] integers, +1 for a query that is won, -1 for one that is lost.
 
     Returns:
-        List of dicts; sets of branches that no query belongs to are left out.
+      {"right": [names]; "queries"; "combined_right": so many of these; "gain": won minus
+      lost among them} for every set of branches that some query belongs to, largest first.
     """
     sets, code = np.unique(right, axis=1, return_inverse=True)
     rows = [

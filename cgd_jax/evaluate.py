@@ -6,7 +6,6 @@ which they are needed, stand the functions that embed, measure and report.
 """
 
 import contextlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -529,9 +528,8 @@ def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) 
             arrays[name] = vectors
             arrays[f"{name}_labels"] = split.labels
             arrays[f"{name}_ids"] = np.array(split.ids)
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    files.write_atomically(path, content.getvalue())
+    with files.replacing(path) as part:
+        np.savez(part, **arrays)
 
 
 def say_results(config: ConfigDict, results: dict) -> None:

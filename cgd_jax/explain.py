@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, evaluate, from_config, pooling, retrieval
+from cgd_jax import checkpoint, combination, evaluate, from_config, pooling, retrieval
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
@@ -40,8 +40,6 @@ from cgd_jax.runtime import processes
 from cgd_jax.workdir import keep_compiled, read_config
 
 __all__ = ["Explanation", "contributions", "explain_pair", "explain_run", "pooled_map"]
-
-EPS = 1e-6  # the floor under features in pooling.gem, under squared norms in pooling.rmac
 
 PAIRS = 4  # of the right and of the wrong retrievals that are drawn
 SAMPLE = 1024  # test images whose mean stands for the average image
@@ -91,15 +89,15 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
         return _maxima(features)
     if letter == "G":
         # A channel that is dead everywhere is shared evenly, as the floor is.
-        weights = jax.nn.softmax(p * jnp.log(jnp.maximum(features, EPS)), (0, 1))
-        return weights * pooling.gem(features, p, EPS)
+        weights = jax.nn.softmax(p * jnp.log(jnp.maximum(features, pooling.EPS)), (0, 1))
+        return weights * pooling.gem(features, p)
     if letter == "R":
         total = jnp.zeros_like(features)
         for top, left, side in pooling.rmac_regions(height, width):
             region = slice(top, top + side), slice(left, left + side)
             maxima = _maxima(features[region])
-            squared_norm = jnp.sum(maxima.sum((0, 1)) ** 2)
-            total = total.at[region].add(maxima * jax.lax.rsqrt(jnp.maximum(squared_norm, EPS)))
+            squared_norm = jnp.maximum(jnp.sum(maxima.sum((0, 1)) ** 2), pooling.EPS)
+            total = total.at[region].add(maxima * jax.lax.rsqrt(squared_norm))
         return total
     raise ValueError(f"unknown descriptor {letter!r}; known are {', '.join(pooling.POOLINGS)}.")
 
@@ -138,7 +136,7 @@ def linear_maps(descriptors: jax.Array, kernels: list[jax.Array], combination: s
 
 
 def _length(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(jnp.sum(x**2), 1e-12))  # the floor of l2_normalize
+    return jnp.sqrt(jnp.maximum(jnp.sum(x**2), combination.EPS))  # as l2_normalize divides by
 
 
 def contributions(

@@ -1,12 +1,14 @@
-"""How high do the true matches rank? Exact retrieval metrics in constant memory.
+"""Exact retrieval metrics in constant memory: at which ranks do the true matches stand?
 
 The rank of a true match is a count: the gallery items of other classes at least as
 similar to the query, plus the true matches before it. Counting needs one matrix product
 and a comparison per true match, never a sort, a top-k or a queries × gallery array. All
 metrics here follow from these ranks. Similarity is cosine.
 
-    metrics.recall_at_k(embeddings, labels, ks=(1, 10, 100, 1000))
-    metrics.evaluate(query, query_labels, gallery, gallery_labels, bootstrap=1000)
+>>> embeddings = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.9, 0.3]])
+>>> labels = ["cat", "cat", "dog", "dog"]
+>>> recall_at_k(embeddings, labels, ks=(1, 2, 3))
+{1: 0.75, 2: 0.75, 3: 1.0}
 
 Ties: a gallery item of another class within ``TIE`` of a true match's cosine is tied with
 it. By default it ranks before it, so that a model that maps everything to one point scores
@@ -15,22 +17,39 @@ it. By default it ranks before it, so that a model that maps everything to one p
 
 import csv
 import os
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
 
+from cgd_jax.retrieval import PRECISIONS, check_matrix, check_rows
 from cgd_jax.runtime import processes
+
+__all__ = [
+    "PRECISIONS",
+    "RankingOptions",
+    "cluster_agreement",
+    "confidence_intervals",
+    "evaluate",
+    "first_ranks",
+    "normalize",
+    "own_index",
+    "recall_at_k",
+    "recall_of_ranking",
+    "write_per_class",
+]
 
 # Two float32 cosines closer than this count as equal: the order of summation alone, which
 # differs between kernels, between shards and at the edges of tiles, moves them as much.
 TIE = 1e-6
 TIES = {"pessimistic": (-TIE,), "optimistic": (TIE,), "mean": (-TIE, TIE)}
-PRECISIONS = ("highest", "high", "default")
 
 # One product is at most BLOCK queries × GALLERY_BLOCK items. STEPS blocks of queries meet a
 # block of the gallery while it is on the device.
@@ -43,26 +62,58 @@ WINDOW = 256
 MATCHES = 2**24
 
 
-def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8), **options):
+class RankingOptions(TypedDict, total=False):
+    """How the gallery is ranked, for all metrics of embeddings.
+
+    Attributes:
+      query_ids: [Q], integers or strings. A gallery item with the query's id is the query
+        itself and is not searched. Without a gallery the position is the id. With a gallery
+        and no ids, nothing is left out. Copies under other ids are neighbours like any other.
+      gallery_ids: [G], likewise.
+      ties: "pessimistic" (default), "optimistic" or "mean", see the module.
+      precision: of the matrix product, "highest" (default; full float32 on every device),
+        "high" or "default" (the device's fastest: TF32 or bfloat16).
+      mesh: whose devices share the queries; None for one device. If it spans several
+        processes, each of them must make the same call.
+    """
+
+    query_ids: ArrayLike | None
+    gallery_ids: ArrayLike | None
+    ties: str
+    precision: str
+    mesh: Mesh | None
+
+
+def recall_at_k(
+    query: ArrayLike,
+    query_labels: ArrayLike,
+    gallery: ArrayLike | None = None,
+    gallery_labels: ArrayLike | None = None,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    **options: Unpack[RankingOptions],
+) -> dict[int, float]:
     """Share of queries with a true match among the k most similar gallery items.
 
     Faster than `evaluate`, since the first true match's rank is enough.
 
     Args:
-        query: embeddings [Q, D], any real dtype; L2-normalized here, in float32.
-        query_labels: [Q], integers or strings.
-        gallery: embeddings [G, D]; None searches the queries themselves, where no query
-            finds itself.
-        gallery_labels: [G]; given if and only if ``gallery`` is.
-        ks: the values of k.
-        **options: query_ids, gallery_ids, ties, precision and mesh of `evaluate`.
+      query: embeddings [Q, D], any real dtype; L2-normalized here, in float32.
+      query_labels: [Q], integers or strings.
+      gallery: embeddings [G, D]; None searches the queries themselves, where no query
+        finds itself.
+      gallery_labels: [G]; given if and only if `gallery` is.
+      ks: the values of k.
+      **options: see `RankingOptions`.
 
     Returns:
-        ``{k: recall}``, floats in [0, 1] over the queries that have a true match.
+      {k: recall}, floats in [0, 1] over the queries that have a true match.
 
     Raises:
-        ValueError: embeddings that are empty or not finite, shapes that do not fit,
-            unknown options, or no query with a true match.
+      ValueError: embeddings that are empty or not finite, shapes that do not fit,
+        unknown options, or no query with a true match.
+
+    >>> recall_at_k([[1, 0]], [7], gallery=[[0, 1], [1, 1]], gallery_labels=[8, 7], ks=(1,))
+    {1: 1.0}
     """
     ks = _check_ks(ks)
     best = first_ranks(query, query_labels, gallery, gallery_labels, **options)
@@ -70,17 +121,24 @@ def recall_at_k(query, query_labels, gallery=None, gallery_labels=None, ks=(1, 2
     return {k: float(np.mean(best <= k)) for k in ks}
 
 
-def first_ranks(query, query_labels, gallery=None, gallery_labels=None, **options):
-    """The rank of every query's first true match, 1 for the most similar gallery item.
-
-    Args:
-        query, query_labels, gallery, gallery_labels, **options: as for `recall_at_k`.
+def first_ranks(
+    query: ArrayLike,
+    query_labels: ArrayLike,
+    gallery: ArrayLike | None = None,
+    gallery_labels: ArrayLike | None = None,
+    **options: Unpack[RankingOptions],
+) -> np.ndarray:
+    """The rank of every query's first true match; arguments as for `recall_at_k`.
 
     Returns:
-        [Q] float64; NaN for queries that have no true match.
+      [Q] float64, 1 for the most similar gallery item; NaN for queries that have no true
+      match.
 
     Raises:
-        ValueError: as `recall_at_k`.
+      ValueError: as `recall_at_k`.
+
+    >>> first_ranks([[1, 0], [0, 1], [1, 1], [1, 0]], ["a", "b", "a", "c"])
+    array([ 2., nan,  3., nan])
     """
     best = np.full(len(query_labels), -np.inf)  # what it stays without a true match
     for rows, _, ranks in _true_match_ranks(
@@ -92,54 +150,51 @@ def first_ranks(query, query_labels, gallery=None, gallery_labels=None, **option
 
 
 def evaluate(
-    query,
-    query_labels,
-    gallery=None,
-    gallery_labels=None,
+    query: ArrayLike,
+    query_labels: ArrayLike,
+    gallery: ArrayLike | None = None,
+    gallery_labels: ArrayLike | None = None,
     *,
-    ks=(1, 2, 4, 8),
-    bootstrap=0,
-    per_class=False,
-    clustering=False,
-    seed=0,
-    **options,
-):
+    ks: Sequence[int] = (1, 2, 4, 8),
+    bootstrap: int = 0,
+    per_class: bool = False,
+    clustering: bool = False,
+    seed: int = 0,
+    **options: Unpack[RankingOptions],
+) -> dict:
     """Every metric of a ranking, with its uncertainty.
 
     Args:
-        query, query_labels, gallery, gallery_labels, ks: as for `recall_at_k`.
-        bootstrap: number of resamplings for 95 % confidence intervals, see
-            `confidence_intervals`; 0 for none.
-        per_class: True adds the mean of every metric over the queries of each class.
-        clustering: True adds NMI and AMI of the queries' embeddings, see `cluster_agreement`.
-        seed: of the resampling and of k-means.
-        **options: of the ranking:
-            query_ids, gallery_ids: [Q] and [G], integers or strings. A gallery item with
-                the query's id is the query itself and is not searched. Without a gallery
-                the position is the id. With a gallery and no ids, nothing is left out.
-                Copies under other ids are neighbours like any other.
-            ties: "pessimistic" (default), "optimistic" or "mean", see the module.
-            precision: of the matrix product, "highest" (default; full float32 on every
-                device), "high" or "default" (the device's fastest: TF32 or bfloat16).
-            mesh: `jax.sharding.Mesh` whose devices share the queries; None for one device.
-                If it spans several processes, each of them must make the same call.
+      query: and query_labels, gallery, gallery_labels, ks: as for `recall_at_k`.
+      bootstrap: number of resamplings for 95 % confidence intervals, see
+        `confidence_intervals`; 0 for none.
+      per_class: True adds the mean of every metric over the queries of each class.
+      clustering: True adds NMI and AMI of the queries' embeddings, see `cluster_agreement`.
+      seed: of the resampling and of k-means.
+      **options: see `RankingOptions`.
 
     Returns:
-        dict of plain numbers. With R the number of the query's true matches, means over
-        the queries with R > 0 of:
-            recall@k: 1 if a true match is among the first k.
-            precision@k: share of true matches among the first k.
-            r_precision: precision@R. map@r: mean over the first R places of the precision
-                there if the place holds a true match, else 0
-                (Musgrave et al., https://arxiv.org/abs/2003.08505).
-            map: mean over the true matches of the precision at their rank.
-            mrr: 1 / rank of the first true match.
-        And: queries, the number measured; excluded, the number left out for R = 0;
-        with ``bootstrap`` confidence, ``{metric: [low, high]}``; with ``per_class``
-        per_class, a list of rows for `write_per_class`; with ``clustering`` nmi and ami.
+      dict of plain numbers. With R the number of the query's true matches, means over
+      the queries with R > 0 of:
+        recall@k: 1 if a true match is among the first k.
+        precision@k: share of true matches among the first k.
+        r_precision: precision@R. map@r: mean over the first R places of the precision
+          there if the place holds a true match, else 0
+          (Musgrave et al., https://arxiv.org/abs/2003.08505).
+        map: mean over the true matches of the precision at their rank.
+        mrr: 1 / rank of the first true match.
+      And: queries, the number measured; excluded, the number left out for R = 0;
+      with `bootstrap` confidence, {metric: [low, high]}; with `per_class`
+      per_class, a list of rows for `write_per_class`; with `clustering` nmi and ami.
 
     Raises:
-        ValueError: as `recall_at_k`. ImportError: ``clustering`` without scikit-learn.
+      ValueError: as `recall_at_k`.
+      ImportError: `clustering` without scikit-learn.
+
+    >>> found = evaluate([[1.0, 0], [1, 0.1], [0, 1], [0.9, 0.3]], [0, 0, 1, 1], ks=(1,))
+    >>> {name: round(value, 3) for name, value in found.items()}  # doctest: +NORMALIZE_WHITESPACE
+    {'recall@1': 0.75, 'precision@1': 0.75, 'r_precision': 0.75, 'map@r': 0.75, 'map': 0.833,
+     'mrr': 0.833, 'queries': 4, 'excluded': 0}
     """
     ks = _check_ks(ks)
     names = [*(f"recall@{k}" for k in ks), *(f"precision@{k}" for k in ks)]
@@ -183,20 +238,30 @@ def evaluate(
     return result
 
 
-def recall_of_ranking(index, query_labels, gallery_labels, ks=(1, 2, 4, 8), itself=False):
+def recall_of_ranking(
+    index: ArrayLike,
+    query_labels: ArrayLike,
+    gallery_labels: ArrayLike,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    itself: ArrayLike = False,
+) -> dict[int, float]:
     """Recall of rankings that do not come from embeddings alone, as `rerank.k_reciprocal`'s.
 
     Args:
-        index: [Q, K], gallery items in order, the query itself left out.
-        query_labels: [Q]. gallery_labels: [G].
-        ks: values of k, at most K.
-        itself: True where the gallery holds the query itself, bool or [Q] bools.
+      index: [Q, K], gallery items in order, the query itself left out.
+      query_labels: [Q].
+      gallery_labels: [G].
+      ks: values of k, at most K.
+      itself: True where the gallery holds the query itself, bool or [Q] bools.
 
     Returns:
-        ``{k: recall}`` over the queries that have a true match.
+      {k: recall} over the queries that have a true match.
 
     Raises:
-        ValueError: shapes that do not fit, k beyond the ranking, or no query with a match.
+      ValueError: shapes that do not fit, k beyond the ranking, or no query with a match.
+
+    >>> recall_of_ranking([[2, 0], [1, 2]], ["a", "b"], ["b", "c", "a"], ks=(1, 2))
+    {1: 0.5, 2: 0.5}
     """
     index, query_labels, gallery_labels = map(np.asarray, (index, query_labels, gallery_labels))
     ks = _check_ks(ks)
@@ -215,21 +280,31 @@ def recall_of_ranking(index, query_labels, gallery_labels, ks=(1, 2, 4, 8), itse
     return {k: float(np.mean(hit[:, :k].any(1))) for k in ks}
 
 
-def confidence_intervals(sums, count, resamplings=1000, seed=0, level=0.95):
+def confidence_intervals(
+    sums: np.ndarray,
+    count: np.ndarray,
+    resamplings: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> np.ndarray:
     """Percentile bootstrap over classes of means over queries.
 
     Images of one class are alike, so that classes and not queries are drawn anew, each
     with all of its queries (cluster bootstrap, Field and Welsh 2007).
 
     Args:
-        sums: [C, M], sum over the queries of each class of M metrics.
-        count: [C], queries of each class.
-        resamplings: number of times that C classes are drawn with replacement.
-        seed: of the draws.
-        level: share of the resampled means inside the interval.
+      sums: [C, M], sum over the queries of each class of M metrics.
+      count: [C], queries of each class.
+      resamplings: number of times that C classes are drawn with replacement.
+      seed: of the draws.
+      level: share of the resampled means inside the interval.
 
     Returns:
-        (low, high), [M] each.
+      [2, M], the lower and the upper ends.
+
+    >>> right, queries = np.array([[9.0], [5.0], [7.0]]), np.array([10, 10, 10])
+    >>> confidence_intervals(right, queries)[:, 0].round(2)
+    array([0.5, 0.9])
     """
     rng = np.random.default_rng(seed)
     means = []
@@ -239,30 +314,34 @@ def confidence_intervals(sums, count, resamplings=1000, seed=0, level=0.95):
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
-def cluster_agreement(embeddings, labels, seed=0):
+def cluster_agreement(embeddings: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str, float]:
     """Agreement of k-means clusters, as many as classes, with the labels.
 
     Hours rather than minutes for ten thousand classes: k-means computes all distances to
     all centres many times over.
 
     Args:
-        embeddings: [N, D], L2-normalized here.
-        labels: [N].
-        seed: of k-means.
+      embeddings: [N, D], L2-normalized here.
+      labels: [N].
+      seed: of k-means.
 
     Returns:
-        ``{"nmi": …, "ami": …}``, normalized (arithmetic mean) and adjusted mutual
-        information; both 1 for identical partitions.
+      {"nmi": …, "ami": …}, normalized (arithmetic mean) and adjusted mutual information;
+      both 1 for identical partitions.
 
     Raises:
-        ValueError: as `recall_at_k`. ImportError: scikit-learn is missing.
+      ValueError: as `recall_at_k`.
+      ImportError: scikit-learn is missing.
+
+    >>> cluster_agreement([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], ["a", "a", "b", "b"])
+    {'nmi': 1.0, 'ami': 1.0}
     """
     try:
         from sklearn.cluster import KMeans
         from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
     except ImportError as error:
         raise ImportError("NMI and AMI need scikit-learn: pip install scikit-learn") from error
-    embeddings, labels = _check("embeddings", embeddings, "labels", labels)
+    embeddings, labels = _check("embeddings", embeddings, labels)
     found = KMeans(len(np.unique(labels)), n_init=1, random_state=seed).fit_predict(
         np.asarray(normalize(embeddings))
     )
@@ -272,8 +351,15 @@ def cluster_agreement(embeddings, labels, seed=0):
     }
 
 
-def write_per_class(path, rows):
-    """Writes ``evaluate(..., per_class=True)["per_class"]``, worst classes first, as CSV."""
+def write_per_class(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Writes ``evaluate(..., per_class=True)["per_class"]``, worst classes first, as CSV.
+
+    >>> rows = [{"class": 7, "queries": 2, "recall@1": 0.5}]
+    >>> write_per_class("classes.csv", rows)
+    >>> print(open("classes.csv").read().strip())
+    class,queries,recall@1
+    7,2,0.5
+    """
     with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -282,8 +368,15 @@ def write_per_class(path, rows):
 
 
 @jax.jit
-def normalize(x):
-    """L2 normalization in float32 of the last axis, [..., D]; zero vectors stay zero."""
+def normalize(x: jax.Array) -> jax.Array:
+    """Scales vectors [..., D] to unit length, in float32; zero vectors stay zero.
+
+    Unlike `combination.l2_normalize` it has no floor, and neither the largest nor the
+    smallest numbers overflow or vanish.
+
+    >>> normalize(np.array([[3e38, 3e38, 3e38, 3e38], [0, 0, 0, 0]])).tolist()
+    [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
+    """
     x = x.astype(jnp.float32)
     # First to about 1, so that no square overflows or vanishes. Products, because XLA makes
     # x / a / b into x / (a * b), which does overflow.
@@ -293,18 +386,18 @@ def normalize(x):
 
 
 def _true_match_ranks(
-    query,
-    query_labels,
-    gallery,
-    gallery_labels,
+    query: ArrayLike,
+    query_labels: ArrayLike,
+    gallery: ArrayLike | None,
+    gallery_labels: ArrayLike | None,
     *,
-    first,
-    query_ids=None,
-    gallery_ids=None,
-    ties="pessimistic",
-    precision="highest",
-    mesh=None,
-):
+    first: bool,
+    query_ids: ArrayLike | None = None,
+    gallery_ids: ArrayLike | None = None,
+    ties: str = "pessimistic",
+    precision: str = "highest",
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Ranks of the true matches, block by block.
 
     Yields (rows [B], matches [B], ranks [B, M]): which queries, how many true matches each
@@ -317,7 +410,7 @@ def _true_match_ranks(
     ):
         if value not in valid:
             raise ValueError(f"{name} is one of {', '.join(valid)}, not {value!r}")
-    query, query_labels = _check("query", query, "query_labels", query_labels)
+    query, query_labels = _check("query", query, query_labels)
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("give both gallery and gallery_labels, or neither")
     if gallery is None:
@@ -327,7 +420,7 @@ def _true_match_ranks(
         query_ids = np.arange(len(query)) if query_ids is None else query_ids
         gallery_ids = query_ids
     else:
-        gallery, gallery_labels = _check("gallery", gallery, "gallery_labels", gallery_labels)
+        gallery, gallery_labels = _check("gallery", gallery, gallery_labels)
         if query.shape[1] != gallery.shape[1]:
             raise ValueError(
                 f"query and gallery must have embeddings of one size, got {query.shape} "
@@ -454,17 +547,19 @@ def _count_others_before(query, similarity, true, own, gallery, offsets, mesh, p
     """Counts the items of other classes before each true match.
 
     Args:
-        query: [S, B, D]. similarity: [S, B, M], of the true matches to count for, the most
-            similar first, -inf for none. true: [S, B, W], where in the gallery all true
-            matches are, -1 for none. own: [S, B, 1], where the query itself is, -1 for
-            nowhere. Their blocks are divided over the devices.
-        gallery: [G, D], on the host.
-        offsets: [T], what is added to a true match's similarity before others are compared.
-        mesh: the devices. precision: of the product.
+      query: [S, B, D]; the blocks of this and of the next three are divided over devices.
+      similarity: [S, B, M], of the true matches to count for, the most similar first,
+        -inf for none.
+      true: [S, B, W], where in the gallery all true matches are, -1 for none.
+      own: [S, B, 1], where the query itself is, -1 for nowhere.
+      gallery: [G, D], on the host.
+      offsets: [T], what is added to a true match's similarity before others are compared.
+      mesh: the devices.
+      precision: of the product.
 
     Returns:
-        [S, B, M] int32, summed over the offsets, without meaning for no true match; and
-        [S, B, W], the similarities of the true matches in the product that was counted.
+      [S, B, M] int32, summed over the offsets, without meaning for no true match; and
+      [S, B, W], the similarities of the true matches in the product that was counted.
     """
     size, columns = _even(_even(len(gallery), GALLERY_BLOCK)[1], TILE[1])
     rows = _even(query.shape[1] // mesh.size, TILE[0])[1]
@@ -576,28 +671,14 @@ def _even(total, most):
     return parts * size, size
 
 
-def _check(name, embeddings, labels_name, labels):
+def _check(name, embeddings, labels):
     """Both as NumPy arrays, embeddings in float32; ValueError for what cannot be ranked."""
-    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
-    if embeddings.ndim != 2 or not embeddings.size or labels.shape != embeddings.shape[:1]:
+    embeddings, labels = np.asarray(check_matrix(name, embeddings)), np.asarray(labels)
+    if labels.shape != embeddings.shape[:1]:
         raise ValueError(
-            f"{name} must be [N, D] and {labels_name} [N], with N and D at least 1; got "
-            f"{embeddings.shape} and {labels.shape}"
+            f"labels must be one per row: {name} {embeddings.shape}, labels {labels.shape}"
         )
-    try:
-        with np.errstate(over="ignore"):
-            embeddings = embeddings.astype(np.float32, casting="same_kind", copy=False)
-    except TypeError:
-        raise ValueError(f"{name} must be real numbers, not {embeddings.dtype}") from None
-    # In parts, since a mask of everything is a quarter of the embeddings in size.
-    parts = np.array_split(embeddings, -(-len(embeddings) // 4096))
-    bad = np.flatnonzero(np.concatenate([~np.isfinite(part).all(1) for part in parts]))
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} of the {len(embeddings)} rows of {name} are NaN or infinite in float32, "
-            f"the first is row {bad[0]}"
-        )
-    return embeddings, labels
+    return check_rows(name, embeddings), labels
 
 
 def _check_ks(ks):
@@ -620,18 +701,23 @@ def _shared_codes(name, query, gallery):
     return code[: len(query)], code[len(query) :]
 
 
-def own_index(query_ids, gallery_ids, queries, items):
+def own_index(query_ids: ArrayLike, gallery_ids: ArrayLike, queries: int, items: int) -> np.ndarray:
     """Where in the gallery each query itself is.
 
     Args:
-        query_ids: [Q] integers or strings. gallery_ids: [G], likewise and unique.
-        queries: Q. items: G.
+      query_ids: [Q], integers or strings.
+      gallery_ids: [G], likewise and unique.
+      queries: Q, the number of queries.
+      items: G, the number of gallery items.
 
     Returns:
-        [Q] integers; -1 for nowhere.
+      [Q] integers; -1 for nowhere.
 
     Raises:
-        ValueError: ids that do not fit, or a gallery id that comes twice.
+      ValueError: ids that do not fit, or a gallery id that comes twice.
+
+    >>> own_index(["x", "y"], ["z", "x"], 2, 2)
+    array([ 1, -1])
     """
     if np.shape(query_ids) != (queries,) or np.shape(gallery_ids) != (items,):
         raise ValueError(

@@ -13,7 +13,7 @@ def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
     Args:
       config: the `optimizer` part of an experiment's config.
-      steps: of the whole run.
+      steps: length of the whole run.
 
     Returns:
       step → learning rate.
@@ -37,12 +37,12 @@ def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimizer that a config names, with a learning rate of its own for the backbone.
 
-    Weight decay leaves out what has fewer than two axes: scales and biases of norms, biases
-    of layers, GeM's exponents.
+    Weight decay applies to arrays of two axes and more, which leaves out scales and biases of
+    norms, biases of layers, and GeM's exponents.
 
     Args:
       config: the `optimizer` part of an experiment's config.
-      steps: of the whole run.
+      steps: length of the whole run.
 
     Returns:
       A transformation of gradients for parameters with the top-level key "backbone" and others.
@@ -73,8 +73,8 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     )
 
 
-def moving_average(average, params, step: jax.Array, decay: float):
-    """One step of an exponential moving average of parameters.
+def moving_average(average: dict, params: dict, step: jax.Array, decay: float) -> dict:
+    """Does one step of an exponential moving average of parameters.
 
     Args:
       average: tree of arrays, the average so far.

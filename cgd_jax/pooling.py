@@ -2,16 +2,21 @@
 
 Every function maps ``features [..., H, W, C]`` to ``[..., C]``, accumulates in
 float32 whatever the input's precision, and returns the input's dtype. This file
-needs nothing but jax and is meant to be taken into other projects as it is.
+needs nothing but JAX and is meant to be taken into other projects as it is.
 
-    >>> from cgd_jax import pooling
-    >>> descriptor = pooling.gem(features)          # [B, 14, 14, 2048] -> [B, 2048]
+>>> features = jnp.ones((8, 14, 14, 256))
+>>> {name: pool(features).shape for name, pool in POOLINGS.items()}
+{'S': (8, 256), 'M': (8, 256), 'G': (8, 256), 'R': (8, 256)}
 """
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["POOLINGS", "gem", "mac", "rmac", "spoc"]
+__all__ = ["EPS", "POOLINGS", "gem", "mac", "rmac", "rmac_regions", "spoc"]
+
+# The floor of the features in GeM and of the squared norm of a region in R-MAC. It bounds
+# the gradient of a channel or region that is dead to what float16 can hold.
+EPS = 1e-6
 
 
 def spoc(features: jax.Array) -> jax.Array:
@@ -29,6 +34,9 @@ def spoc(features: jax.Array) -> jax.Array:
     Raises:
       ValueError: `features` has fewer than three axes, an empty map, or no
         floating dtype.
+
+    >>> spoc(jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])).tolist()
+    [3.0]
     """
     _check_features(features)
     return features.astype(jnp.float32).mean((-3, -2)).astype(features.dtype)
@@ -48,12 +56,15 @@ def mac(features: jax.Array) -> jax.Array:
 
     Raises:
       ValueError: as for `spoc`.
+
+    >>> mac(jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])).tolist()
+    [6.0]
     """
     _check_features(features)
     return features.max((-3, -2))
 
 
-def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = 1e-6) -> jax.Array:
+def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = EPS) -> jax.Array:
     """GeM: the generalized mean, between SPoC (p = 1) and MAC (p → ∞).
 
     Radenović, Tolias & Chum, TPAMI 2018, https://arxiv.org/abs/1711.02512:
@@ -74,6 +85,12 @@ def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = 1e-6) -> j
     Raises:
       ValueError: as for `spoc`; `p` is neither a scalar nor of shape [C]; `p` is
         the number 0; `eps` is not positive.
+
+    >>> features = jnp.array([[[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [6.0, 6.0]]])
+    >>> gem(features).round(2)  # the cube root of (1 + 8 + 27 + 216) / 4
+    Array([3.98, 3.98], dtype=float32)
+    >>> gem(features, p=jnp.array([1.0, 100.0])).round(2)  # one exponent a channel
+    Array([3.  , 5.92], dtype=float32)
     """
     _check_features(features)
     if not eps > 0:
@@ -109,6 +126,9 @@ def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
 
     Raises:
       ValueError: as for `spoc`; `levels` is below 1.
+
+    >>> rmac(jnp.ones((4, 4, 1)))  # 1 + 4 + 9 regions, each a vector of length 1
+    Array([14.], dtype=float32)
     """
     _check_features(features)
     height, width = features.shape[-3:-1]
@@ -118,24 +138,23 @@ def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
         # In float32: the square of a half-precision maximum may overflow.
         maximum = region.max((-3, -2)).astype(jnp.float32)
         squared_norm = jnp.sum(maximum**2, -1, keepdims=True)
-        # The floor bounds the gradient of a dead region to what float16 can hold.
-        total += maximum * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-6))
+        total += maximum * jax.lax.rsqrt(jnp.maximum(squared_norm, EPS))
     return total.astype(features.dtype)
 
 
 def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, int, int]]:
-    """The regions of R-MAC as (top, left, side), in positions of the feature map.
+    """Returns the regions of R-MAC as (top, left, side), in positions of the feature map.
 
     Args:
-      height: rows of the feature map.
-      width: columns of the feature map.
-      levels: the number of scales, at least 1.
-
-    Returns:
-      One (top, left, side) a region; every region lies inside the map.
+      height: H, the rows of the feature map.
+      width: W, its columns.
+      levels: as for `rmac`.
 
     Raises:
       ValueError: `levels` is below 1.
+
+    >>> rmac_regions(4, 6, levels=1)
+    [(0, 0, 4), (0, 2, 4)]
     """
     if levels < 1:
         raise ValueError(f"rmac: levels must be at least 1, got {levels}.")

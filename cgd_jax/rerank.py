@@ -6,32 +6,38 @@ like any others; the last gives, per query, a new order of its nearest gallery i
 """
 
 import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from cgd_jax.metrics import normalize
-from cgd_jax.retrieval import top_k
+from cgd_jax.retrieval import check_matrix, check_rows, top_k
+
+__all__ = ["augment_database", "expand_queries", "k_reciprocal", "learn_whitening", "whiten"]
 
 
-def learn_whitening(embeddings, dim=None, shrink=0.0):
-    """PCA-whitening of L2-normalized embeddings (https://arxiv.org/abs/1210.1386).
+def learn_whitening(
+    embeddings: ArrayLike, dim: int | None = None, shrink: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Learns a PCA-whitening of L2-normalized embeddings (https://arxiv.org/abs/1210.1386).
 
     Learn it on the training set: on the test set it would look at what is measured.
 
     Args:
-        embeddings: [N, D], any real dtype.
-        dim: number of leading components that are kept, at most D and N - 1; None for all
-            with a variance above round-off.
-        shrink: share in [0, 1] of the mean variance in every direction's: 0 whitens fully,
-            1 only rotates. Small variances are noise that whitening would amplify.
+      embeddings: [N, D], any real dtype.
+      dim: number of leading components that are kept, at most D and N - 1; None for all
+        with a variance above round-off.
+      shrink: share in [0, 1] of the mean variance in every direction's: 0 whitens fully,
+        1 only rotates. Small variances are noise that whitening would amplify.
 
     Returns:
-        (mean [D], projection [D, dim]), float32, for `whiten`.
+      (mean [D], projection [D, dim]), float32, for `whiten`.
 
     Raises:
-        ValueError: bad shapes, values that are not finite, or ``dim`` larger than what
-            these embeddings span.
+      ValueError: bad shapes, values that are not finite, or `dim` larger than what
+        these embeddings span.
     """
-    x = _checked("embeddings", embeddings).astype(np.float64)
+    x = _unit("embeddings", embeddings).astype(np.float64)
     if not 0 <= shrink <= 1:
         raise ValueError(f"shrink must be in [0, 1], got {shrink}")
     mean = x.mean(0)
@@ -46,9 +52,9 @@ def learn_whitening(embeddings, dim=None, shrink=0.0):
     return mean.astype(np.float32), (axes[:, :dim] / np.sqrt(scale)).astype(np.float32)
 
 
-def whiten(embeddings, mean, projection):
+def whiten(embeddings: ArrayLike, mean: np.ndarray, projection: np.ndarray) -> np.ndarray:
     """Applies `learn_whitening`: [N, D] → [N, dim] float32, L2-normalized before and after."""
-    x = _checked("embeddings", embeddings)
+    x = _unit("embeddings", embeddings)
     if x.shape[1] != len(mean) or x.shape[1] != len(projection):
         raise ValueError(
             f"whitening was learned for {len(mean)} dimensions, the embeddings have {x.shape[1]}"
@@ -56,27 +62,37 @@ def whiten(embeddings, mean, projection):
     return np.asarray(normalize((x - mean) @ projection))
 
 
-def expand_queries(query, gallery, k=3, alpha=3.0, *, exclude=None, mesh=None):
+def expand_queries(
+    query: ArrayLike,
+    gallery: ArrayLike,
+    k: int = 3,
+    alpha: float = 3.0,
+    *,
+    exclude: ArrayLike | None = None,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
     """α-query expansion (Radenović et al., https://arxiv.org/abs/1711.02512, section 3.3).
 
     Every query becomes the normalized sum of itself, with weight 1, and its k nearest
     gallery items, with weight cosine^α (0 for negative cosines).
 
     Args:
-        query: [Q, D]. gallery: [G, D].
-        k: neighbours that are added.
-        alpha: 0 for plain averages; the larger, the more the nearest count.
-        exclude, mesh: as for `retrieval.top_k`.
+      query: [Q, D].
+      gallery: [G, D].
+      k: neighbours that are added.
+      alpha: 0 for plain averages; the larger, the more the nearest count.
+      exclude: as for `retrieval.top_k`.
+      mesh: as for `retrieval.top_k`.
 
     Returns:
-        [Q, D] float32, L2-normalized.
+      [Q, D] float32, L2-normalized.
 
     Raises:
-        ValueError: as `retrieval.top_k`; negative alpha.
+      ValueError: as `retrieval.top_k`; negative alpha.
     """
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, got {alpha}")
-    query, gallery = _checked("query", query), _checked("gallery", gallery)
+    query, gallery = _unit("query", query), _unit("gallery", gallery)
     similarity, index = top_k(query, gallery, k, exclude=exclude, mesh=mesh)
     weight = np.where(similarity > 0, np.maximum(similarity, 0) ** alpha, 0)
     expanded = query.copy()
@@ -85,7 +101,9 @@ def expand_queries(query, gallery, k=3, alpha=3.0, *, exclude=None, mesh=None):
     return np.asarray(normalize(expanded))
 
 
-def augment_database(gallery, k=3, alpha=3.0, *, mesh=None):
+def augment_database(
+    gallery: ArrayLike, k: int = 3, alpha: float = 3.0, *, mesh: Mesh | None = None
+) -> np.ndarray:
     """Database-side augmentation (Arandjelović and Zisserman, CVPR 2012).
 
     α-query expansion of every gallery item by the others: [G, D] → [G, D] float32.
@@ -93,7 +111,17 @@ def augment_database(gallery, k=3, alpha=3.0, *, mesh=None):
     return expand_queries(gallery, gallery, k, alpha, exclude=np.arange(len(gallery)), mesh=mesh)
 
 
-def k_reciprocal(query, gallery=None, k=100, *, k1=20, k2=6, original=0.3, exclude=None, mesh=None):
+def k_reciprocal(
+    query: ArrayLike,
+    gallery: ArrayLike | None = None,
+    k: int = 100,
+    *,
+    k1: int = 20,
+    k2: int = 6,
+    original: float = 0.3,
+    exclude: ArrayLike | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """k-reciprocal re-ranking (Zhong et al., https://arxiv.org/abs/1701.08398).
 
     Two items are alike if their reciprocal neighbourhoods are: the distance of a query and
@@ -103,33 +131,34 @@ def k_reciprocal(query, gallery=None, k=100, *, k1=20, k2=6, original=0.3, exclu
     (Q + G) × k1 × k2 and not with the square. It lets queries see each other.
 
     Args:
-        query: [Q, D]. gallery: [G, D]; None for the queries themselves, each without itself.
-        k: gallery items to re-order per query.
-        k1: neighbours that may be reciprocal. k2: neighbours whose encodings are averaged,
-            the item itself the first of them.
-        original: share λ in [0, 1] of the original distance.
-        exclude: as for `retrieval.top_k`; only with a gallery.
-        mesh: as for `retrieval.top_k`.
+      query: [Q, D].
+      gallery: [G, D]; None for the queries themselves, each without itself.
+      k: gallery items to re-order per query.
+      k1: neighbours that may be reciprocal.
+      k2: neighbours whose encodings are averaged, the item itself the first of them.
+      original: share λ in [0, 1] of the original distance.
+      exclude: as for `retrieval.top_k`; only with a gallery.
+      mesh: as for `retrieval.top_k`.
 
     Returns:
-        (distance [Q, k] float32, index [Q, k] int32), nearest first, as `metrics.recall_of_ranking`
-        reads it; at equal distances the original order.
+      (distance [Q, k] float32, index [Q, k] int32), nearest first, as
+      `metrics.recall_of_ranking` reads it; at equal distances the original order.
 
     Raises:
-        ValueError: as `retrieval.top_k`, for any of k, k1 and k2; ``original`` outside [0, 1].
+      ValueError: as `retrieval.top_k`, for any of k, k1 and k2; `original` outside [0, 1].
     """
     if not 0 <= original <= 1:
         raise ValueError(f"original must be in [0, 1], got {original}")
     if not 1 <= k2 <= k1 + 1:
         raise ValueError(f"k2 must be from 1 to k1 + 1 = {k1 + 1}, got {k2}")
-    query = _checked("query", query)
+    query = _unit("query", query)
     if gallery is None:
         if exclude is not None:
             raise ValueError("exclude without a gallery: there every query excludes itself")
         items, first, exclude = query, 0, np.arange(len(query))
         gallery = query
     else:
-        gallery = _checked("gallery", gallery)
+        gallery = _unit("gallery", gallery)
         items, first = np.concatenate([query, gallery]), len(query)
     similarity, index = top_k(query, gallery, k, exclude=exclude, mesh=mesh)
     nearest = top_k(items, items, k1, exclude=np.arange(len(items)), mesh=mesh)[1]
@@ -177,13 +206,6 @@ def _reciprocal(nearest):
     return neighbours.multiply(neighbours.T).tocsr()
 
 
-def _checked(name, x):
-    """[N, D] in float32, L2-normalized; ValueError if it cannot be."""
-    x = np.asarray(x)
-    if x.ndim != 2 or not x.size:
-        raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {x.shape}")
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32, copy=False)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
-    return np.array(normalize(x))
+def _unit(name, x):
+    """[N, D] in float32, L2-normalized, on the host."""
+    return np.array(normalize(check_rows(name, check_matrix(name, x))))

@@ -15,50 +15,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
 
 from cgd_jax.runtime import processes
 
+__all__ = ["PRECISIONS", "check_matrix", "check_rows", "top_k"]
+
+PRECISIONS = ("highest", "high", "default")
+
 
 def top_k(
-    query,
-    gallery,
-    k,
+    query: ArrayLike,
+    gallery: ArrayLike,
+    k: int,
     *,
-    exclude=None,
-    approx=False,
-    recall_target=0.95,
-    precision="highest",
-    mesh=None,
-    query_block=1024,
-    gallery_block=2**16,
-):
-    """The k gallery items most similar to each query.
+    exclude: ArrayLike | None = None,
+    approx: bool = False,
+    recall_target: float = 0.95,
+    precision: str = "highest",
+    mesh: Mesh | None = None,
+    query_block: int = 1024,
+    gallery_block: int = 2**16,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k gallery items most similar to each query.
 
     Args:
-        query: [Q, D], any real dtype, used in float32.
-        gallery: [G, D], likewise; NumPy arrays are streamed.
-        k: neighbours per query, at most G (G - 1 with ``exclude``).
-        exclude: None, or [Q] integers: the gallery row that is the query itself and is not
-            to be found; -1 for none.
-        approx: True uses `lax.approx_max_k` (https://arxiv.org/abs/2206.14286), faster on a
-            TPU; elsewhere it finds the exact neighbours.
-        recall_target: of the approximate search, in (0, 1].
-        precision: of the matrix product, "highest" (full float32), "high" or "default".
-        mesh: `jax.sharding.Mesh` whose devices divide the gallery; None for one device. Of
-            several processes each searches for some of the queries, and all must call.
-        query_block, gallery_block: rows of one product; memory is gallery_block × D +
-            query_block × gallery_block floats, over the devices of the mesh.
+      query: [Q, D], any real dtype, used in float32.
+      gallery: [G, D], likewise; NumPy arrays are streamed.
+      k: neighbours per query, at most G (G - 1 with `exclude`).
+      exclude: [Q] integers, the gallery row that is the query itself and is not to be
+        found; -1 for none. None searches everything.
+      approx: True uses `lax.approx_max_k` (https://arxiv.org/abs/2206.14286), faster on a
+        TPU; elsewhere it finds the exact neighbours.
+      recall_target: of the approximate search, in (0, 1].
+      precision: of the matrix product, "highest" (full float32), "high" or "default".
+      mesh: whose devices divide the gallery; None for one device. Of several processes each
+        searches for some of the queries, and all must call.
+      query_block: rows of queries in one product.
+      gallery_block: rows of the gallery in one product; memory is gallery_block × D +
+        query_block × gallery_block floats, over the devices of the mesh.
 
     Returns:
-        (similarity [Q, k] float32, index [Q, k] int32), NumPy arrays, most similar first;
-        among equals the lower index.
+      (similarity [Q, k] float32, index [Q, k] int32), NumPy arrays, most similar first;
+      among equals the lower index.
 
     Raises:
-        ValueError: shapes that do not fit, NaN or infinite values, or too large a k.
+      ValueError: shapes that do not fit, NaN or infinite values, or too large a k.
     """
-    query, gallery = _matrix("query", query), _matrix("gallery", gallery)
+    query, gallery = check_matrix("query", query), check_matrix("gallery", gallery)
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"query and gallery must have vectors of one size, got {query.shape} and "
@@ -73,8 +79,8 @@ def top_k(
             f"exclude must be {len(query)} integers, one per query; got {exclude.dtype} "
             f"{exclude.shape}"
         )
-    if precision not in ("highest", "high", "default"):
-        raise ValueError(f"precision is one of highest, high, default, not {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
     if mesh is None:
         mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
     total, everyones = len(query), mesh
@@ -88,7 +94,7 @@ def top_k(
     best = [(np.full((block, k), -np.inf, np.float32), np.full((block, k), -1, np.int32))] * queries
 
     for start in range(0, len(gallery), gallery_block):
-        items = _finite("gallery", gallery[start : start + gallery_block], start)
+        items = check_rows("gallery", gallery[start : start + gallery_block], start)
         padding = -len(items) % mesh.size
         if padding:
             items = np.pad(items, ((0, padding), (0, 0)))
@@ -98,7 +104,7 @@ def top_k(
         jax.block_until_ready(best)
         for i in range(queries):
             rows = slice(i * block, (i + 1) * block)
-            some = _finite("query", query[rows], rows.start)
+            some = check_rows("query", query[rows], rows.start)
             some = np.pad(some, ((0, block - len(some)), (0, 0)))
             best[i] = _search(
                 *jax.device_put((some, exclude[rows] - start, *best[i]), everywhere),
@@ -184,19 +190,34 @@ def _largest(x, k):
     return value, jnp.take_along_axis(chosen, at // group, 1) * group + at % group
 
 
-def _matrix(name, x):
+def check_matrix(name: str, x: ArrayLike) -> np.ndarray | jax.Array:
+    """Returns x as an array where it is, on disk or a device; ValueError if not [N, D]."""
     x = x if hasattr(x, "shape") else np.asarray(x)
     if len(x.shape) != 2 or 0 in x.shape:
         raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {x.shape}")
     return x
 
 
-def _finite(name, rows, start):
-    """A block of rows in float32 where it is; ValueError if one is NaN or infinite."""
-    on_device = isinstance(rows, jax.Array)
+def check_rows(name: str, rows: np.ndarray | jax.Array, start: int = 0) -> np.ndarray | jax.Array:
+    """Returns some rows of a matrix in float32, where they are.
+
+    Args:
+      name: of the matrix, for errors.
+      rows: [N, D].
+      start: which row of the matrix the first one is.
+
+    Raises:
+      ValueError: no real numbers; a row is NaN or infinite.
+    """
+    rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if not np.can_cast(rows.dtype, np.float32, "same_kind"):
+        raise ValueError(f"{name} must be real numbers, not {rows.dtype}")
     with np.errstate(over="ignore"):
-        rows = rows.astype(np.float32) if on_device else np.asarray(rows, np.float32)
-    finite = np.asarray((jnp if on_device else np).isfinite(rows).all(1))
-    if not finite.all():
-        raise ValueError(f"row {start + int(finite.argmin())} of {name} is NaN or infinite")
+        rows = rows.astype(np.float32, copy=False)
+    is_finite = jnp.isfinite if isinstance(rows, jax.Array) else np.isfinite
+    for at in range(0, len(rows), 4096):  # a mask of everything is a quarter of the size
+        finite = np.asarray(is_finite(rows[at : at + 4096]).all(1))
+        if not finite.all():
+            row = start + at + int(finite.argmin())
+            raise ValueError(f"row {row} of {name} is NaN or infinite in float32")
     return rows

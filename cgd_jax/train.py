@@ -22,7 +22,7 @@ from cgd_jax.from_config import Setup, load_pretrained, set_up
 from cgd_jax.reports import plots, tables
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
-from cgd_jax.runtime import console, files, interrupts, processes
+from cgd_jax.runtime import console, files, interrupts, locks, processes
 from cgd_jax.train_step import State, make_train_step
 from cgd_jax.workdir import check_workdir, keep_compiled
 
@@ -38,17 +38,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     results.json, the checkpoints and TensorBoard events.
 
     Args:
-      config: of the experiment, see configs/base.py.
+      config: see configs/base.py.
       workdir: folder of the run; one with checkpoints of the same config is resumed.
 
     Returns:
       What results.json holds.
 
     Raises:
-      ConfigError: a config that cannot be run, or a work folder of another one.
-      BlockingIOError: a run is at work in that folder.
-      Diverged: the loss was not finite.
-      SystemExit: with the status `interrupts.EXIT_TEMPFAIL`, when SIGINT or SIGTERM ended it.
+      ConfigError: The config cannot be run, or the work folder holds a run of another one.
+      BlockingIOError: Another process trains in that folder.
+      Diverged: The loss was not finite.
+      SystemExit: SIGINT or SIGTERM ended it; the status is `interrupts.EXIT_TEMPFAIL`.
     """
     started = time.time()
     validate(config)
@@ -56,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     keep_compiled(workdir)
     setup = set_up(config)
     with (
-        files.one_run_in(workdir),
+        locks.one_run_in(workdir),
         checkpoint.manager(workdir, config.train.keep) as checkpoints,
     ):
         saved = checkpoint.restore_latest(checkpoints, setup.state)
@@ -107,20 +107,21 @@ def train(
     """Trains from a state to the last step, or until a signal comes.
 
     Args:
-      config: of the experiment.
+      config: a whole experiment's.
       folder: where reports are written.
-      setup: from `set_up`.
-      state: where to begin; it is used up.
+      setup: what `set_up` made of the config.
+      state: where to begin; its buffers are donated to the first step.
       flops: floating-point operations of a forward pass for one image.
       checkpoints: from `checkpoint.manager`; the last state is among them at the end.
       history: gets a row whenever something is logged or evaluated.
-      started: when the program was, in seconds, to say how long the first step took to come.
+      started: when the program started, in seconds since the epoch; the time to the first
+        step is printed.
 
     Returns:
-      The state of the last step that was made; whether a signal came.
+      The last state; whether a signal ended training early.
 
     Raises:
-      Diverged: the loss was not finite.
+      Diverged: The loss was not finite.
     """
     first, steps = int(state.step), config.train.steps
     batch_size = config.train.classes_per_batch * config.train.images_per_class
@@ -148,8 +149,8 @@ def train(
             profile(config.profile_steps, first, step, folder, metrics)
             previous = metrics
             state, metrics = train_step(state, *batch)
-            # The device works on this step while the host waits for the one before, so that it
-            # is never idle, and neither batches nor steps to finish behind a signal pile up.
+            # One step is in flight while the host waits for the previous one: the device is
+            # never idle, and no more than one step is left to finish when a signal comes.
             jax.block_until_ready(previous)
             stop_if_not_finite(config, folder, setup.dataset, choose, step - 1, previous)
             unlogged.append(metrics)
@@ -175,7 +176,7 @@ def train(
                 progress.log(step, row | recalls)
             stop = stop_together(bool(stopped_by))
             if stop or recalls or step % config.train.checkpoint_every == 0:
-                # Else the run would pass over this step when it is started again.
+                # Not saved: a resumed run would skip this step without a word.
                 stop_if_not_finite(config, folder, setup.dataset, choose, step, metrics)
                 checkpoint.save(checkpoints, state, recalls.get("recall@1"))
             if stop:
@@ -186,14 +187,14 @@ def train(
 
 
 def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) -> None:
-    """Starts or ends the profiler's trace before a step, as `profile_steps` says.
+    """Starts or ends the profiler's trace before a step.
 
     Args:
       profile_steps: "10:15" traces the steps 10 to 14; "" none.
-      first: steps done before this start; a run resumed within the trace has none.
-      step: that comes next.
+      first: steps done when this process started; one resumed within the trace makes none.
+      step: the step that comes next.
       folder: the trace goes to `profile` below it.
-      metrics: of the step before, which is waited for.
+      metrics: of the previous step, which is waited for.
     """
     if not profile_steps:
         return
@@ -212,18 +213,20 @@ def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) ->
 def stop_if_not_finite(
     config: ConfigDict, folder: Path, dataset: Dataset, choose, step: int, metrics: dict | None
 ) -> None:
-    """Ends a run whose loss is not finite, having written what led to it.
+    """Ends a run after more than `train.skip_nonfinite` steps in a row without a finite loss.
+
+    The metrics and the images of the step are written to nonfinite.json first.
 
     Args:
-      config: of the experiment; `train.skip_nonfinite` such steps in a row are passed over.
-      folder: nonfinite.json is written there.
-      dataset: whose training images the batch was made of.
+      config: a whole experiment's.
+      folder: where nonfinite.json is written.
+      dataset: the data set that is trained on.
       choose: step → positions of a batch, from `batch_positions`.
-      step: that the metrics are of, from 1.
-      metrics: of the step; None for no step.
+      step: the step of the metrics, from 1.
+      metrics: of the step; None before the first.
 
     Raises:
-      Diverged: it says what to look at.
+      Diverged: The message says what to look at.
     """
     if metrics is None or int(metrics["skipped"]) <= config.train.skip_nonfinite:
         return
@@ -238,7 +241,7 @@ def stop_if_not_finite(
 
 
 def run_facts(config: ConfigDict, workdir: str, setup: Setup, flops: float) -> dict[str, str]:
-    """What is worth knowing before a run begins."""
+    """Returns the facts of a run that are printed before it begins."""
     parameters = sum(array.size for array in jax.tree.leaves(setup.state.params))
     train = config.train
     images = train.classes_per_batch * train.images_per_class

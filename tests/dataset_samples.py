@@ -1,7 +1,11 @@
 """Small encoded photographs and archives for the tests of the data sets."""
 
+import contextlib
+import functools
+import http.server
 import io
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -61,3 +65,27 @@ def examples(builder, split: str) -> list[dict]:
         if len(source)
         else []
     )
+
+
+@contextlib.contextmanager
+def serving(folder: Path):
+    """Yields the address of a web server of a folder; /cut breaks off after some bytes."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if self.path.startswith("/cut"):
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"too short")
+            else:
+                super().do_GET()
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()

@@ -1,19 +1,16 @@
 """Archives: every form unpacks alike, dangerous and damaged ones are refused whole."""
 
-import functools
 import hashlib
-import http.server
 import io
 import os
 import stat
 import tarfile
-import threading
 import zipfile
 
 import pytest
 
 from cgd_jax.data import archives
-from tests.dataset_samples import pack, write
+from tests.dataset_samples import pack, serving, write
 
 FILES = {
     "top/a b/ü.JPG": b"one",
@@ -144,59 +141,31 @@ def test_rows_name_the_line_that_is_wrong(tmp_path):
         next(rows)
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A web server on this machine; yields its folder and address."""
-    root = tmp_path / "served"
-    root.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            if self.path.startswith("/cut"):
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                self.wfile.write(b"too short")
-            else:
-                super().do_GET()
-
-    handler = functools.partial(Handler, directory=str(root))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield root, f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_download(tmp_path, server):
-    root, address = server
+def test_download(tmp_path):
     content = os.urandom(3_000_000)
-    (root / "x.tgz").write_bytes(content)
-    checksum = hashlib.sha256(content).hexdigest()
-    wanted = archives.Download(f"{address}/x.tgz", "x.tgz", checksum)
-    target = archives.download(wanted, tmp_path / "downloads")
+    root = write(tmp_path / "served", {"x.tgz": content})
+    with serving(root) as address:
+        checksum = hashlib.sha256(content).hexdigest()
+        wanted = archives.Download(f"{address}/x.tgz", "x.tgz", checksum)
+        target = archives.download(wanted, tmp_path / "downloads")
     assert target == tmp_path / "downloads" / "x.tgz" and target.read_bytes() == content
-    (root / "x.tgz").unlink()  # The second time the server is not asked.
+    # The second time no server is asked.
     assert archives.download(wanted, tmp_path / "downloads") == target
 
 
 @pytest.mark.parametrize(
     "path, checksum, error, message",
     [
-        ("x.tgz", "0" * 64, ValueError, "SHA-256"),
+        ("x.tgz", "0" * 64, ValueError, "hash of downloaded file.*--config.data.source"),
         ("missing", None, OSError, "404"),
         ("cut", None, OSError, "--config.data.source"),
     ],
 )
-def test_failed_downloads_leave_nothing(tmp_path, server, path, checksum, error, message):
-    root, address = server
-    (root / "x.tgz").write_bytes(b"content")
-    with pytest.raises(error, match=message):
-        archives.download(
-            archives.Download(f"{address}/{path}", "x.tgz", checksum), tmp_path / "downloads"
-        )
+def test_failed_downloads_leave_nothing(tmp_path, path, checksum, error, message):
+    with serving(write(tmp_path / "served", {"x.tgz": b"content"})) as address:
+        wanted = archives.Download(f"{address}/{path}", "x.tgz", checksum)
+        with pytest.raises(error, match=message):
+            archives.download(wanted, tmp_path / "downloads")
     assert not list((tmp_path / "downloads").iterdir())
 
 

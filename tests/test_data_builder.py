@@ -177,7 +177,7 @@ def test_another_source_or_option_is_another_data_set(tmp_path):
         for source, options in (
             (one, {}),
             (two, {}),
-            (one, {"seed": 1}),
+            (one, {"split_seed": 1}),
             (one, {"test_fraction": 0.3}),
             (one, {"nested_classes": True}),
         )
@@ -201,7 +201,7 @@ def test_a_prepared_data_set_may_be_read_only(tmp_path, monkeypatch):
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(builder_module, "one_at_a_time", refuse)
-    monkeypatch.setattr(builder_module.Path, "write_text", refuse)
+    monkeypatch.setattr(builder_module.Path, "write_bytes", refuse)
     assert len(everything(prepared(tmp_path, source))) == 12
 
 
@@ -212,7 +212,7 @@ def test_the_source_may_be_deleted_afterwards(tmp_path):
     again = prepared(tmp_path, source)
     assert again.data_dir == builder.data_dir and len(everything(again)) == 12
     with pytest.raises(FileNotFoundError):
-        prepared(tmp_path, source, seed=1)
+        prepared(tmp_path, source, split_seed=1)
     with pytest.raises(FileNotFoundError):
         prepared(tmp_path, tmp_path / "another")
     # When something is there again, it counts.
@@ -242,14 +242,15 @@ def test_processes_at_once_build_one_good_data_set(tmp_path):
 
 def test_boxes_are_clipped_and_degenerate_ones_replaced():
     builder = object.__new__(builder_module.ImageBuilder)
-    builder._degenerate = []
+    builder._empty_boxes = []
 
     def clip(*box):
-        return builder._clip("train", builder.Photograph("x", None, 0, "", box), 20, 30).tolist()
+        row = builder_module.Photograph("x", None, 0, "", box)
+        return builder._clip("train", row, 20, 30).tolist()
 
     assert clip(1.5, 2, 10, 12) == [1.5, 2, 10, 12]
     assert clip(-5, -1, 100, 200) == [0, 0, 30, 20]
-    assert not builder._degenerate
+    assert not builder._empty_boxes
     whole = [0, 0, 30, 20]
     for box in (
         (5, 5, 5, 9),
@@ -260,7 +261,7 @@ def test_boxes_are_clipped_and_degenerate_ones_replaced():
         (np.nan, 0, 5, 5),
     ):
         assert clip(*box) == whole, box
-    assert len(builder._degenerate) == 6
+    assert len(builder._empty_boxes) == 6
 
 
 def test_share_of_bad_files_is_a_share(tmp_path):

@@ -1,5 +1,6 @@
 """The cache against decoding by hand; damage, interruption, several processes at once."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -10,7 +11,6 @@ import pytest
 
 from cgd_jax.data import cache
 from cgd_jax.data.decode import decode
-from cgd_jax.runtime import files
 from tests.dataset_samples import picture
 
 
@@ -51,10 +51,10 @@ KEY = {"name": "things", "version": "1.0.0", "split": "train"}
 def test_every_image_is_what_decoding_gives(tmp_path, make, crop):
     source = Source(boxes=True)
     if make == "file":
-        found = cache.resized(source, tmp_path, KEY, 16, crop)
-        images = found.images
+        found = cache.cached(source, tmp_path, KEY, 16, crop)
     else:
-        found = images = cache.Decoded(source, 16, crop)
+        found = cache.decoded(source, 16, crop)
+    images = found.images
     assert images.shape == (40, 16, 16, 3)
     order = np.array([39, 0, 7, 7, 21])
     expected = [
@@ -72,9 +72,9 @@ def test_every_image_is_what_decoding_gives(tmp_path, make, crop):
 
 def test_the_second_time_nothing_is_decoded(tmp_path):
     source = Source()
-    cache.resized(source, tmp_path, KEY, 16)
+    cache.cached(source, tmp_path, KEY, 16)
     assert source.read == 40
-    again = cache.resized(source, tmp_path, KEY, 16)
+    again = cache.cached(source, tmp_path, KEY, 16)
     assert source.read == 40
     assert isinstance(again.images, np.memmap) and not again.images.flags.writeable
 
@@ -83,10 +83,10 @@ def test_the_second_time_nothing_is_decoded(tmp_path):
     "change", [{"key": KEY | {"split": "test"}}, {"size": 17}, {"crop": False}, {"count": 39}]
 )
 def test_whatever_shapes_the_content_has_a_cache_of_its_own(tmp_path, change):
-    first = cache.resized(Source(), tmp_path, KEY, 16)
+    first = cache.cached(Source(), tmp_path, KEY, 16)
     arguments = {"key": KEY, "size": 16, "crop": True, "count": 40} | change
     source = Source(arguments.pop("count"))
-    other = cache.resized(source, tmp_path, **arguments)
+    other = cache.cached(source, tmp_path, **arguments)
     assert source.read == len(source) == len(other.images)
     assert other.images.filename != first.images.filename
 
@@ -131,10 +131,10 @@ def damage_all(folder):
 )
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     source = Source()
-    good = np.array(cache.resized(source, tmp_path, KEY, 16).images)
+    good = np.array(cache.cached(source, tmp_path, KEY, 16).images)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     damage(folder)
-    again = cache.resized(source, tmp_path, KEY, 16)
+    again = cache.cached(source, tmp_path, KEY, 16)
     assert source.read == 80
     np.testing.assert_array_equal(again.images, good)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
@@ -151,15 +151,15 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "pixels", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cache.resized(source, tmp_path, KEY, 16)
+        cache.cached(source, tmp_path, KEY, 16)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     monkeypatch.undo()
-    assert len(cache.resized(source, tmp_path, KEY, 16).images) == 40
+    assert len(cache.cached(source, tmp_path, KEY, 16).images) == 40
 
 
 def die(folder):
     cache.pixels = lambda example, *_: os._exit(7)  # In the middle, without any cleaning up.
-    cache.resized(Source(), folder, KEY, 16)
+    cache.cached(Source(), folder, KEY, 16)
 
 
 def test_remains_of_a_killed_build_are_removed(tmp_path):
@@ -168,15 +168,15 @@ def test_remains_of_a_killed_build_are_removed(tmp_path):
     process.join()
     assert process.exitcode == 7
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-    images = cache.resized(Source(), tmp_path, KEY, 16)
+    images = cache.cached(Source(), tmp_path, KEY, 16)
     np.testing.assert_array_equal(images.images[5], decode(picture(5, 25, 30), size=16))
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
 def test_a_broken_image_is_named(tmp_path):
     for use in (
-        lambda source: cache.resized(source, tmp_path, KEY, 16),
-        lambda source: cache.Decoded(source, 16)[np.array([7])],
+        lambda source: cache.cached(source, tmp_path, KEY, 16),
+        lambda source: cache.decoded(source, 16).images[np.array([7])],
     ):
         with pytest.raises(ValueError, match=r"ä b/7\.jpg"):
             use(Source(broken=7))
@@ -187,7 +187,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"takes 0.00 GB.*cache=none"):
-        cache.resized(source, tmp_path, KEY, 16)
+        cache.cached(source, tmp_path, KEY, 16)
     assert source.read == 0
 
 
@@ -197,10 +197,10 @@ def refuse(*_):
 
 def build(folder, locks, barrier, results):
     if not locks:  # As on a file system without them.
-        files.fcntl.flock = refuse
+        fcntl.flock = refuse
     source = Source()
     barrier.wait()
-    images = cache.resized(source, folder, KEY, 16)
+    images = cache.cached(source, folder, KEY, 16)
     results.put((source.read, int(images.images.astype(np.int64).sum())))
 
 

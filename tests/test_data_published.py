@@ -13,7 +13,7 @@ from cgd_jax.data.cub200 import Cub200
 from cgd_jax.data.grocery import Grocery
 from cgd_jax.data.inshop import Inshop
 from cgd_jax.data.sop import Sop
-from tests.dataset_samples import encoded, examples, pack, picture, write
+from tests.dataset_samples import encoded, examples, pack, picture, serving, write
 
 BUILDERS = [Cub200, Cars196, Sop, Inshop, Grocery]
 
@@ -344,10 +344,11 @@ def test_a_missing_source_says_what_to_get(cls, tmp_path):
 
 def test_automatic_download(tmp_path, monkeypatch):
     archive = pack(tmp_path / "CUB_200_2011.tgz", cub_files())
-    wanted = Cub200.DOWNLOAD._replace(url=archive.as_uri(), sha256=None)
-    monkeypatch.setattr(Cub200, "DOWNLOAD", wanted)
-    builder = Cub200(data_dir=tmp_path / "data", source="auto", allow_incomplete=True)
-    builder.download_and_prepare()
+    with serving(tmp_path) as address:
+        wanted = Cub200.DOWNLOAD._replace(url=f"{address}/{archive.name}", sha256=None)
+        monkeypatch.setattr(Cub200, "DOWNLOAD", wanted)
+        builder = Cub200(data_dir=tmp_path / "data", source="auto", allow_incomplete=True)
+        builder.download_and_prepare()
     expect_cub(builder)
 
 

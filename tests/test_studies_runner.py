@@ -167,6 +167,20 @@ def test_estimates_belong_to_what_a_variant_changes(tmp_path, command, capsys):
     assert counts == [2, 2, 3]
 
 
+def test_first_steps_that_fail(tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "print('begins'); import sys; sys.exit('error: no ' + 999 * 'x')",
+    ]
+    (run, *_) = plan(TWO, glyphs.get_config(), {}, str(tmp_path))
+    with pytest.raises(runner.Unfinished) as failed:
+        runner.time_first_steps(run, command, str(tmp_path), None)
+    said = str(failed.value)
+    assert said.startswith("The first steps of rank, seed 0 failed: exit status 1, error: no xxx")
+    assert len(said) < 400 and "see " not in said and not list(tmp_path.iterdir())
+
+
 def test_an_error_leaves_no_training_behind(tmp_path, command):
     runs = plan(TWO, glyphs.get_config(), {}, str(tmp_path))
     slow = [*command[:1], "-c", "import time; time.sleep(60)"]

@@ -16,7 +16,7 @@ from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError, to_dict
 from cgd_jax.models import pretrained
 from cgd_jax.reports.history import History, read_history
-from cgd_jax.runtime import files, interrupts
+from cgd_jax.runtime import files, interrupts, locks
 from tests.variables import assert_same
 
 
@@ -195,14 +195,14 @@ def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(tiny_config, tmp_path):
     workdir = str(tmp_path / "run")
     with (
-        files.one_run_in(workdir),
+        locks.one_run_in(workdir),
         pytest.raises(
             BlockingIOError, match=rf"still at work \(process {os.getpid()} on .*--workdir"
         ),
     ):
         train.train_and_evaluate(tiny_config, workdir)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-    with files.one_run_in(workdir):  # it is free again
+    with locks.one_run_in(workdir):  # it is free again
         pass
 
 

@@ -1,7 +1,7 @@
-"""What people hold: an archive, or the folder it unpacks to.
+"""Sources of photographs: an archive, or the folder it unpacks to.
 
-A builder sees a folder either way. Archives are unpacked into a scratch folder that goes
-away after the build, whatever happens.
+A builder sees a folder either way. An archive is unpacked into a scratch folder, which is
+removed after the build, also after a failed one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import shutil
 import stat
 import tarfile
 import tempfile
-import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+import pooch
 
 from cgd_jax.runtime.console import progress
 
@@ -38,16 +39,16 @@ class Download(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the name has one of the endings of ``ARCHIVE_ENDINGS``, in any case."""
+    """Returns whether a name has one of the endings `ARCHIVE_ENDINGS`, in any case."""
     return path.name.lower().endswith(ARCHIVE_ENDINGS)
 
 
 def fingerprint(path: Path) -> str:
-    """12 hexadecimal digits that change when an archive, file or folder changes.
+    """Returns 12 hexadecimal digits that change when an archive, file or folder changes.
 
-    Names, sizes and times of last change count, of every file below a folder; contents are
-    not read, so that it takes about a second for 100,000 files. The place does not count: a
-    folder that was moved is still the same.
+    They depend on the name, size and time of last change of every file below a folder.
+    Contents are not read, so that 100,000 files take about a second. A folder that is moved
+    keeps its fingerprint.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else files_below(path):
@@ -58,7 +59,7 @@ def fingerprint(path: Path) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted; hidden ones and the litter of macOS left out."""
+    """Lists every file below a folder, sorted, without hidden ones and the litter of macOS."""
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not _litter(name))
@@ -67,10 +68,10 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def find(folder: Path, name: str, depth: int = 3) -> Path | None:
-    """The file or folder called ``name`` (may hold slashes) nearest below ``folder``, or None.
+    """Finds the file or folder `name` (may hold slashes) nearest below `folder`, or None.
 
     So the folder somebody unpacked, its parent, and an archive that wraps everything in one
-    more folder all work. Of several on one level the first in alphabetical order counts.
+    more folder all work. Of several on one level it is the first in alphabetical order.
     """
     level = [folder]
     for _ in range(depth + 1):
@@ -88,15 +89,15 @@ def find(folder: Path, name: str, depth: int = 3) -> Path | None:
 
 @contextlib.contextmanager
 def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
-    """Yield a folder with the files of an archive; anything else is yielded as it is.
+    """Yields a folder with the files of an archive; anything else is yielded as it is.
 
     Args:
-        source: archive, folder or file.
-        scratch: where to make the temporary folder of an archive.
+      source: archive, folder or file.
+      scratch: where to make the temporary folder of an archive.
 
     Raises:
-        ValueError: the archive is damaged, wants a password, or has members that point
-            outside of it (absolute paths, ``..``) or are links; none of it is used then.
+      ValueError: the archive is damaged, wants a password, or has members that point
+        outside of it (absolute paths, `..`) or are links; none of it is used then.
     """
     if source.is_dir() or not is_archive(source):
         yield source
@@ -111,7 +112,7 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack a .zip, .tar, .tar.gz or .tgz below ``folder``; raises as ``unpacked``."""
+    """Unpacks an archive below `folder`; raises as `unpacked` does."""
     read = _read_zip if archive.name.lower().endswith(".zip") else _read_tar
     size = archive.stat().st_size
     free = shutil.disk_usage(folder).free
@@ -122,9 +123,9 @@ def extract(archive: Path, folder: Path) -> None:
         )
     log.info("Unpacking %s (%.2f GB) into %s", archive, size / 1e9, folder)
     try:
-        with progress(size, f"unpacking {archive.name}", unit="B") as update:
+        with progress(size, f"unpacking {archive.name}", unit="B") as bar:
             for name, is_folder, file, read_bytes in read(archive):
-                update(read_bytes)
+                bar.update(read_bytes)
                 path = _safe(name, archive)
                 if any(_litter(part) for part in path.parts):
                     continue
@@ -173,7 +174,7 @@ def _read_tar(archive: Path):
 
 
 def _safe(name: str, archive: Path) -> PurePosixPath:
-    """The member's path, if it stays below the folder that we unpack to."""
+    """Returns the path of a member, if it stays below the folder that is unpacked to."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or path.parts[0:1] and path.parts[0].endswith(":"):
         raise ValueError(_refusal(archive, name, "is an absolute path"))
@@ -197,54 +198,41 @@ def _litter(name: str) -> bool:
 
 
 def download(wanted: Download, folder: Path) -> Path:
-    """Fetch an archive into a folder unless it is there already; returns its path.
+    """Fetches an archive into a folder unless it is there already; returns its path.
 
-    It gets its name only when whole and, where a checksum is known, right.
+    It gets its name only when it is whole and, where a checksum is known, right.
 
     Raises:
-        OSError: the server cannot be reached or broke off.
-        ValueError: the checksum differs.
+      OSError: the server cannot be reached or broke off.
+      ValueError: the checksum differs.
     """
-    target = folder / wanted.filename
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    handle, part = tempfile.mkstemp(prefix="incomplete.", suffix=target.suffix, dir=folder)
+    pooch.get_logger().setLevel(logging.WARNING)  # else it says what the progress bar says
     try:
-        request = urllib.request.urlopen(wanted.url, timeout=60)
-        with os.fdopen(handle, "wb") as out, request as reply:
-            total = int(reply.headers.get("Content-Length") or 0)
-            with progress(total, f"downloading {wanted.filename}", unit="B") as update:
-                while block := reply.read(1 << 20):
-                    out.write(block)
-                    digest.update(block)
-                    update(len(block))
-            if total and out.tell() != total:
-                raise OSError(f"the server broke off after {out.tell():,} of {total:,} bytes")
-        if wanted.sha256 and digest.hexdigest() != wanted.sha256:
-            raise ValueError(
-                f"What {wanted.url} sent is not the published archive: its SHA-256 is "
-                f"{digest.hexdigest()}, expected {wanted.sha256}. Nothing was kept. Try again "
-                "later, or get the archive elsewhere and pass its path as --config.data.source."
+        with progress(1, f"downloading {wanted.filename}", unit="B") as bar:
+            # pooch sets the total, and at the end counts anew from 0: tqdm's way to do so
+            # would forget when it started.
+            bar.reset = lambda: setattr(bar, "n", 0)
+            path = pooch.retrieve(
+                wanted.url,
+                wanted.sha256,
+                wanted.filename,
+                folder,
+                downloader=pooch.HTTPDownloader(bar, chunk_size=1 << 20, timeout=60),
             )
-        os.replace(part, target)
-    except OSError as error:
-        raise OSError(
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError  # of a wrong checksum
+        raise kind(
             f"Downloading {wanted.url} failed ({error}). Try again later, or get the archive "
             "elsewhere and pass its path as --config.data.source."
         ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
-    return target
+    return Path(path)
 
 
-def read_rows(path: Path, columns: int, skip: int = 0) -> Iterable[list[str]]:
-    """Rows of a list of whitespace-separated columns; the last may hold spaces.
+def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
+    """Reads the rows of a list of whitespace-separated columns; the last may hold spaces.
 
     Raises:
-        ValueError: a row has fewer columns, with its line number.
+      ValueError: a row has fewer columns, with its line number.
     """
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     for number, line in enumerate(lines[skip:], start=skip + 1):

@@ -16,7 +16,7 @@ from cgd_jax.data import Dataset
 
 
 def class_members(labels: np.ndarray) -> list[np.ndarray]:
-    """Positions of the images of every class.
+    """Returns the positions of the images of every class.
 
     Args:
       labels: [N] integers.
@@ -31,15 +31,15 @@ def class_members(labels: np.ndarray) -> list[np.ndarray]:
 def pk_batch(
     members: list[np.ndarray], seed: int, step: int, classes: int, images_per_class: int
 ) -> np.ndarray:
-    """Which images make up batch number `step`: P classes with K images each.
+    """Draws the images of batch number `step`: P classes with K images each.
 
     The classes are shuffled anew every epoch and taken in turn, so that an epoch
-    shows every class once (but for fewer than P left over). A class with fewer than
-    K images shows all of them and repeats some.
+    shows every class once (except the fewer than P that are left over). A class with
+    fewer than K images shows all of them and repeats some.
 
     Args:
       members: positions of the images of every class, from `class_members`.
-      seed: of the experiment.
+      seed: of the shuffling and drawing.
       step: number of the batch, from 0.
       classes: P.
       images_per_class: K.
@@ -67,8 +67,8 @@ def pk_batch(
     )
 
 
-def batch_positions(config: ConfigDict, labels: np.ndarray):
-    """Which training images make up a batch: step, from 0 → positions [B]."""
+def batch_positions(config: ConfigDict, labels: np.ndarray) -> Callable[[int], np.ndarray]:
+    """Returns a function: step, from 0 → positions [B] of the training images of its batch."""
     members, train = class_members(labels), config.train
 
     def choose(step: int) -> np.ndarray:
@@ -77,10 +77,15 @@ def batch_positions(config: ConfigDict, labels: np.ndarray):
     return choose
 
 
-def make_batches(choose, dataset: Dataset, labels: np.ndarray, rows=slice(None)):
-    """Batches as a function of the step: step → (images [B, S, S, 3] uint8, labels [B]).
+def make_batches(
+    choose: Callable[[int], np.ndarray],
+    dataset: Dataset,
+    labels: np.ndarray,
+    rows: slice = slice(None),
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """Returns a function: step → (images [B, S, S, 3] uint8, labels [B]) of its batch.
 
-    With `rows`, only those positions of the batch.
+    With `rows`, only those rows of the batch.
     """
 
     def make_batch(step: int) -> tuple[np.ndarray, np.ndarray]:

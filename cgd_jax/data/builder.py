@@ -1,9 +1,9 @@
 """What the builders of photographs share: from a list of files to a prepared data set.
 
-A builder says which photographs make which split (`photographs`); here they are read,
-checked, written and counted. TFDS would keep a whole split in memory to shuffle it (and
-wants TensorFlow above a gigabyte), so the shards are written directly, in the order of the
-data set's own lists; batches are shuffled at training time anyway.
+A builder lists the photographs of each split (`ImageBuilder.photographs`); the base class
+reads, checks, counts and writes them. TFDS would hold a whole split in memory to shuffle it
+(and needs TensorFlow above a gigabyte), so the shards are written directly, in the order of
+the data set's own lists; batches are shuffled when training draws them.
 """
 
 from __future__ import annotations
@@ -27,48 +27,52 @@ import tensorflow_datasets as tfds
 
 from cgd_jax.data import archives, decode
 from cgd_jax.runtime.console import progress
-from cgd_jax.runtime.files import one_at_a_time
+from cgd_jax.runtime.files import replacing, write_atomically
+from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
 
 log = logging.getLogger(__name__)
 
-# One shard is in memory while it is written.
+# TFDS holds one shard in memory while it is written.
 SHARD_IMAGES, SHARD_BYTES = 1024, 128 << 20
 
 
 class Photograph(NamedTuple):
-    """One row of a split."""
+    """One photograph of a split, before it is read."""
 
-    id: str  # the path in the archive
-    path: Path  # where to read it
+    id: str  # its path within the source
+    path: Path
     label: int  # class number, unique over all splits
     class_name: str
     bbox: tuple[float, float, float, float] | None = None  # x0, y0, x1, y1 in pixels
 
 
 class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Base of the builders that read what somebody downloaded.
+    """Base of the builders that read photographs from a source: a folder, or an archive of one.
 
-    Examples have ``image`` (the encoded bytes as they were), ``label`` (int64), ``class_name``,
-    ``id`` and, with ``BOXES``, ``bbox`` (float32 [4]: x0, y0, x1, y1 in pixels).
+    Examples have `image` (the encoded bytes of the file), `label` (int64), `class_name`, `id`
+    and, with `BOXES`, `bbox` (float32 [4]: x0, y0, x1, y1 in pixels).
 
     The folder of a prepared data set is keyed by its source and options, so that another
-    archive, or one that changed, is never taken for it. The source may be deleted afterwards.
+    source, or one that changed, is never taken for it. The source may be deleted afterwards.
 
     Args:
-        source: path of the archive or folder; "auto" downloads where a server is known.
-        allow_incomplete: go on although the counts differ from the published ones.
-        max_bad_fraction: share of files, 0 to 1, that may be missing or unreadable.
-        data_dir: where prepared data sets live.
-        **keywords: as for `tfds.core.DatasetBuilder`.
+      source: path of the archive or folder; "auto" downloads where a server is known.
+      allow_incomplete: whether counts may differ from the published ones.
+      max_bad_fraction: share of files, 0 to 1, that may be missing or unreadable.
+      data_dir: where prepared data sets live.
+      **keywords: of `tfds.core.DatasetBuilder`.
 
     Raises:
-        FileNotFoundError: no such source, or none given; says what to get and where.
+      FileNotFoundError: no such source, or none given; says what to get and where.
     """
+
+    # Arguments of the constructor that the `data` part of a config has under the same names.
+    CONFIG_KEYS: ClassVar[tuple[str, ...]] = ("source", "allow_incomplete", "max_bad_fraction")
 
     VERSION = tfds.core.Version("1.0.0")
     PUBLISHED: ClassVar[dict[str, tuple[int, int]]] = {}  # split → classes, images
-    WANTED: ClassVar[str] = ""  # what to get, where people get it
+    HOW_TO_GET: ClassVar[str] = ""  # ends the errors about a source
     DOWNLOAD: ClassVar[archives.Download | None] = None
     BOXES: ClassVar[bool] = False
 
@@ -85,25 +89,25 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             raise ValueError(f"max_bad_fraction is a share from 0 to 1, not {max_bad_fraction}.")
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
-        self._origin = {
+        self._made_of = {
             "source": os.path.abspath(os.path.expanduser(source)),
             "options": self.options(),
         }
-        key = None if os.path.exists(self._origin["source"]) else self._built_earlier(data_dir)
+        key = None if os.path.exists(self._made_of["source"]) else self._built_earlier(data_dir)
         if key is None:
             self._source = self._locate(str(source))
             key = self._key()
         keywords.setdefault("file_format", "array_record")
         super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
 
-    unpacked = staticmethod(archives.unpacked)  # archive → folder, for the time of the build
+    unpacked = staticmethod(archives.unpacked)  # archive → folder, while the data set is built
 
     def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
-        """The photographs of each split, listed from the unpacked folder."""
+        """Lists the photographs of each split from the unpacked source."""
         raise NotImplementedError
 
     def options(self) -> str:
-        """Options that change what is built, for the key of the prepared folder."""
+        """Returns the options that shape the content, for the key of the prepared folder."""
         return ""
 
     @property
@@ -117,66 +121,61 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return Path(self.data_dir).parent / "boxes.csv"
 
     def skipped(self) -> list[dict[str, str]]:
-        """Rows of the report of a prepared data set, with keys split, id, reason."""
+        """Reads the report of a prepared data set: rows with the keys split, id, reason."""
         if not self.report_path.exists():
             return []
         with open(self.report_path, encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
     def download_and_prepare(self, **keywords) -> None:
-        """Build the data set unless it is built; see `tfds.core.DatasetBuilder`.
+        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`.
 
         Raises:
-            ValueError: counts differ from the published ones, too many bad files, or the
-                source is not this data set. Nothing is left that looks complete.
+          ValueError: counts differ from the published ones, too many files are bad, or the
+            source is not this data set. Nothing is left that looks complete.
         """
-        folder = Path(self.data_dir).parent
         build_once(self, partial(super().download_and_prepare, **keywords))
-        with contextlib.suppress(OSError):
-            part = folder / f"incomplete.{os.getpid()}.json"
-            part.write_text(json.dumps(self._origin), encoding="utf-8")
-            part.replace(folder / "source.json")
-        # Also of one built earlier, perhaps under more generous options.
-        self._check_bad(
+        with contextlib.suppress(OSError):  # A prepared data set may be read-only.
+            write_atomically(Path(self.data_dir).parent / "source.json", json.dumps(self._made_of))
+        # It may have been built earlier, under more generous options.
+        self._check_skipped(
             sum(split.num_examples for split in self.info.splits.values()), self.skipped()
         )
-        self._check_counts(
-            {name: (None, split.num_examples) for name, split in self.info.splits.items()}
-        )
+        self._check_counts(self._written())
 
     def _built_earlier(self, data_dir: str | os.PathLike | None) -> str | None:
-        """Key of the data set made of a source that has been deleted since, to save disk."""
+        """Returns the key of the data set that was made of a source deleted since."""
         root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / self.name
         built = [
             path.parent / str(self.VERSION)
             for path in root.glob("*/source.json")
-            if json.loads(path.read_text(encoding="utf-8")) == self._origin
+            if json.loads(path.read_text(encoding="utf-8")) == self._made_of
         ]
         built = sorted((path.stat().st_mtime, path) for path in built if path.exists())
         return built[-1][1].parent.name if built else None
 
     def _locate(self, source: str) -> Path | None:
-        """The source's path; None stands for a download to come."""
+        """Returns the path of the source; None stands for a download to come."""
         if source == "auto":
             if self.DOWNLOAD:
                 return None
             raise FileNotFoundError(
                 f"{self.name}: no server is known to offer this archive any more, so "
-                f"--config.data.source=auto cannot work. {self.WANTED}"
+                f"--config.data.source=auto cannot work. {self.HOW_TO_GET}"
             )
         if not source:
             also = " Or pass auto to download it." if self.DOWNLOAD else ""
             raise FileNotFoundError(
                 f"{self.name}: --config.data.source says where the photographs are, and is not "
-                f"set. {self.WANTED}{also}"
+                f"set. {self.HOW_TO_GET}{also}"
             )
         path = Path(source).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"{self.name}: {path} does not exist. {self.WANTED}")
+            raise FileNotFoundError(f"{self.name}: {path} does not exist. {self.HOW_TO_GET}")
         if path.is_file() and not archives.is_archive(path):
             raise ValueError(
                 f"{self.name}: {path} is neither a folder nor an archive "
-                f"({', '.join(archives.ARCHIVE_ENDINGS)}). {self.WANTED}"
+                f"({', '.join(archives.ARCHIVE_ENDINGS)}). {self.HOW_TO_GET}"
             )
         return path
 
@@ -188,7 +187,6 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _key(self) -> str:
         stem = "auto" if self._source is None else self._source.resolve().name
         mark = self._fingerprint()
-        # Without a separator inside: the name is that of a folder.
         stem = re.sub(r"[^A-Za-z0-9]+", "_", stem).strip("_")[:40] or "source"
         return f"{stem}-{hashlib.sha256(f'{mark} {self.options()}'.encode()).hexdigest()[:12]}"
 
@@ -208,7 +206,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         )
 
     def _create_builder_config(self, config, *args, **keywords):
-        return config  # As TFDS does, but without a warning that it is not in a list.
+        return config  # as TFDS does, but without its warning about unlisted configs
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         del dl_manager
@@ -217,17 +215,17 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             source = archives.download(self.DOWNLOAD, Path(self.data_dir_root) / "downloads")
         with self.unpacked(source, Path(self.data_dir).parent) as folder:
             self._photographs = self.photographs(folder)
-            self._check_list()
+            self._check_photographs()
             self._skipped: list[tuple[str, str, str]] = []
-            self._degenerate: list[tuple[str, str, str]] = []
+            self._empty_boxes: list[tuple[str, str, str]] = []
             total = sum(map(len, self._photographs.values()))
             try:
-                with progress(total, f"building {self.name}") as self._update:
+                with progress(total, f"building {self.name}") as self._bar:
                     super()._download_and_prepare(None, download_config)
             finally:
                 _write_report(self.report_path, self._skipped)
                 if self.BOXES:
-                    _write_report(self.boxes_path, self._degenerate)
+                    _write_report(self.boxes_path, self._empty_boxes)
         if self._skipped:
             log.warning(
                 "%s: skipped %d files, listed with reasons in %s",
@@ -235,19 +233,21 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 len(self._skipped),
                 self.report_path,
             )
-        if self._degenerate:
+        if self._empty_boxes:
             log.warning(
                 "%s: %d boxes without area replaced by the whole image, listed in %s",
                 self.name,
-                len(self._degenerate),
+                len(self._empty_boxes),
                 self.boxes_path,
             )
-        self._check_counts(
-            {name: (None, split.num_examples) for name, split in self.info.splits.items()}
-        )
+        self._check_counts(self._written())
 
-    def _check_list(self) -> None:
-        """Whether the lists are those of the published set, before anything big is read."""
+    def _written(self) -> dict[str, tuple[None, int]]:
+        """Returns the counts of the prepared data set, as `_check_counts` takes them."""
+        return {name: (None, split.num_examples) for name, split in self.info.splits.items()}
+
+    def _check_photographs(self) -> None:
+        """Checks the lists of photographs, before anything big is read."""
         counts = {
             split: (len({row.label for row in rows}), len(rows))
             for split, rows in self._photographs.items()
@@ -255,7 +255,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self._check_counts(counts)
         for split, rows in self._photographs.items():
             if not rows:
-                raise ValueError(f"{self.name}: split {split} has no photographs. {self.WANTED}")
+                raise ValueError(
+                    f"{self.name}: split {split} has no photographs. {self.HOW_TO_GET}"
+                )
             twice = [i for i, count in Counter(row.id for row in rows).items() if count > 1]
             if twice:
                 raise ValueError(
@@ -287,7 +289,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     "--config.data.allow_incomplete=True."
                 )
 
-    def _check_bad(self, good: int, skipped: list) -> None:
+    def _check_skipped(self, good: int, skipped: list) -> None:
         total = good + len(skipped)
         if len(skipped) > self._max_bad_fraction * total:
             raise ValueError(
@@ -310,11 +312,11 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _examples(self, split: str, rows: list[Photograph]) -> Iterator:
         total = sum(map(len, self._photographs.values()))
         for row, (data, shape, reason) in zip(rows, parallel(_read, rows), strict=True):
-            self._update(1)
+            self._bar.update()
             if reason:
                 self._skipped.append((split, row.id, reason))
                 if len(self._skipped) > self._max_bad_fraction * total:  # No need to go on.
-                    self._check_bad(total - len(self._skipped), self._skipped)
+                    self._check_skipped(total - len(self._skipped), self._skipped)
                 continue
             example = {
                 "image": data,
@@ -331,13 +333,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         box = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
         if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
             reason = f"box {row.bbox} has no area inside of {width}x{height} pixels"
-            self._degenerate.append((split, row.id, reason))
+            self._empty_boxes.append((split, row.id, reason))
             box = 0, 0, width, height
         return np.asarray(box, np.float32)
 
 
 def _read(row: Photograph) -> tuple[bytes, tuple[int, int], str]:
-    """The file's bytes, (height, width), and what is wrong with it or ""."""
+    """Returns the bytes of the file, (height, width), and what is wrong with it or ""."""
     try:
         data = row.path.read_bytes()
     except FileNotFoundError:
@@ -351,7 +353,7 @@ def _read(row: Photograph) -> tuple[bytes, tuple[int, int], str]:
 
 
 def _text(name: str) -> str:
-    """A file name as valid Unicode; old file systems hold others."""
+    """Makes valid Unicode of a file name; old file systems hold others."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -368,24 +370,25 @@ def _shards(rows: list[Photograph]) -> Iterator[list[Photograph]]:
 
 
 def _write_report(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("split", "id", "reason"))
-        writer.writerows(rows)
+    with (
+        replacing(path) as part,
+        open(part, "w", encoding="utf-8", errors="replace", newline="") as file,
+    ):
+        csv.writer(file).writerows([("split", "id", "reason"), *rows])
 
 
-def build_once(builder, build: Callable[[], None]) -> None:
-    """Build a TFDS data set unless it is on disk; of several processes at once, one does.
+def build_once(builder: tfds.core.DatasetBuilder, build: Callable[[], None]) -> None:
+    """Builds a TFDS data set unless it is on disk; of several processes at once, one does.
 
     Args:
-        builder: of the data set.
-        build: its way to build it, `tfds.core.DatasetBuilder.download_and_prepare`.
+      builder: of the data set.
+      build: builds it, as `tfds.core.DatasetBuilder.download_and_prepare` does.
     """
     folder = Path(builder.data_dir).parent
-    if not os.path.exists(builder.data_dir):  # Else it may well be read-only.
+    if not os.path.exists(builder.data_dir):  # A prepared data set may be read-only.
         with one_at_a_time(folder / "lock") as alone:
             if alone and not os.path.exists(builder.data_dir):
-                for remains in folder.glob("incomplete.*"):  # of a run that was killed
+                for remains in folder.glob("incomplete.*"):  # of a process that was killed
                     shutil.rmtree(remains, ignore_errors=True)
             build()
     if not builder.info.splits:  # Another process built it since this object was made.

@@ -27,7 +27,7 @@ class Cars196(ImageBuilder):
     """
 
     PUBLISHED = {"train": (98, 8_054), "test": (98, 8_131)}
-    WANTED = (
+    HOW_TO_GET = (
         "The original server is gone (404 since 2023); copies circulate in two forms, on Kaggle "
         "for example. Put into one folder either car_ims (or car_ims.tgz) and cars_annos.mat, or "
         "cars_train, cars_test and devkit (or cars_train.tgz, cars_test.tgz and car_devkit.tgz) "
@@ -38,7 +38,7 @@ class Cars196(ImageBuilder):
 
     @contextlib.contextmanager
     def unpacked(self, source: Path, scratch: Path) -> Iterator[list[Path]]:
-        """The folder, and what the archives in it unpack to where nobody unpacked them."""
+        """Yields the folder, and those of the archives in it that are not unpacked yet."""
         with contextlib.ExitStack() as stack:
             folders = [stack.enter_context(archives.unpacked(source, scratch))]
             for name in ARCHIVES:
@@ -52,7 +52,7 @@ class Cars196(ImageBuilder):
             yield folders
 
     def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
-        """Photographs of both forms, from their .mat files."""
+        """Lists the photographs of either form, from its .mat files."""
 
         def find(name: str) -> Path | None:
             return next((path for path in (archives.find(f, name) for f in folders) if path), None)
@@ -65,7 +65,7 @@ class Cars196(ImageBuilder):
                 raise ValueError(
                     f"cars196: there is no cars_test_annos_withlabels.mat in {folders[0]}, and "
                     "without it half of the photographs have no class (cars_test_annos.mat has "
-                    f"boxes only). {self.WANTED}"
+                    f"boxes only). {self.HOW_TO_GET}"
                 )
             rows = [
                 *_half(find("cars_train_annos.mat"), find("cars_train"), "cars_train"),
@@ -74,7 +74,7 @@ class Cars196(ImageBuilder):
         else:
             raise ValueError(
                 f"cars196: there is neither cars_annos.mat nor cars_train_annos.mat in "
-                f"{folders[0]}. {self.WANTED}"
+                f"{folders[0]}. {self.HOW_TO_GET}"
             )
         names = _class_names(find("cars_annos.mat") or find("cars_meta.mat"))
         splits: dict[str, list[Photograph]] = {"train": [], "test": []}
@@ -119,7 +119,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _box(row: dict) -> tuple[float, float, float, float]:
-    """Corners that count from 1 and belong to the box → pixel edges that count from 0."""
+    """Makes edges that count from 0 of inclusive corners that count from 1."""
     return (
         float(row["bbox_x1"]) - 1,
         float(row["bbox_y1"]) - 1,

@@ -21,7 +21,7 @@ class Cub200(ImageBuilder):
     """
 
     PUBLISHED = {"train": (100, 5_864), "test": (100, 5_924)}
-    WANTED = (
+    HOW_TO_GET = (
         "Get CUB_200_2011.tgz (1.1 GB; from https://data.caltech.edu/records/65de6-vp158) and "
         "pass it, or the folder CUB_200_2011 it unpacks to, as --config.data.source=PATH."
     )
@@ -34,14 +34,14 @@ class Cub200(ImageBuilder):
     BOXES = True
 
     def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
-        """Rows of images.txt, with classes and boxes from the lists beside it."""
+        """Lists the rows of images.txt, with classes and boxes from the lists beside it."""
         images = archives.find(folder, "images.txt")
         if images is None:
-            raise ValueError(f"cub200: there is no images.txt in {folder}. {self.WANTED}")
+            raise ValueError(f"cub200: there is no images.txt in {folder}. {self.HOW_TO_GET}")
         root = images.parent
         for name in ("image_class_labels.txt", "bounding_boxes.txt"):
             if not (root / name).exists():
-                raise ValueError(f"cub200: there is no {name} in {root}. {self.WANTED}")
+                raise ValueError(f"cub200: there is no {name} in {root}. {self.HOW_TO_GET}")
         labels = dict(archives.read_rows(root / "image_class_labels.txt", columns=2))
         boxes = {
             number: tuple(map(float, box))
@@ -52,7 +52,7 @@ class Cub200(ImageBuilder):
             if number not in labels or number not in boxes:
                 raise ValueError(
                     f"cub200: image {number} ({name}) has no class or no box in the lists of "
-                    f"{root}. {self.WANTED}"
+                    f"{root}. {self.HOW_TO_GET}"
                 )
             label = int(labels[number]) - 1
             x, y, width, height = boxes[number]

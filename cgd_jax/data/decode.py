@@ -3,12 +3,12 @@
 JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
 a quarter or an eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
 palette, transparency, other formats) through Pillow. OpenCV resizes. All three release
-Python's lock, so threads use all cores.
+the GIL, so that threads use all cores.
 
 Resizing averages when it shrinks (every source pixel counts, nothing aliases) and
 interpolates linearly when it enlarges; the aspect ratio is not kept. Pillow's bilinear
 filter, which followers of the paper use, averages a somewhat wider window:
-``benchmarks/decoding.py`` measures the difference, in the mean one grey level of 255 or less
+`benchmarks/decoding.py` measures the difference, in the mean one grey level of 255 or less
 on most photographs and two on very detailed ones.
 """
 
@@ -39,21 +39,21 @@ def decode(
     bbox: tuple[float, float, float, float] | None = None,
     size: int | None = None,
 ) -> np.ndarray:
-    """Decode an image, cut out a box and resize to a square.
+    """Decodes an image, cuts out a box and resizes it to a square.
 
     Args:
-        data: the bytes of a JPEG, PNG, WebP, BMP or any other file that Pillow reads.
-        bbox: (x0, y0, x1, y1) in pixels of the image as displayed, that is after its EXIF
-            rotation; clipped to the image, and widened to whole pixels.
-        size: side in pixels of the square that comes back; None keeps what there is.
+      data: the bytes of a JPEG, PNG, WebP, BMP or any other file that Pillow reads.
+      bbox: (x0, y0, x1, y1) in pixels of the image as displayed, that is after its EXIF
+        rotation; clipped to the image, and widened to whole pixels.
+      size: side in pixels of the square that comes back; None keeps what there is.
 
     Returns:
-        uint8 [size, size, 3], RGB; [H, W, 3] without ``size``. Transparency is laid on white,
-        16 bits are scaled to 8, the first frame stands for an animation.
+      uint8 [size, size, 3], RGB; [H, W, 3] without `size`. Transparency is laid on white,
+      16 bits are scaled to 8, the first frame stands for an animation.
 
     Raises:
-        ValueError: not a readable, whole image of at most ``MAX_PIXELS``, or an empty box.
-            The message is the reason in a few words.
+      ValueError: not a readable, whole image of at most `MAX_PIXELS`, or an empty box.
+        The message is the reason in a few words.
     """
     height, width, plain = _header(data)
     x0, y0, x1, y1 = (0, 0, width, height) if bbox is None else map(float, bbox)
@@ -74,7 +74,7 @@ def decode(
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to [size, size, 3] without aliasing."""
+    """Resizes uint8 [H, W, 3] to [size, size, 3] without aliasing."""
     factor = max(image.shape[:2]) / size
     if factor <= 4 / 3:  # Enlarged, or so little smaller that every pixel still counts.
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
@@ -84,13 +84,13 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def check(data: bytes) -> tuple[int, int]:
-    """Read an image to its end without keeping it; as cheap as that can be.
+    """Reads an image to its end without keeping it; as cheap as that can be.
 
     Returns:
-        (height, width) in pixels, as displayed.
+      (height, width) in pixels, as displayed.
 
     Raises:
-        ValueError: the reason why it cannot be used, in a few words.
+      ValueError: the reason why it cannot be used, in a few words.
     """
     height, width, plain = _header(data)
     _read(data, height, width, plain, max(REDUCTIONS))  # All bits are read, few pixels computed.
@@ -108,7 +108,7 @@ def _read(data: bytes, height: int, width: int, plain: bool, reduction: int) -> 
 
 
 def _header(data: bytes) -> tuple[int, int, bool]:
-    """Height and width as displayed, and whether it is a JPEG without peculiarities."""
+    """Returns height and width as displayed, and whether it is a JPEG without peculiarities."""
     if not data:
         raise ValueError("empty file")
     # Without an EXIF block there is no rotation and no need for Pillow, whose header

@@ -154,7 +154,7 @@ def render(character: str, font: ImageFont.FreeTypeFont) -> bytes:
 
 
 def class_name(images: list[Rendering]) -> str:
-    """The Unicode name of the first character of a class."""
+    """Returns the Unicode name of the first character of a class."""
     character = min(character for _, character, _ in images)
     return unicodedata.name(character, f"U+{ord(character):04X}")
 

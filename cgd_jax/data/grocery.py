@@ -17,23 +17,23 @@ TRAIN_CLASSES = 41  # classes 0 to 40 train, 41 to 80 are retrieved
 class Grocery(ImageBuilder):
     """Grocery Store with a retrieval split of its 81 fine classes.
 
-    The set was made for classification. Here ``train`` holds all photographs of classes 0–40;
-    of the other classes, the original test photographs (``query``) search the original training
-    photographs (``gallery``), which were taken in other shops.
+    The set was made for classification. Here `train` holds all photographs of classes 0–40;
+    of the other classes, the original test photographs (`query`) search the original training
+    photographs (`gallery`), which were taken in other shops.
     """
 
     PUBLISHED = {"train": (41, 3_051), "query": (40, 1_061), "gallery": (40, 1_162)}
-    WANTED = (
+    HOW_TO_GET = (
         "Get it with `git clone https://github.com/marcusklasson/GroceryStoreDataset` (or its zip "
         "from the same page) and pass the folder or the zip, which holds dataset/classes.csv and "
         "dataset/train.txt, as --config.data.source=PATH."
     )
 
     def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
-        """Rows of the three lists, spread over train, query and gallery."""
+        """Lists the rows of the three lists, spread over train, query and gallery."""
         classes = archives.find(folder, "classes.csv")
         if classes is None:
-            raise ValueError(f"grocery: there is no classes.csv in {folder}. {self.WANTED}")
+            raise ValueError(f"grocery: there is no classes.csv in {folder}. {self.HOW_TO_GET}")
         root = classes.parent
         names = {}
         for line in classes.read_text(encoding="utf-8").splitlines()[1:]:
@@ -42,7 +42,7 @@ class Grocery(ImageBuilder):
         splits: dict[str, list[Photograph]] = {"train": [], "query": [], "gallery": []}
         for part, unseen in (("train", "gallery"), ("val", None), ("test", "query")):
             if not (root / f"{part}.txt").exists():
-                raise ValueError(f"grocery: there is no {part}.txt in {root}. {self.WANTED}")
+                raise ValueError(f"grocery: there is no {part}.txt in {root}. {self.HOW_TO_GET}")
             for number, line in enumerate((root / f"{part}.txt").read_text("utf-8").splitlines()):
                 if not line.strip():
                     continue

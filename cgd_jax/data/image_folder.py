@@ -21,23 +21,25 @@ SPLITS = ({"train", "test"}, {"train", "query", "gallery"})
 class ImageFolder(ImageBuilder):
     """Photographs of one's own, in any of three forms.
 
-    - ``root/class_name/*.jpg`` (or jpeg, png, webp, bmp; deeper folders count to the class):
+    - `root/class_name/*.jpg` (or jpeg, png, webp, bmp; deeper folders count to the class):
       the classes are divided at random into train and test;
-    - ``root/train/class_name/*`` beside ``root/test/...``, or beside ``root/query/...`` and
-      ``root/gallery/...``: used as they are;
+    - `root/train/class_name/*` beside `root/test/...`, or beside `root/query/...` and
+      `root/gallery/...`: used as they are;
     - a CSV with the columns path, label and perhaps split, paths relative to the CSV.
 
     An archive of one of the first two forms will do as well.
 
     Args:
-        seed: of the random division of the classes.
-        test_fraction: share of the classes that go to the test split, between 0 and 1.
-        nested_classes: every folder that holds images is a class of its own, named by its
-            whole path, instead of every folder directly below the root.
-        **keywords: as for `ImageBuilder`.
+      split_seed: of the random division of the classes.
+      test_fraction: share of the classes that go to the test split, between 0 and 1.
+      nested_classes: every folder that holds images is a class of its own, named by its
+        whole path, instead of every folder directly below the root.
+      **keywords: of `ImageBuilder`.
     """
 
-    WANTED = (
+    CONFIG_KEYS = (*ImageBuilder.CONFIG_KEYS, "split_seed", "test_fraction", "nested_classes")
+
+    HOW_TO_GET = (
         "Pass a folder with one subfolder of photographs per class, an archive of one, or a CSV "
         "with the columns path,label[,split], as --config.data.source=PATH."
     )
@@ -45,7 +47,7 @@ class ImageFolder(ImageBuilder):
     def __init__(
         self,
         *,
-        seed: int = 0,
+        split_seed: int = 0,
         test_fraction: float = 0.5,
         nested_classes: bool = False,
         **keywords,
@@ -55,16 +57,16 @@ class ImageFolder(ImageBuilder):
                 f"image_folder: test_fraction is the share of classes to test on, between 0 and "
                 f"1, not {test_fraction}."
             )
-        self._seed, self._test_fraction = int(seed), float(test_fraction)
+        self._seed, self._test_fraction = int(split_seed), float(test_fraction)
         self._nested_classes = bool(nested_classes)
         super().__init__(**keywords)
 
     def options(self) -> str:
-        """Seed, share and class rule all change the splits."""
+        """Returns seed, share and class rule, which shape the splits."""
         return f"{self._seed} {self._test_fraction} {self._nested_classes}"
 
     def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
-        """Files found, by split; labels number the class names in alphabetical order."""
+        """Lists the photographs by split; labels number the class names in alphabetical order."""
         if folder.is_file():
             found = _from_csv(folder)
         else:
@@ -74,7 +76,7 @@ class ImageFolder(ImageBuilder):
             raise ValueError(
                 f"image_folder: found {len(names)} classes with images ({', '.join(ENDINGS)}) in "
                 f"{self._source}; training and testing on different classes takes at least two. "
-                f"{self.WANTED}"
+                f"{self.HOW_TO_GET}"
             )
         label = {name: number for number, name in enumerate(names)}
         rows = {
@@ -103,7 +105,7 @@ class ImageFolder(ImageBuilder):
 
 
 def _from_folders(root: Path, nested: bool, from_archive: bool) -> dict[str, list]:
-    """(id, class name, path) by split; "" where no folder names one."""
+    """Lists (id, class name, path) by split; "" where no folder names one."""
     if from_archive:  # Many archives wrap everything in one more folder.
         entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
         if len(entries) == 1 and entries[0].is_dir():
@@ -160,7 +162,7 @@ def _from_csv(path: Path) -> dict[str, list]:
 
 
 def _divide(rows: list[Photograph], classes: int, seed: int, fraction: float) -> dict:
-    """Whole classes to train or test, so that test asks for classes never seen."""
+    """Divides the classes between train and test."""
     order = np.random.default_rng(seed).permutation(classes)
     test = set(order[: min(max(round(classes * fraction), 1), classes - 1)].tolist())
     return {
@@ -170,7 +172,7 @@ def _divide(rows: list[Photograph], classes: int, seed: int, fraction: float) ->
 
 
 def _warn(splits: dict[str, list[Photograph]]) -> None:
-    """What is allowed but makes numbers mean something else than one may think."""
+    """Says what is allowed but changes what the numbers mean."""
     labels = {split: Counter(row.label for row in rows) for split, rows in splits.items()}
     if "test" in splits:
         lonely = sum(count == 1 for count in labels["test"].values())

@@ -23,7 +23,7 @@ class Inshop(ImageBuilder):
     """
 
     PUBLISHED = {"train": (3_997, 25_882), "query": (3_985, 14_218), "gallery": (3_985, 12_612)}
-    WANTED = (
+    HOW_TO_GET = (
         "Get the In-shop Clothes Retrieval Benchmark of DeepFashion (from the page "
         "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html; the small "
         "pictures, not the high-resolution ones): Eval/list_eval_partition.txt and Img/img.zip. "
@@ -33,7 +33,7 @@ class Inshop(ImageBuilder):
 
     @contextlib.contextmanager
     def unpacked(self, source: Path, scratch: Path) -> Iterator[list[Path]]:
-        """The folder, and what img.zip unpacks to where nobody unpacked it."""
+        """Yields the folder, and that of img.zip if it is not unpacked yet."""
         with contextlib.ExitStack() as stack:
             folders = [stack.enter_context(archives.unpacked(source, scratch))]
             if archives.find(folders[0], "img") is None:
@@ -43,15 +43,15 @@ class Inshop(ImageBuilder):
             yield folders
 
     def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
-        """Rows of list_eval_partition.txt."""
+        """Lists the rows of list_eval_partition.txt."""
         lists = archives.find(folders[0], "list_eval_partition.txt")
         if lists is None:
             raise ValueError(
-                f"inshop: there is no list_eval_partition.txt in {folders[0]}. {self.WANTED}"
+                f"inshop: there is no list_eval_partition.txt in {folders[0]}. {self.HOW_TO_GET}"
             )
         pictures = archives.find(folders[-1], "img")
         if pictures is None:
-            raise ValueError(f"inshop: there is no folder img in {folders[0]}. {self.WANTED}")
+            raise ValueError(f"inshop: there is no folder img in {folders[0]}. {self.HOW_TO_GET}")
         rows = list(archives.read_rows(lists, columns=3, skip=2))
         label = {item: i for i, item in enumerate(sorted({item for _, item, _ in rows}))}
         splits: dict[str, list[Photograph]] = {split: [] for split in SPLITS}

@@ -5,25 +5,23 @@ from collections import Counter
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
-from cgd_jax.data import Dataset, Split, builder_class, cache, needs_source
+from cgd_jax.data import Dataset, Split, builder_class, cache, config_keys
 
 log = logging.getLogger(__name__)
 
 
-def load_dataset(config, center_crop: bool = False) -> Dataset:
+def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     """Builds a data set and its caches if they are not there yet, and opens them.
 
-    Training images have the side `config.resize`, from which the network's input is
-    cropped at random. Test images have the side `config.image_size`, as in the paper,
-    or are made like the training images when the centre is to be cut out of them.
+    Training images have the side `config.resize`, out of which training crops the network's
+    input at random. Test images have the side `config.image_size`, as in the paper; or
+    `config.resize` too, if evaluation cuts out their centre.
 
     Args:
       config: the `data` part of an experiment's config.
       center_crop: whether evaluation crops.
-
-    Returns:
-      The data set.
 
     Raises:
       FileNotFoundError, ValueError, OSError: what is wrong with the source, the data
@@ -31,7 +29,7 @@ def load_dataset(config, center_crop: bool = False) -> Dataset:
     """
     tfds.disable_progress_bar()  # the builders show their own
     builder = make_builder(config)
-    # In place of its announcements of a download of unknown size.
+    # TFDS would announce a download of unknown size.
     builder._log_download_bytes = lambda: log.info(
         "Building %s in %s", config.name, builder.data_dir
     )
@@ -49,43 +47,31 @@ def load_dataset(config, center_crop: bool = False) -> Dataset:
     )
 
 
-def make_builder(config):
-    """The TFDS builder that the `data` part of a config describes."""
-    options = {}
-    if config.name == "image_folder":
-        options = {
-            "seed": config.split_seed,
-            "test_fraction": config.test_fraction,
-            "nested_classes": config.nested_classes,
-        }
-    builder = builder_class(config.name)
-    if needs_source(config.name):
-        options["source"] = config.source
-        options["allow_incomplete"] = config.allow_incomplete
-        options["max_bad_fraction"] = config.max_bad_fraction
-    return builder(data_dir=config.dir or None, file_format="array_record", **options)
+def make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
+    """Makes the TFDS builder that the `data` part of a config describes."""
+    options = {key: config[key] for key in config_keys(config.name)}
+    return builder_class(config.name)(
+        data_dir=config.dir or None, file_format="array_record", **options
+    )
 
 
-def open_split(builder, name: str, size: int, config) -> Split:
-    """The images of one split, resized to squares.
+def open_split(
+    builder: tfds.core.DatasetBuilder, name: str, size: int, config: ConfigDict
+) -> Split:
+    """Opens one split of a prepared data set, its images resized to squares.
 
     Args:
-      builder: a prepared TFDS builder with the features image, label, class_name, id.
+      builder: has prepared examples with the features image, label, class_name and id.
       name: of the split.
       size: side of the images in pixels.
       config: the `data` part of an experiment's config.
-
-    Returns:
-      The split, in the order of the files.
     """
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
     if config.cache == "none":
-        opened = cache.Decoded(source, size, config.bbox_crop)
-        images = opened
+        split = cache.decoded(source, size, config.bbox_crop)
     else:
         key = {"data set": builder.info.full_name, "split": name}
         folder = Path(builder.data_dir, "cache")
-        opened = cache.resized(source, folder, key, size, config.bbox_crop)
-        images = opened.images
+        split = cache.cached(source, folder, key, size, config.bbox_crop)
     skipped = Counter(row["split"] for row in getattr(builder, "skipped", list)())
-    return Split(images, opened.labels, opened.ids, opened.class_names, skipped[name])
+    return split._replace(skipped=skipped[name])

@@ -19,7 +19,7 @@ class Sop(ImageBuilder):
     """
 
     PUBLISHED = {"train": (11_318, 59_551), "test": (11_316, 60_502)}
-    WANTED = (
+    HOW_TO_GET = (
         "Get Stanford_Online_Products.zip (2.9 GB; from Stanford's page "
         "https://cvgl.stanford.edu/projects/lifted_struct/, or one of its many mirrors) and pass "
         "the zip, or the folder it unpacks to (with Ebay_train.txt and Ebay_test.txt), as "
@@ -27,12 +27,14 @@ class Sop(ImageBuilder):
     )
 
     def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
-        """Rows of Ebay_train.txt and Ebay_test.txt."""
+        """Lists the rows of Ebay_train.txt and Ebay_test.txt."""
         splits = {}
         for split in ("train", "test"):
             path = archives.find(folder, f"Ebay_{split}.txt")
             if path is None:
-                raise ValueError(f"sop: there is no Ebay_{split}.txt in {folder}. {self.WANTED}")
+                raise ValueError(
+                    f"sop: there is no Ebay_{split}.txt in {folder}. {self.HOW_TO_GET}"
+                )
             splits[split] = [
                 # Classes count from 1; the folder names the kind of product.
                 Photograph(name, path.parent / name, int(label) - 1, _class_name(name))
@@ -42,6 +44,6 @@ class Sop(ImageBuilder):
 
 
 def _class_name(name: str) -> str:
-    """``bicycle_final/111085122871_0.JPG`` → ``bicycle 111085122871``."""
+    """Makes `bicycle 111085122871` of `bicycle_final/111085122871_0.JPG`."""
     kind, _, file = name.partition("/")
     return f"{kind.removesuffix('_final')} {file.partition('_')[0]}"

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -31,29 +31,37 @@ def show_log() -> None:
     logger.handlers = [Say()]
 
 
+class _LogLines:
+    """A file for tqdm that makes a log line of every state of the bar."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            log.info(text)
+
+    def flush(self) -> None:
+        pass
+
+
 @contextlib.contextmanager
-def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0):
-    """Yield a function to call with the number of finished units.
+def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0) -> Iterator[tqdm]:
+    """Yields a progress bar; where there is no terminal, it is a log line now and then.
 
-    A bar on a terminal; elsewhere a log line every ``log_every`` seconds.
+    Args:
+      total: number of units of work; 0 if it is not known.
+      what: is being done, such as "resizing images".
+      unit: name of one unit; "B" counts bytes in kB, MB and GB.
+      log_every: seconds between two log lines.
     """
+    options = {"total": total or None, "desc": what, "unit": unit, "unit_scale": unit == "B"}
     if sys.stderr.isatty():
-        scale = unit == "B"
-        with tqdm(total=total, desc=what, unit=unit, unit_scale=scale, smoothing=0.1) as bar:
-            yield bar.update
-        return
-    start = last = time.monotonic()
-    done = 0
-
-    def update(count: int = 1) -> None:
-        nonlocal done, last
-        done += count
-        now = time.monotonic()
-        if now - last >= log_every:
-            last = now
-            rate = done / (now - start)
-            left = f"{(total - done) / rate:.0f} s left" if total and rate else ""
-            log.info("%s: %d of %d, %.0f %s/s %s", what, done, total, rate, unit, left)
-
-    yield update
-    log.info("%s: %d in %.1f s", what, done, time.monotonic() - start)
+        options["smoothing"] = 0.1
+    else:
+        options |= {
+            "file": _LogLines(),
+            "mininterval": log_every,
+            "miniters": 1,
+            "delay": 1e-9,  # no line before the first unit is done
+            "bar_format": "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {rate_fmt}",
+        }
+    with tqdm(**options) as bar:
+        yield bar

@@ -1,21 +1,14 @@
-"""Files that are never half-written, and folders with one writer at a time."""
+"""Files that are never half-written."""
 
 import contextlib
 import io
 import json
 import logging
 import os
-import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from cgd_jax.runtime import processes
-
-try:
-    import fcntl
-except ImportError:  # Not a POSIX system.
-    fcntl = None
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,15 +16,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Writes a file under another name first: a reader never sees half of it."""
-    temporary = Path(f"{path}.tmp")
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields where to write a file; it gets the name `path` when the block ends without an error.
+
+    A reader sees the old file or the new one, never half of it, whoever else writes it too.
+    The path to write to lies in the same folder and has the same suffix.
+    """
+    path = Path(path)
+    part = path.with_name(f"incomplete.{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Writes a whole file, text as UTF-8; see `replacing`."""
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: str | Path, values: dict) -> None:
@@ -47,8 +51,8 @@ def write_picture(path: str | Path, picture: "Image.Image") -> None:
 
 
 @contextlib.contextmanager
-def warn_on_write_error(what: str):
-    """What cannot be written is no reason to lose the run as well: says so and goes on."""
+def warn_on_write_error(what: str) -> Iterator[None]:
+    """Reports that `what` could not be written, and lets the run go on without it."""
     try:
         yield
     except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
@@ -58,55 +62,3 @@ def warn_on_write_error(what: str):
             what,
             text.rstrip("."),
         )
-
-
-@contextlib.contextmanager
-def one_at_a_time(lock: Path, wait: bool = True) -> Iterator[bool]:
-    """Let one process at a time into the block; the others wait, or get BlockingIOError.
-
-    Yields whether that works.
-
-    The operating system drops the lock when its holder dies, so nothing can be left locked.
-    It saves double work but is not what keeps files whole (atomic renames are): on a file
-    system without locks everybody goes in at once and is told so by False.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a") as file:
-        alone = fcntl is not None
-        if alone:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise
-                log.info("Another run holds %s; waiting for it to finish.", lock)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                alone = False
-        yield alone
-
-
-@contextlib.contextmanager
-def one_run_in(workdir: str):
-    """Keeps a second run out of a work folder; the operating system ends that with the process.
-
-    Args:
-      workdir: is made if it is not there.
-
-    Raises:
-      BlockingIOError: another run is at work there; it says which.
-    """
-    if not processes.is_first():
-        yield
-        return
-    lock = Path(workdir, ".lock")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(one_at_a_time(lock, wait=False))
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"{workdir} belongs to a run that is still at work ({lock.read_text().strip()}). "
-                f"Wait for it, stop it, or choose another folder with --workdir=."
-            ) from None
-        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield

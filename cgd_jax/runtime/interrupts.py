@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken where nothing is lost."""
+"""SIGINT (Ctrl-C) and SIGTERM, handled where no work is lost."""
 
 import contextlib
 import logging
@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM came where work may be dropped: see `stop_at_once`."""
+    """SIGINT or SIGTERM arrived within `stop_at_once`."""
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collects SIGINT and SIGTERM, so that a loop can end where nothing is lost.
+    """Collects SIGINT and SIGTERM, so that a loop can end between two steps.
 
     Yields:
       A list, empty until a signal arrives; then it holds its number. A second
@@ -35,13 +35,13 @@ def stop_signals():
 
 @contextlib.contextmanager
 def stop_at_once(received: list[int]):
-    """Within `stop_signals`, around long work that can be done once more: drops it.
+    """Drops long work that can be repeated when a signal comes; used within `stop_signals`.
 
     Args:
-      received: what `stop_signals` yields; a signal is added to it here too.
+      received: what `stop_signals` yields; the signal is added to it.
 
     Raises:
-      Stopped: there is or comes a signal.
+      Stopped: A signal has arrived, or arrives.
     """
 
     def handle(number, frame):

@@ -4,15 +4,19 @@ import collections
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
-def parallel(function: Callable[[Any], Any], items: Iterable, ahead: int = 4) -> Iterator:
-    """Yield ``function(item)`` for each item, in order, computed by one thread per core.
 
-    At most ``ahead`` results per core wait to be taken, so memory does not grow with the
+def parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 4
+) -> Iterator[Result]:
+    """Yields `function(item)` for each item, in order, computed by one thread per core.
+
+    At most `ahead` results per core wait to be taken, so that memory does not grow with the
     number of items.
     """
     with ThreadPoolExecutor(CORES) as pool:

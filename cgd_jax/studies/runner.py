@@ -182,10 +182,10 @@ def train_all(
                     )
                     finished()
                 elif not stopped_by:
-                    failed[name] = why(job.run, status)
+                    failed[name] = f"{last_words(job.run, status)} (see {job.run.folder}/log.txt)"
                     console.say(f"{name} failed: {failed[name]}")
                 elif status != interrupts.EXIT_TEMPFAIL:
-                    lost.append(f"\n  {name}: {why(job.run, status)}")
+                    lost.append(f"\n  {name}: {last_words(job.run, status)}")
     if stopped_by:
         saved = "these runs go on from their last checkpoint:" if lost else "everything is saved."
         console.say(f"Stopped; the same command goes on, and {saved}{''.join(lost)}")
@@ -223,11 +223,11 @@ def start(
     return process
 
 
-def why(run: Run, status: int) -> str:
-    """Returns what a failed run said last."""
-    path = run.folder / "log.txt"
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"exit status {status}, {lines[-1] if lines else 'it said nothing'} (see {path})"
+def last_words(run: Run, status: int) -> str:
+    """Returns how a failed run ended."""
+    log = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    lines = log.strip().splitlines() or ["it said nothing"]
+    return f"exit status {status}, {lines[-1][:300]}"
 
 
 def show_plan(
@@ -309,7 +309,7 @@ def time_first_steps(
             process.kill()
             process.wait()
         if status:
-            raise Unfinished(f"The first steps of {run.name()} failed: {why(trial, status)}")
+            raise Unfinished(f"The first steps of {run.name()} failed: {last_words(trial, status)}")
         seconds = time.time() - started
         rate = read_history(trial.folder / "history.csv")[-1]["images_per_second"]
     images = run.config.train.classes_per_batch * run.config.train.images_per_class
