@@ -98,7 +98,7 @@ def with_base_config(argv: list[str], clone: Path) -> list[str]:
       SystemExit: there is no such study.
     """
     given = {}
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-"):
             given[flag] = value if equals else following
