@@ -171,18 +171,18 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
             errors[step] = " ".join(str(error).split())[:300]
     else:
         if errors:
-            listed = "; ".join(f"step {step}: {error}" for step, error in errors.items())
+            listed = "; ".join(f"step {step}: {reason}" for step, reason in errors.items())
             raise OSError(
                 f"No checkpoint in {checkpoints.directory} can be read, so the run cannot go on "
                 f"from there. Choose another --workdir=, or mend or delete them. {listed}"
             )
         return None
-    for step, error in errors.items():
+    for step, reason in errors.items():
         damaged = Path(checkpoints.directory).with_name("damaged") / f"{step}-{time.time_ns()}"
         if processes.is_first():
             damaged.parent.mkdir(exist_ok=True)
             Path(checkpoints.directory, str(step)).rename(damaged)
-        log.warning("Checkpoint %d is damaged and was moved to %s: %s", step, damaged, error)
+        log.warning("Checkpoint %d is damaged and was moved to %s: %s", step, damaged, reason)
     if errors:
         processes.wait_for_all("damaged checkpoints are moved")
         checkpoints.reload()

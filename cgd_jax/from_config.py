@@ -1,5 +1,6 @@
 """What a config describes: the data set, the network, the optimizer, the state at step 0."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,9 @@ class Setup(NamedTuple):
     @property
     def mesh(self) -> jax.sharding.Mesh:
         """All devices."""
-        return self.batch_sharding.mesh
+        mesh = self.batch_sharding.mesh
+        assert isinstance(mesh, jax.sharding.Mesh)  # an abstract one has no devices
+        return mesh
 
 
 def set_up(config: ConfigDict) -> Setup:
@@ -142,7 +145,7 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     average = None if state.average is None else loaded["params"]
-    new = state.replace(**loaded, normalization=normalization, average=average)
+    new = dataclasses.replace(state, **loaded, normalization=normalization, average=average)
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, state)
 
 

@@ -113,6 +113,8 @@ def _recorded_data(workdir: str | Path) -> dict | None:
 
 def keep_compiled(workdir: str | Path) -> None:
     """Keeps compiled programs beside the work folders, so that the next run starts sooner."""
-    if jax.config.jax_compilation_cache_dir is None:  # else the user has chosen a place
+    # jax.config gets its attributes at run time.
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if chosen is None:  # else the user has chosen a place
         folder = Path(workdir).resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))

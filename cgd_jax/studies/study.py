@@ -67,6 +67,7 @@ def load(name: str, clone: Path) -> Study:
         known = ", ".join(sorted(file.stem for file in folder.glob("[!_]*.py")))
         raise ConfigError(f"--study={name}: there is no file {path}; there are {known}.")
     spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
