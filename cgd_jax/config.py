@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from cgd_jax import combination, data, losses, metrics, pooling
-from cgd_jax.models import cgd, resnet
+from cgd_jax.models import backbones, cgd, resnet
 
 __all__ = ["ConfigError", "differences", "flatten", "from_dict", "to_dict", "validate"]
 
@@ -84,7 +84,10 @@ RULES: dict[str, Rule] = {
     "augment.min_area": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "augment.jitter": at_least(0),
     "augment.erase": Rule(lambda p: 0 <= p <= 1, "must be a probability"),
-    "model.backbone": one_of(cgd.BACKBONES),
+    "model.backbone": Rule(
+        lambda name: name in backbones.BACKBONES,
+        f"is unknown; valid names are {backbones.listed()}",
+    ),
     "model.pretrained": _any_text,
     "model.width": at_least(1),
     "model.stem": one_of(resnet.STEMS),
@@ -197,15 +200,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _options_of_another_backbone(config: ConfigDict) -> str | None:
-    published = {"width": 64, "stem": "7x7", "stem_stride": 2}
-    if config.model.backbone not in resnet.BACKBONES:
-        for name in cgd.RESNET_OPTIONS:
-            if config.model[name] != published[name]:
-                return (
-                    f"model.{name}={config.model[name]!r} is an option of ResNets; "
-                    f"{config.model.backbone} has none, leave {published[name]!r}."
-                )
-    return None
+    return " ".join(backbones.refused_options(config.model)) or None
 
 
 def _embedding_cannot_be_shared(config: ConfigDict) -> str | None:

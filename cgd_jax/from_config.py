@@ -14,7 +14,8 @@ from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
 from cgd_jax.models import pretrained
-from cgd_jax.models.cgd import CGD, create_model, normalization_of
+from cgd_jax.models.backbones import normalization_of
+from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.runtime import processes
 from cgd_jax.train_step import State, create_state, shardings
@@ -91,12 +92,13 @@ def check_batch(config: ConfigDict, devices: int) -> None:
         )
 
 
-def load_pretrained(source: str, state: State) -> State:
+def load_pretrained(source: str, backbone: str, state: State) -> State:
     """Puts published weights, or those of an earlier run, into a state at step 0.
 
     Args:
       source: the folder of a run, whose best checkpoint is taken, or what `pretrained.load`
         knows.
+      backbone: its name.
       state: from `create_state`.
 
     Returns:
@@ -109,9 +111,9 @@ def load_pretrained(source: str, state: State) -> State:
     try:
         if Path(source, checkpoint.FOLDER).is_dir():
             weights, normalization, _ = checkpoint.read_weights(source)
-            loaded = pretrained.fill(weights, variables)
+            loaded = pretrained.fill(variables, weights)
         else:
-            loaded, normalization = pretrained.load(variables, source)
+            loaded, normalization = pretrained.load(variables, source, backbone)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     average = None if state.average is None else loaded["params"]

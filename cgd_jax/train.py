@@ -61,7 +61,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     ):
         saved = checkpoint.restore_latest(checkpoints, setup.state)
         if config.model.pretrained and not (saved and Path(workdir, "baselines.json").exists()):
-            setup = setup._replace(state=load_pretrained(config.model.pretrained, setup.state))
+            state = load_pretrained(config.model.pretrained, config.model.backbone, setup.state)
+            setup = setup._replace(state=state)
         folder = processes.report_folder(workdir)
         files.write_json(folder / "config.json", to_dict(config))
         console.say(tables.dataset_table(setup.dataset) + "\n")

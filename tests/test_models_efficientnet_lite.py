@@ -1,9 +1,12 @@
 """EfficientNet-Lite: published sizes, and its blocks."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cgd_jax.models.efficientnet_lite import BACKBONES, EfficientNetLite, InvertedResidual
 from tests.variables import random_variables
@@ -42,12 +45,13 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
 def test_where_the_input_is_added():
     x = jnp.ones((1, 4, 4, 8))
     for out, stride, added in ((8, 1, True), (8, 2, False), (16, 1, False)):
-        block = InvertedResidual(3, stride, 6, out, jnp.float32)
-        variables = random_variables(block, x, False)
+        norm = partial(nn.BatchNorm, use_running_average=True)
+        block = InvertedResidual(3, stride, 6, out, partial(nn.Conv, use_bias=False), norm)
+        variables = random_variables(block, x)
         # Without the projection, what is left is the input, or nothing.
         norm = variables["params"]["project_bn"]
         norm["scale"], norm["bias"] = np.zeros(out), np.zeros(out)
-        y = block.apply(variables, x, False)
+        y = block.apply(variables, x)
         assert y.shape == (1, 4 // stride, 4 // stride, out)
         np.testing.assert_array_equal(y, x if added else jnp.zeros(y.shape))
 

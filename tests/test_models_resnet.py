@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cgd_jax.models.resnet import BACKBONES, Block
 from tests.variables import random_variables
@@ -57,13 +58,20 @@ def test_small_images_and_small_widths():
 def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
     """Else every second pixel would be lost to the strided 1×1 convolution."""
     block = Block(
-        width=4, out=8, stride=2, bottleneck=True, groups=1, squeeze_excite=False, dtype="float32"
+        width=4,
+        out=8,
+        stride=2,
+        bottleneck=True,
+        groups=1,
+        squeeze_excite=False,
+        conv=partial(nn.Conv, use_bias=False),
+        norm=partial(nn.BatchNorm, use_running_average=True),
     )
     images = jax.random.normal(jax.random.key(1), (1, 8, 8, 8))
-    variables = random_variables(block, images, train=False)
+    variables = random_variables(block, images)
     # Without the shortcut, which does skip pixels.
     variables["params"]["downsample_conv"]["kernel"] = jnp.zeros((1, 1, 8, 8))
-    gradient = jax.jit(jax.grad(lambda x: block.apply(variables, x, False).sum()))(images)
+    gradient = jax.jit(jax.grad(lambda x: block.apply(variables, x).sum()))(images)
     assert np.all(np.abs(gradient).sum(-1) > 0)
 
 

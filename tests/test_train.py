@@ -219,7 +219,7 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
     doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
     path = tmp_path / "weights.safetensors"
     pretrained.save(path, doubled, EFFICIENTNET_LITE)
-    state = from_config.load_pretrained(str(path), setup.state)
+    state = from_config.load_pretrained(str(path), "resnet10", setup.state)
     kernel = state.params["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
     assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
