@@ -137,11 +137,9 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     try:
         if Path(source, checkpoint.FOLDER).is_dir():
             weights, normalization, _ = checkpoint.read_weights(source)
-            loaded = pretrained.fill(weights, variables)
+            loaded = pretrained.fill(variables, weights)
         else:
-            loaded, normalization = pretrained.load(
-                variables, source, backbones.family_of(config.backbone)
-            )
+            loaded, normalization = pretrained.load(variables, source, config.backbone)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     average = None if state.average is None else loaded["params"]

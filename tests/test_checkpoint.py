@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from cgd_jax import checkpoint, train_step, workdir
-from cgd_jax.augment import IMAGENET
+from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError
 from configs import glyphs
 from tests.variables import assert_same
@@ -211,3 +211,34 @@ def test_work_folders_whose_checkpoints_could_not_be_read_are_refused(tmp_path, 
     with pytest.raises(ConfigError, match="could not be read again"):
         workdir.check_workdir(glyphs.get_config(), tmp_path / name / "run")
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_weights_of_a_run(tmp_path, averaged):
+    lite = jax.tree.map(jnp.asarray, EFFICIENTNET_LITE)
+    best = state_with(5, jnp.arange(3.0)).replace(batch_stats={"s": jnp.ones(2)})
+    best = best.replace(normalization=lite)
+    if averaged:  # the average is what was evaluated
+        best = best.replace(params={"w": jnp.zeros(3)}, average=best.params)
+    worse = best.replace(step=jnp.int32(9), batch_stats={"s": jnp.zeros(2)})
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, best, 0.9)
+        checkpoint.save(checkpoints, worse, 0.4)
+    weights, normalization, step = checkpoint.read_weights(tmp_path)
+    assert step == 5 and all(isinstance(a, np.ndarray) for a in jax.tree.leaves(weights))
+    np.testing.assert_array_equal(weights["params"]["w"], [0, 1, 2])
+    np.testing.assert_array_equal(weights["batch_stats"]["s"], [1, 1])
+    assert_same(normalization, EFFICIENTNET_LITE)
+    weights, _, step = checkpoint.read_weights(tmp_path, 9)
+    assert step == 9 and not weights["batch_stats"]["s"].any()
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; .* kept are: 5, 9"):
+        checkpoint.read_weights(tmp_path, 7)
+
+
+def test_the_weights_of_a_run_that_was_never_evaluated_or_never_saved(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        checkpoint.read_weights(tmp_path)
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, state_with(5, jnp.ones(3)))
+    assert checkpoint.read_weights(tmp_path)[2] == 5

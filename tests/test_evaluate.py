@@ -11,7 +11,7 @@ from cgd_jax.data import Dataset, Split
 from cgd_jax.evaluate import Embeddings
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD, Output
-from cgd_jax.models.resnet import FAMILY
+from cgd_jax.models.resnet import BACKBONES
 from configs import base
 from tests.variables import random_variables
 
@@ -116,7 +116,7 @@ def test_vectors_on_the_way():
 
 
 def test_flip_and_scales_make_the_embedding_blind_to_mirroring():
-    model = CGD(FAMILY.backbones["resnet10"](width=2, stem="3x3"), 3, "SG", 8)
+    model = CGD(BACKBONES["resnet10"](width=2, stem="3x3"), 3, "SG", 8)
     images = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3)).astype(np.uint8)
     variables = random_variables(model, images[:, :8, :8] / 255)
     arguments = (model, variables, IMAGENET, 8)
