@@ -186,6 +186,8 @@ def test_two_files_of_any_size(run, tmp_path):
     assert Image.open(picture).size == (1320, 341)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 99"):
         explain.explain_run(str(run), 99, a, b)
+    with pytest.raises(ValueError, match="go together"):
+        explain.explain_run(str(run), match=b)
     with pytest.raises(FileNotFoundError, match="--match=.*c.png: there is no such file"):
         explain.explain_run(str(run), None, a, str(tmp_path / "c.png"))
     (tmp_path / "c.png").write_text("no image")
