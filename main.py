@@ -160,8 +160,11 @@ def main(argv: list[str]) -> None:
     ) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(interrupts.EXIT_TEMPFAIL if MODE.value == "train" else 130)
+        if MODE.value != "train":
+            print("Interrupted.", file=sys.stderr)
+            sys.exit(130)
+        print("Interrupted; the same command goes on from where it was.", file=sys.stderr)
+        sys.exit(interrupts.EXIT_TEMPFAIL)
 
 
 if __name__ == "__main__":

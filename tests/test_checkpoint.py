@@ -14,8 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from cgd_jax import checkpoint, train_step
-from cgd_jax.augment import IMAGENET
+from cgd_jax import checkpoint, train_step, workdir
+from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
+from cgd_jax.config import ConfigError
+from configs import glyphs
 from tests.variables import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -186,3 +188,57 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, caplog, monkeypatc
         checkpoint.save(checkpoints, weights(2))
         checkpoint.finish(checkpoints)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+ODD_NAMES = ["d$HOME", "a&b", "u_{x}", "#h", "100%", "q'\"", "b lank ", "ümlaut", "😀", "new\nline"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "-lead", "a:b", "~tilde", "%s", "..x", "x" * 255])
+def test_work_folders_of_odd_names_keep_their_checkpoints(tmp_path, name):
+    folder = tmp_path / name
+    with checkpoint.manager(folder, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, state_with(1, jnp.ones(2)), 0.5)
+        checkpoint.save(checkpoints, state_with(2, jnp.ones(2)), 0.4)
+    with checkpoint.manager(folder, keep=2) as checkpoints:
+        assert int(checkpoint.restore_latest(checkpoints, state_with(0, jnp.ones(2))).step) == 2
+        assert checkpoints.best_step() == 1
+
+
+@pytest.mark.parametrize("name", ["sweep[lr=1e-4]", "a*b", "what?", "back\\slash", "gs:"])
+def test_work_folders_whose_checkpoints_could_not_be_read_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="could not be read again.*Choose a folder without"):
+        checkpoint.manager(tmp_path / name, keep=2)
+    with pytest.raises(ConfigError, match="could not be read again"):
+        workdir.check_workdir(glyphs.get_config(), tmp_path / name / "run")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_weights_of_a_run(tmp_path, averaged):
+    lite = jax.tree.map(jnp.asarray, EFFICIENTNET_LITE)
+    best = state_with(5, jnp.arange(3.0)).replace(batch_stats={"s": jnp.ones(2)})
+    best = best.replace(normalization=lite)
+    if averaged:  # the average is what was evaluated
+        best = best.replace(params={"w": jnp.zeros(3)}, average=best.params)
+    worse = best.replace(step=jnp.int32(9), batch_stats={"s": jnp.zeros(2)})
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, best, 0.9)
+        checkpoint.save(checkpoints, worse, 0.4)
+    weights, normalization, step = checkpoint.read_weights(tmp_path)
+    assert step == 5 and all(isinstance(a, np.ndarray) for a in jax.tree.leaves(weights))
+    np.testing.assert_array_equal(weights["params"]["w"], [0, 1, 2])
+    np.testing.assert_array_equal(weights["batch_stats"]["s"], [1, 1])
+    assert_same(normalization, EFFICIENTNET_LITE)
+    weights, _, step = checkpoint.read_weights(tmp_path, 9)
+    assert step == 9 and not weights["batch_stats"]["s"].any()
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; .* kept are: 5, 9"):
+        checkpoint.read_weights(tmp_path, 7)
+
+
+def test_the_weights_of_a_run_that_was_never_evaluated_or_never_saved(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        checkpoint.read_weights(tmp_path)
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, state_with(5, jnp.ones(3)))
+    assert checkpoint.read_weights(tmp_path)[2] == 5

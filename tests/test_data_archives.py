@@ -1,7 +1,8 @@
 """Archives: every form unpacks alike, dangerous and damaged ones are refused whole."""
 
+import bz2
 import hashlib
-import io
+import lzma
 import os
 import stat
 import tarfile
@@ -52,24 +53,130 @@ def test_members_that_point_outside_are_refused(tmp_path, name, member):
     assert not list(tmp_path.rglob("evil*"))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_in_tars_are_refused(tmp_path, kind):
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        member = tarfile.TarInfo("innocent")
-        member.type, member.linkname = kind, "/etc/passwd"
-        archive.addfile(member)
-    with pytest.raises(ValueError, match="'innocent' is a link or a device"):
-        with archives.unpacked(tmp_path / "x.tar", tmp_path / "scratch"):
+def link(name, target, kind=tarfile.SYMTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def zip_link(name, target):
+    member = zipfile.ZipInfo(name)
+    member.create_system, member.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return member, target
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.zip"])
+def test_links_are_unpacked_as_copies_or_left_out(tmp_path, name, caplog):
+    archive = pack(tmp_path / name, {"a/1.jpg": b"one", "b/2.jpg": b"two"})
+    links = {
+        "a/inside.jpg": "../b/2.jpg",
+        "absolute.jpg": "/etc/passwd",
+        "outside.jpg": "../../etc/passwd",
+        "nowhere.jpg": "gone.jpg",
+        "folder": "a",
+    }
+    if name == "x.zip":
+        with zipfile.ZipFile(archive, "a") as opened:
+            for member in links.items():
+                opened.writestr(*zip_link(*member))
+    else:
+        with tarfile.open(archive, "a") as opened:
+            for member in links.items():
+                opened.addfile(link(*member))
+            opened.addfile(link("hard.jpg", "a/1.jpg", tarfile.LNKTYPE))
+            opened.addfile(link("pipe.jpg", "", tarfile.FIFOTYPE))
+    with archives.unpacked(archive, tmp_path / "scratch") as folder:
+        found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob("*/*")}
+        assert found == {"a/1.jpg": b"one", "b/2.jpg": b"two", "a/inside.jpg": b"two"}
+        hard = {"hard.jpg": b"one"} if name == "x.tar" else {}
+        assert {p.name: p.read_bytes() for p in folder.glob("*.jpg")} == hard
+        assert not any(path.is_symlink() for path in folder.rglob("*"))
+    assert "4 members could not be unpacked" in caplog.text
+    assert all(repr(link) in caplog.text for link in links if link != "a/inside.jpg")
+    assert ("pipe.jpg" in caplog.text) == (name == "x.tar")
+
+
+def test_zips_made_on_windows(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, content in {"cat\\": b"", "cat\\1.jpg": b"1", "dog\\sub\\2.jpg": b"2"}.items():
+            member = zipfile.ZipInfo("placeholder")
+            member.filename, member.create_system = name, 0
+            archive.writestr(member, content)
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
+        assert {p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg")} == {
+            "cat/1.jpg",
+            "dog/sub/2.jpg",
+        }
+
+
+def test_zips_made_on_a_mac_forget_to_say_utf8(tmp_path):
+    name = "Ä/ü.jpg".encode()
+    pack(tmp_path / "x.zip", {"x" * len(name): b"1"})
+    data = (tmp_path / "x.zip").read_bytes().replace(b"x" * len(name), name)
+    (tmp_path / "x.zip").write_bytes(data)
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
+        assert (folder / "Ä" / "ü.jpg").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_methods_of_compression_that_python_reads(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        archive.writestr("a/1.jpg", b"1" * 1000)
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
+        assert (folder / "a" / "1.jpg").read_bytes() == b"1" * 1000
+
+
+def test_other_methods_are_named_with_the_member(tmp_path):
+    archive = pack(tmp_path / "x.zip", {"a/1.jpg": b"1"})
+    data = bytearray(archive.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        data[data.index(mark) + offset] = 9
+    archive.write_bytes(data)
+    with pytest.raises(ValueError, match=r"'a/1.jpg' is compressed.*deflate64, number 9"):
+        with archives.unpacked(archive, tmp_path / "scratch"):
+            pass
+    for offset in (4, 6):
+        data[data.index(b"PK\x01\x02") + offset] = 200
+    archive.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.zip: Python cannot read this zip"):
+        with archives.unpacked(archive, tmp_path / "scratch"):
             pass
 
 
-def test_links_in_zips_are_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        member = zipfile.ZipInfo("innocent")
-        member.create_system, member.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-        archive.writestr(member, "/etc/passwd")
-    with pytest.raises(ValueError, match="'innocent' is a link"):
-        with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch"):
+@pytest.mark.parametrize("ending", ["tar.bz2", "tbz2", "tar.xz", "txz"])
+def test_other_compressed_tars(tmp_path, ending):
+    plain = pack(tmp_path / "x.tar", FILES).read_bytes()
+    compress = bz2.compress if "b" in ending else lzma.compress
+    archive = tmp_path / f"x.{ending}"
+    archive.write_bytes(compress(plain))
+    with archives.unpacked(archive, tmp_path / "scratch") as folder:
+        assert (folder / "top/a b/ü.JPG").read_bytes() == b"one"
+    archive.write_bytes(compress(plain)[:-30])
+    with pytest.raises(ValueError, match="damaged or not fully downloaded"):
+        with archives.unpacked(archive, tmp_path / "scratch"):
+            pass
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.zip"])
+def test_a_member_that_cannot_be_written_costs_only_itself(tmp_path, name, caplog):
+    files = {"a/" + "ü" * 200 + ".jpg": b"1", "a/2.jpg": b"2", "a/2.jpg/3.jpg": b"3"}
+    with archives.unpacked(pack(tmp_path / name, files), tmp_path / "scratch") as folder:
+        assert [path.name for path in (folder / "a").iterdir()] == ["2.jpg"]
+    assert "2 members could not be unpacked" in caplog.text and "name too long" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tgz"])
+@pytest.mark.parametrize(
+    "data, cause",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><title>Sign in</title>" + b" " * 2000, "an HTML page"),
+    ],
+)
+def test_what_is_no_archive_at_all_is_named(tmp_path, name, data, cause):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=cause):
+        with archives.unpacked(tmp_path / name, tmp_path / "scratch"):
             pass
 
 
@@ -119,10 +226,34 @@ def test_fingerprints(tmp_path):
         lambda: os.utime(folder / "a/x.jpg", ns=(5, 5)),
         lambda: (folder / "b/y.jpg").rename(folder / "b/z.jpg"),
         lambda: (folder / "b/z.jpg").unlink(),
+        lambda: (folder / "b/z.jpg").symlink_to("nowhere"),
     ):
         change()
         seen.add(archives.fingerprint(folder))
-    assert len(seen) == 6
+    assert len(seen) == 7
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    root = write(tmp_path / "in", {"a/1.jpg": b"1", "b/c/2.jpg": b"2"})
+    write(tmp_path / "other", {"3.jpg": b"3"})
+    (root / "b" / "up").symlink_to("..")
+    (root / "b" / "self").symlink_to(".")
+    (root / "a" / "root").symlink_to(root)
+    (root / "d").symlink_to(tmp_path / "other")
+    (root / "a" / "beside").symlink_to(root / "b" / "c")
+    found = [path.relative_to(root).as_posix() for path in archives.files_below(root)]
+    assert found == ["a/1.jpg", "a/beside/2.jpg", "b/c/2.jpg", "d/3.jpg"]
+
+
+def test_a_list_that_is_something_else_is_named(tmp_path):
+    write(tmp_path, {"list.txt": "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"})
+    with pytest.raises(ValueError, match="list.txt is a Git LFS pointer"):
+        list(archives.read_rows(tmp_path / "list.txt", columns=2))
+    (tmp_path / "list.txt").write_bytes("\ufeff1 a.jpg\r\n2 b\x85c.jpg\r\n".encode())
+    assert list(archives.read_rows(tmp_path / "list.txt", columns=2)) == [
+        ["1", "a.jpg"],
+        ["2", "b\x85c.jpg"],
+    ]
 
 
 def test_find_prefers_what_is_nearest(tmp_path):
@@ -169,9 +300,8 @@ def test_failed_downloads_leave_nothing(tmp_path, path, checksum, error, message
     assert not list((tmp_path / "downloads").iterdir())
 
 
-def test_tar_reading_counts_all_bytes(tmp_path, monkeypatch):
+def test_tar_reading_counts_all_bytes(tmp_path):
     # The progress bar of a compressed tar is fed with compressed bytes: they must add up.
     archive = pack(tmp_path / "x.tgz", {f"{i}": os.urandom(30_000) for i in range(20)})
-    total = sum(count for *_, count in archives._read_tar(archive))
+    total = sum(member.size for member in archives._read_tar(archive))
     assert 0.5 * archive.stat().st_size < total <= archive.stat().st_size
-    assert isinstance(next(archives._read_zip(pack(tmp_path / "x.zip", {"a": b"1"})))[2], io.IOBase)

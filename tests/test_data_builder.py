@@ -73,7 +73,7 @@ def test_bad_files_are_skipped_counted_and_listed(tmp_path):
     assert len(found) == 12 + len(odd_but_good()) and not BAD.keys() & found.keys()
     for name, data in odd_but_good().items():
         assert found[name]["image"] == data
-    rows = builder.skipped()
+    rows = builder.report("skipped")
     assert {row["id"] for row in rows} == BAD.keys()
     for row in rows:
         assert BAD[row["id"]][1] in row["reason"] and row["reason"]
@@ -87,7 +87,7 @@ def test_too_many_bad_files_stop_the_build(tmp_path):
     with pytest.raises(ValueError, match=r"of 17 files.*share of 0\.1 .*skipped.csv") as error:
         prepared(tmp_path, source, max_bad_fraction=0.1)
     builder = ImageFolder(data_dir=tmp_path / "data", source=source)
-    assert str(builder.report_path) in str(error.value) and builder.skipped()
+    assert str(builder.report_path("skipped")) in str(error.value) and builder.report("skipped")
     assert not os.path.exists(builder.data_dir) and not builder.is_prepared()
     # Built under a generous limit, it still does not pass a strict one.
     prepared(tmp_path, source, max_bad_fraction=0.5)
@@ -106,7 +106,7 @@ def test_files_that_vanish_are_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builder_module, "_read", read)
     builder = prepared(tmp_path, source, max_bad_fraction=0.1)
-    assert [(row["id"], row["reason"]) for row in builder.skipped()] == [
+    assert [(row["id"], row["reason"]) for row in builder.report("skipped")] == [
         ("class 2/1.jpg", "no such file")
     ]
 
@@ -148,7 +148,7 @@ def test_an_interrupted_build_is_not_taken_for_complete(tmp_path, monkeypatch):
         prepared(tmp_path, source)
     builder = ImageFolder(data_dir=tmp_path / "data", source=source)
     assert not os.path.exists(builder.data_dir)
-    assert not list(builder.report_path.parent.glob("incomplete*"))
+    assert not list(builder.report_path("skipped").parent.glob("incomplete*"))
     monkeypatch.undo()
     assert len(everything(prepared(tmp_path, source))) == 12
 
@@ -164,7 +164,7 @@ def test_a_killed_build_is_not_taken_for_complete(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 7
-    folder = ImageFolder(data_dir=tmp_path / "data", source=source).report_path.parent
+    folder = ImageFolder(data_dir=tmp_path / "data", source=source).report_path("skipped").parent
     assert list(folder.glob("incomplete*"))
     assert len(everything(prepared(tmp_path, source))) == 12
     assert not list(folder.glob("incomplete*"))
@@ -242,7 +242,7 @@ def test_processes_at_once_build_one_good_data_set(tmp_path):
 
 def test_boxes_are_clipped_and_degenerate_ones_replaced():
     builder = object.__new__(builder_module.ImageBuilder)
-    builder._empty_boxes = []
+    builder._notes = {"boxes": []}
 
     def clip(*box):
         row = builder_module.Photograph("x", None, 0, "", box)
@@ -250,7 +250,7 @@ def test_boxes_are_clipped_and_degenerate_ones_replaced():
 
     assert clip(1.5, 2, 10, 12) == [1.5, 2, 10, 12]
     assert clip(-5, -1, 100, 200) == [0, 0, 30, 20]
-    assert not builder._empty_boxes
+    assert not builder._notes["boxes"]
     whole = [0, 0, 30, 20]
     for box in (
         (5, 5, 5, 9),
@@ -261,7 +261,7 @@ def test_boxes_are_clipped_and_degenerate_ones_replaced():
         (np.nan, 0, 5, 5),
     ):
         assert clip(*box) == whole, box
-    assert len(builder._empty_boxes) == 6
+    assert len(builder._notes["boxes"]) == 6
 
 
 def test_share_of_bad_files_is_a_share(tmp_path):

@@ -158,7 +158,7 @@ def test_csv_with_splits(tmp_path):
         ("", "an empty file"),
         ("a.jpg,cat\nb.jpg,dog\n", "first line names the columns.*a.jpg,cat"),
         ("path,label\na.jpg,\n", "line 2: a path or a label is missing"),
-        ("path,label,split\na.jpg,x,train\nb.jpg,y,validation\n", "holds .'train', 'validation'."),
+        ("path,label,split\na.jpg,x,train\nb.jpg,y,holdout\n", "holds .'holdout', 'train'."),
         ("path,label,split\na.jpg,x,train\nb.jpg,y,\n", "in every row"),
         ("path,label\na.jpg,x\na.jpg,x\nb.jpg,y\nb.jpg,y\n", "more than once"),
     ],
@@ -200,7 +200,10 @@ def test_another_seed_divides_otherwise():
 def test_what_may_surprise_is_said(tmp_path, caplog):
     single = {f"single{i}/x.jpg": picture(i) for i in range(8)}
     built(tmp_path, write(tmp_path / "a", FILES | single))
-    assert "no second image" in caplog.text and "belong to no class folder" in caplog.text
+    assert (
+        "no second image" in caplog.text
+        and "1 × in no folder of a class (stray.jpg)" in caplog.text
+    )
     caplog.clear()
     built(
         tmp_path,

@@ -61,9 +61,9 @@ def expect_cub(builder):
     np.testing.assert_array_equal([e["bbox"] for e in train], [[2, 3, 13, 15], [5, 4, 30, 14]] * 2)
     assert train[0]["bbox"].dtype == np.float32
     np.testing.assert_array_equal(test[3]["bbox"], [0, 0, 30, 20])
-    report = builder.boxes_path.read_text()
+    report = builder.report_path("boxes").read_text()
     assert test[3]["id"] in report and len(report.splitlines()) == 2
-    assert builder.skipped() == []
+    assert builder.report("skipped") == []
 
 
 def mat(rows, columns, **more):
@@ -238,7 +238,7 @@ def test_layout(tmp_path, layout, form):
     builder = cls(data_dir=tmp_path / "data", source=source, allow_incomplete=True)
     builder.download_and_prepare()
     expect(builder)
-    folder = builder.report_path.parent
+    folder = builder.report_path("skipped").parent
     assert not list(folder.glob("incomplete*"))
     if form.startswith("x."):  # What is prepared does not need the archive any more to be read.
         expect(builder)
@@ -266,6 +266,17 @@ def test_cars_from_the_archives_that_people_downloaded(tmp_path):
     folder = write(tmp_path / "other", {"cars_annos.mat": files.pop("cars_annos.mat")})
     pack(folder / "car_ims.tgz", files)
     builder = Cars196(data_dir=tmp_path / "data", source=folder, allow_incomplete=True)
+    builder.download_and_prepare()
+    expect_cars(builder)
+
+
+@pytest.mark.parametrize("form", [cars_one_archive, cars_two_archives])
+def test_of_both_forms_of_cars_the_one_with_pictures_is_read(tmp_path, form):
+    lists = {n: c for n, c in (cars_one_archive() | cars_two_archives()).items() if ".mat" in n}
+    source = write(tmp_path / "in", lists | form())
+    for folder in ("car_ims", "cars_train", "cars_test"):  # some copies have empty ones
+        (source / folder).mkdir(exist_ok=True)
+    builder = Cars196(data_dir=tmp_path / "data", source=source, allow_incomplete=True)
     builder.download_and_prepare()
     expect_cars(builder)
 

@@ -1,9 +1,26 @@
 """The data sets, one TFDS builder a file; a config selects one by its name."""
 
 import importlib
-from typing import NamedTuple
 
-import numpy as np
+from cgd_jax.data.dataset import (
+    Dataset,
+    Split,
+    check_queries,
+    describe_difference,
+    fingerprint,
+)
+
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "Split",
+    "builder_class",
+    "check_queries",
+    "config_keys",
+    "describe_difference",
+    "fingerprint",
+    "needs_source",
+]
 
 # Name in a config → where its builder is. A builder is imported on use, as it may need
 # packages that other data sets do without.
@@ -16,24 +33,6 @@ NAMES = {
     "grocery": "cgd_jax.data.grocery:Grocery",
     "image_folder": "cgd_jax.data.image_folder:ImageFolder",
 }
-
-
-class Split(NamedTuple):
-    """Images of one part of a data set, aligned by position."""
-
-    images: np.ndarray  # [N, S, S, 3] uint8, or what is indexed like it
-    labels: np.ndarray  # [N] int64, the class numbers of the whole data set
-    ids: list[str]  # of every image, unique within the split
-    class_names: dict[int, str]  # class number → name
-    skipped: int = 0  # files that could not be used
-
-
-class Dataset(NamedTuple):
-    """A data set for retrieval."""
-
-    train: Split
-    query: Split
-    gallery: Split | None  # None: every query searches all the other queries
 
 
 def builder_class(name: str) -> type:

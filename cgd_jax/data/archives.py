@@ -7,27 +7,48 @@ removed after the build, also after a failed one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import logging
+import lzma
 import os
+import posixpath
 import shutil
 import stat
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import pooch
 
+from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress
+from cgd_jax.runtime.files import describe_impostor
 
 log = logging.getLogger(__name__)
 
-ARCHIVE_ENDINGS = (".tgz", ".tar.gz", ".tar", ".zip")
+ARCHIVE_ENDINGS = (
+    *(".zip", ".tar", ".tgz", ".tar.gz"),
+    *(".tbz2", ".tar.bz2", ".txz", ".tar.xz"),
+)
+
+# What the libraries raise for damaged archives.
+DAMAGED = (
+    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile),
+    *(zlib.error, lzma.LZMAError, EOFError),
+)
+
+# A name that is too long or not allowed here, or a file where a folder is to be.
+NO_SUCH_NAME = {
+    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+}
 
 
 class Download(NamedTuple):
@@ -43,6 +64,14 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ARCHIVE_ENDINGS)
 
 
+def is_file(path: Path) -> bool:
+    """Returns whether there is a file, also for names that cannot be."""
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def fingerprint(path: Path) -> str:
     """Returns 12 hexadecimal digits that change when an archive, file or folder changes.
 
@@ -52,19 +81,41 @@ def fingerprint(path: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else files_below(path):
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError:  # a link to nowhere, for example
+            status = file.lstat()
         name = file.name if file == path else file.relative_to(path).as_posix()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="replace"))
     return digest.hexdigest()[:12]
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Lists every file below a folder, sorted, without hidden ones and the litter of macOS."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _litter(name))
-        found.extend(Path(parent, name) for name in names if not _litter(name))
+    """Lists every file below a folder, sorted, without hidden ones and the litter of macOS.
+
+    A link to a folder counts as that folder, unless it leads back to one that it lies in.
+
+    Raises:
+      OSError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, real = [], {os.fspath(folder): os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        here = real.pop(parent)
+        inner = {name: os.path.realpath(os.path.join(here, name)) for name in folders}
+        folders[:] = sorted(
+            name for name in folders if not is_litter(name) and not _holds(inner[name], here)
+        )
+        real |= {os.path.join(parent, name): inner[name] for name in folders}
+        found.extend(Path(parent, name) for name in names if not is_litter(name))
     return sorted(found)
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return os.path.commonpath([outer, inner]) == outer
 
 
 def find(folder: Path, name: str, depth: int = 3) -> Path | None:
@@ -82,7 +133,7 @@ def find(folder: Path, name: str, depth: int = 3) -> Path | None:
             Path(entry.path)
             for parent in level
             for entry in os.scandir(parent)
-            if entry.is_dir() and not _litter(entry.name)
+            if entry.is_dir() and not is_litter(entry.name)
         )
     return None
 
@@ -97,7 +148,10 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
 
     Raises:
       ValueError: the archive is damaged, wants a password, or has members that point
-        outside of it (absolute paths, `..`) or are links; none of it is used then.
+        outside of it (absolute paths, `..`); none of it is used then.
+
+    Links are never made: a link to a file of the archive is unpacked as a copy of it, any
+    other is left out with a warning, as are devices and names that cannot be written.
     """
     if source.is_dir() or not is_archive(source):
         yield source
@@ -113,7 +167,6 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
 
 def extract(archive: Path, folder: Path) -> None:
     """Unpacks an archive below `folder`; raises as `unpacked` does."""
-    read = _read_zip if archive.name.lower().endswith(".zip") else _read_tar
     size = archive.stat().st_size
     free = shutil.disk_usage(folder).free
     if size > free:  # Photographs hardly compress, so this is nearly what it unpacks to.
@@ -122,62 +175,133 @@ def extract(archive: Path, folder: Path) -> None:
             f"are free at {folder}. Free some disk, or let --config.data.dir point elsewhere."
         )
     log.info("Unpacking %s (%.2f GB) into %s", archive, size / 1e9, folder)
+    read = _read_zip if archive.name.lower().endswith(".zip") else _read_tar
+    links, failed = {}, []
     try:
         with progress(size, f"unpacking {archive.name}", unit="B") as bar:
-            for name, is_folder, file, read_bytes in read(archive):
-                bar.update(read_bytes)
-                path = _safe(name, archive)
-                if any(_litter(part) for part in path.parts):
+            for member in read(archive):
+                bar.update(member.size)
+                path = _safe(member.name, archive)
+                if any(is_litter(part) for part in path.parts):
                     continue
                 target = folder / path
-                if is_folder:
-                    target.mkdir(parents=True, exist_ok=True)
+                if member.link is not None:
+                    links[target] = member.link
                     continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with file, open(target, "wb") as out:
+                try:
+                    if member.is_folder:
+                        target.mkdir(parents=True, exist_ok=True)
+                        continue
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    out = open(target, "wb")
+                except OSError as error:
+                    if error.errno not in NO_SUCH_NAME:
+                        raise
+                    failed.append(f"{member.name!r} ({error.strerror})")
+                    continue
+                with out, member.open() as file:
                     shutil.copyfileobj(file, out, 1 << 20)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile) as error:
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # else it is of bz2
+            raise
+        with open(archive, "rb") as file:
+            found = describe_impostor(file.read(512))
         raise ValueError(
-            f"The archive {archive} is damaged or not fully downloaded ({error}). Get it again "
-            "and compare its size with the one that the server shows."
+            f"The archive {archive} is damaged or not fully downloaded "
+            f"({f'it is {found}' if found else error}). Get it again and compare its size with the "
+            "one that the server shows."
         ) from error
+    for target, link in links.items():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / _safe(link, archive), target)
+        except (OSError, ValueError):  # to a folder, to nowhere, out of the archive
+            failed.append(f"{target.relative_to(folder).as_posix()!r} (a link to {link!r})")
+    if failed:
+        log.warning(
+            "%s: %d members could not be unpacked and are left out: %s",
+            archive,
+            len(failed),
+            listed(failed, 20),
+        )
 
 
-def _read_zip(archive: Path):
-    with zipfile.ZipFile(archive) as opened:
+class _Member(NamedTuple):
+    name: str
+    size: int  # in the archive, compressed
+    is_folder: bool
+    link: str | None  # the member that it is a link to
+    open: Callable[[], IO[bytes]]
+
+
+def _read_zip(archive: Path) -> Iterator[_Member]:
+    try:
+        opened = zipfile.ZipFile(archive)
+    except NotImplementedError as error:
+        raise ValueError(f"{archive}: Python cannot read this zip ({error}).") from error
+    with opened:
         for member in opened.infolist():
             if member.flag_bits & 1:
                 raise ValueError(
                     f"The archive {archive} wants a password (for {member.filename!r}). Unpack it "
                     "with the password that its owners gave you and pass the folder instead."
                 )
+            name, link = _zip_name(member), None
             if stat.S_ISLNK(member.external_attr >> 16):
-                raise ValueError(_refusal(archive, member.filename, "is a link"))
-            folder = member.is_dir()
-            file = None if folder else opened.open(member)
-            yield member.filename, folder, file, member.compress_size
+                original = opened.read(member).decode("utf-8", "surrogateescape")
+                link = posixpath.join(posixpath.dirname(name), original)
+            open_member = partial(_open_zip_member, archive, opened, member)
+            yield _Member(name, member.compress_size, name.endswith("/"), link, open_member)
 
 
-def _read_tar(archive: Path):
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """Returns the name of a member with slashes and, where it is certain, as Unicode."""
+    name = member.filename
+    if not member.flag_bits & 0x800:  # not marked as UTF-8, which macOS forgets
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")  # of some programs for Windows
+
+
+def _open_zip_member(archive: Path, opened: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
+    try:
+        return opened.open(member)
+    except NotImplementedError as error:
+        kind = member.compress_type
+        method = zipfile.compressor_names.get(kind, "unknown")
+        raise ValueError(
+            f"{archive}: {member.filename!r} is compressed by a method that Python cannot read "
+            f"({method}, number {kind}: {error}). Unpack the archive with another program and "
+            "pass the folder, or pack it anew with Deflate."
+        ) from error
+
+
+def _read_tar(archive: Path) -> Iterator[_Member]:
     with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as opened:
         before = 0
         for member in opened:
-            if not (member.isreg() or member.isdir()):
-                raise ValueError(_refusal(archive, member.name, "is a link or a device"))
+            link = None
+            if member.issym():
+                link = posixpath.join(posixpath.dirname(member.name), member.linkname)
+            elif member.islnk():
+                link = member.linkname
+            elif not (member.isreg() or member.isdir()):
+                log.warning("%s: %r is a device, and is left out.", archive, member.name)
+                continue
             position = raw.tell()
-            folder = member.isdir()
-            file = None if folder else opened.extractfile(member)
-            yield member.name, folder, file, position - before
+            open_member = partial(opened.extractfile, member)
+            yield _Member(member.name, position - before, member.isdir(), link, open_member)
             before = position
-        while opened.fileobj.read(1 << 20):  # Up to the checksum, which stands at the very end.
+        while opened.fileobj.read(1 << 20):  # up to the checksum, which stands at the very end
             pass
 
 
 def _safe(name: str, archive: Path) -> PurePosixPath:
     """Returns the path of a member, if it stays below the folder that is unpacked to."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or path.parts[0:1] and path.parts[0].endswith(":"):
+    name = name.replace("\\", "/")
+    if name.startswith("/") or name.partition("/")[0].endswith(":"):
         raise ValueError(_refusal(archive, name, "is an absolute path"))
+    path = PurePosixPath(posixpath.normpath(name))
     if ".." in path.parts:
         raise ValueError(_refusal(archive, name, "points outside of the archive"))
     if "\0" in name:
@@ -193,7 +317,8 @@ def _refusal(archive: Path, name: str, why: str) -> str:
     )
 
 
-def _litter(name: str) -> bool:
+def is_litter(name: str) -> bool:
+    """Returns whether a name is that of a hidden file, or of what macOS adds to archives."""
     return name.startswith(".") and name not in (".", "..") or name == "__MACOSX"
 
 
@@ -228,13 +353,25 @@ def download(wanted: Download, folder: Path) -> Path:
     return Path(path)
 
 
+def read_text(path: Path) -> str:
+    """Reads a list that belongs to a data set; bytes that are not UTF-8 become surrogates.
+
+    Raises:
+      ValueError: the file is something else under the name of a list.
+    """
+    data = path.read_bytes()
+    if impostor := describe_impostor(data):
+        raise ValueError(f"{path} is {impostor}, not a list of photographs.")
+    return data.decode("utf-8-sig", "surrogateescape")
+
+
 def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
     """Reads the rows of a list of whitespace-separated columns; the last may hold spaces.
 
     Raises:
       ValueError: a row has fewer columns, with its line number.
     """
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    lines = read_text(path).split("\n")
     for number, line in enumerate(lines[skip:], start=skip + 1):
         if not line.strip():
             continue

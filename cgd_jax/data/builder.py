@@ -16,7 +16,8 @@ import logging
 import os
 import re
 import shutil
-from collections import Counter
+import stat
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,22 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cgd_jax.data import archives, decode
+from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.files import replacing, write_atomically
 from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
 
 log = logging.getLogger(__name__)
+
+# What a build notes about single files → what is said of it.
+REPORTS = {
+    "skipped": "files are missing or unreadable",
+    "left_out": "files are left out",
+    "boxes": "boxes have no area, and stand for the whole image",
+    "blank": "images are blank (files of 16 bits are read as 0 to 65,535: scale those that hold "
+    "0 to 4,095 or 0 to 255)",
+}
 
 # TFDS holds one shard in memory while it is written.
 SHARD_IMAGES, SHARD_BYTES = 1024, 128 << 20
@@ -110,22 +121,21 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Returns the options that shape the content, for the key of the prepared folder."""
         return ""
 
-    @property
-    def report_path(self) -> Path:
-        """CSV of the files that were skipped: split, id, reason."""
-        return Path(self.data_dir).parent / "skipped.csv"
+    def report_path(self, name: str) -> Path:
+        """Returns the path of a report of the build, one of `REPORTS`: a CSV."""
+        return Path(self.data_dir).parent / f"{name}.csv"
 
-    @property
-    def boxes_path(self) -> Path:
-        """CSV of degenerate boxes, each replaced by the whole image: split, id, reason."""
-        return Path(self.data_dir).parent / "boxes.csv"
-
-    def skipped(self) -> list[dict[str, str]]:
-        """Reads the report of a prepared data set: rows with the keys split, id, reason."""
-        if not self.report_path.exists():
+    def report(self, name: str) -> list[dict[str, str]]:
+        """Reads a report of a prepared data set: rows with the keys split, id, reason."""
+        path = self.report_path(name)
+        if not path.exists():
             return []
-        with open(self.report_path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
+
+    def note(self, report: str, split: str, id: str, reason: str) -> None:
+        """Adds a row to a report of the build, one of `REPORTS`."""
+        self._notes[report].append({"split": split, "id": id, "reason": reason})
 
     def download_and_prepare(self, **keywords) -> None:
         """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`.
@@ -138,21 +148,22 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         with contextlib.suppress(OSError):  # A prepared data set may be read-only.
             write_atomically(Path(self.data_dir).parent / "source.json", json.dumps(self._made_of))
         # It may have been built earlier, under more generous options.
-        self._check_skipped(
-            sum(split.num_examples for split in self.info.splits.values()), self.skipped()
-        )
-        self._check_counts(self._written())
+        self._check_written(self.report("skipped"))
+        for name, text in REPORTS.items():
+            if rows := self.report(name):
+                path = self.report_path(name)
+                log.warning("%s: %d %s: %s. See %s", self.name, len(rows), text, _kinds(rows), path)
 
     def _built_earlier(self, data_dir: str | os.PathLike | None) -> str | None:
         """Returns the key of the data set that was made of a source deleted since."""
         root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / self.name
-        built = [
-            path.parent / str(self.VERSION)
-            for path in root.glob("*/source.json")
-            if json.loads(path.read_text(encoding="utf-8")) == self._made_of
-        ]
-        built = sorted((path.stat().st_mtime, path) for path in built if path.exists())
-        return built[-1][1].parent.name if built else None
+        built = []
+        for path in root.glob("*/source.json"):
+            prepared = path.parent / str(self.VERSION)
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(path.read_text(encoding="utf-8")) == self._made_of:
+                    built.append((prepared.stat().st_mtime, prepared))
+        return max(built)[1].parent.name if built else None
 
     def _locate(self, source: str) -> Path | None:
         """Returns the path of the source; None stands for a download to come."""
@@ -214,37 +225,36 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         if source is None:
             source = archives.download(self.DOWNLOAD, Path(self.data_dir_root) / "downloads")
         with self.unpacked(source, Path(self.data_dir).parent) as folder:
+            self._notes = {name: [] for name in REPORTS}
             self._photographs = self.photographs(folder)
             self._check_photographs()
-            self._skipped: list[tuple[str, str, str]] = []
-            self._empty_boxes: list[tuple[str, str, str]] = []
             total = sum(map(len, self._photographs.values()))
             try:
                 with progress(total, f"building {self.name}") as self._bar:
                     super()._download_and_prepare(None, download_config)
             finally:
-                _write_report(self.report_path, self._skipped)
-                if self.BOXES:
-                    _write_report(self.boxes_path, self._empty_boxes)
-        if self._skipped:
-            log.warning(
-                "%s: skipped %d files, listed with reasons in %s",
-                self.name,
-                len(self._skipped),
-                self.report_path,
-            )
-        if self._empty_boxes:
-            log.warning(
-                "%s: %d boxes without area replaced by the whole image, listed in %s",
-                self.name,
-                len(self._empty_boxes),
-                self.boxes_path,
-            )
-        self._check_counts(self._written())
+                for name, rows in self._notes.items():
+                    _write_report(self.report_path(name), rows)
+        self._check_written(self._notes["skipped"])
 
-    def _written(self) -> dict[str, tuple[None, int]]:
-        """Returns the counts of the prepared data set, as `_check_counts` takes them."""
-        return {name: (None, split.num_examples) for name, split in self.info.splits.items()}
+    def _check_written(self, skipped: list[dict[str, str]]) -> None:
+        """Checks what is in the shards, and the share of files that are not."""
+        counts = {name: split.num_examples for name, split in self.info.splits.items()}
+        total = sum(counts.values()) + len(skipped)
+        if len(skipped) > self._max_bad_fraction * total:
+            raise ValueError(
+                f"{self.name}: {len(skipped):,} of {total:,} files are missing or unreadable, "
+                f"more than the share of {self._max_bad_fraction:g} that "
+                f"--config.data.max_bad_fraction allows: {_kinds(skipped)}. They are listed with "
+                f"reasons in {self.report_path('skipped')}."
+            )
+        for name, count in counts.items():
+            if not count:
+                raise ValueError(
+                    f"{self.name}: none of the photographs of split {name} can be read: "
+                    f"{_kinds([row for row in skipped if row['split'] == name])}."
+                )
+        self._check_counts({name: (None, count) for name, count in counts.items()})
 
     def _check_photographs(self) -> None:
         """Checks the lists of photographs, before anything big is read."""
@@ -277,10 +287,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             if found_classes is not None and found_classes != classes:
                 wrong.append(f"expected {classes:,} classes, found {found_classes:,}")
             if wrong:
+                path = self.report_path("skipped")
                 skipped = (
-                    f" Files that could not be used are listed in {self.report_path}."
-                    if self.report_path.exists()
-                    else ""
+                    f" Files that could not be used are listed in {path}." if path.exists() else ""
                 )
                 raise ValueError(
                     f"{self.name}, split {split}: {' and '.join(wrong)}, so results would not "
@@ -288,16 +297,6 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     f"another version.{skipped} To use what there is, pass "
                     "--config.data.allow_incomplete=True."
                 )
-
-    def _check_skipped(self, good: int, skipped: list) -> None:
-        total = good + len(skipped)
-        if len(skipped) > self._max_bad_fraction * total:
-            raise ValueError(
-                f"{self.name}: {len(skipped):,} of {total:,} files are missing or unreadable, "
-                f"more than the share of {self._max_bad_fraction:g} that "
-                "--config.data.max_bad_fraction allows. They are listed with reasons in "
-                f"{self.report_path}."
-            )
 
     def _shard_iterators_per_split(self, dl_manager):
         del dl_manager
@@ -310,14 +309,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         }
 
     def _examples(self, split: str, rows: list[Photograph]) -> Iterator:
-        total = sum(map(len, self._photographs.values()))
-        for row, (data, shape, reason) in zip(rows, parallel(_read, rows), strict=True):
+        for row, (data, shape, blank, reason) in zip(rows, parallel(_read, rows), strict=True):
             self._bar.update()
             if reason:
-                self._skipped.append((split, row.id, reason))
-                if len(self._skipped) > self._max_bad_fraction * total:  # No need to go on.
-                    self._check_skipped(total - len(self._skipped), self._skipped)
+                self.note("skipped", split, row.id, reason)
                 continue
+            if blank:
+                self.note("blank", split, row.id, "nearly black or of one colour")
             example = {
                 "image": data,
                 "label": row.label,
@@ -333,35 +331,39 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         box = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
         if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
             reason = f"box {row.bbox} has no area inside of {width}x{height} pixels"
-            self._empty_boxes.append((split, row.id, reason))
+            self.note("boxes", split, row.id, reason)
             box = 0, 0, width, height
         return np.asarray(box, np.float32)
 
 
-def _read(row: Photograph) -> tuple[bytes, tuple[int, int], str]:
-    """Returns the bytes of the file, (height, width), and what is wrong with it or ""."""
+def _read(row: Photograph) -> tuple[bytes, tuple[int, int], bool, str]:
+    """Returns the bytes of a file, (height, width), whether it is blank, what is wrong or ""."""
     try:
+        if not stat.S_ISREG(row.path.stat().st_mode):  # Reading a pipe would never end.
+            raise ValueError("not a file")
         data = row.path.read_bytes()
+        *shape, blank = decode.check(data)
+        return data, shape, blank, ""
     except FileNotFoundError:
-        return b"", (0, 0), "no such file"
+        reason = "a link to nowhere" if row.path.is_symlink() else "no such file"
     except OSError as error:
-        return b"", (0, 0), f"cannot be read: {error.strerror}"
-    try:
-        return data, decode.check(data), ""
+        reason = f"cannot be read: {error.strerror}"
     except ValueError as error:
-        return b"", (0, 0), str(error)
+        reason = str(error)
+    return b"", (0, 0), False, reason
 
 
 def _text(name: str) -> str:
     """Makes valid Unicode of a file name; old file systems hold others."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _shards(rows: list[Photograph]) -> Iterator[list[Photograph]]:
     shard, size = [], 0
     for row in rows:
         shard.append(row)
-        size += row.path.stat().st_size if row.path.is_file() else 0
+        with contextlib.suppress(OSError):
+            size += row.path.stat().st_size
         if len(shard) == SHARD_IMAGES or size >= SHARD_BYTES:
             yield shard
             shard, size = [], 0
@@ -369,12 +371,24 @@ def _shards(rows: list[Photograph]) -> Iterator[list[Photograph]]:
         yield shard
 
 
-def _write_report(path: Path, rows: list[tuple[str, str, str]]) -> None:
+def _kinds(rows: list[dict[str, str]], most: int = 3) -> str:
+    """Sums up a report: the most frequent reasons, how many files have them, and examples."""
+    ids = defaultdict(list)
+    for row in rows:
+        ids[row["reason"]].append(row["id"])
+    kinds = sorted(ids, key=lambda reason: -len(ids[reason]))
+    text = "; ".join(f"{len(ids[k]):,} × {k} ({listed(ids[k], 2)})" for k in kinds[:most])
+    return text + "; …" * (len(kinds) > most)
+
+
+def _write_report(path: Path, rows: list[dict[str, str]]) -> None:
     with (
         replacing(path) as part,
         open(part, "w", encoding="utf-8", errors="replace", newline="") as file,
     ):
-        csv.writer(file).writerows([("split", "id", "reason"), *rows])
+        writer = csv.DictWriter(file, ("split", "id", "reason"))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def build_once(builder: tfds.core.DatasetBuilder, build: Callable[[], None]) -> None:

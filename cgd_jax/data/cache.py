@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from cgd_jax.data import Split
-from cgd_jax.data.decode import decode
+from cgd_jax.data.decode import decode, may_be_float
 from cgd_jax.runtime.console import progress
+from cgd_jax.runtime.files import replacing
 from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
 
@@ -68,24 +69,25 @@ def cached(
     text = json.dumps(key, sort_keys=True, default=str)
     key = json.loads(text)
     target = folder / f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if split := _open_if_good(target, key):
+    if split := _open_if_good(source, target, key):
         return split
     with one_at_a_time(folder / f"{target.name}.lock") as alone:
-        if split := _open_if_good(target, key):  # Another process built it meanwhile.
+        if split := _open_if_good(source, target, key):  # Another process built it meanwhile.
             return split
         if alone:
             for remains in folder.glob(f"incomplete.{target.name}.*"):  # of a killed process
                 shutil.rmtree(remains, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(prefix=f"incomplete.{target.name}.", dir=folder))
+        part = folder / f"incomplete.{target.name}.{uuid.uuid4().hex[:8]}"
+        part.mkdir()
         try:
             _build(source, part, key)
-            if target.exists() and not _open_if_good(target, key):
+            if target.exists() and not _open_if_good(source, target, key):
                 shutil.rmtree(target, ignore_errors=True)
             with contextlib.suppress(OSError):  # Without locks another may have been faster.
                 os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return _open(target, key)
+        return _open(source, target, key)
 
 
 def decoded(source: Source, size: int, crop: bool = True) -> Split:
@@ -99,15 +101,17 @@ def decoded(source: Source, size: int, crop: bool = True) -> Split:
     Returns:
       The split; `images[indices]` gives what the cached images would.
     """
-    labels, ids, class_names = np.zeros(len(source), np.int64), [], {}
+    labels, contents = np.zeros((2, len(source)), np.int64)
+    ids, class_names = [], {}
     with progress(len(source), "reading labels") as bar:
         for chunk in _chunks(len(source)):
             for i, example in zip(chunk, source.__getitems__(chunk), strict=True):
-                labels[i] = example["label"]
+                labels[i], contents[i] = example["label"], content(example, crop)
                 ids.append(_text(example["id"]))
                 class_names[int(example["label"])] = _text(example["class_name"])
             bar.update(len(chunk))
-    return Split(DecodedImages(source, size, crop), labels, ids, class_names)
+    images = DecodedImages(source, size, crop)
+    return Split(images, labels, ids, class_names, contents=contents)
 
 
 class DecodedImages:
@@ -151,7 +155,38 @@ def pixels(example: dict[str, Any], size: int, crop: bool) -> np.ndarray:
         raise ValueError(f"Image {_text(example['id'])}: {error}.") from error
 
 
-def _open(folder: Path, key: dict[str, Any]) -> Split:
+def content(example: dict[str, Any], crop: bool) -> int:
+    """Returns a number of 64 bits, equal for two examples with the same file and box."""
+    digest = hashlib.blake2b(example["image"], digest_size=8)
+    if crop and "bbox" in example:
+        digest.update(np.asarray(example["bbox"], "<f4").tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _contents(source: Source, folder: Path, crop: bool) -> np.ndarray:
+    """Reads `content` of all examples, kept beside the cache; older caches lack it."""
+    path = folder / "contents.npy"
+    if path.exists():
+        contents = np.load(path)
+        if contents.dtype != np.int64 or contents.shape != (len(source),):
+            raise ValueError(f"{path} holds an array of the wrong shape")
+        return contents
+
+    def work(chunk: list[int]) -> list[int]:
+        examples = source.__getitems__(chunk)
+        if any(may_be_float(example["image"]) for example in examples):
+            raise ValueError(f"{folder} is of a version that read floating-point pictures as black")
+        return [content(example, crop) for example in examples]
+
+    contents = np.array(
+        [i for part in parallel(work, _chunks(len(source))) for i in part], np.int64
+    )
+    with contextlib.suppress(OSError), replacing(path) as part:  # It may be read-only.
+        np.save(part, contents)
+    return contents
+
+
+def _open(source: Source, folder: Path, key: dict[str, Any]) -> Split:
     """Opens a finished cache; raises ValueError, OSError, KeyError or TypeError if it is not."""
     stored = json.loads((folder / "key.json").read_text(encoding="utf-8"))
     if stored["key"] != key:
@@ -167,16 +202,18 @@ def _open(folder: Path, key: dict[str, Any]) -> Split:
     shape = (key["images"], key["size"], key["size"], 3)
     if images.dtype != np.uint8 or images.shape != shape or not len(labels) == len(ids) == shape[0]:
         raise ValueError(f"{folder} holds arrays of the wrong shape")
-    return Split(images, labels, ids, {int(label): name for label, name in names.items()})
+    class_names = {int(label): name for label, name in names.items()}
+    contents = _contents(source, folder, key["crop"])
+    return Split(images, labels, ids, class_names, contents=contents)
 
 
-def _open_if_good(folder: Path, key: dict[str, Any]) -> Split | None:
+def _open_if_good(source: Source, folder: Path, key: dict[str, Any]) -> Split | None:
     if not folder.exists():
         return None
     try:
-        return _open(folder, key)
+        return _open(source, folder, key)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("The cache is damaged and will be built again: %s.", error)
+        log.warning("The cache cannot be used and is built again: %s.", error)
         return None
 
 
@@ -194,7 +231,8 @@ def _build(source: Source, folder: Path, key: dict[str, Any]) -> None:
             "disk, or decode on the fly with --config.data.cache=none."
         )
     log.info("Building: %s.", announcement)
-    labels, ids, class_names = np.zeros(count, np.int64), [""] * count, {}
+    labels, contents = np.zeros((2, count), np.int64)
+    ids, class_names = [""] * count, {}
 
     with open(folder / "images.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(
@@ -208,7 +246,8 @@ def _build(source: Source, folder: Path, key: dict[str, Any]) -> None:
             examples = source.__getitems__(chunk)
             for image, number, example in zip(images, chunk, examples, strict=True):
                 image[:] = pixels(example, size, crop)
-                labels[number], ids[number] = example["label"], _text(example["id"])
+                labels[number], contents[number] = example["label"], content(example, crop)
+                ids[number] = _text(example["id"])
                 class_names[int(example["label"])] = _text(example["class_name"])
             # Writing, unlike touching pages of a memory map, reports a full disk.
             data, offset = memoryview(images).cast("B"), start + chunk[0] * row
@@ -222,6 +261,7 @@ def _build(source: Source, folder: Path, key: dict[str, Any]) -> None:
                 bar.update(done)
         os.fsync(file.fileno())
     np.save(folder / "labels.npy", labels)
+    np.save(folder / "contents.npy", contents)
     (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
     (folder / "class_names.json").write_text(json.dumps(class_names), encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}

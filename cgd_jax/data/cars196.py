@@ -7,6 +7,7 @@ Krause, Stark, Deng and Fei-Fei, "3D Object Representations for Fine-Grained Cat
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import scipy.io
 
 from cgd_jax.data import archives
 from cgd_jax.data.builder import ImageBuilder, Photograph
+from cgd_jax.runtime.files import describe_impostor
 
 TRAIN_CLASSES = 98  # The first half of the models trains, the second is retrieved.
 ARCHIVES = ("car_ims", "cars_train", "cars_test", "car_devkit")
@@ -57,10 +59,17 @@ class Cars196(ImageBuilder):
         def find(name: str) -> Path | None:
             return next((path for path in (archives.find(f, name) for f in folders) if path), None)
 
-        if annotations := find("cars_annos.mat"):
+        def pictures(*names: str) -> int:
+            return sum(len(os.listdir(path)) for path in map(find, names) if path)
+
+        annotations, labelled = find("cars_annos.mat"), find("cars_test_annos_withlabels.mat")
+        halves = find("cars_train_annos.mat")
+        if annotations and halves and labelled:  # Copies with all the lists have one form's files.
+            halves = halves if pictures("cars_train", "cars_test") > pictures("car_ims") else None
+            annotations = None if halves else annotations
+        if annotations:
             rows = _one_archive(annotations, find("car_ims"))
-        elif find("cars_train_annos.mat"):
-            labelled = find("cars_test_annos_withlabels.mat")
+        elif halves:
             if labelled is None:
                 raise ValueError(
                     f"cars196: there is no cars_test_annos_withlabels.mat in {folders[0]}, and "
@@ -68,7 +77,7 @@ class Cars196(ImageBuilder):
                     f"boxes only). {self.HOW_TO_GET}"
                 )
             rows = [
-                *_half(find("cars_train_annos.mat"), find("cars_train"), "cars_train"),
+                *_half(halves, find("cars_train"), "cars_train"),
                 *_half(labelled, find("cars_test"), "cars_test"),
             ]
         else:
@@ -138,4 +147,6 @@ def _load(path: Path) -> dict:
     try:
         return scipy.io.loadmat(path, squeeze_me=True)
     except Exception as error:  # scipy raises nearly anything on a damaged file.
-        raise ValueError(f"{path} is damaged ({error}). Get it again.") from error
+        found = describe_impostor(path.read_bytes()[:512])
+        cause = f"it is {found}" if found else error
+        raise ValueError(f"{path} is damaged ({cause}). Get it again.") from error

@@ -16,11 +16,21 @@ from __future__ import annotations
 
 import io
 import math
+import os
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
+
+from cgd_jax.runtime.files import describe_impostor
+
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
 
 # The caller decodes many images at once; threads inside of one resize would only compete.
 cv2.setNumThreads(1)
@@ -32,6 +42,26 @@ REDUCTIONS = (1, 2, 4, 8)
 MAX_PIXELS = 89_478_485
 
 ORIENTATION = 0x0112  # the EXIF tag
+
+# Formats of photographs. Pillow has others: icons, films, what it only recognizes, and EPS, for
+# which it starts Ghostscript.
+Image.init()
+FORMATS = [
+    name
+    for name in (
+        *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000"),
+        *("PPM", "TGA", "QOI", "PSD", "PCX", "SGI", "ICO"),
+    )
+    if name in Image.OPEN
+]
+HEIF_ENDINGS = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+# Of files that are taken for photographs, in lower case.
+ENDINGS = HEIF_ENDINGS | {end for end, name in Image.EXTENSION.items() if name in FORMATS}
+
+# Pictures whose brightest value is below are black to the eye, and to a network.
+BLACK = 16
+# Photographs have a contrast above this; JPEGs of one colour vary by one or two.
+PLAIN = 3
 
 
 def decode(
@@ -83,18 +113,43 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def check(data: bytes) -> tuple[int, int]:
+def check(data: bytes) -> tuple[int, int, bool]:
     """Reads an image to its end without keeping it; as cheap as that can be.
 
     Returns:
-      (height, width) in pixels, as displayed.
+      (height, width) in pixels, as displayed, and whether it is blank: nearly black, or of
+      one colour.
 
     Raises:
       ValueError: the reason why it cannot be used, in a few words.
     """
     height, width, plain = _header(data)
-    _read(data, height, width, plain, max(REDUCTIONS))  # All bits are read, few pixels computed.
-    return height, width
+    # All bits are read, few pixels computed.
+    image = _read(data, height, width, plain, max(REDUCTIONS))
+    high, low = image.max((0, 1)), image.min((0, 1))
+    return height, width, bool(high.max() < BLACK or np.all(high - low < PLAIN))
+
+
+def may_be_float(data: bytes) -> bool:
+    """Returns whether a file has a format that can hold floating-point values."""
+    return data.startswith((b"II*\0", b"MM\0*", b"Pf"))  # TIFF and PFM
+
+
+def looks_like_photograph(path: str | os.PathLike) -> bool:
+    """Returns whether a file is taken for a photograph: by its ending, else by its first bytes."""
+    name = os.fspath(path).lower()
+    if os.path.splitext(name)[1] in ENDINGS:
+        return True
+    try:
+        if not os.path.isfile(path):  # Opening a pipe would wait for ever.
+            return False
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")) or (
+        head[:4] == b"RIFF" and head[8:] == b"WEBP"
+    )
 
 
 def _read(data: bytes, height: int, width: int, plain: bool, reduction: int) -> np.ndarray:
@@ -143,9 +198,9 @@ def _check_size(height: int, width: int) -> None:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
-        raise ValueError(_reason(error)) from error
+        raise ValueError(_reason(error, data)) from error
 
 
 def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
@@ -157,10 +212,9 @@ def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
             image.load()
             image = ImageOps.exif_transpose(image)
         except Exception as error:
-            raise ValueError(_reason(error)) from error
-        if image.mode.startswith("I"):  # 16 (or 32) bits of grey, which Pillow would clip.
-            pixels = np.asarray(image).astype(np.int64)
-            grey = np.clip(pixels >> 8, 0, 255).astype(np.uint8)
+            raise ValueError(_reason(error, data)) from error
+        if image.mode.startswith(("I", "F")):  # more than 8 bits of grey, which Pillow would clip
+            grey = _eight_bits(np.asarray(image))
             return np.repeat(grey[..., None], 3, axis=-1)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -168,8 +222,32 @@ def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _reason(error: Exception) -> str:
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Scales 16 bits, or floating-point values from 0 to 1, to uint8 [H, W].
+
+    Raises:
+      ValueError: numbers of another range.
+    """
+    low, high = grey.min(), grey.max()
+    if np.issubdtype(grey.dtype, np.floating):
+        if low >= 0 and high <= 255:  # false for NaN
+            return np.rint(grey * (255 if high <= 1 else 1)).astype(np.uint8)
+        meant = "0 to 1 or 0 to 255"
+    else:
+        if low >= 0 and high <= 65535:
+            return (grey.astype(np.int64) >> 8).astype(np.uint8)
+        meant = "0 to 65,535"
+    raise ValueError(f"holds values from {low:,} to {high:,}; {meant} can be shown")
+
+
+def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
+        if impostor := describe_impostor(data):
+            return f"{impostor}, not an image"
+        if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+            return "a HEIC image: pip install pillow-heif to read it"
+        if data[4:12] == b"ftypavif":
+            return "an AVIF image: pip install -U pillow to read it"
         return "not an image, or damaged at its beginning"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels (a decompression bomb?)"

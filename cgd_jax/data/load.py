@@ -4,10 +4,12 @@ import logging
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from cgd_jax.data import Dataset, Split, builder_class, cache, config_keys
+from cgd_jax.data import Dataset, Split, builder_class, cache, check_queries, config_keys
+from cgd_jax.data.dataset import listed, printable
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +36,29 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
         "Building %s in %s", config.name, builder.data_dir
     )
     builder._log_download_done = lambda: None
-    builder.download_and_prepare()
     test_size = config.resize if center_crop else config.image_size
-    splits = {
-        name: open_split(builder, name, config.resize if name == "train" else test_size, config)
-        for name in builder.info.splits
-    }
-    return Dataset(
+    try:
+        builder.download_and_prepare()
+        splits = {
+            name: open_split(builder, name, config.resize if name == "train" else test_size, config)
+            for name in builder.info.splits
+        }
+    except OSError as error:
+        if error.filename and Path(error.filename).is_relative_to(builder.data_dir_root):
+            raise OSError(
+                f"{config.name} cannot be built in {builder.data_dir_root} ({error}). Let "
+                "--config.data.dir=FOLDER name a folder that you can write to."
+            ) from error
+        raise
+    dataset = Dataset(
         train=splits["train"],
         query=splits["query"] if "query" in splits else splits["test"],
         gallery=splits.get("gallery"),
     )
+    # The published numbers are those of the whole sets, copies included.
+    dataset = _handle_copies(dataset, keep=bool(getattr(builder, "PUBLISHED", None)))
+    check_queries(dataset)
+    return dataset
 
 
 def make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
@@ -65,6 +79,9 @@ def open_split(
       name: of the split.
       size: side of the images in pixels.
       config: the `data` part of an experiment's config.
+
+    Returns:
+      The split; control characters in names, such as line breaks, are escaped.
     """
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
     if config.cache == "none":
@@ -73,5 +90,75 @@ def open_split(
         key = {"data set": builder.info.full_name, "split": name}
         folder = Path(builder.data_dir, "cache")
         split = cache.cached(source, folder, key, size, config.bbox_crop)
-    skipped = Counter(row["split"] for row in getattr(builder, "skipped", list)())
-    return split._replace(skipped=skipped[name])
+    skipped = builder.report("skipped") if hasattr(builder, "report") else []
+    return split._replace(
+        ids=[printable(id) for id in split.ids],
+        class_names={label: printable(text) for label, text in split.class_names.items()},
+        skipped=Counter(row["split"] for row in skipped)[name],
+    )
+
+
+def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
+    """Leaves out copies of test pictures that would find themselves, and reports the others.
+
+    Args:
+      dataset: every split with `contents`.
+      keep: whether queries that search each other keep their copies.
+    """
+    train, query, gallery = dataset
+    seen = np.isin(query.contents, train.contents)
+    if seen.any():
+        _warn_of(query, seen, "test pictures are in the training set too")
+    if gallery is None:
+        # A copy under another label is a neighbour like any other: a wrong one.
+        copies = _repeated(np.stack([query.contents, query.labels], 1))
+        if copies.any():
+            done = "find their copies" if keep else "are left out"
+            _warn_of(
+                query, copies, f"test pictures are copies of others of their class, and {done}"
+            )
+        return dataset if keep else dataset._replace(query=_rows(query, ~copies))
+    both = np.isin(gallery.contents, query.contents)
+    if both.any():
+        _warn_of(gallery, both, "pictures of the gallery are queries too; no query finds itself")
+    # `gallery_ids` covers one copy of each.
+    return dataset._replace(gallery=_rows(gallery, ~(both & _repeated(gallery.contents))))
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """Marks the rows [N] that stand further up already."""
+    repeated = np.ones(len(values), bool)
+    repeated[np.unique(values, axis=0, return_index=True)[1]] = False
+    return repeated
+
+
+def _warn_of(split: Split, rows: np.ndarray, what: str) -> None:
+    ids = [split.ids[i] for i in np.flatnonzero(rows)[:4]]
+    log.warning("%d of %d %s: %s", rows.sum(), len(rows), what, listed(ids, 3))
+
+
+def _rows(split: Split, chosen: np.ndarray) -> Split:
+    """Returns a split with some of its rows, given as [N] bool."""
+    if chosen.all():
+        return split
+    rows = np.flatnonzero(chosen)
+    return split._replace(
+        images=_ImageRows(split.images, rows),
+        labels=split.labels[rows],
+        ids=[split.ids[i] for i in rows],
+        contents=split.contents[rows],
+    )
+
+
+class _ImageRows:
+    """Some rows of an array of images, read when they are asked for."""
+
+    def __init__(self, images, rows: np.ndarray):
+        self._images, self._numbers = images, rows
+        self.shape = (len(rows), *images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, indices) -> np.ndarray:
+        return self._images[self._numbers[indices]]

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,6 +53,7 @@ def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0
       unit: name of one unit; "B" counts bytes in kB, MB and GB.
       log_every: seconds between two log lines.
     """
+    options: dict[str, Any]
     options = {"total": total or None, "desc": what, "unit": unit, "unit_scale": unit == "B"}
     if sys.stderr.isatty():
         options["smoothing"] = 0.1

@@ -50,6 +50,22 @@ def write_picture(path: str | Path, picture: "Image.Image") -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def describe_impostor(data: bytes) -> str | None:
+    """Names what often lies under the name of a picture, an archive or a file of weights.
+
+    Args:
+      data: the file, or its first 512 bytes.
+
+    Returns:
+      "a Git LFS pointer (...)" or "an HTML page (...)", with what to do; None for neither.
+    """
+    if data.startswith(b"version https://git-lfs.github.com/"):
+        return "a Git LFS pointer (run `git lfs pull` where the file came from)"
+    if data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        return "an HTML page (what a server sends for a login, an error or a preview)"
+    return None
+
+
 @contextlib.contextmanager
 def warn_on_write_error(what: str) -> Iterator[None]:
     """Reports that `what` could not be written, and lets the run go on without it."""

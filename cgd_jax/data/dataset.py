@@ -1,0 +1,194 @@
+"""A data set that is open: its splits, what they hold, whether they can be measured."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# With Unicode's line and paragraph separators, and halves of surrogate pairs.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class Split(NamedTuple):
+    """Images of one part of a data set, aligned by position."""
+
+    images: np.ndarray  # [N, S, S, 3] uint8, or what is indexed like it
+    labels: np.ndarray  # [N] int64, the class numbers of the whole data set
+    ids: list[str]  # of every image, unique within the split
+    class_names: dict[int, str]  # class number → name
+    skipped: int = 0  # files that could not be used
+    contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
+
+
+class Dataset(NamedTuple):
+    """A data set for retrieval."""
+
+    train: Split
+    query: Split
+    gallery: Split | None  # None: every query searches all the other queries
+
+    @property
+    def query_ids(self) -> np.ndarray | None:
+        """[Q] int64, see `gallery_ids`."""
+        if self.gallery is None or self.query.contents is None or self.gallery.contents is None:
+            return None
+        return self._picture_numbers()[: len(self.query.contents)]
+
+    @property
+    def gallery_ids(self) -> np.ndarray | None:
+        """[G] int64, unique: a query is the gallery's item of the same id, under any name.
+
+        As `metrics.evaluate` takes them; None where there is no gallery, or where it is not
+        known which pictures are the same.
+        """
+        if self.query_ids is None:
+            return None
+        numbers = self._picture_numbers()[len(self.query.contents) :]
+        _, first = np.unique(numbers, return_index=True)
+        unique = numbers.max() + 1 + np.arange(len(numbers))
+        unique[first] = numbers[first]
+        return unique
+
+    def _picture_numbers(self) -> np.ndarray:
+        """[Q + G] int64, from 0, equal where two pictures are."""
+        contents = np.concatenate([self.query.contents, self.gallery.contents])
+        return np.unique(contents, return_inverse=True)[1].astype(np.int64)
+
+
+def check_queries(dataset: Dataset) -> None:
+    """Checks that there is something to find.
+
+    Raises:
+      ValueError: no query has a match; says why.
+    """
+    query, gallery = dataset.query, dataset.gallery
+    counts = Counter((query if gallery is None else gallery).labels.tolist())
+    if gallery is None:
+        if max(counts.values(), default=0) < 2:
+            raise ValueError(
+                f"None of the {len(counts):,} test classes has a second photograph, so that no "
+                f"query has anything to find. Give test classes two photographs or more."
+            )
+        return
+    if not counts.keys() & set(query.labels.tolist()):
+        names = {**query.class_names, **gallery.class_names}
+        raise ValueError(
+            f"No label of the queries is in the gallery, so that no query has anything to find: "
+            f"queries are {listed([names.get(i, i) for i in np.unique(query.labels).tolist()])}, "
+            f"the gallery is {listed([names.get(i, i) for i in counts])}. Label both alike."
+        )
+    if dataset.query_ids is not None:
+        label_of = dict(zip(dataset.gallery_ids.tolist(), gallery.labels.tolist(), strict=True))
+        matches = [
+            counts[label] - (label_of.get(own) == label)
+            for own, label in zip(dataset.query_ids.tolist(), query.labels.tolist(), strict=True)
+        ]
+        if not max(matches, default=0):
+            raise ValueError(
+                "The only pictures in the gallery that a query could find are the queries "
+                "themselves. Give the gallery other photographs of the same classes."
+            )
+
+
+def fingerprint(dataset: Dataset) -> dict:
+    """Says in a few numbers what a data set holds, to recognize it later.
+
+    Returns:
+      Split → {"images": their number, "classes": their number, "names": of all images and
+      their classes, "contents": of all files; two hexadecimal digests, the latter None where
+      it is not known}. `train` also has "per class": a list of [class name, images] in the
+      order of the labels. All as JSON keeps it.
+    """
+    found = {}
+    for name, split in dataset._asdict().items():
+        if split is None:
+            continue
+        labels, counts = np.unique(split.labels, return_counts=True)
+        class_of = {label: split.class_names.get(label, str(label)) for label in labels.tolist()}
+        names = [
+            f"{id}\0{class_of[label]}\n"
+            for id, label in zip(split.ids, split.labels.tolist(), strict=True)
+        ]
+        found[name] = {
+            "images": len(split.labels),
+            "classes": len(labels),
+            "names": _digest("".join(names).encode("utf-8", "backslashreplace")),
+            "contents": None
+            if split.contents is None
+            else _digest(np.asarray(split.contents, "<i8").tobytes()),
+        }
+        if name == "train":
+            found[name]["per class"] = [
+                [class_of[label], count]
+                for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
+            ]
+    return found
+
+
+def describe_difference(
+    old: dict, new: dict, splits: Sequence[str] = ("train", "query", "gallery")
+) -> list[str]:
+    """Says how two data sets differ.
+
+    Args:
+      old: from `fingerprint`.
+      new: likewise, of the data set that is there now.
+      splits: those to compare.
+
+    Returns:
+      A line for each kind of difference; empty if there is none.
+    """
+    lines = []
+    for name in splits:
+        before, now = old.get(name), new.get(name)
+        if before == now:
+            continue
+        if before is None or now is None:
+            lines.append(f"{name}: {'there was none' if before is None else 'there is none now'}")
+            continue
+        found = []
+        if "per class" in before and "per class" in now:
+            then, current = dict(before["per class"]), dict(now["per class"])
+            found += [
+                f"classes {what} ({len(names):,}): {listed(names)}"
+                for what, names in (
+                    ("that are gone", [n for n in then if n not in current]),
+                    ("that are new", [n for n in current if n not in then]),
+                    (
+                        "with another number of images",
+                        [n for n in then if current.get(n, then[n]) != then[n]],
+                    ),
+                )
+                if names
+            ]
+        found += [
+            f"{before[key]:,} {key} then, {now[key]:,} now"
+            for key in ("classes", "images")
+            if before[key] != now[key]
+        ]
+        if not found and before["names"] != now["names"]:
+            found.append("images have other names, other classes or another order")
+        if not found and before.get("per class") != now.get("per class"):
+            found.append("classes are numbered otherwise")
+        contents = before.get("contents"), now.get("contents")
+        if not found and None not in contents and contents[0] != contents[1]:
+            found.append("there are other pictures under the same names")
+        lines += [f"{name}: {text}" for text in found]
+    return lines
+
+
+def listed(names: Sequence, most: int = 5) -> str:
+    """Joins names for a message: `a, b, c, …`."""
+    return ", ".join(printable(str(name)) for name in names[:most]) + ", …" * (len(names) > most)
+
+
+def printable(name: str) -> str:
+    r"""Writes line breaks and other control characters of a name as Python does: `\n`."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
