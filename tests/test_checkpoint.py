@@ -1,10 +1,10 @@
 """Checkpoints: kept, damaged, on a full disk."""
 
+import contextlib
 import os
 import resource
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +19,6 @@ from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError
 from configs import glyphs
 from tests.variables import assert_same
-
-ROOT = Path(__file__).parents[1]
 
 
 def state_with(step, weights):
@@ -111,37 +109,41 @@ def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
-FORBIDDEN = """
-import pathlib, sys
-from cgd_jax import checkpoint
-from tests.test_checkpoint import weights
-with checkpoint.manager(sys.argv[1], keep=5) as checkpoints:
-    for step in (3, 7):
-        checkpoint.save(checkpoints, weights(step))
-before = sorted(pathlib.Path(sys.argv[1]).rglob("*"))
-path = pathlib.Path(sys.argv[1], sys.argv[2])
-path.chmod(0)
-try:
-    with checkpoint.manager(sys.argv[1], keep=5) as checkpoints:
-        checkpoint.restore_latest(checkpoints, weights(0))
-except PermissionError as error:
-    print(error)
-path.chmod(0o700)
-assert sorted(pathlib.Path(sys.argv[1]).rglob("*")) == before
-"""
+@contextlib.contextmanager
+def as_owner(folder):
+    """Permissions do not bind root: within, this process is somebody else, who owns the folder."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 65534, 65534)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 @pytest.mark.parametrize("what", ["checkpoints/7", "checkpoints/7/default/manifest.ocdbt"])
-def test_a_checkpoint_without_permission_is_no_damage(tmp_path, what):
-    command = [sys.executable, "-c", FORBIDDEN, str(tmp_path), what]
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("permissions do not bind root, and there is no setpriv to change that")
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert f"of step 7, cannot be read: no permission for {tmp_path / what}. Give it" in run.stdout
+def test_a_checkpoint_without_permission_is_no_damage(what):
+    with tempfile.TemporaryDirectory() as name:  # below folders that others may enter
+        folder = Path(name)
+        with checkpoint.manager(name, keep=5) as checkpoints:
+            for step in (3, 7):
+                checkpoint.save(checkpoints, weights(step))
+        before = sorted(folder.rglob("*"))
+        path = folder / what
+        mode = path.stat().st_mode
+        with as_owner(folder):
+            path.chmod(0)
+            with (
+                checkpoint.manager(name, keep=5) as checkpoints,
+                pytest.raises(PermissionError) as error,
+            ):
+                checkpoint.restore_latest(checkpoints, weights(0))
+            path.chmod(mode)
+        assert f"of step 7, cannot be read: no permission for {path}. Give it" in str(error.value)
+        assert sorted(folder.rglob("*")) == before
 
 
 def test_nothing_to_restore(tmp_path):

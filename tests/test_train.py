@@ -47,7 +47,7 @@ def interrupted(number, *args, **options):
 
 
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
-    tiny_config, tmp_path, monkeypatch, capsys
+    tiny_config, tmp_path, monkeypatch, capsys, fully_optimized
 ):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     before = signal.getsignal(signal.SIGINT)
@@ -276,7 +276,7 @@ def poisoned(monkeypatch, steps):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
     tiny_config.eval.baselines = False
-    poisoned(monkeypatch, [5])
+    poisoned(monkeypatch, [5, 8])
     with pytest.raises(train.Diverged, match="not finite at step 6.*nonfinite.json"):
         train.train_and_evaluate(tiny_config, str(tmp_path))
     led = json.loads((tmp_path / "nonfinite.json").read_text())
