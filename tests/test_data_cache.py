@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cgd_jax.data import cache
 from cgd_jax.data.decode import decode
-from tests.dataset_samples import picture
+from tests.dataset_samples import encoded, picture
 
 
 class Source:
@@ -220,3 +221,63 @@ def test_processes_at_once_all_get_a_good_cache(tmp_path, locks):
     assert {total for _, total in found} == {expected}
     if locks:
         assert sorted(read for read, _ in found) == [0, 0, 40]
+
+
+def test_contents_tell_the_same_pictures_from_others(tmp_path):
+    source = Source(boxes=True)
+    source.examples[5]["image"] = source.examples[30]["image"]
+    source.examples[7] = source.examples[8] | {"bbox": np.array([1, 3, 15, 20], np.float32)}
+    for crop, distinct in ((True, 39), (False, 38)):  # uncropped, the box does not matter
+        contents = cache.cached(source, tmp_path, KEY, 16, crop).contents
+        assert contents.dtype == np.int64 and contents.shape == (40,)
+        assert contents[5] == contents[30] and len(set(contents.tolist())) == distinct
+        np.testing.assert_array_equal(cache.decoded(source, 16, crop).contents, contents)
+        np.testing.assert_array_equal(
+            cache.cached(source, tmp_path, KEY, 24, crop).contents, contents
+        )
+
+
+def of_an_older_version(tmp_path, source):
+    """A cache without contents, which older versions did not keep."""
+    split = cache.cached(source, tmp_path, KEY, 16)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (folder / "contents.npy").unlink()
+    stored = json.loads((folder / "key.json").read_text())
+    del stored["bytes"]["contents.npy"]
+    (folder / "key.json").write_text(json.dumps(stored))
+    return split.contents, folder / "contents.npy"
+
+
+def test_caches_of_older_versions_stay(tmp_path, monkeypatch):
+    source = Source()
+    contents, path = of_an_older_version(tmp_path, source)
+    changed = (path.parent / "images.npy").stat().st_mtime_ns
+    np.testing.assert_array_equal(cache.cached(source, tmp_path, KEY, 16).contents, contents)
+    assert (path.parent / "images.npy").stat().st_mtime_ns == changed and path.exists()
+    path.unlink()
+
+    def refuse(*_):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(cache.np, "save", refuse)
+    np.testing.assert_array_equal(cache.cached(source, tmp_path, KEY, 16).contents, contents)
+    assert not path.exists() and len(list(path.parent.iterdir())) == 5
+
+
+def test_caches_of_older_versions_with_black_pictures_do_not(tmp_path):
+    source = Source()
+    grey = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)
+    source.examples[3]["image"] = encoded(Image.fromarray(grey), "TIFF")
+    _, path = of_an_older_version(tmp_path, source)
+    black = np.load(path.parent / "images.npy", mmap_mode="r+")
+    black[3] = 0
+    black.flush()
+    assert cache.cached(source, tmp_path, KEY, 16).images[3].max() > 200
+
+
+def test_a_shared_cache_can_be_read_by_others(tmp_path):
+    cache.cached(Source(), tmp_path, KEY, 16)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    umask = os.umask(0)
+    os.umask(umask)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask

@@ -92,7 +92,10 @@ RENAMED = {0: "class 0", 1: "other", 2: "class 2"}
 @pytest.mark.parametrize(
     "other, expected",
     [
-        (changed(class_names=RENAMED), ["classes that are gone (1): class 1", "classes that are new (1): other"]),
+        (
+            changed(class_names=RENAMED),
+            ["classes that are gone (1): class 1", "classes that are new (1): other"],
+        ),
         (
             DATASET._replace(train=split_of([0, 0, 1, 2], [1, 2, 3, 5])),
             [

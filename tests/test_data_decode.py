@@ -239,3 +239,82 @@ def test_damage_gives_an_image_or_a_reason(junk, at, kind):
         assert str(error)
     else:
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_heic(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = photograph(64, 32)
+    data = encoded(image, "HEIF", quality=100, exif=exif.tobytes())
+    pixels = decode(data)
+    upright = np.asarray(image if orientation == 1 else image.transpose(Image.Transpose.ROTATE_270))
+    # Its colours have half the resolution.
+    assert np.abs(pixels.astype(int) - upright).mean() < 6
+    assert check(data) == (*upright.shape[:2], False)
+
+
+def test_without_its_package_heic_is_named(monkeypatch):
+    data = encoded(photograph(16, 16), "HEIF")
+    known = [name for name in decode_module.FORMATS if name != "HEIF"]
+    monkeypatch.setattr(decode_module, "FORMATS", known)
+    with pytest.raises(ValueError, match="a HEIC image: pip install pillow-heif"):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+        (b"<!doctype html><html></html>", "an HTML page .*, not an image"),
+        (b"\xef\xbb\xbf\r\n  <HTML>", "an HTML page"),
+    ],
+)
+def test_what_is_no_picture_at_all_is_named(data, reason):
+    with pytest.raises(ValueError, match=reason):
+        check(data)
+
+
+def test_no_other_program_is_started():
+    # Pillow hands EPS to Ghostscript, whatever the name of the file.
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    assert Image.open(io.BytesIO(data)).format == "EPS"
+    with pytest.raises(ValueError, match="not an image"):
+        decode(data)
+
+
+@pytest.mark.parametrize("dtype, high", [(np.float32, 1.0), (np.float32, 255.0)])
+def test_floating_point_pictures_are_of_known_range(dtype, high):
+    grey = np.linspace(0, high, 60, dtype=dtype).reshape(6, 10)
+    data = encoded(Image.fromarray(grey), "TIFF")
+    expected = np.rint(grey / high * 255).astype(np.uint8)
+    np.testing.assert_array_equal(decode(data), np.repeat(expected[..., None], 3, -1))
+    assert decode_module.may_be_float(data) and not decode_module.may_be_float(picture())
+
+
+@pytest.mark.parametrize(
+    "grey, reason",
+    [
+        (np.float32([[0, 256]]), "values from 0.0 to 256.0; 0 to 1 or 0 to 255"),
+        (np.float32([[-0.5, 0.5]]), "values from -0.5 to 0.5"),
+        (np.float32([[np.nan, 0.5]]), "values from nan"),
+        (np.int32([[0, 70_000]]), "values from 0 to 70,000; 0 to 65,535"),
+    ],
+)
+def test_other_ranges_are_refused(grey, reason):
+    with pytest.raises(ValueError, match=reason):
+        decode(encoded(Image.fromarray(grey), "TIFF"))
+
+
+def test_blank_pictures():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    dark = Image.fromarray(noise // 17)  # up to 15 of 255
+    for image, blank in (
+        (Image.new("RGB", (30, 20), (200, 10, 99)), True),
+        (dark, True),
+        (Image.fromarray(noise), False),
+        (Image.fromarray(noise // 4), False),
+        (Image.fromarray(noise // 16 + 240), False),  # bright, but not plain
+    ):
+        for kind in ("PNG", "JPEG"):
+            assert check(encoded(image, kind))[2] == blank, kind

@@ -1,14 +1,19 @@
 """Folders and CSVs of one's own photographs."""
 
+import io
+import os
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from cgd_jax.data import image_folder
 from cgd_jax.data.builder import Photograph
 from cgd_jax.data.image_folder import ImageFolder
-from tests.dataset_samples import examples, pack, picture, write
+from tests.dataset_samples import encoded, examples, pack, picture, write
 
 FILES = {
     "Äpfel und Birnen/a b.JPG": picture(1),
@@ -155,9 +160,6 @@ def test_csv_with_splits(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "an empty file"),
-        ("a.jpg,cat\nb.jpg,dog\n", "first line names the columns.*a.jpg,cat"),
-        ("path,label\na.jpg,\n", "line 2: a path or a label is missing"),
         ("path,label,split\na.jpg,x,train\nb.jpg,y,holdout\n", "holds .'holdout', 'train'."),
         ("path,label,split\na.jpg,x,train\nb.jpg,y,\n", "in every row"),
         ("path,label\na.jpg,x\na.jpg,x\nb.jpg,y\nb.jpg,y\n", "more than once"),
@@ -197,30 +199,213 @@ def test_another_seed_divides_otherwise():
     assert np.ptp([len(labels) for labels in chosen]) == 0
 
 
-def test_what_may_surprise_is_said(tmp_path, caplog):
-    single = {f"single{i}/x.jpg": picture(i) for i in range(8)}
-    built(tmp_path, write(tmp_path / "a", FILES | single))
-    assert (
-        "no second image" in caplog.text
-        and "1 × in no folder of a class (stray.jpg)" in caplog.text
-    )
-    caplog.clear()
-    built(
-        tmp_path,
-        write(
-            tmp_path / "b",
-            {
-                f"{split}/{c}/{i}.jpg": picture(i)
-                for split in ("train", "test")
-                for c in "xy"
-                for i in range(2)
-            },
-        ),
-    )
-    assert "2 classes are in train and in test" in caplog.text
+def test_photographs_in_no_class_are_named(tmp_path, caplog):
+    built(tmp_path, write(tmp_path / "in", FILES))
+    assert "1 × in no folder of a class (stray.jpg)" in caplog.text
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -1, 2])
 def test_fraction_is_checked(tmp_path, fraction):
     with pytest.raises(ValueError, match="test_fraction"):
         ImageFolder(data_dir=tmp_path, source=tmp_path, test_fraction=fraction)
+
+
+def shown(kind, seed):
+    """Bytes of a picture under each of the endings that cameras, phones and browsers use."""
+    image = Image.open(io.BytesIO(picture(seed)))
+    return encoded(image, kind)
+
+
+FORMATS = {
+    **{"jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "JFIF": "JPEG", "png": "PNG", "webp": "WEBP"},
+    **{"bmp": "BMP", "gif": "GIF", "tif": "TIFF", "TIFF": "TIFF", "avif": "AVIF", "heic": "HEIF"},
+    **{"jp2": "JPEG2000", "ppm": "PPM", "tga": "TGA"},
+}
+
+
+def test_all_formats_of_photographs_are_read(tmp_path, caplog):
+    files = {
+        f"class {c}/{i}.{ending}": shown(kind, 100 * c + i)
+        for c in range(2)
+        for i, (ending, kind) in enumerate(FORMATS.items())
+    }
+    more = {
+        "class 0/without_ending": picture(50),
+        "class 1/raw.CR2": b"raw",
+        "class 1/film.mp4": b"film",
+        "class 1/notes.txt": b"notes",
+        "class 0/more notes.txt": b"notes",
+        "class 1/notes": b"notes",
+    }
+    splits = built(tmp_path, write(tmp_path / "in", files | more))
+    ids = {row["id"] for rows in splits.values() for row in rows}
+    assert ids == files.keys() | {"class 0/without_ending"}
+    assert "5 files are left out: 2 × no photograph by its ending .txt (" in caplog.text
+    builder = ImageFolder(data_dir=tmp_path / "data", source=tmp_path / "in")
+    left_out = {row["id"]: row["reason"] for row in builder.report("left_out")}
+    assert left_out.keys() == more.keys() - {"class 0/without_ending"}
+    assert left_out["class 1/notes"] == "no photograph by its name"
+    caplog.clear()
+    builder.download_and_prepare()  # It is said again in every run.
+    assert "5 files are left out" in caplog.text
+
+
+def test_a_set_of_an_older_version_is_used_and_reported(tmp_path, caplog):
+    source = write(tmp_path / "in", {f"{c}/{i}.jpg": picture(i) for c in "ab" for i in range(2)})
+    built(tmp_path, source)
+    builder = ImageFolder(data_dir=tmp_path / "data", source=source)
+    builder.report_path("left_out").unlink()  # which older versions did not write
+    assert len(built(tmp_path, source)["train"]) == 2
+    assert "older version" not in caplog.text
+    # What is new there would be another data set; what an old version passed over is not.
+    builder.report_path("left_out").unlink(missing_ok=True)
+    find, calls = image_folder._from_folders, []
+
+    def with_more(*arguments):
+        calls.append(arguments)
+        found, left_out = find(*arguments)
+        found[""].append(found[""][0]._replace(id="a/3.heic"))
+        return found, left_out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_folder, "_from_folders", with_more)
+        assert len(built(tmp_path, source)["train"]) == 2
+    assert "which saw 4 photographs of the 5 that are found today" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["folder", "x.zip"])
+@pytest.mark.parametrize("above", ["", "My photos/", "a/b/"])
+def test_folders_around_the_classes(tmp_path, form, above):
+    files = {f"{above}{c}/{i}.jpg": picture(10 * i) for c in ("x", "y") for i in range(2)}
+    files |= {f"{above}readme.md": b"", f"{above}.DS_Store": b""}
+    source = write(tmp_path / "in", files) if form == "folder" else pack(tmp_path / form, files)
+    splits = built(tmp_path, source)
+    assert counts(splits["train"] + splits["test"]) == {"x": 2, "y": 2}
+    assert {row["id"] for row in splits["train"]} < {f"{c}/{i}.jpg" for c in "xy" for i in (0, 1)}
+
+
+def test_a_single_class_is_no_folder_around_classes(tmp_path):
+    with pytest.raises(ValueError, match="found 1 classes"):
+        built(tmp_path, write(tmp_path / "in", {f"cat/{i}.jpg": picture(i) for i in range(2)}))
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAINING", "val"), ("train", "Validation")])
+def test_other_names_of_splits(tmp_path, names):
+    files = {
+        f"{name}/{prefix} {c}/{i}.jpg": picture(i)
+        for name, prefix in zip(names, ("old", "new"), strict=True)
+        for c in range(2)
+        for i in range(2)
+    }
+    splits = built(tmp_path, write(tmp_path / "in", files))
+    assert {split: counts(rows) for split, rows in splits.items()} == {
+        "train": {"old 0": 2, "old 1": 2},
+        "test": {"new 0": 2, "new 1": 2},
+    }
+    lines = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in files]
+    (tmp_path / "in" / "list.csv").write_text("\n".join(["path,label,split", *lines]))
+    listed = built(tmp_path, tmp_path / "in" / "list.csv")
+    assert {split: counts(rows) for split, rows in listed.items()} == {
+        split: counts(rows) for split, rows in splits.items()
+    }
+
+
+def test_validation_beside_train_and_test_is_left_out(tmp_path, caplog):
+    files = {f"{s}/{s}{c}/{i}.jpg": picture(i) for s in ("train", "val", "test") for c in "ab"
+             for i in range(2)}  # fmt: skip
+    splits = built(tmp_path, write(tmp_path / "in", files))
+    assert counts(splits["train"] + splits["test"]) == {
+        "traina": 2, "trainb": 2, "testa": 2, "testb": 2
+    }  # fmt: skip
+    assert "4 × in val, beside train, test" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bounding_box_train", "bounding_box_test", "query", "gt_bbox", "gt_query"),
+        ("image_train", "image_test", "image_query"),
+        ("test", "val"),
+    ],
+)
+def test_names_of_splits_are_not_taken_for_classes(tmp_path, names):
+    files = {f"{name}/0002_c1s1_{i}.jpg": picture(i) for name in names for i in range(2)}
+    with pytest.raises(ValueError, match=f"{min(names)}.*look like splits, not like classes"):
+        built(tmp_path, write(tmp_path / "in", files))
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    files = {f"{name}/{i}.jpg": picture(i) for name in ("train", "plane") for i in range(2)}
+    splits = built(tmp_path, write(tmp_path / "in", files))
+    assert counts(splits["train"] + splits["test"]) == {"train": 2, "plane": 2}
+
+
+def test_one_odd_file_costs_only_itself(tmp_path, caplog):
+    files = {f"{c}/{i}.jpg": picture(i) for c in "abc" for i in range(3)}
+    source = write(tmp_path / "in", files)
+    (source / "a" / "nowhere.jpg").symlink_to("gone.jpg")
+    os.mkfifo(source / "a" / "pipe.jpg")
+    os.mkfifo(source / "b" / "pipe")
+    (source / "b" / "circle").symlink_to("..")
+    write(source, {
+        "b/lfs.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",
+        "c/page.jpg": b"\n<!DOCTYPE HTML><html>",
+    })  # fmt: skip
+    expected = {
+        "a/nowhere.jpg": "a link to nowhere",
+        "a/pipe.jpg": "not a file",
+        "b/lfs.jpg": "a Git LFS pointer",
+        "c/page.jpg": "an HTML page",
+    }
+    (source / "list.csv").write_text(
+        "path,label\n" + "".join(f"{name},{name[0]}\n" for name in [*files, *expected])
+    )
+    for path in (source, source / "list.csv"):  # the same rule for both
+        caplog.clear()
+        splits = built(tmp_path, path, max_bad_fraction=0.5)
+        assert {row["id"] for rows in splits.values() for row in rows} == files.keys()
+        builder = ImageFolder(data_dir=tmp_path / "data", source=path, max_bad_fraction=0.5)
+        reasons = {row["id"]: row["reason"] for row in builder.report("skipped")}
+        assert reasons.keys() == expected.keys()
+        for name, reason in expected.items():
+            assert reason in reasons[name]
+        assert "4 files are missing or unreadable" in caplog.text
+
+
+def test_all_that_is_missing_is_counted_before_the_build_stops(tmp_path):
+    lines = [f"gone/{i}.jpg,{i % 3}" for i in range(12)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    with pytest.raises(ValueError, match=r"12 of 12 files .* 12 × no such file \(gone/1.jpg, "):
+        built(tmp_path, tmp_path / "list.csv")
+
+
+def test_a_split_without_a_readable_photograph(tmp_path):
+    files = {f"train/{c}/{i}.jpg": picture(i) for c in "ab" for i in range(2)}
+    files["test/c/1.jpg"] = b"broken"
+    with pytest.raises(ValueError, match="none of the photographs of split test can be read: 1 ×"):
+        built(tmp_path, write(tmp_path / "in", files), max_bad_fraction=1)
+
+
+def test_black_and_plain_pictures_are_reported(tmp_path, caplog):
+    def grey(high):  # 16 bits that hold fewer
+        return Image.fromarray(np.random.default_rng(0).integers(0, high, (9, 9)).astype(np.uint16))
+
+    files = {
+        "a/12 bits.png": encoded(grey(4096), "PNG"),
+        "a/8 bits.tif": encoded(grey(256), "TIFF"),
+        "b/white.jpg": encoded(Image.new("RGB", (9, 9), "white"), "JPEG"),
+        "b/16 bits.png": encoded(grey(65536), "PNG"),
+    }
+    good = {f"{c}/{i}.jpg": picture(i) for c in "ab" for i in range(2)}
+    built(tmp_path, write(tmp_path / "in", files | good))
+    builder = ImageFolder(data_dir=tmp_path / "data", source=tmp_path / "in")
+    assert {row["id"] for row in builder.report("blank")} == files.keys() - {"b/16 bits.png"}
+    assert caplog.text.count("3 images are blank") == 1 and "a/12 bits.png" in caplog.text
+
+
+def test_accents_of_folders_are_compared_as_letters(tmp_path):
+    files = {f"train/{c}/{i}.jpg": picture(i) for c in "ab" for i in range(2)}
+    files |= {unicodedata.normalize("NFC", "query/é/1.jpg"): picture(7)}
+    files |= {unicodedata.normalize("NFD", "gallery/é/2.jpg"): picture(8)}
+    splits = built(tmp_path, write(tmp_path / "in", files))
+    assert splits["query"][0]["label"] == splits["gallery"][0]["label"]

@@ -384,7 +384,7 @@ def _kinds(rows: list[dict[str, str]], most: int = 3) -> str:
 def _write_report(path: Path, rows: list[dict[str, str]]) -> None:
     with (
         replacing(path) as part,
-        open(part, "w", encoding="utf-8", errors="replace", newline="") as file,
+        open(part, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.DictWriter(file, ("split", "id", "reason"))
         writer.writeheader()

@@ -211,15 +211,15 @@ def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
             image.draft(None, tuple(max(side // reduction, 1) for side in image.size))
             image.load()
             image = ImageOps.exif_transpose(image)
-        except Exception as error:
+            if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would clip
+                grey = _eight_bits(np.asarray(image))
+                return np.repeat(grey[..., None], 3, axis=-1)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
             raise ValueError(_reason(error, data)) from error
-        if image.mode.startswith(("I", "F")):  # more than 8 bits of grey, which Pillow would clip
-            grey = _eight_bits(np.asarray(image))
-            return np.repeat(grey[..., None], 3, axis=-1)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:

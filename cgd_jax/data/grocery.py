@@ -36,14 +36,15 @@ class Grocery(ImageBuilder):
             raise ValueError(f"grocery: there is no classes.csv in {folder}. {self.HOW_TO_GET}")
         root = classes.parent
         names = {}
-        for line in classes.read_text(encoding="utf-8").splitlines()[1:]:
+        for line in archives.read_text(classes).splitlines()[1:]:
             name, number = line.split(",")[:2]
             names[int(number)] = name.strip()
         splits: dict[str, list[Photograph]] = {"train": [], "query": [], "gallery": []}
         for part, unseen in (("train", "gallery"), ("val", None), ("test", "query")):
-            if not (root / f"{part}.txt").exists():
+            rows = root / f"{part}.txt"
+            if not rows.exists():
                 raise ValueError(f"grocery: there is no {part}.txt in {root}. {self.HOW_TO_GET}")
-            for number, line in enumerate((root / f"{part}.txt").read_text("utf-8").splitlines()):
+            for number, line in enumerate(archives.read_text(rows).splitlines(), 1):
                 if not line.strip():
                     continue
                 try:
@@ -51,7 +52,7 @@ class Grocery(ImageBuilder):
                     label = int(fine)
                 except ValueError:
                     raise ValueError(
-                        f"{root / part}.txt, line {number + 1}: expected path, fine class, coarse "
+                        f"{rows}, line {number}: expected path, fine class, coarse "
                         f"class, found {line!r}. Get the data set again."
                     ) from None
                 split = "train" if label < TRAIN_CLASSES else unseen

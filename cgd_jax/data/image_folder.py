@@ -109,7 +109,6 @@ class ImageFolder(ImageBuilder):
         }
         if "" in photographs:
             photographs = _divide(photographs[""], len(names), self._seed, self._test_fraction)
-        _warn(photographs)
         return photographs
 
     def download_and_prepare(self, **keywords) -> None:
@@ -253,26 +252,3 @@ def _divide(rows: list[Photograph], classes: int, seed: int, fraction: float) ->
         "train": [row for row in rows if row.label not in test],
         "test": [row for row in rows if row.label in test],
     }
-
-
-def _warn(splits: dict[str, list[Photograph]]) -> None:
-    """Says what is allowed but changes what the numbers mean."""
-    labels = {split: Counter(row.label for row in rows) for split, rows in splits.items()}
-    if "test" in splits:
-        lonely = sum(count == 1 for count in labels["test"].values())
-        searched = labels["test"]
-    else:
-        lonely = sum(label not in labels["gallery"] for label in labels["query"])
-        searched = labels["query"]
-    if lonely:
-        log.warning(
-            "image_folder: %d test classes have no second image that a query could "
-            "find; it counts as a miss, or not at all, in every metric.",
-            lonely,
-        )
-    if shared := len(labels["train"].keys() & searched.keys()):
-        log.warning(
-            "image_folder: %d classes are in train and in test, so the numbers are "
-            "not those of unseen classes.",
-            shared,
-        )

@@ -1,6 +1,7 @@
 """From the `data` part of a config to images in memory-mapped arrays."""
 
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -58,11 +59,43 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     # The published numbers are those of the whole sets, copies included.
     dataset = _handle_copies(dataset, keep=bool(getattr(builder, "PUBLISHED", None)))
     check_queries(dataset)
+    _warn_of_classes(dataset)
+    for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
+        names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
+        log.info("%s %s %d classes: %s", config.name, purpose, len(names), listed(names))
     return dataset
+
+
+def _warn_of_classes(dataset: Dataset) -> None:
+    """Reports what is allowed but changes what the numbers mean."""
+    train, query, gallery = dataset
+    tested = np.unique(query.labels)
+    if gallery is None:
+        found, counts = np.unique(query.labels, return_counts=True)
+        alone = found[counts == 1]
+    else:
+        alone = np.setdiff1d(tested, gallery.labels)
+    for classes, text in (
+        (
+            alone,
+            "have no second image to find, so that their queries count as misses or not at all",
+        ),
+        (np.intersect1d(tested, train.labels), "are trained on too: they are not unseen"),
+    ):
+        if len(classes):
+            names = listed([query.class_names[label] for label in classes.tolist()])
+            log.warning("%d of %d test classes %s: %s", len(classes), len(tested), text, names)
 
 
 def make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     """Makes the TFDS builder that the `data` part of a config describes."""
+    try:
+        (config.dir and os.path.abspath(config.dir)).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"--config.data.dir={config.dir!r}: data sets cannot be built in a folder whose name "
+            "is not valid UTF-8. Choose another one."
+        ) from error
     options = {key: config[key] for key in config_keys(config.name)}
     return builder_class(config.name)(
         data_dir=config.dir or None, file_format="array_record", **options

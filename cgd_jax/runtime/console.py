@@ -14,9 +14,13 @@ log = logging.getLogger(__name__)
 
 
 def say(text: str) -> None:
-    """Prints without tearing a progress bar apart; of several processes only the first does."""
+    """Prints without tearing a progress bar apart; of several processes only the first does.
+
+    Characters that the terminal does not have, such as bytes of file names, are escaped.
+    """
     if processes.is_first():
-        tqdm.write(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def show_log() -> None:

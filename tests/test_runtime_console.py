@@ -1,0 +1,39 @@
+"""What a terminal shows, whatever it can show; log lines in place of progress bars."""
+
+import io
+import logging
+import sys
+
+import pytest
+
+from cgd_jax.runtime import console
+
+
+@pytest.mark.parametrize(
+    "encoding, shown",
+    [
+        ("utf-8", "1 → 2 \\udcff"),
+        ("ascii", "1 \\u2192 2 \\udcff"),
+        ("cp1252", "1 \\u2192 2 \\udcff"),
+    ],
+)
+def test_characters_that_a_terminal_does_not_have_are_escaped(monkeypatch, encoding, shown):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    console.say("1 → 2 \udcff")
+    terminal.flush()
+    assert terminal.buffer.getvalue().decode(encoding).rstrip() == shown
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(caplog):
+    with caplog.at_level(logging.INFO):
+        with console.progress(50, "resizing images", log_every=0) as bar:
+            for _ in range(3):
+                bar.update(10)
+        with console.progress(50, "reading labels", log_every=1000) as bar:
+            bar.update(50)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("resizing images: 20 of 50 in 00:00, ") for line in lines)
+    assert [line.partition(" in ")[0] for line in lines if "labels" in line] == [
+        "reading labels: 50 of 50"
+    ]
