@@ -286,7 +286,10 @@ def test_the_hugging_face_client_in_its_own_cache(small, tmp_path):
     (repository / "refs" / "main").write_text(commit)
     save_file(pretrained.to_torchvision(small, "resnet18"), snapshot / "model.safetensors")
     # The package reads its environment once, when it is imported.
-    code = "from cgd_jax.models.weight_files import find; print(find('timm/tiny')); find('timm/absent')"
+    code = (
+        "from cgd_jax.models import weight_files; print(weight_files.find('timm/tiny')); "
+        "weight_files.find('timm/absent')"
+    )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True

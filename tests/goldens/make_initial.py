@@ -25,16 +25,22 @@ NETWORKS = {
 }
 
 
-def initial_weights(backbone: str) -> dict[str, list]:
-    """Returns shape and first number of every variable of a network, by its path."""
+def initial_weights(backbone: str) -> dict[str, dict]:
+    """Returns the shape of every variable of a network, and a number of some of the kernels."""
     config = base.get_config().model
     config.update(backbone=backbone, embedding_dim=8, dtype="float32", **NETWORKS[backbone])
     model = create_model(config, 5)
-    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-    return {
-        path: [list(array.shape), float(array.ravel()[0])]
-        for path, array in sorted(flatten_dict(variables, sep="/").items())
-    }
+
+    def draw():
+        variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+        return flatten_dict(variables, sep="/")
+
+    shapes = {path: list(leaf.shape) for path, leaf in jax.eval_shape(draw).items()}
+    kernels = sorted(path for path, shape in shapes.items() if len(shape) > 1)
+    # Not all of them: every draw is compiled by itself.
+    few = set(kernels[::9])
+    first = jax.jit(lambda: {path: a.ravel()[0] for path, a in draw().items() if path in few})()
+    return {"shapes": shapes, "first": {path: float(number) for path, number in first.items()}}
 
 
 if __name__ == "__main__":
