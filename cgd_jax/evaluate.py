@@ -178,8 +178,11 @@ def measure_baselines(config: ConfigDict, workdir: str, folder: Path, setup: Set
         together = embed_test(config, setup, setup.state, vector="descriptors")
         letters = config.model.descriptors
         for i, letter in enumerate(letters):
-            part = [x if x is None else np.split(x, len(letters), 1)[i] for x in together]
-            embeddings[f"pretrained {letter}"] = Embeddings(*part)
+            query, gallery = together
+            embeddings[f"pretrained {letter}"] = Embeddings(
+                np.split(query, len(letters), 1)[i],
+                None if gallery is None else np.split(gallery, len(letters), 1)[i],
+            )
     else:
         embeddings["untrained network"] = embed_test(config, setup, setup.state)
     baselines = {
@@ -366,7 +369,7 @@ def postprocess(
       Embeddings to measure in place of the given ones.
     """
     query, gallery = embeddings
-    if config.whitening_dim:
+    if config.whitening_dim and training is not None:
         mean, projection = rerank.learn_whitening(training, config.whitening_dim)
         query = rerank.whiten(query, mean, projection)
         gallery = None if gallery is None else rerank.whiten(gallery, mean, projection)
@@ -488,10 +491,10 @@ def own_rows(embeddings: Embeddings, dataset: Dataset) -> np.ndarray | None:
     """
     if dataset.gallery is None:  # the queries search themselves
         return np.arange(len(embeddings.query))
-    if dataset.query_ids is None:
+    query_ids, gallery_ids = dataset.query_ids, dataset.gallery_ids
+    if query_ids is None or gallery_ids is None:
         return None
-    ids = dataset.query_ids, dataset.gallery_ids
-    own = metrics.own_index(*ids, len(dataset.query.labels), len(dataset.gallery.labels))
+    own = metrics.own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
     return own if (own >= 0).any() else None
 
 

@@ -99,9 +99,10 @@ def count_classes(workdir: str | Path, dataset: Dataset) -> dict[str, int]:
     """Counts the classes that a run is tested on, and how many of them it was trained on."""
     tested = set(np.unique(dataset.query.labels).tolist())
     trained = set(np.unique(dataset.train.labels).tolist())
-    if data_changes(workdir, dataset):  # then only the names of classes can be compared
+    recorded = _recorded_data(workdir)
+    if recorded and data_changes(workdir, dataset):  # only the names of classes are comparable
         tested = {dataset.query.class_names[label] for label in tested}
-        trained = {name for name, _ in _recorded_data(workdir)["train"]["per class"]}
+        trained = {name for name, _ in recorded["train"]["per class"]}
     return {"tested": len(tested), "trained on": len(tested & trained)}
 
 

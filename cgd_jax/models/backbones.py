@@ -19,7 +19,7 @@ BACKBONES: dict[str, Family] = {name: family for family in FAMILIES for name in 
 # Backbones are written with flax's own convolution and pooling. Those of XLA are slow on a CPU,
 # their gradients most of all, and inside of loops by a factor of 250; so what a backbone has as
 # an attribute of one of these names is replaced. On other platforms nothing changes.
-OPERATIONS = {"conv": cpu_ops.Conv, "max_pool": cpu_ops.max_pool}
+OPERATIONS: dict[str, Any] = {"conv": cpu_ops.Conv, "max_pool": cpu_ops.max_pool}
 
 
 def create(config: Any, dtype: jnp.dtype) -> nn.Module:
@@ -37,9 +37,10 @@ def create(config: Any, dtype: jnp.dtype) -> nn.Module:
     backbone = family.members[config.backbone](
         **options, last_stride=config.last_stride, remat=config.remat, dtype=dtype
     )
-    return backbone.clone(
-        **{name: operation for name, operation in OPERATIONS.items() if hasattr(backbone, name)}
-    )
+    replaced: dict[str, Any] = {
+        name: operation for name, operation in OPERATIONS.items() if hasattr(backbone, name)
+    }
+    return backbone.clone(**replaced)
 
 
 def normalization_of(name: str) -> Normalization:

@@ -180,8 +180,10 @@ def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
         return output.embedding
     if kind == "branch":
         return jnp.split(output.embedding, len(descriptors), 1)[descriptors.index(letter)]
-    chosen = descriptors if kind == "descriptors" else letter
-    chosen = [output.descriptors[descriptors.index(letter)] for letter in chosen]
+    if output.descriptors is None:
+        raise ValueError(f"vector={vector!r} needs an output with its descriptors.")
+    letters = descriptors if kind == "descriptors" else letter
+    chosen = [output.descriptors[descriptors.index(letter)] for letter in letters]
     return jnp.concatenate([l2_normalize(d.astype(jnp.float32)) for d in chosen], 1)
 
 

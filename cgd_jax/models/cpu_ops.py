@@ -73,7 +73,9 @@ def conv_general_dilated(
     depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
     if lhs.ndim != 4 or dilated or precision or not (feature_group_count == 1 or depthwise):
         return native(lhs, rhs)
-    strides, pads = tuple(window_strides), _pads(lhs, rhs.shape[:2], window_strides, padding)
+    rows, columns = window_strides
+    strides, pads = (rows, columns), _pads(lhs, rhs.shape[:2], window_strides, padding)
+    fast: Callable[[jax.Array, jax.Array], jax.Array]
     if rhs.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)) and feature_group_count == 1:
         fast = partial(_pointwise, strides=strides)
     else:
@@ -108,7 +110,8 @@ def max_pool(
 def _pads(x: jax.Array, window, strides, padding) -> Padding:
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    return tuple(tuple(pair) for pair in padding)
+    (top, bottom), (left, right) = padding
+    return (top, bottom), (left, right)
 
 
 def _taps(x: jax.Array, window, strides: Strides, pads: Padding, fill: float = 0.0) -> list:
@@ -131,7 +134,8 @@ def _max_pool(x: jax.Array, window, strides: Strides, pads: Padding) -> jax.Arra
     for number, tap in enumerate(taps[1:], 1):
         wins = (tap > best) | jnp.isnan(tap)
         best, winner = jnp.where(wins, tap, best), jnp.where(wins, jnp.int8(number), winner)
-    return sum(jnp.where(winner == number, tap, 0) for number, tap in enumerate(taps))
+    chosen = [jnp.where(winner == number, tap, 0) for number, tap in enumerate(taps)]
+    return sum(chosen[1:], chosen[0])
 
 
 def _pointwise(x: jax.Array, kernel: jax.Array, strides: Strides) -> jax.Array:

@@ -8,7 +8,7 @@ Drop-connect, the regularizer of its ImageNet training, is left out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -145,7 +145,7 @@ def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     return f"{block}.{convs[i] if kind == 'conv' else f'bn{i + 1}'}"
 
 
-BACKBONES = {
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite0": EfficientNetLite,
     "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
     "efficientnet_lite2": partial(EfficientNetLite, width=1.1, depth=1.2),

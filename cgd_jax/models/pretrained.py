@@ -66,6 +66,7 @@ def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normal
     """
     path = weight_files.find(source)
     weights, metadata = weight_files.read(path)
+    normalization: Normalization | None
     if "normalization" in metadata:
         normalization = Normalization.of(**json.loads(metadata["normalization"]))
     else:

@@ -156,11 +156,11 @@ def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     kinds = {"conv": "convolution", "bn": "normalization"}
     if len(module) == 1:
         return "embedder.embedder." + kinds[module[0][:-1]]
-    stage, layer = re.match(r"layer(\d)_(\d+)", module[0]).groups()
+    stage, layer = module[0].removeprefix("layer").split("_")
     where = f"encoder.stages.{int(stage) - 1}.layers.{layer}"
     if module[1].startswith("downsample"):
         return f"{where}.shortcut.{kinds[module[1].split('_')[1]]}"
-    kind, number = re.match(r"(conv|bn|se)(\d*)", module[1]).groups()
+    kind, number = module[1].rstrip("0123456789"), module[1][-1:]
     if kind == "se":  # Hugging Face has no such network; the name will be missing
         return f"{where}.{'.'.join(module[1:])}"
     return f"{where}.layer.{int(number) - 1}.{kinds[kind]}"
