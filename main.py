@@ -1,5 +1,6 @@
 """Trains and evaluates: `python main.py --config=configs/glyphs.py`."""
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -62,13 +63,24 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         sys.exit(f"error: {error}")
     except Exception as error:  # whatever the user's file raises
-        file = (config_flags.get_config_filename(config) or "").partition(":")[0]
+        text = error
+        while isinstance(text, AttributeError | KeyError) and text.args:  # one wraps the other
+            text = text.args[0]
+        text = " ".join(str(text).split())
+        if absent := re.match(r"'(\w+)'", text):  # so ml_collections names a key
+            for flag in (argument.partition("=")[0] for argument in argv):
+                if flag.startswith("--config.") and absent[1] in flag.split("."):
+                    sys.exit(
+                        f"error: {flag}: the config has no key {absent[0]}; configs/base.py "
+                        f"explains those it has.{text[absent.end() :]}"
+                    )
+        # The flag itself does not know its file until every override was understood.
+        given = re.search(r"^--?config[=\n]([^:\n]*)", "\n".join(argv), re.MULTILINE)
+        file = given[1] if given else ""
         if file and not Path(file).is_file():
             folder = CLONE / "configs"
             known = ", ".join(sorted(f"configs/{path.name}" for path in folder.glob("[!_]*.py")))
             sys.exit(f"error: --config={file}: there is no such file; there are {known}.")
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        text = " ".join(str(text).split())
         sys.exit(f"error: --config={file} cannot be used: {type(error).__name__}: {text}")
 
 
@@ -148,8 +160,11 @@ def main(argv: list[str]) -> None:
     ) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(interrupts.EXIT_TEMPFAIL if MODE.value == "train" else 130)
+        if MODE.value != "train":
+            print("Interrupted.", file=sys.stderr)
+            sys.exit(130)
+        print("Interrupted; the same command goes on from where it was.", file=sys.stderr)
+        sys.exit(interrupts.EXIT_TEMPFAIL)
 
 
 if __name__ == "__main__":

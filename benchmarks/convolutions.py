@@ -27,29 +27,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cgd_jax.models import cpu_ops, efficientnet_lite
 
 
-def native(x, kernel, stride):
-    return cpu_ops.conv_native(x, kernel, stride, padding_of(kernel))
+def convolve(way, x, kernel, stride, kind):
+    """As the networks call it: EfficientNet pads its depthwise convolutions as TensorFlow does."""
+    depthwise = kind == "depthwise"
+    return way(
+        x,
+        kernel,
+        (stride, stride),
+        "SAME" if depthwise else ((kernel.shape[0] // 2,) * 2,) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] if depthwise else 1,
+    )
 
 
-def ours(x, kernel, stride):
-    return cpu_ops.conv(x, kernel, stride, padding_of(kernel))
-
-
-def padding_of(kernel):
-    """As ResNet has it."""
-    return ((kernel.shape[0] // 2,) * 2,) * 2
-
-
-def pointwise_ours(x, kernel, stride):
-    module = cpu_ops.Conv(kernel.shape[-1], (1, 1), strides=stride)
-    return module.apply({"params": {"kernel": kernel}}, x)
-
-
-WAYS = {
-    "depthwise": (cpu_ops.depthwise_native, cpu_ops.depthwise_conv),
-    "1×1": (native, pointwise_ours),
-    "k×k": (native, ours),
-}
+WAYS = (jax.lax.conv_general_dilated, cpu_ops.conv_general_dilated)
+KINDS = ("depthwise", "1×1", "k×k")
 
 
 # Of a network: how often each (kind, side of the map, channels, shape of the kernel, stride)
@@ -58,8 +50,8 @@ WAYS = {
 
 def efficientnet_lite0(size: int, last_stride: int) -> Counter:
     counts, side, channels = Counter(), size // 2, 32
-    for stage, (blocks, k, stride, expansion, out) in enumerate(efficientnet_lite._STAGES):
-        if stage == efficientnet_lite._LAST_DOWNSAMPLING:
+    for stage, (blocks, k, stride, expansion, out) in enumerate(efficientnet_lite.STAGES):
+        if stage == efficientnet_lite.LAST_DOWNSAMPLING:
             stride = last_stride
         for block in range(blocks):
             inner, step = channels * expansion, stride if block == 0 else 1
@@ -119,14 +111,14 @@ def main():
     rng = np.random.default_rng(0)
     layers = globals()[args.network](args.size, args.last_stride)
     print(f"{jax.devices()[0].device_kind}, batch {args.batch}, ms")
-    for kind, ways in WAYS.items():
+    for kind in KINDS:
         rows, totals = [], np.zeros(4)
         for (its_kind, side, channels, shape, stride), count in layers.items():
             if its_kind != kind:
                 continue
             x = rng.normal(size=(args.batch, side, side, channels)).astype(np.float32)
             x, kernel = jax.device_put((x, rng.normal(size=shape).astype(np.float32)))
-            convs = [partial(way, stride=stride) for way in ways]
+            convs = [partial(convolve, way, stride=stride, kind=kind) for way in WAYS]
             # Of a square: its gradient needs the output, as that of a network does.
             gradients = [
                 jax.grad(lambda x, k, way=way: (way(x, k) ** 2).sum(), (0, 1)) for way in convs

@@ -1,10 +1,12 @@
 """What happens to a batch of uint8 images on the device, inside the jitted step."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Images = TypeVar("Images", np.ndarray, jax.Array)
 
 
 class Normalization(NamedTuple):
@@ -165,7 +167,7 @@ def random_erase(key: jax.Array, images: jax.Array, probability: float) -> jax.A
     return jnp.where((inside & touched)[..., None], 0, images)
 
 
-def center_crop(images: jax.Array, size: int) -> jax.Array:
+def center_crop(images: Images, size: int) -> Images:
     """Cuts the middle out: [B, H, W, C] → [B, size, size, C]."""
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]

@@ -17,11 +17,32 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from cgd_jax.augment import Normalization
+from cgd_jax.config import ConfigError
 from cgd_jax.runtime import files, processes
 
 FOLDER = "checkpoints"
 
 log = logging.getLogger(__name__)
+
+
+def check_folder(workdir: str | Path) -> None:
+    """Refuses a work folder whose checkpoints could be written, but not read again.
+
+    orbax looks its files up with glob patterns and takes what ends in a colon for the scheme of
+    an address, without escaping either in the path that it was given.
+
+    Raises:
+      ConfigError: Names the characters.
+    """
+    path = Path(workdir).resolve()
+    odd = sorted({letter for letter in str(path) if letter in "[]*?\\"})
+    odd += [part for part in path.parts if part.endswith(":")]
+    if odd:
+        raise ConfigError(
+            f"--workdir={workdir}: checkpoints in {path} could not be read again, because the "
+            f"library that writes them takes {' '.join(odd)} in a path for a pattern or an "
+            f"address. Choose a folder without."
+        )
 
 
 def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManager:
@@ -35,7 +56,11 @@ def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManag
     Returns:
       An orbax manager; close it, or use it in a `with` statement, to wait for the
       last save.
+
+    Raises:
+      ConfigError: As `check_folder`.
     """
+    check_folder(workdir)
 
     def recall_at_1(metrics):
         return metrics["recall_at_1"]
@@ -146,18 +171,18 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
             errors[step] = " ".join(str(error).split())[:300]
     else:
         if errors:
-            listed = "; ".join(f"step {step}: {error}" for step, error in errors.items())
+            listed = "; ".join(f"step {step}: {reason}" for step, reason in errors.items())
             raise OSError(
                 f"No checkpoint in {checkpoints.directory} can be read, so the run cannot go on "
                 f"from there. Choose another --workdir=, or mend or delete them. {listed}"
             )
         return None
-    for step, error in errors.items():
+    for step, reason in errors.items():
         damaged = Path(checkpoints.directory).with_name("damaged") / f"{step}-{time.time_ns()}"
         if processes.is_first():
             damaged.parent.mkdir(exist_ok=True)
             Path(checkpoints.directory, str(step)).rename(damaged)
-        log.warning("Checkpoint %d is damaged and was moved to %s: %s", step, damaged, error)
+        log.warning("Checkpoint %d is damaged and was moved to %s: %s", step, damaged, reason)
     if errors:
         processes.wait_for_all("damaged checkpoints are moved")
         checkpoints.reload()

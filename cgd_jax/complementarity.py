@@ -77,8 +77,10 @@ def measure(
     own = None  # where in the gallery each query itself is
     if gallery is None:
         own = np.arange(len(query))
-    elif query_ids is not None:
-        own = metrics.own_index(query_ids, gallery_ids, len(query), len(gallery))
+    else:
+        gallery = np.asarray(gallery)
+        if query_ids is not None and gallery_ids is not None:
+            own = metrics.own_index(query_ids, gallery_ids, len(query), len(gallery))
     k = min(k, len(query if gallery is None else gallery) - (own is not None))
 
     def first_ranks(query, gallery):
@@ -99,8 +101,10 @@ def measure(
         part = np.asarray(metrics.normalize(part))
         gallery_part = part if gallery is None else np.asarray(metrics.normalize(gallery_part))
         exclude = None if own is None else own[rows]
-        options = {"exclude": exclude, "precision": precision, "mesh": mesh}
-        found.append(retrieval.top_k(part[rows], gallery_part, k, **options)[1])
+        _, index = retrieval.top_k(
+            part[rows], gallery_part, k, exclude=exclude, precision=precision, mesh=mesh
+        )
+        found.append(index)
 
     pairs = [
         {

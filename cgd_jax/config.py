@@ -93,7 +93,10 @@ RULES: dict[str, Rule] = {
     "augment.min_area": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "augment.jitter": at_least(0),
     "augment.erase": Rule(lambda p: 0 <= p <= 1, "must be a probability"),
-    "model.backbone": one_of(backbones.names()),
+    "model.backbone": Rule(
+        lambda name: name in backbones.BACKBONES,
+        f"is unknown; valid names are {backbones.listed()}",
+    ),
     "model.pretrained": _any_text,
     "model.width": at_least(1),
     "model.stem": one_of(resnet.STEMS),

@@ -18,15 +18,21 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgd_jax import checkpoint, complementarity, metrics, rerank
-from cgd_jax.config import ConfigError, validate
+from cgd_jax.config import validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import prefetch
 from cgd_jax.from_config import Setup, set_up
 from cgd_jax.models.cgd import embed_model
-from cgd_jax.reports import plots, projection, tables
+from cgd_jax.reports import collapse, plots, projection, tables
 from cgd_jax.runtime import console, files, interrupts, processes
 from cgd_jax.train_step import State
-from cgd_jax.workdir import check_workdir, keep_compiled, read_config
+from cgd_jax.workdir import (
+    check_workdir,
+    count_classes,
+    data_changes,
+    keep_compiled,
+    read_config,
+)
 
 
 class Embeddings(NamedTuple):
@@ -58,6 +64,8 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
     check_workdir(config, workdir)
     keep_compiled(workdir)
     setup = set_up(config)
+    for change in data_changes(workdir, setup.dataset):
+        console.say(f"The data set is not the one that the run was trained on: {change}.")
     folder = processes.report_folder(workdir)
     result = evaluate_checkpoint(config, workdir, folder, setup, step, "-{step}")
     files.write_json(folder / f"eval-{result['step']}.json", result)
@@ -112,13 +120,19 @@ def evaluate_checkpoint(
         folder / f"retrievals{suffix}.png",
         dataset,
         sample,
-        nearest(embeddings, sample, k=8),
+        nearest(embeddings, own_rows(embeddings, dataset), sample, k=8),
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
 
     draw_embeddings(config, folder, dataset, embeddings, step, suffix)
     with_options = measure_options(config, folder, setup, state, embeddings)
-    result = {"step": step, "metrics": measured, "with options": with_options}
+    result = {
+        "step": step,
+        "metrics": measured,
+        "classes": count_classes(workdir, dataset),
+        "geometry": describe_geometry(embeddings, dataset),
+        "with options": with_options,
+    }
     if wanted.complementarity:
         letters, options = config.model.descriptors, {"seed": config.seed, "mesh": setup.mesh}
         found = measure_branches(embeddings, dataset, letters, wanted, **options)
@@ -164,8 +178,11 @@ def measure_baselines(config: ConfigDict, workdir: str, folder: Path, setup: Set
         together = embed_test(config, setup, setup.state, vector="descriptors")
         letters = config.model.descriptors
         for i, letter in enumerate(letters):
-            part = [x if x is None else np.split(x, len(letters), 1)[i] for x in together]
-            embeddings[f"pretrained {letter}"] = Embeddings(*part)
+            query, gallery = together
+            embeddings[f"pretrained {letter}"] = Embeddings(
+                np.split(query, len(letters), 1)[i],
+                None if gallery is None else np.split(gallery, len(letters), 1)[i],
+            )
     else:
         embeddings["untrained network"] = embed_test(config, setup, setup.state)
     baselines = {
@@ -183,17 +200,17 @@ def measure_options(
     state: State,
     embeddings: Embeddings,
 ) -> dict[str, dict]:
-    """Metrics with each kind of inference option that `config.eval` sets, one upon the other.
+    """Measures each kind of inference option that `config.eval` sets, one on top of the other.
 
     Args:
-      config: of the experiment.
+      config: a whole experiment's.
       folder: where embeddings.npz is written if the config wants it.
-      setup: from `set_up`.
+      setup: what `set_up` made of the config.
       state: the weights.
       embeddings: of the test images, without any option.
 
     Returns:
-      What was done → metrics; empty if nothing is asked for.
+      What was done → metrics; without those that failed, of which a message tells.
     """
     dataset, mesh, wanted = setup.dataset, setup.mesh, config.eval
     measured = {}
@@ -220,14 +237,18 @@ def measure_options(
             training = embed_images(
                 embed, images, wanted.batch_size, setup.batch_sharding, "embedding training images"
             )
-        try:
-            embeddings = postprocess(embeddings, training, wanted, mesh)
-        except ValueError as error:  # more dimensions or neighbours than there are
-            raise ConfigError(f"eval: {error}") from error
         name = ", ".join(f"{what} {number}" for what, number in done.items() if number)
-        measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
+        try:
+            own = own_rows(embeddings, dataset)
+            embeddings = postprocess(embeddings, training, own, wanted, mesh)
+            measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
+        except ValueError as error:  # it must not cost the results without options
+            console.say(f"Not measured, {name}: {error}")
     if wanted.rerank:
-        measured["re-ranked"] = reranked_recall(embeddings, dataset, wanted.ks, mesh)
+        try:
+            measured["re-ranked"] = reranked_recall(embeddings, dataset, wanted.ks, mesh)
+        except ValueError as error:
+            console.say(f"Not measured, re-ranked: {error}")
     return measured
 
 
@@ -328,20 +349,27 @@ def embed_pixels(images: jax.Array) -> jax.Array:
     return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
 
 
-def postprocess(embeddings: Embeddings, training: np.ndarray | None, config, mesh) -> Embeddings:
-    """Whitening, database-side augmentation and query expansion, those that a config wants.
+def postprocess(
+    embeddings: Embeddings,
+    training: np.ndarray | None,
+    own: np.ndarray | None,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+) -> Embeddings:
+    """Does the whitening, database augmentation and query expansion that a config wants.
 
     Args:
       embeddings: from `embed_dataset`.
       training: [N, D] of the training images; needed for whitening only.
+      own: from `own_rows`.
       config: the `eval` part of an experiment's config.
-      mesh: whose devices share the work.
+      mesh: its devices share the work.
 
     Returns:
       Embeddings to measure in place of the given ones.
     """
     query, gallery = embeddings
-    if config.whitening_dim:
+    if config.whitening_dim and training is not None:
         mean, projection = rerank.learn_whitening(training, config.whitening_dim)
         query = rerank.whiten(query, mean, projection)
         gallery = None if gallery is None else rerank.whiten(gallery, mean, projection)
@@ -354,10 +382,8 @@ def postprocess(embeddings: Embeddings, training: np.ndarray | None, config, mes
     if k:
         # Queries that search each other stay themselves as a database: a pair of which
         # both were moved towards the other would count its likeness twice.
-        itself = np.arange(len(query)) if gallery is None else None
-        database = query if gallery is None else gallery
-        query = rerank.expand_queries(query, database, k, alpha, exclude=itself, mesh=mesh)
-        gallery = database
+        gallery = query if gallery is None else gallery
+        query = rerank.expand_queries(query, gallery, k, alpha, exclude=own, mesh=mesh)
     return Embeddings(query, gallery)
 
 
@@ -367,7 +393,7 @@ def postprocess(embeddings: Embeddings, training: np.ndarray | None, config, mes
 def recall(
     embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...], **options
 ) -> dict[str, float]:
-    """Recall@K of the test images, all that is measured while training.
+    """Measures Recall@K of the test images, which is all that is measured while training.
 
     Args:
       embeddings: from `embed_dataset`.
@@ -378,12 +404,12 @@ def recall(
     Returns:
       {"recall@1": between 0 and 1, ...}.
     """
-    recalls = metrics.recall_at_k(**_measured(embeddings, dataset), ks=ks, **options)
+    recalls = metrics.recall_at_k(**_for_metrics(embeddings, dataset), ks=ks, **options)
     return {f"recall@{k}": value for k, value in recalls.items()}
 
 
-def measure(embeddings: Embeddings, dataset: Dataset, config, **options) -> dict:
-    """All metrics of the test images: `metrics.evaluate` as a config wants it.
+def measure(embeddings: Embeddings, dataset: Dataset, config: ConfigDict, **options) -> dict:
+    """Measures everything that the `eval` part of a config asks `metrics.evaluate` for.
 
     Args:
       embeddings: from `embed_dataset`.
@@ -392,31 +418,30 @@ def measure(embeddings: Embeddings, dataset: Dataset, config, **options) -> dict
       **options: of `metrics.evaluate`.
 
     Returns:
-      Its dict.
+      The dict of `metrics.evaluate`.
     """
-    return metrics.evaluate(
-        **_measured(embeddings, dataset), ks=config.ks, precision=config.precision, **options
-    )
+    arrays = _for_metrics(embeddings, dataset)
+    return metrics.evaluate(**arrays, ks=config.ks, precision=config.precision, **options)
 
 
 def measure_branches(
-    embeddings: Embeddings, dataset: Dataset, descriptors: str, config, **options
+    embeddings: Embeddings, dataset: Dataset, descriptors: str, config: ConfigDict, **options
 ) -> dict:
-    """How the branches of the embedding complement one another.
+    """Measures how the branches of the embedding complement one another.
 
     Args:
       embeddings: from `embed_dataset`, of a network whose branches lie side by side, see
-        `branches_of`.
+        `cgd.branches_of`.
       dataset: the data set that was embedded.
       descriptors: the letters of the descriptor set.
       config: the `eval` part of an experiment's config.
       **options: of `complementarity.measure`.
 
     Returns:
-      Its dict.
+      The dict of `complementarity.measure`.
     """
     return complementarity.measure(
-        **_measured(embeddings, dataset),
+        **_for_metrics(embeddings, dataset),
         names=descriptors,
         bootstrap=config.bootstrap,
         precision=config.precision,
@@ -425,54 +450,119 @@ def measure_branches(
 
 
 def reranked_recall(
-    embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...], mesh
+    embeddings: Embeddings, dataset: Dataset, ks: tuple[int, ...], mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
-    """Recall@K after k-reciprocal re-ranking of the nearest neighbours; see `recall`."""
+    """Measures Recall@K after k-reciprocal re-ranking of the nearest neighbours; see `recall`."""
     query, gallery = embeddings
-    itself = dataset.gallery is None
-    exclude = np.arange(len(query)) if itself and gallery is not None else None
-    k = min(max(100, *ks), len(query if gallery is None else gallery) - itself)
-    index = rerank.k_reciprocal(query, gallery, k, exclude=exclude, mesh=mesh)[1]
-    labels = dataset.query.labels if itself else dataset.gallery.labels
-    recalls = metrics.recall_of_ranking(index, dataset.query.labels, labels, ks, itself)
-    return {f"recall@{k}": value for k, value in recalls.items()}
+    own = own_rows(embeddings, dataset)
+    items = len(query) if gallery is None else len(gallery)
+    everything = len(query) + (0 if gallery is None else len(gallery))
+    k = min(max(100, *ks), items - (own is not None))
+    # Neighbourhoods as the paper has them, smaller in a set that has not as many neighbours.
+    k1 = min(20, everything - 1)
+    index = rerank.k_reciprocal(
+        query,
+        gallery,
+        k,
+        k1=k1,
+        k2=min(6, k1),
+        exclude=None if gallery is None else own,
+        mesh=mesh,
+    )[1]
+    gallery_split = dataset.query if dataset.gallery is None else dataset.gallery
+    itself = False if own is None else own >= 0
+    ks = tuple(n for n in ks if n <= k)
+    recalls = metrics.recall_of_ranking(
+        index, dataset.query.labels, gallery_split.labels, ks, itself
+    )
+    return {f"recall@{n}": value for n, value in recalls.items()}
 
 
-def _measured(embeddings: Embeddings, dataset: Dataset) -> dict:
-    """Embeddings and labels as `metrics` takes them."""
-    measured = {"query": embeddings.query, "query_labels": dataset.query.labels}
-    if embeddings.gallery is None:
-        return measured
-    if dataset.gallery is not None:
-        labels = dataset.gallery.labels
-        return measured | {"gallery": embeddings.gallery, "gallery_labels": labels}
-    # The queries search themselves, under other vectors: known by their positions.
-    itself = np.arange(len(dataset.query.labels))
-    return measured | {
-        "gallery": embeddings.gallery,
-        "gallery_labels": dataset.query.labels,
-        "query_ids": itself,
-        "gallery_ids": itself,
-    }
-
-
-def nearest(embeddings: Embeddings, rows: np.ndarray, k: int) -> np.ndarray:
-    """The nearest neighbours of some queries, for people to look at.
+def own_rows(embeddings: Embeddings, dataset: Dataset) -> np.ndarray | None:
+    """Returns the gallery row that each query itself is, which must not match it.
 
     Args:
-      embeddings: from `embed_dataset`.
-      rows: [R] positions of queries.
-      k: neighbours of each.
+      embeddings: of the test images.
+      dataset: the data set that was embedded.
 
     Returns:
-      [R, k] positions in the gallery (among the queries, if there is none; never the
-      query itself), nearest first.
+      [Q] integers, -1 for queries that are not in the gallery; None if it is not known that
+      any is.
+    """
+    if dataset.gallery is None:  # the queries search themselves
+        return np.arange(len(embeddings.query))
+    query_ids, gallery_ids = dataset.query_ids, dataset.gallery_ids
+    if query_ids is None or gallery_ids is None:
+        return None
+    own = metrics.own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
+    return own if (own >= 0).any() else None
+
+
+def _for_metrics(embeddings: Embeddings, dataset: Dataset) -> dict:
+    """Returns embeddings, labels and ids as `metrics` takes them."""
+    arrays = {"query": embeddings.query, "query_labels": dataset.query.labels}
+    if embeddings.gallery is None:
+        return arrays
+    split = dataset.query if dataset.gallery is None else dataset.gallery
+    arrays |= {"gallery": embeddings.gallery, "gallery_labels": split.labels}
+    own = own_rows(embeddings, dataset)
+    if own is not None:
+        rows = np.arange(len(split.labels))
+        # Queries that are not in the gallery have ids of their own.
+        elsewhere = len(rows) + np.arange(len(own))
+        arrays |= {"query_ids": np.where(own >= 0, own, elsewhere), "gallery_ids": rows}
+    return arrays
+
+
+def nearest(embeddings: Embeddings, own: np.ndarray | None, rows: np.ndarray, k: int) -> np.ndarray:
+    """Finds the nearest neighbours of some queries, for people to look at.
+
+    Args:
+      embeddings: of the test images.
+      own: from `own_rows`.
+      rows: [R] positions of queries.
+      k: how many neighbours.
+
+    Returns:
+      [R, k] positions in the gallery (among the queries, if there is none), nearest first,
+      never the query itself.
     """
     gallery = embeddings.query if embeddings.gallery is None else embeddings.gallery
     similarities = embeddings.query[rows] @ gallery.T
-    if embeddings.gallery is None:
-        similarities[np.arange(len(rows)), rows] = -np.inf
+    if own is not None:
+        known = np.flatnonzero(own[rows] >= 0)
+        similarities[known, own[rows][known]] = -np.inf
     return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+
+
+def describe_geometry(embeddings: Embeddings, dataset: Dataset) -> dict[str, float]:
+    """Measures whether test embeddings spread or have collapsed to one point.
+
+    Returns:
+      mean_embedding_norm: length of the mean of all unit vectors, 1 if they are one point.
+      positive_distance, negative_distance: root mean square distance of two queries of one
+      class and of two classes; nan where there are no such pairs.
+    """
+    unit = embeddings.query / np.maximum(
+        np.linalg.norm(embeddings.query, axis=1, keepdims=True), 1e-12
+    )
+    _, code = np.unique(dataset.query.labels, return_inverse=True)
+    sums = np.zeros((code.max() + 1, unit.shape[1]))
+    np.add.at(sums, code, unit)
+    count = np.bincount(code).astype(np.float64)
+    # Σ over ordered pairs of x·y within classes, and over all pairs, from the sums of vectors.
+    within, total = np.sum(sums**2) - len(unit), np.sum(sums.sum(0) ** 2) - len(unit)
+    pairs_within = np.sum(count * (count - 1))
+    pairs_across = len(unit) * (len(unit) - 1.0) - pairs_within
+
+    def distance(cosines: float, pairs: float) -> float:
+        return float(np.sqrt(max(0.0, 2 - 2 * cosines / pairs))) if pairs else float("nan")
+
+    return {
+        "mean_embedding_norm": float(np.linalg.norm(unit.mean(0))),
+        "positive_distance": distance(within, pairs_within),
+        "negative_distance": distance(total - within, pairs_across),
+    }
 
 
 # Report.
@@ -538,7 +628,8 @@ def say_results(config: ConfigDict, results: dict) -> None:
     rows = {**results["baselines"], name: results["metrics"]}
     for label, measured in results.get("with options", {}).items():
         rows[f"  {label}"] = measured
-    console.say("\nClasses never seen in training, per cent:\n")
+    seen = tables.describe_classes(results["classes"]["tested"], results["classes"]["trained on"])
+    console.say(f"\n{seen[0].upper()}{seen[1:]}, per cent:\n")
     console.say(tables.metrics_table(rows))
     low, high = results["metrics"]["confidence"]["recall@1"]
     console.say(
@@ -546,5 +637,11 @@ def say_results(config: ConfigDict, results: dict) -> None:
     )
     if "complementarity" in results:
         console.say(f"\n{tables.complementarity_text(results['complementarity'])}")
+    norm = results["geometry"]["mean_embedding_norm"]
+    if norm > collapse.ONE_POINT:
+        console.say(
+            f"The mean of all test embeddings has norm {norm:.3f}: the embedding has nearly "
+            f"collapsed to one point, and what it retrieves it owes to small differences."
+        )
     if results["metrics"]["excluded"]:
         console.say(f"{results['metrics']['excluded']} queries without a true match are left out.")

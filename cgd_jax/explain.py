@@ -48,11 +48,11 @@ SAMPLE = 1024  # test images whose mean stands for the average image
 class Explanation(NamedTuple):
     """The similarity of two images, taken apart."""
 
-    maps: np.ndarray  # [2, n, H, W] float32: contributions of image, branch, position
-    shares: np.ndarray  # [n] float32, of the branches: the mean of both images' sums
-    similarity: np.ndarray  # [] float32, cosine
-    common: np.ndarray  # [] float32: with the reference; the mean of both images'
-    remainder: np.ndarray  # [] float32: similarity less shares less common, by rounding
+    maps: jax.Array  # [2, n, H, W] float32: contributions of image, branch, position
+    shares: jax.Array  # [n] float32, of the branches: the mean of both images' sums
+    similarity: jax.Array  # [] float32, cosine
+    common: jax.Array  # [] float32: with the reference; the mean of both images'
+    remainder: jax.Array  # [] float32: similarity less shares less common, by rounding
 
 
 def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> jax.Array:
@@ -231,10 +231,13 @@ def explain_run(
       cut), or explain-right.png and explain-wrong.png (one that has no pair is left out).
 
     Raises:
+      ValueError: one of `query` and `match` without the other.
       FileNotFoundError: there is no such file, run or checkpoint.
       ConfigError: a file is no image, or the data set cannot be used.
     """
-    given = {"query": query, "match": match} if query or match else {}
+    if bool(query) != bool(match):
+        raise ValueError("query and match go together: the two images to compare.")
+    given = {"query": query, "match": match} if query and match else {}
     for flag, file in given.items():
         if not Path(file).is_file():
             raise FileNotFoundError(f"--{flag}={file}: there is no such file.")
@@ -251,10 +254,8 @@ def explain_run(
     if given:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
-        embeddings = evaluate.embed_images(
-            embed, dataset.query.images[sample], batch, setup.batch_sharding
-        )
-        reference = embeddings.mean(0)
+        images = dataset.query.images[sample]
+        reference = evaluate.embed_images(embed, images, batch, setup.batch_sharding).mean(0)
         names = [Path(file).name for file in given.values()]
         # Both names in one, which file systems allow 255 bytes.
         stems = [os.fsencode(Path(file).stem)[:100] for file in given.values()]
@@ -273,9 +274,9 @@ def explain_run(
     folder, pictures = processes.report_folder(workdir), []
     for file, pairs in chosen.items():
         rows = []
-        for images, names, right in pairs:
+        for images, names, is_right in pairs:
             found = explain_pair(model, variables, normalization, images, size, reference)
-            rows.append((center_crop(images, size), names, right, jax.device_get(found)))
+            rows.append((center_crop(images, size), names, is_right, jax.device_get(found)))
         if rows:
             plots.plot_explanations(folder / file, rows, model.descriptors, title)
             pictures.append(Path(workdir, file))
@@ -331,7 +332,7 @@ def right_and_wrong(
     )
     similarity, index = similarity[:, 0], index[:, 0]
     labels = dataset.query.labels
-    found = (labels if gallery is None else dataset.gallery.labels)[index]
+    found = (dataset.gallery or dataset.query).labels[index]
 
     def choose(rows: np.ndarray) -> np.ndarray:
         pairs, seen = [], set()

@@ -1,5 +1,6 @@
 """What a config describes: the data set, the network, the optimizer, the state at step 0."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,9 @@ class Setup(NamedTuple):
     @property
     def mesh(self) -> jax.sharding.Mesh:
         """All devices."""
-        return self.batch_sharding.mesh
+        mesh = self.batch_sharding.mesh
+        assert isinstance(mesh, jax.sharding.Mesh)  # an abstract one has no devices
+        return mesh
 
 
 def set_up(config: ConfigDict) -> Setup:
@@ -49,6 +52,7 @@ def set_up(config: ConfigDict) -> Setup:
     replicated, batch_sharding = shardings(mesh)
     check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)
+    check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = create_state(
@@ -91,6 +95,29 @@ def check_batch(config: ConfigDict, devices: int) -> None:
         )
 
 
+def check_options(config: ConfigDict, dataset: Dataset) -> None:
+    """Checks that the inference options of a config fit into the data set.
+
+    Raises:
+      ConfigError: One asks for more neighbours or dimensions than there are; it says how many.
+    """
+    wanted, model = config.eval, config.model
+    queries = len(dataset.query.labels)
+    items = queries if dataset.gallery is None else len(dataset.gallery.labels)
+    searched = items - (dataset.gallery is None)  # a query does not find itself
+    most = {"query_expansion": searched, "database_augmentation": items - 1}
+    most["whitening_dim"] = len(dataset.train.labels) - 1
+    if wanted.vector == "embedding":
+        most["whitening_dim"] = min(most["whitening_dim"], model.embedding_dim)
+    for key, number in most.items():
+        if wanted[key] > number:
+            what = "dimensions" if key == "whitening_dim" else "neighbours"
+            raise ConfigError(
+                f"eval.{key}={wanted[key]} asks for more {what} than this data set has; at most "
+                f"{number} can be used."
+            )
+
+
 def load_pretrained(config: ConfigDict, state: State) -> State:
     """Puts published weights, or those of an earlier run, into a state at step 0.
 
@@ -110,15 +137,13 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     try:
         if Path(source, checkpoint.FOLDER).is_dir():
             weights, normalization, _ = checkpoint.read_weights(source)
-            loaded = pretrained.fill(weights, variables)
+            loaded = pretrained.fill(variables, weights)
         else:
-            loaded, normalization = pretrained.load(
-                variables, source, backbones.family_of(config.backbone)
-            )
+            loaded, normalization = pretrained.load(variables, source, config.backbone)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     average = None if state.average is None else loaded["params"]
-    new = state.replace(**loaded, normalization=normalization, average=average)
+    new = dataclasses.replace(state, **loaded, normalization=normalization, average=average)
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, state)
 
 

@@ -21,6 +21,8 @@ contrastive 2.00
 multi_similarity 0.66
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -318,7 +320,7 @@ def _check(values: jax.Array, labels: jax.Array, name: str) -> None:
 
 
 # The names under which configs select a ranking loss.
-RANKING_LOSSES = {
+RANKING_LOSSES: dict[str, Callable[..., jax.Array]] = {
     "batch_hard_triplet": batch_hard_triplet_loss,
     "batch_all_triplet": batch_all_triplet_loss,
     "semi_hard_triplet": semi_hard_triplet_loss,

@@ -140,6 +140,7 @@ def first_ranks(
     >>> first_ranks([[1, 0], [0, 1], [1, 1], [1, 0]], ["a", "b", "a", "c"])
     array([ 2., nan,  3., nan])
     """
+    query_labels = np.asarray(query_labels)
     best = np.full(len(query_labels), -np.inf)  # what it stays without a true match
     for rows, _, ranks in _true_match_ranks(
         query, query_labels, gallery, gallery_labels, first=True, **options
@@ -199,6 +200,7 @@ def evaluate(
     ks = _check_ks(ks)
     names = [*(f"recall@{k}" for k in ks), *(f"precision@{k}" for k in ks)]
     names += ["r_precision", "map@r", "map", "mrr"]
+    query_labels = np.asarray(query_labels)
     table = np.full((len(query_labels), len(names)), -np.inf)
     for rows, matches, ranks in _true_match_ranks(
         query, query_labels, gallery, gallery_labels, first=False, **options
@@ -206,7 +208,7 @@ def evaluate(
         place = np.arange(1, ranks.shape[1] + 1)
         precision = np.where(np.isfinite(ranks), place / ranks, 0.0)
         within = ranks <= matches[:, None]
-        values = [ranks[:, 0] <= k for k in ks]
+        values: list[np.ndarray] = [ranks[:, 0] <= k for k in ks]
         values += [np.sum(ranks <= k, 1) / k for k in ks]
         values.append(within.sum(1) / matches)
         values.append(np.sum(precision * within, 1) / matches)
@@ -216,7 +218,7 @@ def evaluate(
     table = _merge(table, options)
     rows = np.flatnonzero(table[:, 0] > -np.inf)
     table = table[rows]
-    classes, code = np.unique(np.asarray(query_labels)[rows], return_inverse=True)
+    classes, code = np.unique(query_labels[rows], return_inverse=True)
     count = np.bincount(code)
     sums = np.stack([np.bincount(code, column) for column in table.T], 1)
 
@@ -413,7 +415,7 @@ def _true_match_ranks(
     query, query_labels = _check("query", query, query_labels)
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("give both gallery and gallery_labels, or neither")
-    if gallery is None:
+    if gallery is None or gallery_labels is None:
         if gallery_ids is not None:
             raise ValueError("gallery_ids without a gallery")
         gallery, gallery_labels = query, query_labels
@@ -439,7 +441,7 @@ def _true_match_ranks(
     start, end = start[code], start[code] + members[code]
     own = np.full(len(query), -1)  # where the query itself stands in the gallery
     matches = members[code]
-    if query_ids is not None:
+    if query_ids is not None and gallery_ids is not None:
         own = own_index(query_ids, gallery_ids, len(query), len(gallery))
         matches = matches - ((own >= 0) & (gallery_code[own] == code))
     rows = np.flatnonzero(matches)
@@ -484,10 +486,10 @@ def _true_match_ranks(
                         own[some, None],
                     )
                 ),
-                gallery,
-                np.float32(TIES[ties]),
-                mesh,
-                precision,
+                gallery=gallery,
+                offsets=np.array(TIES[ties], np.float32),
+                mesh=mesh,
+                precision=precision,
             )
             others, seen = (
                 np.asarray(x).reshape(steps * block, -1)[: len(some)] for x in (others, seen)
@@ -543,7 +545,7 @@ def _product(query, items, precision):
     return jnp.matmul(normalize(query), normalize(items).T, precision=precision)
 
 
-def _count_others_before(query, similarity, true, own, gallery, offsets, mesh, precision):
+def _count_others_before(query, similarity, true, own, *, gallery, offsets, mesh, precision):
     """Counts the items of other classes before each true match.
 
     Args:
@@ -671,14 +673,14 @@ def _even(total, most):
     return parts * size, size
 
 
-def _check(name, embeddings, labels):
+def _check(name: str, embeddings: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as NumPy arrays, embeddings in float32; ValueError for what cannot be ranked."""
     embeddings, labels = np.asarray(check_matrix(name, embeddings)), np.asarray(labels)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"labels must be one per row: {name} {embeddings.shape}, labels {labels.shape}"
         )
-    return check_rows(name, embeddings), labels
+    return np.asarray(check_rows(name, embeddings)), labels
 
 
 def _check_ks(ks):

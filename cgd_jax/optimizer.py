@@ -86,5 +86,5 @@ def moving_average(average: dict, params: dict, step: jax.Array, decay: float) -
     Returns:
       The new average.
     """
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return optax.incremental_update(params, average, 1 - decay)
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(params, average, 1 - kept)

@@ -108,6 +108,7 @@ def augment_database(
 
     α-query expansion of every gallery item by the others: [G, D] → [G, D] float32.
     """
+    gallery = check_matrix("gallery", gallery)
     return expand_queries(gallery, gallery, k, alpha, exclude=np.arange(len(gallery)), mesh=mesh)
 
 
@@ -185,9 +186,9 @@ def k_reciprocal(
     shared = np.empty(index.shape, np.float32)
     step = max(1, 2**15 // k)
     for at in range(0, len(query), step):
-        some = np.arange(at, min(at + step, len(query)))
-        pairs = encoded[np.repeat(some, k)].minimum(encoded[first + index[some].ravel()])
-        shared[some] = np.asarray(pairs.sum(1)).reshape(-1, k)
+        rows = np.arange(at, min(at + step, len(query)))
+        pairs = encoded[np.repeat(rows, k)].minimum(encoded[first + index[rows].ravel()])
+        shared[rows] = np.asarray(pairs.sum(1)).reshape(-1, k)
     # Rows sum to 1, so that the sum of the maxima is 2 minus the sum of the minima.
     distance = (1 - original) * (1 - shared / (2 - shared)) + original * (1 - similarity)
     order = np.argsort(distance, 1, kind="stable")
@@ -206,6 +207,6 @@ def _reciprocal(nearest):
     return neighbours.multiply(neighbours.T).tocsr()
 
 
-def _unit(name, x):
+def _unit(name: str, x: ArrayLike) -> np.ndarray:
     """[N, D] in float32, L2-normalized, on the host."""
     return np.array(normalize(check_rows(name, check_matrix(name, x))))

@@ -10,6 +10,7 @@ Similarity is the dot product: cosine for normalized embeddings.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,11 +119,12 @@ def top_k(
             )
     merged = []
     for found, least in zip(zip(*best, strict=True), (-np.inf, -1), strict=True):
-        found = np.concatenate(found)[: len(query)]
-        everything = np.full((total, k), least, found.dtype)
-        everything[share] = found
+        local = np.concatenate(found)[: len(query)]
+        everything = np.full((total, k), least, local.dtype)
+        everything[share] = local
         merged.append(processes.merge_rows(everything, everyones))
-    return tuple(merged)
+    similarity, index = merged
+    return similarity, index
 
 
 @partial(jax.jit, static_argnames=("mesh", "padding", "approx", "recall_target", "precision"))
@@ -192,10 +194,10 @@ def _largest(x, k):
 
 def check_matrix(name: str, x: ArrayLike) -> np.ndarray | jax.Array:
     """Returns x as an array where it is, on disk or a device; ValueError if not [N, D]."""
-    x = x if hasattr(x, "shape") else np.asarray(x)
-    if len(x.shape) != 2 or 0 in x.shape:
-        raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {x.shape}")
-    return x
+    matrix: Any = x if hasattr(x, "shape") else np.asarray(x)
+    if len(matrix.shape) != 2 or 0 in matrix.shape:
+        raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {matrix.shape}")
+    return matrix
 
 
 def check_rows(name: str, rows: np.ndarray | jax.Array, start: int = 0) -> np.ndarray | jax.Array:

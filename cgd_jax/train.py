@@ -24,7 +24,7 @@ from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
 from cgd_jax.runtime import console, files, interrupts, locks, processes
 from cgd_jax.train_step import State, make_train_step
-from cgd_jax.workdir import check_workdir, keep_compiled
+from cgd_jax.workdir import check_data, check_workdir, keep_compiled, record_data
 
 
 class Diverged(RuntimeError):
@@ -59,11 +59,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         locks.one_run_in(workdir),
         checkpoint.manager(workdir, config.train.keep) as checkpoints,
     ):
+        check_data(workdir, setup.dataset)
         saved = checkpoint.restore_latest(checkpoints, setup.state)
         if config.model.pretrained and not (saved and Path(workdir, "baselines.json").exists()):
             setup = setup._replace(state=load_pretrained(config.model, setup.state))
         folder = processes.report_folder(workdir)
         files.write_json(folder / "config.json", to_dict(config))
+        record_data(folder, setup.dataset)
         console.say(tables.dataset_table(setup.dataset) + "\n")
         flops = flops_per_image(setup.model, setup.state, config.data.image_size)
         console.say(tables.run_table(run_facts(config, workdir, setup, flops)) + "\n")
@@ -235,7 +237,7 @@ def stop_if_not_finite(
     files.write_json(folder / "nonfinite.json", {"step": step, "metrics": values, "images": images})
     raise Diverged(
         f"The loss or its gradient is not finite at step {step}. nonfinite.json in {folder} names "
-        f"the images of the batch; the checkpoints are from before. Lower the learning rate, or "
+        f"the images of the batch; no checkpoint holds such a step. Lower the learning rate, or "
         f"pass over up to n such steps in a row with --config.train.skip_nonfinite=n."
     )
 

@@ -3,6 +3,7 @@
 `make_train_step` is the whole of it; the functions below it are its parts, in that order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -79,7 +80,7 @@ def make_train_step(
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
-        return new.replace(step=state.step + 1, skipped=skipped), metrics
+        return dataclasses.replace(new, step=state.step + 1, skipped=skipped), metrics
 
     replicated, batch_sharding = shardings(mesh)
     if chunk:  # the host goes from chunk to chunk, so that this cannot be one program
@@ -116,8 +117,9 @@ def measure_losses(
     """
     ranking = classification = jnp.zeros(())
     if config.ranking_weight:
-        loss = functools.partial(losses.RANKING_LOSSES[config.ranking], **config[config.ranking])
-        ranking = sum(loss(vectors, labels) for vectors in output.ranked) / len(output.ranked)
+        loss, options = losses.RANKING_LOSSES[config.ranking], config[config.ranking]
+        parts = [loss(vectors, labels, **options) for vectors in output.ranked]
+        ranking = sum(parts[1:], parts[0]) / len(parts)
     if config.classification_weight:
         classification = losses.smoothed_cross_entropy(
             output.logits, labels, config.temperature, config.smoothing
@@ -174,8 +176,8 @@ def apply_gradients(
     average = state.average
     if average is not None:
         average = moving_average(average, params, state.step, config.optimizer.average)
-    return state.replace(
-        params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
+    return dataclasses.replace(
+        state, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
     )
 
 

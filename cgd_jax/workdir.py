@@ -4,11 +4,26 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from cgd_jax import checkpoint, data
 from cgd_jax.config import ConfigError, differences, from_dict, to_dict
+from cgd_jax.data import Dataset
+from cgd_jax.runtime import files
 
-__all__ = ["check_workdir", "default_workdir", "keep_compiled", "read_config"]
+__all__ = [
+    "check_data",
+    "check_workdir",
+    "count_classes",
+    "data_changes",
+    "default_workdir",
+    "keep_compiled",
+    "read_config",
+    "record_data",
+]
+
+DATA = "data.json"  # what the run is trained on, see `data.fingerprint`
 
 
 def default_workdir(config_argument: str, parent: str = "runs") -> str:
@@ -37,11 +52,12 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 
 def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
-    """Refuses a work folder that holds a run of another config.
+    """Refuses a work folder that holds a run of another config, or cannot hold one.
 
     Raises:
-      ConfigError: Names every difference.
+      ConfigError: Names every difference; or as `checkpoint.check_folder`.
     """
+    checkpoint.check_folder(workdir)
     if not Path(workdir, "config.json").exists():
         return
     changes = differences(to_dict(read_config(workdir)), to_dict(config))
@@ -53,8 +69,53 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
         )
 
 
+def record_data(folder: Path, dataset: Dataset) -> None:
+    """Writes down what the data set of a run holds, unless that stands there already."""
+    if not Path(folder, DATA).exists():
+        files.write_json(folder / DATA, data.fingerprint(dataset))
+
+
+def data_changes(workdir: str | Path, dataset: Dataset) -> list[str]:
+    """Says how a data set differs from the one that a run was trained on, line by line."""
+    recorded = _recorded_data(workdir)
+    return data.describe_difference(recorded, data.fingerprint(dataset)) if recorded else []
+
+
+def check_data(workdir: str | Path, dataset: Dataset) -> None:
+    """Refuses to go on with a run on another data set than it began with.
+
+    Raises:
+      ConfigError: Names every difference.
+    """
+    if changes := data_changes(workdir, dataset):
+        listed = "".join(f"\n  {change}" for change in changes)
+        raise ConfigError(
+            f"The run in {workdir} was trained on another data set than the one that is there now. "
+            f"Restore that one, or choose another folder with --workdir=:{listed}"
+        )
+
+
+def count_classes(workdir: str | Path, dataset: Dataset) -> dict[str, int]:
+    """Counts the classes that a run is tested on, and how many of them it was trained on."""
+    tested = set(np.unique(dataset.query.labels).tolist())
+    trained = set(np.unique(dataset.train.labels).tolist())
+    recorded = _recorded_data(workdir)
+    if recorded and data_changes(workdir, dataset):  # only the names of classes are comparable
+        tested = {dataset.query.class_names[label] for label in tested}
+        trained = {name for name, _ in recorded["train"]["per class"]}
+    return {"tested": len(tested), "trained on": len(tested & trained)}
+
+
+def _recorded_data(workdir: str | Path) -> dict | None:
+    """Returns what `record_data` wrote; None for a run of a version that did not."""
+    path = Path(workdir, DATA)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def keep_compiled(workdir: str | Path) -> None:
     """Keeps compiled programs beside the work folders, so that the next run starts sooner."""
-    if jax.config.jax_compilation_cache_dir is None:  # else the user has chosen a place
+    # jax.config gets its attributes at run time.
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if chosen is None:  # else the user has chosen a place
         folder = Path(workdir).resolve().parent / ".compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))

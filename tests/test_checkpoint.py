@@ -1,10 +1,10 @@
 """Checkpoints: kept, damaged, on a full disk."""
 
+import contextlib
 import os
 import resource
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +14,11 @@ import numpy as np
 import optax
 import pytest
 
-from cgd_jax import checkpoint, train_step
-from cgd_jax.augment import IMAGENET
+from cgd_jax import checkpoint, train_step, workdir
+from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
+from cgd_jax.config import ConfigError
+from configs import glyphs
 from tests.variables import assert_same
-
-ROOT = Path(__file__).parents[1]
 
 
 def state_with(step, weights):
@@ -109,37 +109,41 @@ def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
-FORBIDDEN = """
-import pathlib, sys
-from cgd_jax import checkpoint
-from tests.test_checkpoint import weights
-with checkpoint.manager(sys.argv[1], keep=5) as checkpoints:
-    for step in (3, 7):
-        checkpoint.save(checkpoints, weights(step))
-before = sorted(pathlib.Path(sys.argv[1]).rglob("*"))
-path = pathlib.Path(sys.argv[1], sys.argv[2])
-path.chmod(0)
-try:
-    with checkpoint.manager(sys.argv[1], keep=5) as checkpoints:
-        checkpoint.restore_latest(checkpoints, weights(0))
-except PermissionError as error:
-    print(error)
-path.chmod(0o700)
-assert sorted(pathlib.Path(sys.argv[1]).rglob("*")) == before
-"""
+@contextlib.contextmanager
+def as_owner(folder):
+    """Permissions do not bind root: within, this process is somebody else, who owns the folder."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 65534, 65534)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 @pytest.mark.parametrize("what", ["checkpoints/7", "checkpoints/7/default/manifest.ocdbt"])
-def test_a_checkpoint_without_permission_is_no_damage(tmp_path, what):
-    command = [sys.executable, "-c", FORBIDDEN, str(tmp_path), what]
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("permissions do not bind root, and there is no setpriv to change that")
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert f"of step 7, cannot be read: no permission for {tmp_path / what}. Give it" in run.stdout
+def test_a_checkpoint_without_permission_is_no_damage(what):
+    with tempfile.TemporaryDirectory() as name:  # below folders that others may enter
+        folder = Path(name)
+        with checkpoint.manager(name, keep=5) as checkpoints:
+            for step in (3, 7):
+                checkpoint.save(checkpoints, weights(step))
+        before = sorted(folder.rglob("*"))
+        path = folder / what
+        mode = path.stat().st_mode
+        with as_owner(folder):
+            path.chmod(0)
+            with (
+                checkpoint.manager(name, keep=5) as checkpoints,
+                pytest.raises(PermissionError) as error,
+            ):
+                checkpoint.restore_latest(checkpoints, weights(0))
+            path.chmod(mode)
+        assert f"of step 7, cannot be read: no permission for {path}. Give it" in str(error.value)
+        assert sorted(folder.rglob("*")) == before
 
 
 def test_nothing_to_restore(tmp_path):
@@ -186,3 +190,57 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path, caplog, monkeypatc
         checkpoint.save(checkpoints, weights(2))
         checkpoint.finish(checkpoints)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+ODD_NAMES = ["d$HOME", "a&b", "u_{x}", "#h", "100%", "q'\"", "b lank ", "ümlaut", "😀", "new\nline"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "-lead", "a:b", "~tilde", "%s", "..x", "x" * 255])
+def test_work_folders_of_odd_names_keep_their_checkpoints(tmp_path, name):
+    folder = tmp_path / name
+    with checkpoint.manager(folder, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, state_with(1, jnp.ones(2)), 0.5)
+        checkpoint.save(checkpoints, state_with(2, jnp.ones(2)), 0.4)
+    with checkpoint.manager(folder, keep=2) as checkpoints:
+        assert int(checkpoint.restore_latest(checkpoints, state_with(0, jnp.ones(2))).step) == 2
+        assert checkpoints.best_step() == 1
+
+
+@pytest.mark.parametrize("name", ["sweep[lr=1e-4]", "a*b", "what?", "back\\slash", "gs:"])
+def test_work_folders_whose_checkpoints_could_not_be_read_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="could not be read again.*Choose a folder without"):
+        checkpoint.manager(tmp_path / name, keep=2)
+    with pytest.raises(ConfigError, match="could not be read again"):
+        workdir.check_workdir(glyphs.get_config(), tmp_path / name / "run")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_weights_of_a_run(tmp_path, averaged):
+    lite = jax.tree.map(jnp.asarray, EFFICIENTNET_LITE)
+    best = state_with(5, jnp.arange(3.0)).replace(batch_stats={"s": jnp.ones(2)})
+    best = best.replace(normalization=lite)
+    if averaged:  # the average is what was evaluated
+        best = best.replace(params={"w": jnp.zeros(3)}, average=best.params)
+    worse = best.replace(step=jnp.int32(9), batch_stats={"s": jnp.zeros(2)})
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, best, 0.9)
+        checkpoint.save(checkpoints, worse, 0.4)
+    weights, normalization, step = checkpoint.read_weights(tmp_path)
+    assert step == 5 and all(isinstance(a, np.ndarray) for a in jax.tree.leaves(weights))
+    np.testing.assert_array_equal(weights["params"]["w"], [0, 1, 2])
+    np.testing.assert_array_equal(weights["batch_stats"]["s"], [1, 1])
+    assert_same(normalization, EFFICIENTNET_LITE)
+    weights, _, step = checkpoint.read_weights(tmp_path, 9)
+    assert step == 9 and not weights["batch_stats"]["s"].any()
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; .* kept are: 5, 9"):
+        checkpoint.read_weights(tmp_path, 7)
+
+
+def test_the_weights_of_a_run_that_was_never_evaluated_or_never_saved(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        checkpoint.read_weights(tmp_path)
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, state_with(5, jnp.ones(3)))
+    assert checkpoint.read_weights(tmp_path)[2] == 5

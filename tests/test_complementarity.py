@@ -158,3 +158,10 @@ def test_fewer_neighbours_than_asked_for_and_branches_that_never_err():
 def test_what_cannot_be_cut_into_branches(width, names):
     with pytest.raises(ValueError, match="two or more branches of one size"):
         complementarity.measure(np.ones((4, width)), [0, 0, 1, 1], names=names)
+
+
+@pytest.mark.parametrize("which", ["query_ids", "gallery_ids"])
+def test_ids_of_one_side_only(which):
+    x, labels = np.eye(4), [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="both query_ids and gallery_ids"):
+        complementarity.measure(x, labels, x, labels, names=("S", "M"), **{which: range(4)})

@@ -11,7 +11,7 @@ from cgd_jax.data import Dataset, Split
 from cgd_jax.evaluate import Embeddings
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD, Output
-from cgd_jax.models.resnet import FAMILY
+from cgd_jax.models.resnet import BACKBONES
 from configs import base
 from tests.variables import random_variables
 
@@ -70,11 +70,12 @@ def test_queries_that_were_expanded_do_not_find_themselves():
     assert evaluate.recall(plain, dataset, (1, 2)) == evaluate.recall(twice, dataset, (1, 2))
     config = base.get_config().eval
     config.query_expansion, config.database_augmentation = 2, 1
-    query, gallery = evaluate.postprocess(plain, None, config, None)
+    own = evaluate.own_rows(plain, dataset)
+    query, gallery = evaluate.postprocess(plain, None, own, config, None)
     assert query.shape == gallery.shape == (12, 4)
     assert np.abs(query - gallery).max() > 1e-3
     config.query_expansion = 0
-    query, gallery = evaluate.postprocess(plain, None, config, None)
+    query, gallery = evaluate.postprocess(plain, None, own, config, None)
     assert gallery is None and np.abs(query - vectors).max() > 1e-3
 
 
@@ -115,7 +116,7 @@ def test_vectors_on_the_way():
 
 
 def test_flip_and_scales_make_the_embedding_blind_to_mirroring():
-    model = CGD(FAMILY.backbones["resnet10"](width=2, stem="3x3"), 3, "SG", 8)
+    model = CGD(BACKBONES["resnet10"](width=2, stem="3x3"), 3, "SG", 8)
     images = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3)).astype(np.uint8)
     variables = random_variables(model, images[:, :8, :8] / 255)
     arguments = (model, variables, IMAGENET, 8)
@@ -155,7 +156,108 @@ def test_raw_pixels_of_gray_images_are_kept_once(sharding):
 
 def test_nearest_never_is_the_query_itself():
     vectors = np.float32([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])
-    found = evaluate.nearest(Embeddings(vectors, None), np.array([2, 0]), k=3)
+    found = evaluate.nearest(Embeddings(vectors, None), np.arange(4), np.array([2, 0]), k=3)
     np.testing.assert_array_equal(found, [[3, 1, 0], [1, 3, 2]])
-    found = evaluate.nearest(Embeddings(vectors[:1], vectors), np.array([0]), k=2)
+    found = evaluate.nearest(Embeddings(vectors[:1], vectors), None, np.array([0]), k=2)
     np.testing.assert_array_equal(found, [[0, 1]])
+    # Of two queries in a gallery, one is item 3 and one is none.
+    apart = Embeddings(vectors[[3, 0]], vectors)
+    found = evaluate.nearest(apart, np.array([3, -1]), np.array([0, 1]), k=2)
+    np.testing.assert_array_equal(found, [[1, 2], [0, 1]])
+
+
+PROTOCOLS = ("one set", "apart", "queries in the gallery", "some queries in the gallery")
+
+
+def protocol(name, vectors, labels, contents):
+    """Embeddings and data set of one way to divide photographs into queries and gallery."""
+    images = np.zeros((len(labels), 1, 1, 3), np.uint8)
+
+    def part(rows):
+        ids = [str(i) for i in rows]
+        names = {int(label): f"class {label}" for label in labels}
+        return Split(images[rows], labels[rows], ids, names, 0, contents[rows])
+
+    everything, half = np.arange(len(labels)), len(labels) // 2
+    query, gallery = {
+        "one set": (everything, None),
+        "apart": (everything[:half], everything[half:]),
+        "queries in the gallery": (everything[:half], everything),
+        "some queries in the gallery": (everything[: half + 20], everything[half - 20 :]),
+    }[name]
+    dataset = Dataset(part(everything), part(query), None if gallery is None else part(gallery))
+    return Embeddings(vectors[query], None if gallery is None else vectors[gallery]), dataset
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_noise_scores_at_chance_in_every_protocol(name, seed):
+    rng = np.random.default_rng(seed)
+    classes, each = 12, 25
+    labels = rng.permutation(np.repeat(np.arange(classes), each))
+    vectors = rng.normal(size=(len(labels), 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    embeddings, dataset = protocol(name, vectors, labels, np.arange(len(labels)))
+    # The share of true matches among what a query can find.
+    own = evaluate.own_rows(embeddings, dataset)
+    found = labels if dataset.gallery is None else dataset.gallery.labels
+    inside = np.zeros(len(embeddings.query), bool) if own is None else own >= 0
+    matches = np.bincount(found, minlength=classes)[dataset.query.labels] - inside
+    chance = matches / (len(found) - inside)
+    error = np.sqrt(np.mean(chance * (1 - chance)) / len(chance))
+    config = base.get_config().eval
+    config.update(query_expansion=2, database_augmentation=2)
+    expanded = evaluate.postprocess(embeddings, None, own, config, None)
+    for measured in (
+        evaluate.recall(embeddings, dataset, (1,)),
+        evaluate.measure(embeddings, dataset, config),
+        evaluate.reranked_recall(embeddings, dataset, (1,), None),
+        evaluate.recall(expanded, dataset, (1,)),
+    ):
+        assert abs(measured["recall@1"] - chance.mean()) < 4 * error
+    rows = np.arange(len(embeddings.query))
+    nearest = evaluate.nearest(embeddings, own, rows, 1)[:, 0]
+    hits = np.mean(found[nearest] == dataset.query.labels)
+    assert hits == pytest.approx(evaluate.recall(embeddings, dataset, (1,))["recall@1"])
+
+
+def test_a_photograph_under_another_name_does_not_find_itself():
+    """Queries that stand in the gallery as copies; noise would have R@1 = 1 with them."""
+    rng = np.random.default_rng(0)
+    vectors, labels = rng.normal(size=(60, 8)).astype(np.float32), np.arange(60) % 6
+    contents = rng.integers(0, 2**62, 60)
+    embeddings, dataset = protocol("queries in the gallery", vectors, labels, contents)
+    renamed = dataset.gallery._replace(ids=[f"copy of {i}" for i in dataset.gallery.ids])
+    recall = evaluate.recall(embeddings, dataset._replace(gallery=renamed), (1,))["recall@1"]
+    assert recall < 0.5
+    unknown = dataset.gallery._replace(contents=None)
+    assert evaluate.recall(embeddings, dataset._replace(gallery=unknown), (1,))["recall@1"] == 1
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_the_geometry_of_an_embedding(spread):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), [1, 2, 3, 4])
+    vectors = spread * rng.normal(size=(10, 5)) + np.eye(5)[0]
+    split = split_of(np.zeros((10, 1)), labels)
+    found = evaluate.describe_geometry(
+        Embeddings(np.float32(7 * vectors), None), Dataset(None, split, None)
+    )
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    squared = ((unit[:, None] - unit[None]) ** 2).sum(-1)
+    same = labels[:, None] == labels[None]
+    other = ~np.eye(10, dtype=bool)
+    expected = {
+        "mean_embedding_norm": np.linalg.norm(unit.mean(0)),
+        "positive_distance": np.sqrt(squared[same & other].mean()),
+        "negative_distance": np.sqrt(squared[~same].mean()),
+    }
+    assert found == pytest.approx(expected, rel=1e-2)
+    assert (found["mean_embedding_norm"] > 0.999) == (spread < 1)
+
+
+def test_the_geometry_of_classes_with_one_image_each():
+    split = split_of(np.zeros((3, 1)), [0, 1, 2])
+    found = evaluate.describe_geometry(Embeddings(np.eye(3), None), Dataset(None, split, None))
+    assert np.isnan(found["positive_distance"])
+    assert found["negative_distance"] == pytest.approx(np.sqrt(2))

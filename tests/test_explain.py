@@ -15,7 +15,7 @@ from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset, Split
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD
-from cgd_jax.models.resnet import FAMILY
+from cgd_jax.models.resnet import BACKBONES
 from tests.variables import random_variables
 
 
@@ -78,7 +78,7 @@ def test_contributions_add_up_to_the_similarity(letters, how):
     ],
 )
 def test_the_explanation_is_of_what_the_network_computes(options):
-    model = CGD(FAMILY.backbones["resnet10"](width=4, stem="3x3"), 7, embedding_dim=24, **options)
+    model = CGD(BACKBONES["resnet10"](width=4, stem="3x3"), 7, embedding_dim=24, **options)
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
     variables = random_variables(model, jnp.zeros((2, 16, 16, 3)))
     normalization = Normalization.of(0.5, 0.25)
@@ -186,6 +186,8 @@ def test_two_files_of_any_size(run, tmp_path):
     assert Image.open(picture).size == (1320, 341)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 99"):
         explain.explain_run(str(run), 99, a, b)
+    with pytest.raises(ValueError, match="go together"):
+        explain.explain_run(str(run), match=b)
     with pytest.raises(FileNotFoundError, match="--match=.*c.png: there is no such file"):
         explain.explain_run(str(run), None, a, str(tmp_path / "c.png"))
     (tmp_path / "c.png").write_text("no image")

@@ -1,12 +1,9 @@
 """A trained network taken away: the file opens without the run, and computes the same."""
 
-import ast
 import json
-import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from cgd_jax import checkpoint, evaluate, export, from_config
 from cgd_jax.augment import IMAGENET
-from cgd_jax.models import pretrained, resnet
+from cgd_jax.config import to_dict
+from cgd_jax.models import pretrained, weight_files
 
 
 def test_an_exported_network_computes_the_same(finished_run, tmp_path):
@@ -29,13 +27,13 @@ def test_an_exported_network_computes_the_same(finished_run, tmp_path):
     state = setup.state.replace(**checkpoint.read_weights(workdir, result["step"])[0])
     expected = evaluate.embed_state(config, setup, state)(images)
     np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
-    assert model.image_size == 8 and model.config == config.to_dict()
+    assert model.image_size == 8 and model.config == to_dict(config)
     np.testing.assert_array_equal(model.normalization.mean, IMAGENET.mean)
     raw = export.open_model(str(moved / "model.safetensors"), vector="descriptor_S")
     assert raw.embed(images).shape == (5, 16)
     # It is also a source of weights for another run.
     variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
-    loaded, normalization = pretrained.load(variables, str(moved), resnet.FAMILY)
+    loaded, normalization = pretrained.load(variables, str(moved), "resnet10")
     np.testing.assert_array_equal(loaded["params"]["fc_S"], state.params["fc_S"])
     np.testing.assert_array_equal(normalization.std, IMAGENET.std)
     backbone = load_file(moved / "backbone.safetensors")
@@ -53,7 +51,7 @@ def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
         "  ", ""
     )
     assert "blobs" in body and "random weights" in body
-    metadata, shapes = pretrained.read_header(folder / "model.safetensors")
+    metadata, shapes = weight_files.read_header(folder / "model.safetensors")
     assert json.loads(metadata["metrics"])["embedding"] == result["metrics"]
     assert shapes["params/fc_S"] == (16, 4)
     assert not list(folder.glob("*.tmp"))
@@ -83,6 +81,20 @@ def test_what_cannot_be_opened(tmp_path):
         export.open_model(str(tmp_path))
 
 
+def test_opening_needs_jax_flax_and_safetensors_only():
+    """In a fresh interpreter, and of this package only what computes."""
+    code = (
+        "import sys, jax, flax.linen, safetensors.numpy\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "from cgd_jax import export\n"
+        "try: export.open_model('/nowhere')\n"
+        "except FileNotFoundError: pass\n"
+        "print(*{name.split('.')[0] for name in sys.modules} - before - sys.stdlib_module_names)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["cgd_jax"]
+
+
 def test_pushing_to_the_hub(monkeypatch, tmp_path):
     calls = []
 
@@ -106,21 +118,3 @@ def test_pushing_to_the_hub(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         export.push_to_hub(tmp_path, "me/birds")
-
-
-def test_opening_an_export_needs_jax_flax_and_safetensors_only(finished_run):
-    config, workdir, _ = finished_run
-    folder = export.export_run(str(workdir))
-    code = f"""
-import sys
-import flax.linen, jax.numpy, numpy, safetensors.numpy
-before = set(sys.modules)
-from cgd_jax import export
-export.open_model({str(folder)!r})
-print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}))
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert set(ast.literal_eval(found.stdout)) <= {"cgd_jax", "jax", "jaxlib", "flax"}

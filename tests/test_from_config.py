@@ -1,9 +1,11 @@
 """What a config becomes: batches that can be shared out among the devices."""
 
+import numpy as np
 import pytest
 
 from cgd_jax.config import ConfigError
-from cgd_jax.from_config import check_batch
+from cgd_jax.data import Dataset, Split
+from cgd_jax.from_config import check_batch, check_options
 from configs import glyphs
 
 
@@ -29,3 +31,31 @@ def test_the_error_says_which_chunks_fit():
     for chunk in (0, 4, 8, 12):
         config.embed_chunk = chunk
         check_batch(config, 4)
+
+
+def split_of(count):
+    return Split(np.zeros((count, 1, 1, 3), np.uint8), np.zeros(count, int), [""] * count, {})
+
+
+@pytest.mark.parametrize(
+    "key,gallery,most",
+    [("query_expansion", None, 4), ("query_expansion", 9, 9)]
+    + [("database_augmentation", None, 4), ("database_augmentation", 9, 8)]
+    + [("whitening_dim", None, 6)],
+)
+def test_options_that_are_larger_than_the_data_set(key, gallery, most):
+    config = glyphs.get_config()
+    dataset = Dataset(split_of(7), split_of(5), None if gallery is None else split_of(gallery))
+    config.eval[key] = most
+    check_options(config, dataset)
+    config.eval[key] = most + 1
+    with pytest.raises(ConfigError, match=rf"eval.{key}={most + 1} .* at most {most} can be used"):
+        check_options(config, dataset)
+
+
+def test_whitening_to_more_dimensions_than_the_embedding_has():
+    config = glyphs.get_config()
+    dataset = Dataset(split_of(1000), split_of(5), None)
+    config.eval.whitening_dim = config.model.embedding_dim + 1
+    with pytest.raises(ConfigError, match=f"at most {config.model.embedding_dim} can be used"):
+        check_options(config, dataset)

@@ -82,20 +82,27 @@ def data(tmp_path_factory):
         ([], "error: say what to run: --config=configs/glyphs.py, for example."),
         (
             ["--config=configs/glyphs.py", "--config.train.step=4"],
-            "error: --config.train.step: config.train has no key 'step'; valid keys are "
-            "checkpoint_every, classes_per_batch, embed_chunk, eval_every, images_per_class, "
-            "keep, log_every, skip_nonfinite, steps.",
+            "error: --config.train.step: the config has no key 'step'; configs/base.py explains "
+            'those it has. Did you mean "steps" instead of "step"?',
+        ),
+        (
+            ["--config=configs/glyphs.py", "--config.trial.steps=4"],
+            "error: --config.trial.steps: the config has no key 'trial'; ",
         ),
         (
             ["--config=configs/glyphs.py:SX"],
-            "error: model.descriptors='SX': give one or more of the letters S, M, G, R, each at "
+            "error: model.descriptors='SX' must be one or more of the letters S, M, G, R, each at "
             "most once, such as SG or GSM.",
         ),
         (
             ["--config=configs/nowhere.py"],
-            "error: --config=configs/nowhere.py: there is no file 'configs/nowhere.py'; there "
-            "are configs/base.py",
+            "error: --config=configs/nowhere.py: there is no such file; there are configs/base.py",
         ),
+        (
+            ["--config", "configs/nowhere.py:SG", "--config.train.steps=4"],
+            "error: --config=configs/nowhere.py: there is no such file; there are configs/base.py",
+        ),
+        (["--config=README.md"], "error: --config=README.md cannot be used: "),
         (
             ["--config=configs/glyphs.py", "--config.loss.ranking=triplet"],
             "error: loss.ranking='triplet' is unknown; valid names are batch_hard_triplet, ",
@@ -109,7 +116,10 @@ def data(tmp_path_factory):
             "should be one of <train|eval|data|export|study|explain>",
         ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
-        (["--config=configs/glyphs.py", "--config.train=many"], "is a group of keys"),
+        (
+            ["--config=configs/glyphs.py", "--config.train=many"],
+            "error: flag --config.train=many: Failed to parse 'many' as a ConfigDict",
+        ),
         (["--config=configs/glyphs.py", "train"], "error: 'train' is no flag"),
         (["--mode=eval", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
         (["--mode=export", "--workdir=/nowhere"], "error: There is no run in /nowhere"),

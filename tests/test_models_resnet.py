@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from cgd_jax.models.resnet import FAMILY, Block
+from cgd_jax.models.resnet import BACKBONES, Block
 from tests.variables import random_variables
 
 # Parameters of the published networks (torchvision; timm for SE-ResNet-50), less
@@ -22,8 +22,6 @@ PUBLISHED = {
     "se_resnet50": 28_088_024 - 2_049_000,
     "resnext50_32x4d": 25_028_904 - 2_049_000,
 }
-
-BACKBONES = FAMILY.backbones
 
 
 def shapes_of(backbone, size=224, **kwargs):
@@ -66,14 +64,14 @@ def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
         bottleneck=True,
         groups=1,
         squeeze_excite=False,
-        dtype="float32",
-        conv=nn.Conv,
+        conv=partial(nn.Conv, use_bias=False),
+        norm=partial(nn.BatchNorm, use_running_average=True),
     )
     images = jax.random.normal(jax.random.key(1), (1, 8, 8, 8))
-    variables = random_variables(block, images, train=False)
+    variables = random_variables(block, images)
     # Without the shortcut, which does skip pixels.
     variables["params"]["downsample_conv"]["kernel"] = jnp.zeros((1, 1, 8, 8))
-    gradient = jax.jit(jax.grad(lambda x: block.apply(variables, x, False).sum()))(images)
+    gradient = jax.jit(jax.grad(lambda x: block.apply(variables, x).sum()))(images)
     assert np.all(np.abs(gradient).sum(-1) > 0)
 
 

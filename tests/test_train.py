@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ def interrupted(number, *args, **options):
 
 
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
-    tiny_config, tmp_path, monkeypatch, capsys
+    tiny_config, tmp_path, monkeypatch, capsys, fully_optimized
 ):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     before = signal.getsignal(signal.SIGINT)
@@ -275,7 +276,7 @@ def poisoned(monkeypatch, steps):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
     tiny_config.eval.baselines = False
-    poisoned(monkeypatch, [5])
+    poisoned(monkeypatch, [5, 8])
     with pytest.raises(train.Diverged, match="not finite at step 6.*nonfinite.json"):
         train.train_and_evaluate(tiny_config, str(tmp_path))
     led = json.loads((tmp_path / "nonfinite.json").read_text())
@@ -311,3 +312,42 @@ def test_a_profile_of_some_steps(tiny_config, tmp_path):
     train.train_and_evaluate(tiny_config, str(tmp_path))
     assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
     train.profile("3:5", first=3, step=5, folder=tmp_path, metrics=None)  # resumed within it
+
+
+def test_a_run_does_not_go_on_with_other_data(finished_run, tmp_path, capsys):
+    config, finished, result = finished_run
+    assert result["classes"] == {"tested": 6, "trained on": 0}
+    assert 0 < result["geometry"]["mean_embedding_norm"] <= 1
+    run = shutil.copytree(finished, tmp_path / "run")
+    recorded = json.loads((run / "data.json").read_text())
+    # As if two classes that are tested now had been trained on under these names.
+    recorded["train"]["per class"][:2] = [["colour 6", 3], ["colour 7", 4]]
+    (run / "data.json").write_text(json.dumps(recorded))
+    with pytest.raises(ConfigError, match="another data set.*(?s:.*)2 classes are gone: colour 6"):
+        train.train_and_evaluate(config, str(run))
+    capsys.readouterr()
+    changed = evaluate.evaluate_run(str(run), config=config)
+    said = capsys.readouterr().out
+    assert "The data set is not the one that the run was trained on: train: " in said
+    assert changed["classes"] == {"tested": 6, "trained on": 2}
+    assert "Classes, 2 of 6 seen in training, per cent:" in said and "never seen" not in said
+    (run / "data.json").unlink()  # a run of version 0.1.0
+    assert evaluate.evaluate_run(str(run), config=config)["classes"]["trained on"] == 0
+    assert "Classes never seen in training, per cent:" in capsys.readouterr().out
+
+
+def test_options_that_fail_do_not_cost_the_plain_results(finished_run, monkeypatch, capsys):
+    config, finished, result = finished_run
+    wanted = config.copy_and_resolve_references()
+    wanted.eval.update(query_expansion=2, rerank=True)
+
+    def fail(*arguments, **options):
+        raise ValueError("too few neighbours")
+
+    monkeypatch.setattr("cgd_jax.rerank.k_reciprocal", fail)
+    monkeypatch.setattr("cgd_jax.rerank.expand_queries", fail)
+    again = evaluate.evaluate_run(str(finished), config=wanted)
+    said = capsys.readouterr().out
+    assert again["metrics"] == result["metrics"] and again["with options"] == {}
+    assert "Not measured, queries expanded by 2: too few neighbours" in said
+    assert "Not measured, re-ranked: too few neighbours" in said

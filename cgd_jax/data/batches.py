@@ -5,7 +5,7 @@ any number of devices sees the same batches.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -81,7 +81,7 @@ def make_batches(
     choose: Callable[[int], np.ndarray],
     dataset: Dataset,
     labels: np.ndarray,
-    rows: slice = slice(None),
+    rows: slice | np.ndarray = slice(None),
 ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     """Returns a function: step → (images [B, S, S, 3] uint8, labels [B]) of its batch.
 
@@ -97,7 +97,7 @@ def make_batches(
 
 def prefetch(
     make_batch: Callable[[int], tuple], steps: range, sharding: jax.sharding.Sharding
-) -> Iterator[tuple]:
+) -> Generator[tuple, None, None]:
     """Makes batches in a thread while the device works, two steps ahead.
 
     Args:

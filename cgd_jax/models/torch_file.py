@@ -161,5 +161,5 @@ def _materialize(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
     # The second: strides of 0 make terabytes of a byte.
     if last >= len(data) or np.prod(shape, dtype=object) > len(data):
         raise ValueError(f"a tensor of shape {shape} exceeds its {len(data)} stored numbers")
-    strides = [stride * data.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(data[offset:], shape, strides).copy()
+    steps = [stride * data.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(data[offset:], shape, steps).copy()

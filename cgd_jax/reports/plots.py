@@ -42,8 +42,10 @@ def picture(
       texts: that are drawn, as far as they may hold more than Latin letters.
       dpi: pixels an inch.
     """
-    style = {"text.parse_math": False, "text.usetex": False}
-    with matplotlib.rc_context(style | {"font.family": lettering.families(*texts)}):
+    families = lettering.families(*texts)
+    with matplotlib.rc_context(
+        {"text.parse_math": False, "text.usetex": False, "font.family": families}
+    ):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         buffer = io.BytesIO()

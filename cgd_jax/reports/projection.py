@@ -20,7 +20,7 @@ __all__ = ["Sample", "draw_map", "project", "sample_test", "write_projector"]
 
 MOST = 10_000  # images: the projector in the browser, and UMAP, grow slow with more
 SPRITE = 8192  # pixels: the largest side of a sprite that TensorBoard shows
-COLORS = [colors.to_hex(c) for i, c in enumerate(colormaps["tab10"].colors) if i != 7]  # no gray
+COLORS = [colors.to_hex(colormaps["tab10"](i)) for i in range(10) if i != 7]  # no gray
 LIGHT_GRAY = "#c8c8c8"
 
 
@@ -44,8 +44,9 @@ def sample_test(
       seed: of the draw.
       most: images in the sample.
     """
-    of = dict(zip(("query", "gallery"), embeddings, strict=True))
-    places = [(name, i) for name, x in of.items() if x is not None for i in range(len(x))]
+    named = zip(("query", "gallery"), embeddings, strict=True)
+    of = {name: x for name, x in named if x is not None}
+    places = [(name, i) for name, x in of.items() for i in range(len(x))]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:most])
     kept = [places[i] for i in chosen]
     return Sample(
@@ -288,7 +289,7 @@ def _image(dataset: Dataset, place: tuple[str, int]) -> np.ndarray:
 
 def _legend(entries: list[tuple[str, str]], width: int) -> tuple[list[tuple], int]:
     """Lays (colour, name) out in lines: ([(x, line, colour, name)], number of lines)."""
-    placed, x, line = [], 0, 0
+    placed, x, line = [], 0.0, 0
     for shade, name in entries:
         name = lettering.drawable(name, 40)
         length = 22 + lettering.width(name, 16) + 28

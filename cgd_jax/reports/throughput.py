@@ -59,7 +59,7 @@ def flops_per_image(model: CGD, state: State, image_size: int) -> float:
     """Counts the floating-point operations of a forward pass, as the compiler does; or nan."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
 
-    def embed(state: State, images: jax.Array) -> jax.Array:
+    def embed(state, images):
         return model.apply(state.variables(), normalize(images, state.normalization)).embedding
 
     lowered = jax.jit(embed).lower(state, images)

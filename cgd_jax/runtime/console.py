@@ -57,12 +57,8 @@ def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0
       unit: name of one unit; "B" counts bytes in kB, MB and GB.
       log_every: seconds between two log lines.
     """
-    options: dict[str, Any] = {
-        "total": total or None,
-        "desc": what,
-        "unit": unit,
-        "unit_scale": unit == "B",
-    }
+    options: dict[str, Any]
+    options = {"total": total or None, "desc": what, "unit": unit, "unit_scale": unit == "B"}
     if sys.stderr.isatty():
         options["smoothing"] = 0.1
     else:

@@ -158,8 +158,8 @@ def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:
     Returns:
       Positions in ascending order, as `jax.make_array_from_process_local_data` takes them.
     """
-    slices = sharding.addressable_devices_indices_map((batch,)).values()
-    return np.unique(np.concatenate([np.arange(batch)[index] for (index,) in slices]))
+    indices = sharding.addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices]))
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -37,7 +37,7 @@ def read_result(run: Run) -> dict:
 def training_seconds(run: Run) -> float:
     """Returns how long the steps of a run took, without compiling and evaluating."""
     images = run.config.train.classes_per_batch * run.config.train.images_per_class
-    seconds, before = 0.0, 0
+    seconds, before = 0.0, 0.0
     for row in read_history(run.folder / "history.csv"):
         if "images_per_second" in row:
             seconds += (row["step"] - before) * images / row["images_per_second"]
@@ -108,8 +108,8 @@ def describe_measurement(results: list[dict]) -> str:
     """
     steps = sorted({result["step"] for result in results})
     when = f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps)}"
-    counts = [result.get("classes") for result in results]
-    if None in counts:  # runs of an older version
+    counts = [result["classes"] for result in results if "classes" in result]
+    if len(counts) < len(results):  # runs of an older version
         return f"Per cent, at {when}."
     said = dict.fromkeys(describe_classes(c["tested"], c["trained on"]) for c in counts)
     return f"Per cent, on {'; '.join(said)}, at {when}."

@@ -67,6 +67,7 @@ def load(name: str, clone: Path) -> Study:
         known = ", ".join(sorted(file.stem for file in folder.glob("[!_]*.py")))
         raise ConfigError(f"--study={name}: there is no file {path}; there are {known}.")
     spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -98,7 +99,7 @@ def with_base_config(argv: list[str], clone: Path) -> list[str]:
       SystemExit: there is no such study.
     """
     given = {}
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-"):
             given[flag] = value if equals else following
@@ -168,7 +169,8 @@ def plan(
 
 def folder_name(parts: list[str]) -> str:
     """Joins what a run changes to the name of its folder, at most 255 bytes long."""
-    name = ",".join(parts).replace("/", "_")
+    # Without what separates folders, and what `checkpoint.check_folder` refuses.
+    name = ",".join(parts).translate(str.maketrans("/\\[]*?", "__()__"))
     encoded = os.fsencode(name)
     if len(encoded) <= 255:
         return name

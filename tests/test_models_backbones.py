@@ -1,0 +1,136 @@
+"""The table of backbones: what it takes to add one, and what never changes about those in it."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+from cgd_jax import config as config_module
+from cgd_jax.augment import Normalization
+from cgd_jax.models import backbones, cpu_ops, pretrained
+from cgd_jax.models.cgd import create_model
+from cgd_jax.models.family import Family, Scheme
+from configs import base
+from tests.goldens import make_initial
+from tests.variables import random_variables
+
+GOLDEN = json.loads(make_initial.PATH.read_text())
+
+
+@pytest.mark.parametrize("backbone", GOLDEN)
+def test_initial_weights_are_those_of_version_0_1_0(backbone):
+    found, expected = make_initial.initial_weights(backbone), GOLDEN[backbone]
+    assert found["shapes"] == expected["shapes"]
+    for path, number in expected["first"].items():
+        np.testing.assert_allclose(found["first"][path], number, rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_what_is_injected_changes_nothing_but_the_speed(backbone):
+    config = base.get_config().model
+    config.update(backbone=backbone, **({"width": 4} if backbone == "resnet18" else {}))
+    injected = backbones.create(config, jnp.float32)
+    assert injected.conv is cpu_ops.Conv
+    plain = injected.clone(conv=nn.Conv)
+    if backbone == "resnet18":
+        assert injected.max_pool is cpu_ops.max_pool
+        plain = plain.clone(max_pool=nn.max_pool)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    variables = random_variables(plain, images)
+    found, expected = (jax.jit(m.apply)(variables, images) for m in (injected, plain))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    # Compiled programs are found by the network's hash.
+    assert hash(injected) == hash(backbones.create(config, jnp.float32))
+
+
+def test_options_of_another_family():
+    model = base.get_config().model
+    assert backbones.refused_options(model) == []
+    model.update(width=8, stem="3x3")
+    assert backbones.refused_options(model) == []
+    model.backbone = "efficientnet_lite0"
+    problems = backbones.refused_options(model)
+    assert len(problems) == 2
+    assert problems[0] == (
+        "model.width=8 is an option of ResNets; efficientnet_lite0 has none, leave 64."
+    )
+
+
+class Patches(nn.Module):
+    """A backbone of another kind: patches, one linear layer, a learned offset."""
+
+    patch_side: int = 4
+    features: int = 12
+    last_stride: int = 1
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (self.patch_side,) * 2, self.patch_side, name="embed")(x)
+        x = nn.BatchNorm(not train, name="norm")(x)
+        x = nn.relu(nn.Dense(self.features, name="linear")(x))
+        return x + self.param("offset", nn.initializers.zeros, (self.features,))
+
+
+def published_name(module, _):
+    return {"embed": "patch_embed.proj"}.get(".".join(module), ".".join(module))
+
+
+PATCHES = Family(
+    title="Patch network",
+    members={"patches": Patches, "wide_patches": partial(Patches, features=20)},
+    schemes=(Scheme("patch network's", "patch_embed.proj.weight", "head", published_name),),
+    normalization=Normalization.of(0.5, 0.25),
+    options={"patch_side": 4},
+)
+
+
+@pytest.fixture
+def with_patches(monkeypatch):
+    """The table with one line more."""
+    monkeypatch.setattr(backbones, "FAMILIES", (*backbones.FAMILIES, PATCHES))
+    for name in PATCHES.members:
+        monkeypatch.setitem(backbones.BACKBONES, name, PATCHES)
+
+
+def test_a_backbone_is_one_file_and_one_line_in_the_table(with_patches):
+    assert "resnext50_32x4d (ResNet); efficientnet_lite0" in backbones.listed()
+    assert backbones.listed().endswith("; patches, wide_patches (Patch network)")
+    assert backbones.normalization_of("wide_patches") is PATCHES.normalization
+    config = base.get_config()
+    with config.unlocked():
+        config.model.update(backbone="wide_patches", patch_side=8, embedding_dim=6)
+    assert config_module.RULES["model.backbone"].holds("wide_patches")
+    assert backbones.refused_options(config.model) == []
+    model = create_model(config.model, 3)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    output, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert output.embedding.shape == (2, 6)
+    assert variables["params"]["backbone"]["embed"]["kernel"].shape == (8, 8, 3, 8)
+    assert variables["params"]["fc_S"].shape == (20, 3)
+    config.model.backbone = "resnet18"
+    (problem,) = backbones.refused_options(config.model)
+    assert "model.patch_side=8 is an option of Patch networks; resnet18 has none" in problem
+
+
+def test_weights_of_a_backbone_of_another_kind(with_patches, tmp_path):
+    """Linear layers, whose kernels torch keeps transposed, and a parameter without a module."""
+    variables = random_variables(Patches(), np.zeros((1, 8, 8, 3), np.float32))
+    weights = pretrained.to_torchvision(variables, "patches")
+    assert weights["patch_embed.proj.weight"].shape == (8, 3, 4, 4)
+    linear = variables["params"]["linear"]["kernel"]
+    np.testing.assert_array_equal(weights["linear.weight"], linear.T)
+    assert weights["norm.running_var"].shape == (8,) and weights["offset"].shape == (12,)
+    weights["head.weight"] = np.zeros((1000, 12), np.float32)
+    save_file(weights, tmp_path / "patches.safetensors")
+    loaded, normalization = pretrained.load(
+        variables, str(tmp_path / "patches.safetensors"), "patches"
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+    assert normalization is PATCHES.normalization
