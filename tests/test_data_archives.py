@@ -24,7 +24,7 @@ FILES = {
 @pytest.mark.parametrize("name", ["x.zip", "x.ZIP", "x.tar", "x.tgz", "x.tar.gz"])
 def test_archives_unpack_and_go_away(tmp_path, name):
     archive = pack(tmp_path / name, FILES)
-    with archives.unpacked(archive, tmp_path / "scratch") as folder:
+    with archives.unpacked(archive, tmp_path / "scratch") as (folder,):
         found = {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*")
@@ -35,7 +35,7 @@ def test_archives_unpack_and_go_away(tmp_path, name):
 
 
 def test_a_folder_is_used_as_it_is(tmp_path):
-    with archives.unpacked(tmp_path, tmp_path / "scratch") as folder:
+    with archives.unpacked(tmp_path, tmp_path / "scratch") as (folder,):
         assert folder == tmp_path
     assert tmp_path.exists() and not (tmp_path / "scratch").exists()
 
@@ -85,7 +85,7 @@ def test_links_are_unpacked_as_copies_or_left_out(tmp_path, name, caplog):
                 opened.addfile(link(*member))
             opened.addfile(link("hard.jpg", "a/1.jpg", tarfile.LNKTYPE))
             opened.addfile(link("pipe.jpg", "", tarfile.FIFOTYPE))
-    with archives.unpacked(archive, tmp_path / "scratch") as folder:
+    with archives.unpacked(archive, tmp_path / "scratch") as (folder,):
         found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob("*/*")}
         assert found == {"a/1.jpg": b"one", "b/2.jpg": b"two", "a/inside.jpg": b"two"}
         hard = {"hard.jpg": b"one"} if name == "x.tar" else {}
@@ -102,7 +102,7 @@ def test_zips_made_on_windows(tmp_path):
             member = zipfile.ZipInfo("placeholder")
             member.filename, member.create_system = name, 0
             archive.writestr(member, content)
-    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as (folder,):
         assert {p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg")} == {
             "cat/1.jpg",
             "dog/sub/2.jpg",
@@ -114,7 +114,7 @@ def test_zips_made_on_a_mac_forget_to_say_utf8(tmp_path):
     pack(tmp_path / "x.zip", {"x" * len(name): b"1"})
     data = (tmp_path / "x.zip").read_bytes().replace(b"x" * len(name), name)
     (tmp_path / "x.zip").write_bytes(data)
-    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as (folder,):
         assert (folder / "Ä" / "ü.jpg").read_bytes() == b"1"
 
 
@@ -122,7 +122,7 @@ def test_zips_made_on_a_mac_forget_to_say_utf8(tmp_path):
 def test_methods_of_compression_that_python_reads(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
         archive.writestr("a/1.jpg", b"1" * 1000)
-    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as (folder,):
         assert (folder / "a" / "1.jpg").read_bytes() == b"1" * 1000
 
 
@@ -149,7 +149,7 @@ def test_other_compressed_tars(tmp_path, ending):
     compress = bz2.compress if "b" in ending else lzma.compress
     archive = tmp_path / f"x.{ending}"
     archive.write_bytes(compress(plain))
-    with archives.unpacked(archive, tmp_path / "scratch") as folder:
+    with archives.unpacked(archive, tmp_path / "scratch") as (folder,):
         assert (folder / "top/a b/ü.JPG").read_bytes() == b"one"
     archive.write_bytes(compress(plain)[:-30])
     with pytest.raises(ValueError, match="damaged or not fully downloaded"):
@@ -160,7 +160,7 @@ def test_other_compressed_tars(tmp_path, ending):
 @pytest.mark.parametrize("name", ["x.tar", "x.zip"])
 def test_a_member_that_cannot_be_written_costs_only_itself(tmp_path, name, caplog):
     files = {"a/" + "ü" * 200 + ".jpg": b"1", "a/2.jpg": b"2", "a/2.jpg/3.jpg": b"3"}
-    with archives.unpacked(pack(tmp_path / name, files), tmp_path / "scratch") as folder:
+    with archives.unpacked(pack(tmp_path / name, files), tmp_path / "scratch") as (folder,):
         assert [path.name for path in (folder / "a").iterdir()] == ["2.jpg"]
     assert "2 members could not be unpacked" in caplog.text and "name too long" in caplog.text
 
@@ -258,9 +258,9 @@ def test_a_list_that_is_something_else_is_named(tmp_path):
 
 def test_find_prefers_what_is_nearest(tmp_path):
     write(tmp_path, {"b/images.txt": "", "a/deep/images.txt": "", "c/d/e/f/far.txt": ""})
-    assert archives.find(tmp_path, "images.txt") == tmp_path / "b/images.txt"
-    assert archives.find(tmp_path / "a", "images.txt") == tmp_path / "a/deep/images.txt"
-    assert archives.find(tmp_path, "far.txt") is None
+    assert archives.find([tmp_path], "images.txt") == tmp_path / "b/images.txt"
+    assert archives.find([tmp_path / "a"], "images.txt") == tmp_path / "a/deep/images.txt"
+    assert archives.find([tmp_path], "far.txt") is None
 
 
 def test_rows_name_the_line_that_is_wrong(tmp_path):

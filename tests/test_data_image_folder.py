@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import unicodedata
 
 import numpy as np
@@ -250,27 +251,56 @@ def test_all_formats_of_photographs_are_read(tmp_path, caplog):
     assert "5 files are left out" in caplog.text
 
 
-def test_a_set_of_an_older_version_is_used_and_reported(tmp_path, caplog):
-    source = write(tmp_path / "in", {f"{c}/{i}.jpg": picture(i) for c in "ab" for i in range(2)})
-    built(tmp_path, source)
+TWO = {f"{name}/{i}.jpg": picture(i) for name in "ab" for i in range(2)}
+
+
+@pytest.mark.parametrize(
+    "files, patched, old, said",
+    [
+        (TWO, "looks_like_photograph", lambda path: True, None),
+        (
+            TWO | {"a/2.heic": picture(2)},
+            "looks_like_photograph",
+            lambda path: path.suffix == ".jpg",
+            "of the 5 photographs that are found today it has 4",
+        ),
+        (
+            {
+                f"{part}/{file}": data
+                for part in ("Train", "Val", "x")
+                for file, data in TWO.items()
+            },
+            "_understand",
+            lambda names: None,
+            "it takes the names of splits for classes",
+        ),
+        (
+            {f"bounding_box_{name}/{i}.jpg": picture(i) for name in ("a", "test") for i in (1, 2)},
+            "NAMES_A_SPLIT",
+            re.compile("none"),
+            None,  # one of them could be a class
+        ),
+        (
+            {f"bounding_box_{name}/1.jpg": picture(1) for name in ("train", "test")},
+            "NAMES_A_SPLIT",
+            re.compile("none"),
+            "look like splits, not like classes",
+        ),
+    ],
+)
+def test_a_set_of_an_older_version_is_used_and_reported(
+    tmp_path, caplog, monkeypatch, files, patched, old, said
+):
+    source = write(tmp_path / "in", files)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, patched, old)
+        then = built(tmp_path, source)
     builder = ImageFolder(data_dir=tmp_path / "data", source=source)
     builder.report_path("left_out").unlink()  # which older versions did not write
-    assert len(built(tmp_path, source)["train"]) == 2
-    assert "older version" not in caplog.text
-    # What is new there would be another data set; what an old version passed over is not.
-    builder.report_path("left_out").unlink(missing_ok=True)
-    find, calls = image_folder._from_folders, []
-
-    def with_more(*arguments):
-        calls.append(arguments)
-        found, left_out = find(*arguments)
-        found[""].append(found[""][0]._replace(id="a/3.heic"))
-        return found, left_out
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_folder, "_from_folders", with_more)
-        assert len(built(tmp_path, source)["train"]) == 2
-    assert "which saw 4 photographs of the 5 that are found today" in caplog.text
+    caplog.clear()
+    assert built(tmp_path, source) == then
+    assert ("built by an older version" in caplog.text) == bool(said)
+    assert (said or "") in caplog.text
 
 
 @pytest.mark.parametrize("form", ["folder", "x.zip"])

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from cgd_jax import checkpoint, evaluate, export, from_config
 from cgd_jax.augment import IMAGENET
-from cgd_jax.config import to_dict
 from cgd_jax.models import pretrained, weight_files
 
 
@@ -27,7 +26,7 @@ def test_an_exported_network_computes_the_same(finished_run, tmp_path):
     state = setup.state.replace(**checkpoint.read_weights(workdir, result["step"])[0])
     expected = evaluate.embed_state(config, setup, state)(images)
     np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
-    assert model.image_size == 8 and model.config == to_dict(config)
+    assert model.image_size == 8 and model.config == config.to_dict()
     np.testing.assert_array_equal(model.normalization.mean, IMAGENET.mean)
     raw = export.open_model(str(moved / "model.safetensors"), vector="descriptor_S")
     assert raw.embed(images).shape == (5, 16)

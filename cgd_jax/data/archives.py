@@ -20,10 +20,10 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pooch
 
@@ -118,13 +118,13 @@ def _holds(outer: str, inner: str) -> bool:
     return os.path.commonpath([outer, inner]) == outer
 
 
-def find(folder: Path, name: str, depth: int = 3) -> Path | None:
-    """Finds the file or folder `name` (may hold slashes) nearest below `folder`, or None.
+def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
+    """Finds the file or folder `name` (may hold slashes) nearest below some folders, or None.
 
     So the folder somebody unpacked, its parent, and an archive that wraps everything in one
     more folder all work. Of several on one level it is the first in alphabetical order.
     """
-    level = [folder]
+    level = list(folders)
     for _ in range(depth + 1):
         for candidate in level:
             if (candidate / name).exists():
@@ -139,7 +139,7 @@ def find(folder: Path, name: str, depth: int = 3) -> Path | None:
 
 
 @contextlib.contextmanager
-def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
+def unpacked(source: Path, scratch: Path) -> Iterator[list[Path]]:
     """Yields a folder with the files of an archive; anything else is yielded as it is.
 
     Args:
@@ -154,13 +154,13 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
     other is left out with a warning, as are devices and names that cannot be written.
     """
     if source.is_dir() or not is_archive(source):
-        yield source
+        yield [source]
         return
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="incomplete.unpacked_", dir=scratch))
     try:
         extract(source, folder)
-        yield folder
+        yield [folder]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -231,7 +231,7 @@ class _Member(NamedTuple):
     size: int  # in the archive, compressed
     is_folder: bool
     link: str | None  # the member that it is a link to
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], Any]
 
 
 def _read_zip(archive: Path) -> Iterator[_Member]:
@@ -268,7 +268,7 @@ def _open_zip_member(archive: Path, opened: zipfile.ZipFile, member: zipfile.Zip
         return opened.open(member)
     except NotImplementedError as error:
         kind = member.compress_type
-        method = zipfile.compressor_names.get(kind, "unknown")
+        method = getattr(zipfile, "compressor_names", {}).get(kind, "unknown")
         raise ValueError(
             f"{archive}: {member.filename!r} is compressed by a method that Python cannot read "
             f"({method}, number {kind}: {error}). Unpack the archive with another program and "

@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -58,7 +58,7 @@ class Photograph(NamedTuple):
     bbox: tuple[float, float, float, float] | None = None  # x0, y0, x1, y1 in pixels
 
 
-class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders that read photographs from a source: a folder, or an archive of one.
 
     Examples have `image` (the encoded bytes of the file), `label` (int64), `class_name`, `id`
@@ -111,9 +111,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         keywords.setdefault("file_format", "array_record")
         super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
 
-    unpacked = staticmethod(archives.unpacked)  # archive → folder, while the data set is built
+    unpacked = staticmethod(archives.unpacked)  # source → folders, while the data set is built
 
-    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the photographs of each split from the unpacked source."""
         raise NotImplementedError
 
@@ -165,11 +165,11 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     built.append((prepared.stat().st_mtime, prepared))
         return max(built)[1].parent.name if built else None
 
-    def _locate(self, source: str) -> Path | None:
-        """Returns the path of the source; None stands for a download to come."""
+    def _locate(self, source: str) -> Path | archives.Download:
+        """Returns where the source is."""
         if source == "auto":
             if self.DOWNLOAD:
-                return None
+                return self.DOWNLOAD
             raise FileNotFoundError(
                 f"{self.name}: no server is known to offer this archive any more, so "
                 f"--config.data.source=auto cannot work. {self.HOW_TO_GET}"
@@ -191,12 +191,12 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return path
 
     def _fingerprint(self) -> str:
-        if self._source is None:
-            return self.DOWNLOAD.sha256 or self.DOWNLOAD.url
+        if isinstance(self._source, archives.Download):
+            return self._source.sha256 or self._source.url
         return archives.fingerprint(self._source)
 
     def _key(self) -> str:
-        stem = "auto" if self._source is None else self._source.resolve().name
+        stem = self._source.resolve().name if isinstance(self._source, Path) else "auto"
         mark = self._fingerprint()
         stem = re.sub(r"[^A-Za-z0-9]+", "_", stem).strip("_")[:40] or "source"
         return f"{stem}-{hashlib.sha256(f'{mark} {self.options()}'.encode()).hexdigest()[:12]}"
@@ -222,11 +222,11 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         del dl_manager
         source = self._source
-        if source is None:
-            source = archives.download(self.DOWNLOAD, Path(self.data_dir_root) / "downloads")
-        with self.unpacked(source, Path(self.data_dir).parent) as folder:
-            self._notes = {name: [] for name in REPORTS}
-            self._photographs = self.photographs(folder)
+        if isinstance(source, archives.Download):
+            source = archives.download(source, Path(self.data_dir_root) / "downloads")
+        with self.unpacked(source, Path(self.data_dir).parent) as folders:
+            self._notes: dict[str, list] = {name: [] for name in REPORTS}
+            self._photographs = self.photographs(folders)
             self._check_photographs()
             total = sum(map(len, self._photographs.values()))
             try:
@@ -276,7 +276,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     "Remove the repetitions."
                 )
 
-    def _check_counts(self, found: dict[str, tuple[int | None, int]]) -> None:
+    def _check_counts(self, found: Mapping[str, tuple[int | None, int]]) -> None:
         if self._allow_incomplete:
             return
         for split, (classes, images) in self.PUBLISHED.items():
@@ -327,7 +327,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             yield row.id, example
 
     def _clip(self, split: str, row: Photograph, height: int, width: int) -> np.ndarray:
-        x0, y0, x1, y1 = row.bbox
+        x0, y0, x1, y1 = row.bbox or (0, 0, 0, 0)
         box = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
         if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
             reason = f"box {row.bbox} has no area inside of {width}x{height} pixels"
@@ -342,8 +342,8 @@ def _read(row: Photograph) -> tuple[bytes, tuple[int, int], bool, str]:
         if not stat.S_ISREG(row.path.stat().st_mode):  # Reading a pipe would never end.
             raise ValueError("not a file")
         data = row.path.read_bytes()
-        *shape, blank = decode.check(data)
-        return data, shape, blank, ""
+        height, width, blank = decode.check(data)
+        return data, (height, width), blank, ""
     except FileNotFoundError:
         reason = "a link to nowhere" if row.path.is_symlink() else "no such file"
     except OSError as error:

@@ -17,7 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,10 +34,17 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 CHUNK = 16  # examples that a thread takes at once
 
-# Examples of a TFDS data source made with `decoders={"image": tfds.decode.SkipDecoding()}`:
-# dicts of `image` (encoded bytes), `label`, `class_name`, `id` and perhaps `bbox`, read with
-# `source.__getitems__`.
-Source = Sequence[dict[str, Any]]
+
+class Source(Protocol):
+    """A TFDS data source made with `decoders={"image": tfds.decode.SkipDecoding()}`.
+
+    Its examples are dicts of `image` (encoded bytes), `label`, `class_name`, `id` and perhaps
+    `bbox`.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, numbers: list[int]) -> Sequence[dict[str, Any]]: ...
 
 
 def cached(
@@ -250,7 +257,7 @@ def _build(source: Source, folder: Path, key: dict[str, Any]) -> None:
                 ids[number] = _text(example["id"])
                 class_names[int(example["label"])] = _text(example["class_name"])
             # Writing, unlike touching pages of a memory map, reports a full disk.
-            data, offset = memoryview(images).cast("B"), start + chunk[0] * row
+            data, offset = images.data.cast("B"), start + chunk[0] * row
             while data:
                 written = os.pwrite(file.fileno(), data, offset)
                 data, offset = data[written:], offset + written
@@ -265,10 +272,10 @@ def _build(source: Source, folder: Path, key: dict[str, Any]) -> None:
     (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
     (folder / "class_names.json").write_text(json.dumps(class_names), encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    with open(folder / "key.json", "w", encoding="utf-8") as file:
-        json.dump({"key": key, "bytes": sizes}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    with open(folder / "key.json", "w", encoding="utf-8") as key_file:
+        json.dump({"key": key, "bytes": sizes}, key_file, indent=1)
+        key_file.flush()
+        os.fsync(key_file.fileno())
 
 
 def _ranges(count: int, length: int) -> Iterator[range]:

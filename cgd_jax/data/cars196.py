@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,22 +43,19 @@ class Cars196(ImageBuilder):
     def unpacked(self, source: Path, scratch: Path) -> Iterator[list[Path]]:
         """Yields the folder, and those of the archives in it that are not unpacked yet."""
         with contextlib.ExitStack() as stack:
-            folders = [stack.enter_context(archives.unpacked(source, scratch))]
+            folders = stack.enter_context(archives.unpacked(source, scratch))
+            found = list(folders)
             for name in ARCHIVES:
+                names = [name + ending for ending in archives.ARCHIVE_ENDINGS]
+                archive = next(filter(None, (archives.find(folders, n) for n in names)), None)
                 unpacked = "devkit" if name == "car_devkit" else name
-                if archives.find(folders[0], unpacked) is None:
-                    for ending in archives.ARCHIVE_ENDINGS:
-                        archive = archives.find(folders[0], name + ending)
-                        if archive:
-                            folders.append(stack.enter_context(archives.unpacked(archive, scratch)))
-                            break
-            yield folders
+                if archive and archives.find(folders, unpacked) is None:
+                    found += stack.enter_context(archives.unpacked(archive, scratch))
+            yield found
 
     def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the photographs of either form, from its .mat files."""
-
-        def find(name: str) -> Path | None:
-            return next((path for path in (archives.find(f, name) for f in folders) if path), None)
+        find = partial(archives.find, folders)
 
         def pictures(*names: str) -> int:
             return sum(len(os.listdir(path)) for path in map(find, names) if path)
@@ -116,7 +114,7 @@ def _half(annotations: Path, pictures: Path | None, half: str) -> list:
 def _rows(path: Path) -> list[dict]:
     try:
         table = np.atleast_1d(_load(path)["annotations"])
-        rows = [{name: row[name] for name in table.dtype.names} for row in table]
+        rows = [{name: row[name] for name in table.dtype.names or ()} for row in table]
         for row in rows:
             row["class"] = int(row["class"])
     except (KeyError, TypeError, ValueError) as error:

@@ -33,11 +33,11 @@ class Cub200(ImageBuilder):
     )
     BOXES = True
 
-    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the rows of images.txt, with classes and boxes from the lists beside it."""
-        images = archives.find(folder, "images.txt")
+        images = archives.find(folders, "images.txt")
         if images is None:
-            raise ValueError(f"cub200: there is no images.txt in {folder}. {self.HOW_TO_GET}")
+            raise ValueError(f"cub200: there is no images.txt in {folders[0]}. {self.HOW_TO_GET}")
         root = images.parent
         for name in ("image_class_labels.txt", "bounding_boxes.txt"):
             if not (root / name).exists():

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 class Split(NamedTuple):
     """Images of one part of a data set, aligned by position."""
 
-    images: np.ndarray  # [N, S, S, 3] uint8, or what is indexed like it
+    images: Any  # [N, S, S, 3] uint8, an array or what is indexed like one
     labels: np.ndarray  # [N] int64, the class numbers of the whole data set
     ids: list[str]  # of every image, unique within the split
     class_names: dict[int, str]  # class number → name
@@ -33,9 +33,8 @@ class Dataset(NamedTuple):
     @property
     def query_ids(self) -> np.ndarray | None:
         """[Q] int64, see `gallery_ids`."""
-        if self.gallery is None or self.query.contents is None or self.gallery.contents is None:
-            return None
-        return self._picture_numbers()[: len(self.query.contents)]
+        numbers = self._picture_numbers()
+        return None if numbers is None else numbers[: len(self.query.labels)]
 
     @property
     def gallery_ids(self) -> np.ndarray | None:
@@ -44,16 +43,19 @@ class Dataset(NamedTuple):
         As `metrics.evaluate` takes them; None where there is no gallery, or where it is not
         known which pictures are the same.
         """
-        if self.query_ids is None:
+        numbers = self._picture_numbers()
+        if numbers is None:
             return None
-        numbers = self._picture_numbers()[len(self.query.contents) :]
+        numbers = numbers[len(self.query.labels) :]
         _, first = np.unique(numbers, return_index=True)
         unique = numbers.max() + 1 + np.arange(len(numbers))
         unique[first] = numbers[first]
         return unique
 
-    def _picture_numbers(self) -> np.ndarray:
+    def _picture_numbers(self) -> np.ndarray | None:
         """[Q + G] int64, from 0, equal where two pictures are."""
+        if self.gallery is None or self.query.contents is None or self.gallery.contents is None:
+            return None
         contents = np.concatenate([self.query.contents, self.gallery.contents])
         return np.unique(contents, return_inverse=True)[1].astype(np.int64)
 
@@ -80,11 +82,12 @@ def check_queries(dataset: Dataset) -> None:
             f"queries are {listed([names.get(i, i) for i in np.unique(query.labels).tolist()])}, "
             f"the gallery is {listed([names.get(i, i) for i in counts])}. Label both alike."
         )
-    if dataset.query_ids is not None:
-        label_of = dict(zip(dataset.gallery_ids.tolist(), gallery.labels.tolist(), strict=True))
+    queries, items = dataset.query_ids, dataset.gallery_ids
+    if queries is not None and items is not None:
+        label_of = dict(zip(items.tolist(), gallery.labels.tolist(), strict=True))
         matches = [
             counts[label] - (label_of.get(own) == label)
-            for own, label in zip(dataset.query_ids.tolist(), query.labels.tolist(), strict=True)
+            for own, label in zip(queries.tolist(), query.labels.tolist(), strict=True)
         ]
         if not max(matches, default=0):
             raise ValueError(

@@ -14,6 +14,7 @@ on most photographs and two on very detailed ones.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -25,11 +26,9 @@ from PIL import Image, ImageOps
 
 from cgd_jax.runtime.files import describe_impostor
 
-try:
+with contextlib.suppress(ImportError):  # for HEIC
     import pillow_heif
-except ImportError:
-    pillow_heif = None
-else:
+
     pillow_heif.register_heif_opener()
 
 # The caller decodes many images at once; threads inside of one resize would only compete.
@@ -46,7 +45,7 @@ ORIENTATION = 0x0112  # the EXIF tag
 # Formats of photographs. Pillow has others: icons, films, what it only recognizes, and EPS, for
 # which it starts Ghostscript.
 Image.init()
-FORMATS = [
+FORMATS: list[str] = [
     name
     for name in (
         *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000"),
@@ -86,10 +85,10 @@ def decode(
         The message is the reason in a few words.
     """
     height, width, plain = _header(data)
-    x0, y0, x1, y1 = (0, 0, width, height) if bbox is None else map(float, bbox)
+    x0, y0, x1, y1 = box = (0, 0, width, height) if bbox is None else tuple(map(float, bbox))
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     if not (x1 > x0 and y1 > y0):
-        raise ValueError(f"empty box {tuple(bbox)} in an image of {width}x{height} pixels")
+        raise ValueError(f"empty box {box} in an image of {width}x{height} pixels")
     # In the reduced image the box still has at least size x size pixels.
     largest = 1 if size is None else min(y1 - y0, x1 - x0) / size
     reduction = max(r for r in REDUCTIONS if r <= max(largest, 1))
@@ -208,7 +207,8 @@ def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
         try:
             _check_size(image.height, image.width)
             # Reduces a JPEG; nothing happens for other formats.
-            image.draft(None, tuple(max(side // reduction, 1) for side in image.size))
+            size = max(image.width // reduction, 1), max(image.height // reduction, 1)
+            image.draft(None, size)
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would clip

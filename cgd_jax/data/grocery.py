@@ -29,11 +29,11 @@ class Grocery(ImageBuilder):
         "dataset/train.txt, as --config.data.source=PATH."
     )
 
-    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the rows of the three lists, spread over train, query and gallery."""
-        classes = archives.find(folder, "classes.csv")
+        classes = archives.find(folders, "classes.csv")
         if classes is None:
-            raise ValueError(f"grocery: there is no classes.csv in {folder}. {self.HOW_TO_GET}")
+            raise ValueError(f"grocery: there is no classes.csv in {folders[0]}. {self.HOW_TO_GET}")
         root = classes.parent
         names = {}
         for line in archives.read_text(classes).splitlines()[1:]:
@@ -44,7 +44,7 @@ class Grocery(ImageBuilder):
             rows = root / f"{part}.txt"
             if not rows.exists():
                 raise ValueError(f"grocery: there is no {part}.txt in {root}. {self.HOW_TO_GET}")
-            for number, line in enumerate(archives.read_text(rows).splitlines(), 1):
+            for place, line in enumerate(archives.read_text(rows).splitlines(), 1):
                 if not line.strip():
                     continue
                 try:
@@ -52,7 +52,7 @@ class Grocery(ImageBuilder):
                     label = int(fine)
                 except ValueError:
                     raise ValueError(
-                        f"{rows}, line {number}: expected path, fine class, coarse "
+                        f"{rows}, line {place}: expected path, fine class, coarse "
                         f"class, found {line!r}. Get the data set again."
                     ) from None
                 split = "train" if label < TRAIN_CLASSES else unseen

@@ -83,12 +83,13 @@ class ImageFolder(ImageBuilder):
         """Returns seed, share and class rule, which shape the splits."""
         return f"{self._seed} {self._test_fraction} {self._nested_classes}"
 
-    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the photographs by split; labels number the class names in alphabetical order."""
+        (folder,), source = folders, Path(self._made_of["source"])
         if folder.is_file():
             found, left_out = _from_list(folder)
         else:
-            found, left_out = _from_folders(folder, self._nested_classes, self._source.is_file())
+            found, left_out = _from_folders(folder, self._nested_classes, source.is_file())
         for id, reason in left_out:
             self.note("left_out", "", id, reason)
         names = sorted({row.label for rows in found.values() for row in rows})
@@ -96,7 +97,7 @@ class ImageFolder(ImageBuilder):
             reasons = Counter(reason for _, reason in left_out).most_common(3)
             also = "".join(f"; {count:,} files are left out: {why}" for why, count in reasons)
             raise ValueError(
-                f"image_folder: found {len(names)} classes with photographs in {self._source}"
+                f"image_folder: found {len(names)} classes with photographs in {source}"
                 f"{also}. Training and testing on different classes takes at least two. "
                 f"{self.HOW_TO_GET}"
             )
@@ -115,35 +116,39 @@ class ImageFolder(ImageBuilder):
         """Builds the data set unless it is built; see `ImageBuilder`."""
         super().download_and_prepare(**keywords)
         root = Path(self._made_of["source"])
-        if not self.report_path("left_out").exists() and root.is_dir():
-            # Built by a version that knew fewer formats of files and names of splits.
+        if self.report_path("left_out").exists() or not root.is_dir():
+            return
+        # Built by a version that knew fewer formats of files and names of splits.
+        then = sum(split.num_examples for split in self.info.splits.values())
+        try:
             found, _ = _from_folders(root, self._nested_classes, False)
             now = sum(map(len, found.values()))
-            then = sum(split.num_examples for split in self.info.splits.values())
-            named = "" not in found and not {"test", "gallery"} & set(os.listdir(root))
-            if then + len(self.report("skipped")) != now or named:
-                log.warning(
-                    "image_folder: %s was built by an older version of this code, which saw %d "
-                    "photographs of the %d that are found today%s. It is used as it is; delete it "
-                    "to build it anew.",
-                    Path(self.data_dir).parent,
-                    then,
-                    now,
-                    ", and took the names of splits for classes" * named,
-                )
+            change = f"of the {now} photographs that are found today it has {then}"
+            if "" not in found and not {"test", "gallery"} & set(os.listdir(root)):
+                change = "it takes the names of splits for classes"
+            elif now == then + len(self.report("skipped")):
+                return
+        except ValueError as error:
+            change = str(error)
+        log.warning(
+            "%s was built by an older version of this code and is used as it is: %s. Delete it to "
+            "build it anew.",
+            Path(self.data_dir).parent,
+            change.rstrip("."),
+        )
 
-    def _locate(self, source: str) -> Path | None:
+    def _locate(self, source: str) -> Path | archives.Download:
         path = Path(source).expanduser()
         if path.suffix.lower() == ".csv" and path.is_file():
             return path
         return super()._locate(source)
 
     def _fingerprint(self) -> str:
-        mark = super()._fingerprint()
-        if self._source.suffix.lower() == ".csv":  # The files it names count as well.
+        mark, source = super()._fingerprint(), Path(self._made_of["source"])
+        if source.suffix.lower() == ".csv":  # The files it names count as well.
             mark += "".join(
                 archives.fingerprint(row.path) if archives.is_file(row.path) else "-"
-                for row in photo_list.read(self._source)
+                for row in photo_list.read(source)
             )
         return mark
 

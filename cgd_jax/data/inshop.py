@@ -35,21 +35,20 @@ class Inshop(ImageBuilder):
     def unpacked(self, source: Path, scratch: Path) -> Iterator[list[Path]]:
         """Yields the folder, and that of img.zip if it is not unpacked yet."""
         with contextlib.ExitStack() as stack:
-            folders = [stack.enter_context(archives.unpacked(source, scratch))]
-            if archives.find(folders[0], "img") is None:
-                pictures = archives.find(folders[0], "img.zip")
-                if pictures:
-                    folders.append(stack.enter_context(archives.unpacked(pictures, scratch)))
+            folders = stack.enter_context(archives.unpacked(source, scratch))
+            pictures = archives.find(folders, "img.zip")
+            if pictures and archives.find(folders, "img") is None:
+                folders = folders + stack.enter_context(archives.unpacked(pictures, scratch))
             yield folders
 
     def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the rows of list_eval_partition.txt."""
-        lists = archives.find(folders[0], "list_eval_partition.txt")
+        lists = archives.find(folders, "list_eval_partition.txt")
         if lists is None:
             raise ValueError(
                 f"inshop: there is no list_eval_partition.txt in {folders[0]}. {self.HOW_TO_GET}"
             )
-        pictures = archives.find(folders[-1], "img")
+        pictures = archives.find(folders, "img")
         if pictures is None:
             raise ValueError(f"inshop: there is no folder img in {folders[0]}. {self.HOW_TO_GET}")
         rows = list(archives.read_rows(lists, columns=3, skip=2))

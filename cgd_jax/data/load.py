@@ -139,23 +139,25 @@ def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
       keep: whether queries that search each other keep their copies.
     """
     train, query, gallery = dataset
-    seen = np.isin(query.contents, train.contents)
+    pictures = np.asarray(query.contents)
+    seen = np.isin(pictures, np.asarray(train.contents))
     if seen.any():
         _warn_of(query, seen, "test pictures are in the training set too")
     if gallery is None:
         # A copy under another label is a neighbour like any other: a wrong one.
-        copies = _repeated(np.stack([query.contents, query.labels], 1))
+        copies = _repeated(np.stack([pictures, query.labels], 1))
         if copies.any():
             done = "find their copies" if keep else "are left out"
             _warn_of(
                 query, copies, f"test pictures are copies of others of their class, and {done}"
             )
         return dataset if keep else dataset._replace(query=_rows(query, ~copies))
-    both = np.isin(gallery.contents, query.contents)
+    searched = np.asarray(gallery.contents)
+    both = np.isin(searched, pictures)
     if both.any():
         _warn_of(gallery, both, "pictures of the gallery are queries too; no query finds itself")
     # `gallery_ids` covers one copy of each.
-    return dataset._replace(gallery=_rows(gallery, ~(both & _repeated(gallery.contents))))
+    return dataset._replace(gallery=_rows(gallery, ~(both & _repeated(searched))))
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:
@@ -179,7 +181,7 @@ def _rows(split: Split, chosen: np.ndarray) -> Split:
         images=_ImageRows(split.images, rows),
         labels=split.labels[rows],
         ids=[split.ids[i] for i in rows],
-        contents=split.contents[rows],
+        contents=np.asarray(split.contents)[rows],
     )
 
 

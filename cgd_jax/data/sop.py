@@ -26,14 +26,14 @@ class Sop(ImageBuilder):
         "--config.data.source=PATH."
     )
 
-    def photographs(self, folder: Path) -> dict[str, list[Photograph]]:
+    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
         """Lists the rows of Ebay_train.txt and Ebay_test.txt."""
         splits = {}
         for split in ("train", "test"):
-            path = archives.find(folder, f"Ebay_{split}.txt")
+            path = archives.find(folders, f"Ebay_{split}.txt")
             if path is None:
                 raise ValueError(
-                    f"sop: there is no Ebay_{split}.txt in {folder}. {self.HOW_TO_GET}"
+                    f"sop: there is no Ebay_{split}.txt in {folders[0]}. {self.HOW_TO_GET}"
                 )
             splits[split] = [
                 # Classes count from 1; the folder names the kind of product.
