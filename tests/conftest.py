@@ -47,6 +47,7 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = tiny.get_config()
     config.data.dir = str(folder / "data")
+    config.model.backbone = "resnet10"  # which other processes know, that open its export
     config.eval.baselines = False
     result = train.train_and_evaluate(config, str(folder / "run"))
     return config, folder / "run", result

@@ -1,9 +1,17 @@
 """An experiment of seconds, as a config file: `--config=tests/tiny.py`."""
 
+from functools import partial
+
 import cgd_jax.data
+from cgd_jax.models import backbones, resnet
 from configs import glyphs
 
 cgd_jax.data.NAMES["blobs"] = "tests.blobs:Blobs"
+
+# Half of a ResNet-10, which takes half the time to compile.
+backbones.BACKBONES["resnet6"] = resnet.FAMILY._replace(
+    members={"resnet6": partial(resnet.ResNet, stage_sizes=(1, 1), bottleneck=False)}
+)
 
 
 def get_config(descriptors: str = "SG"):
@@ -12,6 +20,7 @@ def get_config(descriptors: str = "SG"):
     config.data.name = "blobs"
     config.data.resize = 8
     config.data.image_size = 8
+    config.model.backbone = "resnet6"
     config.model.width = 2
     config.model.embedding_dim = 8
     config.loss.classification_weight = 1.0
