@@ -79,7 +79,7 @@ def evaluate_checkpoint(
     """All metrics of one checkpoint, with and without what `config.eval` asks for.
 
     Args:
-      config: of the experiment.
+      config: a whole experiment's.
       workdir: folder of the run.
       folder: where per_class.csv, the pictures and tables are written.
       setup: from `set_up`.
@@ -543,9 +543,9 @@ def describe_geometry(embeddings: Embeddings, dataset: Dataset) -> dict[str, flo
       positive_distance, negative_distance: root mean square distance of two queries of one
       class and of two classes; nan where there are no such pairs.
     """
-    unit = embeddings.query / np.maximum(
-        np.linalg.norm(embeddings.query, axis=1, keepdims=True), 1e-12
-    )
+    # In float64: within a collapsed embedding cosines differ from 1 by float32's rounding.
+    unit = embeddings.query.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     _, code = np.unique(dataset.query.labels, return_inverse=True)
     sums = np.zeros((code.max() + 1, unit.shape[1]))
     np.add.at(sums, code, unit)
@@ -579,7 +579,7 @@ def draw_embeddings(
     """Draws the map of the test images and writes the projector's files, if asked for.
 
     Args:
-      config: of the experiment.
+      config: a whole experiment's.
       folder: of the run; the projector's files go to `tensorboard` below it.
       dataset: the data set that was embedded.
       embeddings: of its test images.

@@ -19,7 +19,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     """Builds the data set and its caches, prints its splits, draws what the network will see.
 
     Args:
-      config: of the experiment.
+      config: see configs/base.py.
       workdir: where samples.png goes: the images of the first batch after augmentation,
         class by class.
 

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
 from cgd_jax.retrieval import PRECISIONS, check_matrix, check_rows
-from cgd_jax.runtime import processes
+from cgd_jax.runtime import files, processes
 
 __all__ = [
     "PRECISIONS",
@@ -362,11 +362,10 @@ def write_per_class(path: str | os.PathLike, rows: list[dict]) -> None:
     class,queries,recall@1
     7,2,0.5
     """
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
+    with files.replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(f"{path}.tmp", path)
 
 
 @jax.jit
