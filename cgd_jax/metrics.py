@@ -16,9 +16,9 @@ it. By default it ranks before it, so that a model that maps everything to one p
 """
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypedDict, Unpack
 
 import jax
@@ -353,7 +353,7 @@ def cluster_agreement(embeddings: ArrayLike, labels: ArrayLike, seed: int = 0) -
     }
 
 
-def write_per_class(path: str | os.PathLike, rows: list[dict]) -> None:
+def write_per_class(path: str | Path, rows: list[dict]) -> None:
     """Writes ``evaluate(..., per_class=True)["per_class"]``, worst classes first, as CSV.
 
     >>> rows = [{"class": 7, "queries": 2, "recall@1": 0.5}]
