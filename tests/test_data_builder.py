@@ -264,6 +264,14 @@ def test_boxes_are_clipped_and_degenerate_ones_replaced():
     assert len(builder._notes["boxes"]) == 6
 
 
+@pytest.mark.parametrize("below", ["", "built"])
+def test_a_set_is_not_built_among_its_photographs(tmp_path, below):
+    source = folder_of(tmp_path / "in")
+    with pytest.raises(ValueError, match="lies in .*--config.data.dir=FOLDER"):
+        ImageFolder(data_dir=source / below, source=source)
+    ImageFolder(data_dir=tmp_path, source=source)
+
+
 def test_share_of_bad_files_is_a_share(tmp_path):
     with pytest.raises(ValueError, match="share from 0 to 1, not 5"):
         ImageFolder(data_dir=tmp_path, source=tmp_path, max_bad_fraction=5)

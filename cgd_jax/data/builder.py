@@ -107,6 +107,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         key = None if os.path.exists(self._made_of["source"]) else self._built_earlier(data_dir)
         if key is None:
             self._source = self._locate(str(source))
+            built_in = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().resolve()
+            if isinstance(self._source, Path) and built_in.is_relative_to(self._source.resolve()):
+                raise ValueError(
+                    f"{self.name}: data sets are built in {built_in}, which lies in "
+                    f"{self._source}, where the photographs are; they would be another source "
+                    "after every build. Let --config.data.dir=FOLDER name a folder outside of it."
+                )
             key = self._key()
         keywords.setdefault("file_format", "array_record")
         super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
