@@ -76,18 +76,19 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
 def evaluate_checkpoint(
     config: ConfigDict, workdir: str, folder: Path, setup: Setup, step: int | None, suffix: str
 ) -> dict:
-    """All metrics of one checkpoint, with and without what `config.eval` asks for.
+    """Measures one checkpoint, with and without what `config.eval` asks for.
 
     Args:
       config: a whole experiment's.
       workdir: folder of the run.
       folder: where per_class.csv, the pictures and tables are written.
-      setup: from `set_up`.
+      setup: what `set_up` made of the config.
       step: of the checkpoint; None for the one with the best R@1.
       suffix: of the names of pictures and tables; {step} is filled in.
 
     Returns:
-      {"step": ..., "metrics": of the embedding as it is trained, "with options": name →
+      {"step": ..., "metrics": of the embedding as it is trained, "classes": see
+      `workdir.count_classes`, "geometry": see `describe_geometry`, "with options": name →
       metrics, one for every kind of option that the config sets, and if it is asked for
       "complementarity": see `complementarity.measure`}.
 
@@ -143,10 +144,10 @@ def evaluate_checkpoint(
 
 
 def evaluate_step(config: ConfigDict, setup: Setup, state: State, stopped_by: list[int]) -> dict:
-    """Recall@K of the test images: {"recall@1": ...}, or {} if a signal comes meanwhile.
+    """Measures {"recall@1": ...} of the test images; {} if a signal comes meanwhile.
 
-    Then a run of one process drops the evaluation, which may take longer than schedulers
-    wait, and makes up for it when it is started again.
+    A run of one process then drops the evaluation, which may take longer than schedulers
+    wait, and repeats it when it is started again.
     """
     # One of several processes cannot leave without the others waiting for it.
     alone = jax.process_count() == 1
@@ -163,9 +164,9 @@ def evaluate_step(config: ConfigDict, setup: Setup, state: State, stopped_by: li
 
 
 def measure_baselines(config: ConfigDict, workdir: str, folder: Path, setup: Setup) -> dict:
-    """Metrics of raw pixels and of the network before training, measured once a work folder.
+    """Measures raw pixels and the network before training, once a work folder.
 
-    They are read from `workdir`, or measured and written into `folder`.
+    The metrics are read from `workdir`, or written into `folder`.
     """
     path = Path(workdir, "baselines.json")
     if path.exists():

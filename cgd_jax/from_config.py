@@ -134,9 +134,10 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     source = config.pretrained
+    run = Path(source).expanduser()
     try:
-        if Path(source, checkpoint.FOLDER).is_dir():
-            weights, normalization, _ = checkpoint.read_weights(source)
+        if (run / checkpoint.FOLDER).is_dir():
+            weights, normalization, _ = checkpoint.read_weights(run)
             loaded = pretrained.fill(variables, weights)
         else:
             loaded, normalization = pretrained.load(variables, source, config.backbone)

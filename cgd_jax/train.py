@@ -65,7 +65,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             setup = setup._replace(state=load_pretrained(config.model, setup.state))
         folder = processes.report_folder(workdir)
         files.write_json(folder / "config.json", to_dict(config))
-        record_data(folder, setup.dataset)
+        if saved is None:  # else it is not known what a run without data.json was trained on
+            record_data(folder, setup.dataset)
         console.say(tables.dataset_table(setup.dataset) + "\n")
         flops = flops_per_image(setup.model, setup.state, config.data.image_size)
         console.say(tables.run_table(run_facts(config, workdir, setup, flops)) + "\n")

@@ -355,3 +355,22 @@ def test_options_that_fail_do_not_cost_the_plain_results(finished_run, monkeypat
     assert again["metrics"] == result["metrics"] and again["with options"] == {}
     assert "Not measured, queries expanded by 2: too few neighbours" in said
     assert "Not measured, re-ranked: too few neighbours" in said
+
+
+def test_pretrained_weights_of_a_run_below_the_home(finished_run, monkeypatch):
+    config, finished, _ = finished_run
+    monkeypatch.setenv("HOME", str(finished.parent))
+    setup = from_config.set_up(config)
+    model = config.model.copy_and_resolve_references()
+    model.pretrained = f"~/{finished.name}"
+    loaded = from_config.load_pretrained(model, setup.state)
+    weights, _, _ = checkpoint.read_weights(finished)
+    assert_same(loaded.params["backbone"], weights["params"]["backbone"])
+
+
+def test_a_run_of_an_older_version_does_not_claim_to_know_its_data(finished_run, tmp_path):
+    config, finished, _ = finished_run
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "data.json").unlink()
+    train.train_and_evaluate(config, str(run))
+    assert not (run / "data.json").exists()
