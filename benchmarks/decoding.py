@@ -16,6 +16,7 @@ import io
 import logging
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cgd_jax.data import cache
 from cgd_jax.data.image_folder import ImageFolder
