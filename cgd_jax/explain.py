@@ -35,12 +35,17 @@ from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
 from cgd_jax.models.cgd import CGD, create_model, embed_model
+from cgd_jax.models.family import Features
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
 from cgd_jax.workdir import keep_compiled, read_config
 
 __all__ = ["Explanation", "contributions", "explain_pair", "explain_run", "pooled_map"]
 
+NO_MAP = (
+    "C, the class token, is no sum over the positions of the feature map: attention and MLPs mix "
+    "them in every block. Only networks without C in model.descriptors are explained."
+)
 PAIRS = 4  # of the right and of the wrong retrievals that are drawn
 SAMPLE = 1024  # test images whose mean stands for the average image
 
@@ -79,7 +84,7 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
       [H, W, C] float32; its sum over the positions is the descriptor.
 
     Raises:
-      ValueError: an unknown letter.
+      ValueError: an unknown letter, or the class token's.
     """
     features = features.astype(jnp.float32)
     height, width = features.shape[:2]
@@ -99,6 +104,8 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
             squared_norm = jnp.maximum(jnp.sum(maxima.sum((0, 1)) ** 2), pooling.EPS)
             total = total.at[region].add(maxima * jax.lax.rsqrt(squared_norm))
         return total
+    if letter == pooling.CLASS_TOKEN:
+        raise ValueError(NO_MAP)
     raise ValueError(f"unknown descriptor {letter!r}; known are {', '.join(pooling.POOLINGS)}.")
 
 
@@ -202,6 +209,8 @@ def explain_pair(
     is_backbone = lambda module, _: module.name == "backbone"
     output, captured = model.apply(variables, images, capture_intermediates=is_backbone)
     (features,) = captured["intermediates"]["backbone"]["__call__"]
+    if isinstance(features, Features):
+        features = features.map
     params = variables["params"]
     names = ["raw"] if model.combination == "raw" else model.descriptors
     kernels = [params[f"fc_{name}"] for name in names]
@@ -242,6 +251,8 @@ def explain_run(
         if not Path(file).is_file():
             raise FileNotFoundError(f"--{flag}={file}: there is no such file.")
     config = read_config(workdir)
+    if pooling.CLASS_TOKEN in config.model.descriptors:
+        raise ConfigError(f"model.descriptors={config.model.descriptors!r}: {NO_MAP}")
     pixels = read_images(given, config)
     variables, normalization, step = checkpoint.read_weights(workdir, step)
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))

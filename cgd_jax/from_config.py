@@ -54,7 +54,7 @@ def set_up(config: ConfigDict) -> Setup:
     dataset, labels = open_data(config)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone)
     state = create_state(
         model,
         optimizer,

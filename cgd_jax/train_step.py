@@ -89,7 +89,8 @@ def make_train_step(
 
     def train_step(state: State, images: jax.Array, labels: jax.Array):
         images = prepare(state, images)
-        return update(state, *gradients_of(state, images, labels))
+        rngs = {"drop_path": jax.random.fold_in(step_key(config.seed, state.step), 1)}
+        return update(state, *gradients_of(state, images, labels, rngs))
 
     if chunk:
         return train_step
@@ -139,6 +140,7 @@ def direct_gradients(
     state: State,
     images: jax.Array,
     labels: jax.Array,
+    rngs: dict[str, jax.Array] | None = None,
 ) -> tuple[dict, dict, dict]:
     """Computes the gradient of the loss from all images at once.
 
@@ -148,6 +150,7 @@ def direct_gradients(
       state: its parameters are differentiated.
       images: [B, S, S, 3], normalized.
       labels: [B], in [0, M).
+      rngs: random keys of the network, see `residual.DropPath`.
 
     Returns:
       The gradient, as the parameters; new BatchNorm statistics; metrics.
@@ -155,7 +158,9 @@ def direct_gradients(
 
     def loss_of(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        output, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        output, updates = model.apply(
+            variables, images, train=True, mutable=["batch_stats"], rngs=rngs
+        )
         loss, metrics = measure(labels, output)
         return loss, (updates["batch_stats"], metrics)
 

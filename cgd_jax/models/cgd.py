@@ -12,6 +12,7 @@ from cgd_jax import combination, pooling
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.models import backbones
+from cgd_jax.models.family import Features
 
 __all__ = [
     "CGD",
@@ -49,7 +50,7 @@ class CGD(nn.Module):
     Attributes:
       backbone: a module that maps (images, train) to a feature map.
       num_classes: M, the number of training classes.
-      descriptors: distinct letters of `pooling.POOLINGS`; the first one also feeds
+      descriptors: distinct letters of `pooling.LETTERS`; the first one also feeds
         the auxiliary module.
       embedding_dim: D.
       combination: one of `combination.COMBINATIONS`.
@@ -101,8 +102,12 @@ class CGD(nn.Module):
         logits = classify(norm(descriptors[0]))
         return Output(embedding, ranked, logits, descriptors if return_descriptors else None)
 
-    def pool(self, letter: str, features: jax.Array) -> jax.Array:
+    def pool(self, letter: str, features: jax.Array | Features) -> jax.Array:
         """Pools [B, H, W, C] to [B, C] by the descriptor that `letter` names."""
+        if isinstance(features, Features):
+            if letter == pooling.CLASS_TOKEN:
+                return features.token
+            features = features.map
         if letter != "G":
             return pooling.POOLINGS[letter](features)
         if self.learn_p == "fixed":

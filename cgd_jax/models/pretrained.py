@@ -26,6 +26,12 @@ __all__ = ["backbone_of", "convert_state_dict", "fill", "load", "names", "save",
 
 log = logging.getLogger(__name__)
 
+# What stands in front of a backbone's names where it was saved as a part of something:
+# torch.nn.DataParallel, ResNetForImageClassification and the like.
+_PREFIXES = re.compile(
+    r"^((module|resnet|dinov2|dinov2_with_registers|convnext|convnextv2|vision_model|model)\.)+"
+)
+
 # {"params": {...}, "batch_stats": {...}} of a backbone or of a whole network: arrays, or only
 # their shapes where something is filled.
 Variables = Mapping[str, Any]
@@ -91,7 +97,8 @@ def fill(variables: Variables, weights: Variables) -> dict:
     """
     if "backbone" in variables["params"] and "backbone" not in weights["params"]:
         filled = fill(backbone_of(variables), weights)
-        return {part: {**variables[part], "backbone": filled[part]} for part in filled}
+        whole = {part: {**variables[part], "backbone": filled[part]} for part in filled}
+        return {**variables, **whole}
     if "backbone" not in variables["params"]:
         weights = backbone_of(weights)
     found, expected = flatten_dict(weights, sep="/"), flatten_dict(variables, sep="/")
@@ -112,7 +119,8 @@ def backbone_of(variables: Variables) -> Variables:
     """Returns the part of a network's variables that is its backbone; a backbone's own as is."""
     if "backbone" not in variables["params"]:
         return variables
-    return {part: variables[part]["backbone"] for part in ("params", "batch_stats")}
+    parts = (part for part in ("params", "batch_stats") if "backbone" in variables[part])
+    return {part: variables[part]["backbone"] for part in parts}
 
 
 def save(
@@ -158,17 +166,19 @@ def convert_state_dict(
       ValueError: The names are none of these, or a tensor is missing, left over or of
         another shape; every one is named, with both names and both shapes.
     """
-    # As torch.nn.DataParallel and ResNetForImageClassification put in front.
-    arrays = {re.sub(r"^(module\.|resnet\.)+", "", name): a for name, a in state_dict.items()}
+    arrays = {_PREFIXES.sub("", name): a for name, a in state_dict.items()}
+    arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
     scheme = _scheme_of(arrays, backbone)
+    layers = scheme.classifier
+    layers = (layers,) if isinstance(layers, str) else layers
     dropped = {
         f"{name} {list(arrays.pop(name).shape)}"
-        for name in (f"{scheme.classifier}.weight", f"{scheme.classifier}.bias")
+        for name in (f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias"))
         if name in arrays
     }
     if dropped:
         log.info("Left out the ImageNet classifier: %s.", ", ".join(sorted(dropped, reverse=True)))
-    arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
+    arrays = scheme.prepare(arrays)
     converted, problems = {}, []
     expected = flatten_dict(variables)
     for path, name in names(scheme, variables).items():
@@ -210,9 +220,9 @@ def to_torchvision(variables: Variables, backbone: str) -> dict[str, np.ndarray]
       Arrays by name, float32, convolutions as [out, in, h, w].
     """
     variables = backbone_of(variables)
-    flat = flatten_dict(variables)
-    named = names(BACKBONES[backbone].schemes[0], variables)
-    return {name: _to_torch(path, flat[path]) for path, name in named.items()}
+    flat, scheme = flatten_dict(variables), BACKBONES[backbone].schemes[0]
+    named = names(scheme, variables)
+    return scheme.restore({name: _to_torch(path, flat[path]) for path, name in named.items()})
 
 
 def names(scheme: Scheme, variables: Variables) -> dict[tuple[str, ...], str]:

@@ -89,6 +89,7 @@ class ResNet(nn.Module):
       groups: groups of the 3×3 convolution in a bottleneck (ResNeXt's cardinality).
       width_per_group: ResNeXt's bottleneck width at `width=64`.
       squeeze_excite: adds squeeze-and-excitation to every block.
+      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
       conv: the convolution, for `backbones.create` to replace.
@@ -104,10 +105,18 @@ class ResNet(nn.Module):
     groups: int = 1
     width_per_group: int = 64
     squeeze_excite: bool = False
+    frozen_blocks: int = 0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
     max_pool: Callable[..., jax.Array] = nn.max_pool
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the modules below the network, see `backbones.layer_factors`."""
+        counts = enumerate(self.stage_sizes, 1)
+        blocks = [(f"layer{stage}_{i}",) for stage, count in counts for i in range(count)]
+        return (("conv1", "bn1"), *blocks)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -132,6 +141,7 @@ class ResNet(nn.Module):
             last = stage == len(self.stage_sizes) - 1
             for block in range(blocks):
                 first = block == 0 and stage > 0
+                name = f"layer{stage + 1}_{block}"
                 x = block_of(
                     width=planes * self.width_per_group // 64 * self.groups,
                     out=planes * 4 if self.bottleneck else planes,
@@ -141,8 +151,10 @@ class ResNet(nn.Module):
                     squeeze_excite=self.squeeze_excite,
                     conv=conv,
                     norm=norm,
-                    name=f"layer{stage + 1}_{block}",
+                    name=name,
                 )(x)
+                if self.frozen_blocks and name in self.layers[self.frozen_blocks]:
+                    x = jax.lax.stop_gradient(x)
         return x
 
 
@@ -189,5 +201,5 @@ FAMILY = Family(
         ),
     ),
     normalization=IMAGENET,
-    options={"width": 64, "stem": "7x7", "stem_stride": 2},
+    options={"width": 64, "stem": "7x7", "stem_stride": 2, "frozen_blocks": 0},
 )
