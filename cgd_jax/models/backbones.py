@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from cgd_jax import pooling
 from cgd_jax.augment import Normalization
-from cgd_jax.models import convnext, cpu_ops, dinov2, efficientnet_lite, resnet
+from cgd_jax.models import clip, convnext, cpu_ops, dinov2, dinov3, efficientnet_lite, resnet
 from cgd_jax.models.family import Family
 
 __all__ = [
@@ -27,6 +27,9 @@ FAMILIES: tuple[Family, ...] = (
     efficientnet_lite.FAMILY,
     convnext.FAMILY,
     dinov2.FAMILY,
+    dinov3.FAMILY,
+    clip.CLIP,
+    clip.SIGLIP,
 )
 
 # The family of every name under which configs select a backbone.

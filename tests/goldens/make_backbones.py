@@ -44,6 +44,15 @@ def tokens_of(hidden, side, pooled=None, front=1):
     return maps, hidden[:, 0] if pooled is None else pooled
 
 
+def clip_tokens(model, output):
+    """Of patches, Hugging Face returns what goes into the last LayerNorm."""
+    return tokens_of(model.post_layernorm(output.last_hidden_state), 3, output.pooler_output)
+
+
+def siglip_tokens(output):
+    return tokens_of(output.last_hidden_state, 3, output.pooler_output, front=0)
+
+
 def hugging_face(kind, **config):
     model = getattr(transformers, f"{kind}Model")
     return lambda: model(getattr(transformers, f"{kind}Config")(**config))
@@ -62,6 +71,20 @@ NETWORKS = {
         hugging_face("ConvNextV2", **CONVNEXT),
         lambda model, x: (model(x).last_hidden_state.permute(0, 2, 3, 1), None),
     ),
+    "clip_base_patch32_224": Network(
+        hugging_face("CLIPVision", **VIT, intermediate_size=64, patch_size=16, image_size=80),
+        lambda model, x: clip_tokens(model, model(x, interpolate_pos_encoding=True)),
+    ),
+    "siglip_base_patch16_224": Network(
+        hugging_face("SiglipVision", **VIT, intermediate_size=64, patch_size=16, image_size=80),
+        lambda model, x: siglip_tokens(model(x, interpolate_pos_encoding=True)),
+    ),
+    "dinov3_small": Network(
+        hugging_face(
+            "DINOv3ViT", **VIT, intermediate_size=64, patch_size=16, num_register_tokens=4
+        ),
+        lambda model, x: tokens_of(model(x).last_hidden_state, 3, front=5),
+    ),
     "dinov2_small": Network(
         hugging_face("Dinov2", **VIT, patch_size=14, image_size=70),
         lambda model, x: tokens_of(model(x).last_hidden_state, 3),
@@ -76,6 +99,11 @@ NETWORKS = {
 EXPORTED = {
     "convnext_tiny": lambda: timm.create_model("convnext_tiny", depths=DEPTHS, dims=WIDTHS),
     "convnextv2_tiny": lambda: timm.create_model("convnextv2_tiny", depths=DEPTHS, dims=WIDTHS),
+    "clip_base_patch32_224": lambda: vit(
+        "vit_base_patch32_clip_quickgelu_224", img_size=80, patch_size=16
+    ),
+    "siglip_base_patch16_224": lambda: vit("vit_base_patch16_siglip_224", img_size=80),
+    "dinov3_small": lambda: vit("vit_small_patch16_dinov3_qkvb", img_size=80),
     "dinov2_small": lambda: vit("vit_small_patch14_dinov2", img_size=70),
     "dinov2_small_reg": lambda: vit("vit_small_patch14_reg4_dinov2", img_size=70),
 }
