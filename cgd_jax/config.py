@@ -41,7 +41,7 @@ FREE_TO_CHANGE = (
 
 # Keys that were added after version 0.1.0, each with the value that does what was done before
 # it existed: a work folder of an older version is opened with them.
-ADDED_KEYS: dict[str, Any] = {}
+ADDED_KEYS: dict[str, Any] = {"model.center": "none"}
 
 
 class ConfigError(ValueError):
@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     "model.learn_p": one_of(cgd.LEARN_P),
     "model.embedding_dim": at_least(1),
     "model.combination": one_of(combination.COMBINATIONS),
+    "model.center": one_of(cgd.CENTERS),
     "model.freeze_batch_norm": _yes_or_no,
     "model.remat": _yes_or_no,
     "model.dtype": one_of(("auto", "float32", "bfloat16", "float16")),

@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     model.learn_p = "fixed"  # "scalar": one exponent is learned; "channel": one a channel
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
+    model.center = "none"  # "mean": takes it from the descriptors, so that none collapse
     model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
     model.remat = False  # keeps no activations within a block: less memory, more time
     # Of the computation; parameters, statistics and losses are float32. "auto": bfloat16 on
