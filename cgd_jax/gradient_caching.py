@@ -59,21 +59,23 @@ def make_chunked_gradients(
         def loss_of(params, chunks):
             # Back in the order of the labels.
             join = lambda *parts: jnp.stack(parts, 1).reshape(len(labels), -1)
+            descriptors = jax.tree.map(join, *chunks)
             output, updates = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 None,
                 train=True,
-                descriptors=jax.tree.map(join, *chunks),
+                descriptors=descriptors,
                 mutable=["batch_stats"],
             )
             loss, metrics = measure(labels, output)
-            return loss, (updates["batch_stats"], metrics)
+            return loss, (updates["batch_stats"], metrics, descriptors)
 
         gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
-        (_, (batch_stats, metrics)), (gradients, cotangents) = gradient(state.params, chunks)
+        (_, found), (gradients, cotangents) = gradient(state.params, chunks)
+        batch_stats, metrics, descriptors = found
         mean = lambda *parts: sum(parts) / len(parts)
         batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, *backbone_stats)}
-        return gradients, cotangents, batch_stats, metrics
+        return gradients, cotangents, batch_stats, metrics, descriptors
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add_gradient(total, state, images, cotangents):
@@ -86,10 +88,10 @@ def make_chunked_gradients(
     def gradients_of(state, images, labels):
         chunks = in_chunks(images)
         found = [describe_chunk(state.params, state.batch_stats, chunk) for chunk in chunks]
-        descriptors, backbone_stats = zip(*found, strict=True)
-        total, cotangents, batch_stats, metrics = rank(state, descriptors, backbone_stats, labels)
+        chunk_descriptors, backbone_stats = zip(*found, strict=True)
+        total, cotangents, *rest = rank(state, chunk_descriptors, backbone_stats, labels)
         for images, their_cotangents in zip(chunks, cotangents, strict=True):
             total = add_gradient(total, state, images, their_cotangents)
-        return total, batch_stats, metrics
+        return total, *rest
 
     return gradients_of

@@ -9,6 +9,6 @@ def get_config(descriptors: str = "SG"):
     config.data.name = "cars196"
     config.augment.min_area = 0.5
     config.model.center = "mean"
-    config.train.steps = 1600
-    config.train.eval_every = 400
+    config.train.steps = 1200
+    config.train.eval_every = 600
     return config
