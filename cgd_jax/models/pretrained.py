@@ -124,7 +124,8 @@ def save(
 
     Args:
       path: of the file.
-      variables: the names in the file are paths such as params/backbone/conv1/kernel.
+      variables: the names in the file are paths such as params/backbone/conv1/kernel; or what
+        `to_torchvision` returns, whose names stay.
       normalization: of the pixels; kept in the file's metadata.
       metadata: further texts by name.
     """

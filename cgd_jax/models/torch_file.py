@@ -9,6 +9,7 @@ read: the zip archives of torch ≥ 1.6 and the chain of pickles from before.
 
 import collections
 import contextlib
+import json
 import logging
 import pickle
 import shlex
@@ -59,7 +60,7 @@ _HARMLESS = {
 # Under which keys training scripts keep a network, the likeliest first.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")
 _CONVERT = """import sys, torch, safetensors.torch as s
-w = torch.load(sys.argv[1], map_location='cpu', weights_only=False)
+w = torch.load(sys.argv[1], map_location="cpu", weights_only=False)
 w = next((w[k] for k in {keys} if isinstance(w, dict) and k in w), w)
 w = w if isinstance(w, dict) else w.state_dict()
 s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, sys.argv[2])"""
@@ -118,7 +119,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         return {name: _materialize(tensor, storages) for name, tensor in tensors.items()}
     # A damaged pickle can raise anything; none of it is the caller's concern.
     except Exception as error:
-        keys = tuple(error.keys if isinstance(error, _SeveralNetworks) else _WRAPPERS)
+        keys = json.dumps(error.keys if isinstance(error, _SeveralNetworks) else _WRAPPERS)
         code = "; ".join(_CONVERT.format(keys=keys).splitlines())
         command = ["python", "-c", code, str(path), f"{Path(path).name.split('.')[0]}.safetensors"]
         raise ValueError(
