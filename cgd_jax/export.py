@@ -156,7 +156,8 @@ def export_run(workdir: str, step: int | None = None) -> Path:
 
     config = read_config(workdir)
     variables, normalization, step = checkpoint.read_weights(workdir, step)
-    metrics = _measured(workdir, step)
+    result = _measured(workdir, step)
+    metrics = {"embedding": result["metrics"], **result["with options"]}
     folder = Path(workdir, FOLDER)
     folder.mkdir(exist_ok=True)
     metadata = {
@@ -167,18 +168,18 @@ def export_run(workdir: str, step: int | None = None) -> Path:
     pretrained.save(folder / "model.safetensors", variables, normalization, metadata)
     backbone = pretrained.to_torchvision(variables, config.model.backbone)
     pretrained.save(folder / "backbone.safetensors", backbone, normalization)
-    files.write_atomically(folder / "README.md", model_card(config, step, metrics))
+    files.write_atomically(folder / "README.md", model_card(config, result))
     return folder
 
 
-def _measured(workdir: str, step: int) -> dict[str, dict]:
-    """Returns what was measured of a checkpoint: name of the vector → metrics."""
+def _measured(workdir: str, step: int) -> dict:
+    """Returns what was measured of a checkpoint, see `evaluate.evaluate_checkpoint`."""
     for name in ("results.json", f"eval-{step}.json"):
         path = Path(workdir, name)
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
             if result["step"] == step:
-                return {"embedding": result["metrics"], **result["with options"]}
+                return result
     raise FileNotFoundError(
         f"Step {step} of {workdir} was not evaluated, and a network whose quality nobody knows is "
         f"not exported: python main.py --mode=eval --workdir={workdir} --step={step} first."

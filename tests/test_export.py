@@ -19,6 +19,7 @@ from cgd_jax import augment, checkpoint, evaluate, export, from_config
 from cgd_jax.augment import IMAGENET, Normalization
 from cgd_jax.data.decode import decode
 from cgd_jax.models import pretrained, weight_files
+from cgd_jax.reports import model_card
 
 
 def test_an_exported_network_computes_the_same(finished_run, tmp_path):
@@ -131,6 +132,25 @@ def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
     assert json.loads(metadata["metrics"])["embedding"] == result["metrics"]
     assert shapes["params/fc_S"] == (16, 4)
     assert not list(folder.glob("*.tmp"))
+
+
+def test_the_card_claims_only_what_is_so(finished_run):
+    config, _, result = finished_run
+    config = config.copy_and_resolve_references()
+    card = model_card.model_card(config, result)
+    assert "classes never seen in training" in card and "batch_hard_triplet (weight 1)" in card
+    assert "cross-entropy (weight 1, temperature 0.5, smoothing 0.1)" in card
+    changed = {**result, "classes": {"tested": 9, "trained on": 2}}
+    changed["metrics"] = {**result["metrics"], "excluded": 3}
+    config.loss.update(ranking_weight=0.0, smoothing=0.0)
+    config.model.pretrained = "a_*folder*_/b"
+    card = model_card.model_card(config, changed)
+    assert "(classes, 2 of 9 seen in training)" in card and "never" not in card
+    assert "triplet" not in card and "smoothing 0)" in card
+    assert r"the weights of a\_\*folder\*\_/b:" in card.replace("\n", " ")
+    assert "3 without a true match were left out." in card
+    older = {key: value for key, value in result.items() if key != "classes"}
+    assert "On the test images of blobs, per cent:" in model_card.model_card(config, older)
 
 
 def test_what_cannot_be_exported(finished_run, tmp_path):
