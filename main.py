@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from cgd_jax import evaluate, explain, export, inspect_data, train
 from cgd_jax.config import ConfigError
-from cgd_jax.runtime import console, interrupts, processes
+from cgd_jax.runtime import console, interrupts, memory, processes
 from cgd_jax.studies import runner, study
 from cgd_jax.workdir import default_workdir
 
@@ -146,6 +146,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)
     console.show_log()
     check_flags(argv)
+    memory.keep_freed_memory()
     try:
         if DISTRIBUTED.value or COORDINATOR.value:
             processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)

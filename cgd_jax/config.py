@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
 # Keys that were added after version 0.1.0, each with the value that does what was done before
 # it existed: a work folder of an older version is opened with them.
 ADDED_KEYS: dict[str, Any] = {
+    "model.center": "none",
     "model.patch_size": 0,
     "model.frozen_blocks": 0,
     "model.drop_path": 0.0,
@@ -121,6 +122,7 @@ RULES: dict[str, Rule] = {
     "model.learn_p": one_of(cgd.LEARN_P),
     "model.embedding_dim": at_least(1),
     "model.combination": one_of(combination.COMBINATIONS),
+    "model.center": one_of(cgd.CENTERS),
     "model.freeze_batch_norm": _yes_or_no,
     "model.frozen_blocks": at_least(0),
     "model.drop_path": _below_1,

@@ -34,7 +34,7 @@ from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
-from cgd_jax.models.cgd import CGD, create_model, embed_model
+from cgd_jax.models.cgd import CGD, create_model, embed_model, running_mean
 from cgd_jax.models.family import Features
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
@@ -153,6 +153,7 @@ def contributions(
     combination: str = "concat",
     p: float | jax.Array = 3.0,
     reference: float | jax.Array = 0.0,
+    centers: jax.Array | None = None,
 ) -> jax.Array:
     """Takes the similarity of two images apart: what every branch and position contributes.
 
@@ -163,6 +164,9 @@ def contributions(
       combination: one of `combination.COMBINATIONS`.
       p: GeM's exponent, a scalar or [C].
       reference: [D], a vector that is taken from the other image's embedding, or 0.
+      centers: [n, C], the mean descriptors that a network with `model.center` subtracts.
+        Every position bears an even share of them: it contributes by what it has more than
+        the average image.
 
     Returns:
       [2, n, H, W] float32. Of each image, the sum over all but the first axis is the
@@ -173,6 +177,9 @@ def contributions(
     """
     with jax.default_matmul_precision("highest"):
         pooled = jnp.stack([jnp.stack([pooled_map(s, f, p) for s in letters]) for f in features])
+        if centers is not None:
+            height, width = features.shape[1:3]
+            pooled -= centers[:, None, None] / (height * width)
         descriptors = pooled.sum((2, 3))
         linear = jnp.stack([linear_maps(d, kernels, combination) for d in descriptors])
         embeddings = jnp.einsum("inc,incd->id", descriptors, linear)
@@ -215,7 +222,13 @@ def explain_pair(
     names = ["raw"] if model.combination == "raw" else model.descriptors
     kernels = [params[f"fc_{name}"] for name in names]
     p = params.get("gem_p_learned", model.gem_p)
-    maps = contributions(features, kernels, model.descriptors, model.combination, p, reference)
+    centers = None
+    if model.center == "mean":
+        stats = [variables["batch_stats"][f"center_{letter}"] for letter in model.descriptors]
+        centers = jnp.stack([running_mean(s["mean"], s["weight"]) for s in stats])
+    maps = contributions(
+        features, kernels, model.descriptors, model.combination, p, reference, centers
+    )
     shares = maps.sum((2, 3)).mean(0)
     with jax.default_matmul_precision("highest"):
         similarity = output.embedding[0] @ output.embedding[1]

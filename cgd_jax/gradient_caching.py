@@ -60,22 +60,24 @@ def make_chunked_gradients(
         def loss_of(params, chunks):
             # Back in the order of the labels.
             join = lambda *parts: jnp.stack(parts, 1).reshape(len(labels), -1)
+            descriptors = jax.tree.map(join, *chunks)
             output, updates = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 None,
                 train=True,
-                descriptors=jax.tree.map(join, *chunks),
+                descriptors=descriptors,
                 mutable=["batch_stats"],
             )
             loss, metrics = measure(labels, output)
-            return loss, (updates["batch_stats"], metrics)
+            return loss, (updates["batch_stats"], metrics, descriptors)
 
         gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
-        (_, (batch_stats, metrics)), (gradients, cotangents) = gradient(state.params, chunks)
+        (_, found), (gradients, cotangents) = gradient(state.params, chunks)
+        batch_stats, metrics, descriptors = found
         mean = lambda *parts: sum(parts) / len(parts)
         if backbone_stats[0] is not None:
             batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, *backbone_stats)}
-        return gradients, cotangents, batch_stats, metrics
+        return gradients, cotangents, batch_stats, metrics, descriptors
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add_gradient(total, state, images, cotangents, rngs):
@@ -96,10 +98,10 @@ def make_chunked_gradients(
             describe_chunk(state.params, state.batch_stats, *chunk)
             for chunk in zip(chunks, keys, strict=True)
         ]
-        descriptors, backbone_stats = zip(*found, strict=True)
-        total, cotangents, batch_stats, metrics = rank(state, descriptors, backbone_stats, labels)
+        chunk_descriptors, backbone_stats = zip(*found, strict=True)
+        total, cotangents, *rest = rank(state, chunk_descriptors, backbone_stats, labels)
         for images, their_cotangents, key in zip(chunks, cotangents, keys, strict=True):
             total = add_gradient(total, state, images, their_cotangents, key)
-        return total, batch_stats, metrics
+        return total, *rest
 
     return gradients_of

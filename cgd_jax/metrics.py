@@ -35,6 +35,7 @@ from cgd_jax.runtime import files, processes
 __all__ = [
     "PRECISIONS",
     "RankingOptions",
+    "as_labels",
     "cluster_agreement",
     "confidence_intervals",
     "evaluate",
@@ -140,7 +141,7 @@ def first_ranks(
     >>> first_ranks([[1, 0], [0, 1], [1, 1], [1, 0]], ["a", "b", "a", "c"])
     array([ 2., nan,  3., nan])
     """
-    query_labels = np.asarray(query_labels)
+    query_labels = as_labels("query_labels", query_labels)
     best = np.full(len(query_labels), -np.inf)  # what it stays without a true match
     for rows, _, ranks in _true_match_ranks(
         query, query_labels, gallery, gallery_labels, first=True, **options
@@ -200,7 +201,7 @@ def evaluate(
     ks = _check_ks(ks)
     names = [*(f"recall@{k}" for k in ks), *(f"precision@{k}" for k in ks)]
     names += ["r_precision", "map@r", "map", "mrr"]
-    query_labels = np.asarray(query_labels)
+    query_labels = as_labels("query_labels", query_labels)
     table = np.full((len(query_labels), len(names)), -np.inf)
     for rows, matches, ranks in _true_match_ranks(
         query, query_labels, gallery, gallery_labels, first=False, **options
@@ -265,8 +266,8 @@ def recall_of_ranking(
     >>> recall_of_ranking([[2, 0], [1, 2]], ["a", "b"], ["b", "c", "a"], ks=(1, 2))
     {1: 0.5, 2: 0.5}
     """
-    index, query_labels, gallery_labels = map(np.asarray, (index, query_labels, gallery_labels))
-    ks = _check_ks(ks)
+    index, ks = np.asarray(index), _check_ks(ks)
+    query_labels = as_labels("query_labels", query_labels)
     if index.ndim != 2 or query_labels.shape != index.shape[:1] or max(ks) > index.shape[1]:
         raise ValueError(
             f"index must be [Q, K] with K at least {max(ks)} and query_labels [Q], got "
@@ -674,7 +675,7 @@ def _even(total, most):
 
 def _check(name: str, embeddings: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as NumPy arrays, embeddings in float32; ValueError for what cannot be ranked."""
-    embeddings, labels = np.asarray(check_matrix(name, embeddings)), np.asarray(labels)
+    embeddings, labels = np.asarray(check_matrix(name, embeddings)), as_labels("labels", labels)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"labels must be one per row: {name} {embeddings.shape}, labels {labels.shape}"
@@ -689,15 +690,63 @@ def _check_ks(ks):
     return tuple(int(k) for k in ks)
 
 
+def as_labels(name: str, values: ArrayLike) -> np.ndarray:
+    """Returns labels or ids as an array whose values are compared exactly.
+
+    Args:
+      name: what they are, for messages.
+      values: whole numbers of at most 64 bits, or texts; also as Python's objects, as pandas has
+        them.
+
+    Returns:
+      An array of int64, of uint64 if there are numbers beyond, or of texts.
+
+    Raises:
+      ValueError: floating-point numbers, which may not be exact; a mixture; something else.
+
+    >>> as_labels("labels", np.array(["cat", "dog"], object)).dtype.kind
+    'U'
+    """
+    # Of a list, NumPy itself would make texts of numbers beside texts, and floats of large ones.
+    array = values if hasattr(values, "dtype") else np.array(values, object)
+    array = np.asarray(array)
+    remedy = f"make texts of them, {name}.astype(str), or numbers, numpy.unique with return_inverse"
+    if array.dtype.kind in "OT":  # Python's objects, and NumPy's texts of any length
+        kinds = {
+            "number" if isinstance(v, int | np.integer | np.bool_) else type(v) for v in array.flat
+        }
+        if not array.size or kinds == {"number"}:
+            numbers = [int(value) for value in array.flat]
+            least, most = min(numbers, default=0), max(numbers, default=0)
+            if least < -(2**63) or most >= (2**64 if least >= 0 else 2**63):
+                raise ValueError(f"{name} from {least} to {most} do not fit into 64 bits; {remedy}")
+            kind = np.int64 if most < 2**63 else np.uint64
+            return np.array(numbers, kind).reshape(array.shape)
+        if all(isinstance(kind, type) and issubclass(kind, str) for kind in kinds):
+            return array.astype(str)
+        if kinds == {bytes}:
+            return array.astype("S")
+        found = " and ".join(sorted(getattr(k, "__name__", k) for k in kinds))
+        raise ValueError(f"{name} must be whole numbers or texts, got {found}; {remedy}")
+    if array.dtype.kind in "US" or array.dtype == np.uint64:
+        return array
+    if array.dtype.kind in "iub":
+        return array.astype(np.int64)
+    raise ValueError(f"{name} must be whole numbers or texts, got {array.dtype}; {remedy}")
+
+
 def _shared_codes(name, query, gallery):
     """Integers for both that are equal where the values are equal."""
-    query, gallery = np.asarray(query), np.asarray(gallery)
-    kinds = {"i" if x.dtype.kind in "iub" else x.dtype.kind for x in (query, gallery)}
-    if len(kinds) > 1 or not kinds <= {"i", "U", "S"}:
-        raise ValueError(
-            f"query_{name} and gallery_{name} must both be integers or both be strings, got "
-            f"{query.dtype} and {gallery.dtype}"
-        )
+    query, gallery = as_labels(f"query_{name}", query), as_labels(f"gallery_{name}", gallery)
+    if query.dtype.kind != gallery.dtype.kind:
+        numbers = {"i", "u"}
+        if {query.dtype.kind, gallery.dtype.kind} != numbers:
+            raise ValueError(
+                f"query_{name} and gallery_{name} must both be integers or both be strings, got "
+                f"{query.dtype} and {gallery.dtype}"
+            )
+        # Together they would become float64; as Python's numbers they stay what they are.
+        query, gallery = query.astype(object), gallery.astype(object)
     _, code = np.unique(np.concatenate([query, gallery]), return_inverse=True)
     return code[: len(query)], code[len(query) :]
 

@@ -304,7 +304,7 @@ NAN, INF = np.where(X == 1, np.nan, X), np.where(X == 1, np.inf, X)
         ("none of the 4 queries has a true match", (X, np.arange(4)), {}),
         ("none of the 4 queries has a true match", (X, LABELS, X, LABELS + 5), {}),
         ("both be integers or both be strings", (X, LABELS, X, LABELS.astype(str)), {}),
-        ("integers or both be strings", (X, LABELS * 1.5), {}),
+        ("must be whole numbers or texts, got float64", (X, LABELS * 1.5), {}),
         ("ks must be whole numbers", (X, LABELS), {"ks": (0, 1)}),
         ("ks must be whole numbers", (X, LABELS), {"ks": ()}),
         ("pessimistic, optimistic, mean", (X, LABELS), {"ties": "random"}),
@@ -344,3 +344,60 @@ assert metrics.evaluate(x, labels, mesh=explicit) == metrics.evaluate(x, labels)
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
+
+
+LARGE = 2**53  # from here on float64 cannot tell neighbours apart
+
+
+@pytest.mark.parametrize(
+    "query,gallery",
+    [
+        (np.array([LARGE, LARGE + 1]), np.array([LARGE + 1, LARGE], np.uint64)),
+        (np.array([2**63, 2**63 + 1], np.uint64), np.array([2**63 + 1, 2**63], np.uint64)),
+        (np.array([2**63, 2], np.uint64), np.array([2, -(2**63)])),
+        ([LARGE, LARGE + 1], np.array([LARGE + 1, LARGE], object)),
+        (np.array([1, 2], np.int8), np.array([2, 1], np.uint64)),
+        (np.array(["a", "b"], object), np.array(["b", "a"])),
+        ([True, False], np.array([0, 1])),
+    ],
+)
+def test_labels_and_ids_are_compared_exactly(query, gallery):
+    """The first query is nearest to the item of the other class, or of none."""
+    vectors = np.eye(2)
+    expected = [
+        int(q) == int(g) if not isinstance(q, str) else q == g for q in query for g in gallery
+    ]
+    itself = metrics.own_index(query, gallery, 2, 2)
+    found = [where == j for where in itself for j in range(2)]
+    assert found == expected
+    ranks = metrics.first_ranks(vectors, query, vectors, gallery)
+    expected = np.reshape(expected, (2, 2))
+    np.testing.assert_array_equal(np.isnan(ranks), ~expected.any(1))
+
+
+@pytest.mark.parametrize(
+    "labels,said",
+    [
+        (np.array([1.0, 2.0]), "got float64; .*astype"),
+        (np.array(["a", np.nan], object), "got float and str; .*astype\\(str\\)"),
+        (["1", 1], "got number and str"),
+        ([1, None], "got NoneType and number"),
+        ([2**64, 1], "do not fit into 64 bits"),
+        ([-1, 2**63], "do not fit into 64 bits"),
+        (np.array(["2020-01-01", "2021-01-01"], "M8[D]"), "got datetime64"),
+    ],
+)
+def test_labels_that_cannot_be_compared_exactly(labels, said):
+    with pytest.raises(ValueError, match=said):
+        metrics.evaluate(np.eye(2), labels, ks=(1,))
+    with pytest.raises(ValueError, match=said):
+        metrics.own_index(labels, labels, 2, 2)
+    with pytest.raises(ValueError, match=said):
+        metrics.recall_of_ranking([[1], [0]], labels, labels, ks=(1,))
+
+
+def test_labels_of_pandas():
+    vectors = np.random.default_rng(0).normal(size=(6, 4))
+    labels = np.array(["a", "b", "c", "a", "b", "c"])
+    as_objects = metrics.evaluate(vectors, labels.astype(object), per_class=True)
+    assert as_objects == metrics.evaluate(vectors, labels, per_class=True)

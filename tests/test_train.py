@@ -107,6 +107,10 @@ def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
     # Colours are easy: it has learned something, and rows are plausible.
     assert history[-1]["classification_loss"] < history[0]["classification_loss"]
     assert results["metrics"]["recall@1"] > 0.3
+    # Whether it collapsed can be seen, while it trains and of what was tested.
+    signs = {"active_triplets", "hardest_positive", "ranking_gradient", "mean_embedding_norm"}
+    assert signs <= history[0].keys()
+    assert 0 < results["geometry"]["hardest_negative"] <= results["geometry"]["negative_distance"]
     # Evaluation by itself gives what training logged, for the best and for any step kept.
     assert evaluate.evaluate_run(str(workdir))["metrics"] == results["metrics"]
     last = evaluate.evaluate_run(str(workdir), 12)

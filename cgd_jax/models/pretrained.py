@@ -7,7 +7,6 @@ renames; `to_torchvision` is the way back.
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,6 @@ from cgd_jax.runtime import files
 __all__ = ["backbone_of", "convert_state_dict", "fill", "load", "names", "save", "to_torchvision"]
 
 log = logging.getLogger(__name__)
-
-# What stands in front of a backbone's names where it was saved as a part of something:
-# torch.nn.DataParallel, ResNetForImageClassification and the like.
-_PREFIXES = re.compile(
-    r"^((module|resnet|dinov2|dinov2_with_registers|convnext|convnextv2|vision_model|model)\.)+"
-)
 
 # {"params": {...}, "batch_stats": {...}} of a backbone or of a whole network: arrays, or only
 # their shapes where something is filled.
@@ -133,7 +126,8 @@ def save(
 
     Args:
       path: of the file.
-      variables: the names in the file are paths such as params/backbone/conv1/kernel.
+      variables: the names in the file are paths such as params/backbone/conv1/kernel; or what
+        `to_torchvision` returns, whose names stay.
       normalization: of the pixels; kept in the file's metadata.
       metadata: further texts by name.
     """
@@ -153,8 +147,9 @@ def convert_state_dict(
 
     Args:
       state_dict: arrays by name, in one of the backbone's schemes (see its file),
-        convolutions as [out, in, h, w]. The ImageNet classifier is dropped, which is
-        logged; counters `num_batches_tracked` are ignored.
+        convolutions as [out, in, h, w]. The modules that training scripts put around a
+        network, and with them what lies beside it, and the ImageNet classifier are dropped,
+        which is logged; counters `num_batches_tracked` are ignored.
       variables: of the backbone to be filled; only its names and shapes matter.
       backbone: its name.
 
@@ -164,20 +159,15 @@ def convert_state_dict(
 
     Raises:
       ValueError: The names are none of these, or a tensor is missing, left over or of
-        another shape; every one is named, with both names and both shapes.
+        another shape; every one is named, with both names and both shapes. Or there are
+        several networks.
     """
-    arrays = {_PREFIXES.sub("", name): a for name, a in state_dict.items()}
-    arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
-    scheme = _scheme_of(arrays, backbone)
-    layers = scheme.classifier
-    layers = (layers,) if isinstance(layers, str) else layers
-    dropped = {
-        f"{name} {list(arrays.pop(name).shape)}"
-        for name in (f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias"))
-        if name in arrays
-    }
+    scheme, arrays = _recognize(state_dict, backbone)
+    dropped = sorted(name for name in arrays if name.startswith(_classifier(scheme)))
     if dropped:
-        log.info("Left out the ImageNet classifier: %s.", ", ".join(sorted(dropped, reverse=True)))
+        shapes = ", ".join(f"{name} {list(arrays.pop(name).shape)}" for name in dropped[::-1])
+        log.info("Left out the ImageNet classifier: %s.", shapes)
+    arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
     arrays = scheme.prepare(arrays)
     converted, problems = {}, []
     expected = flatten_dict(variables)
@@ -237,14 +227,28 @@ def names(scheme: Scheme, variables: Variables) -> dict[tuple[str, ...], str]:
     }
 
 
-def _scheme_of(arrays: Mapping[str, np.ndarray], backbone: str) -> Scheme:
-    """Recognizes by whom the weights of a backbone were named."""
+def _recognize(
+    arrays: Mapping[str, np.ndarray], backbone: str
+) -> tuple[Scheme, dict[str, np.ndarray]]:
+    """Recognizes by whom the weights of a backbone were named, and which of them are its.
+
+    Training scripts put the names of the modules around it in front: `module.` of
+    DataParallel, `_orig_mod.` of torch.compile, `module.encoder_q.` of momentum contrast.
+    """
     for scheme in BACKBONES[backbone].schemes:
-        if scheme.first in arrays:
-            return scheme
+        if prefixes := _prefixes(arrays, scheme.first):
+            prefix = _choose(prefixes)
+            # The classifier may lie beside it.
+            starts = (prefix, *_classifier(scheme))
+            own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(starts)}
+            others = [name for name in arrays if not name.startswith(starts)]
+            if others:
+                some = f"{', '.join(others[:3])}{', …' * (len(others) > 3)}"
+                log.info("Took the weights %s*; left out %d: %s.", prefix, len(others), some)
+            return scheme, own
     for family in FAMILIES:
         for scheme in family.schemes:
-            if scheme.first in arrays:
+            if _prefixes(arrays, scheme.first):
                 raise ValueError(
                     f"The weights have the names of a {scheme.title}, the network is a {backbone}; "
                     f"set the backbone that the weights were trained with."
@@ -255,6 +259,36 @@ def _scheme_of(arrays: Mapping[str, np.ndarray], backbone: str) -> Scheme:
         f"These are no names of a backbone that is known here: {some}, … of {len(arrays)}. One of "
         f"{known} must be among them."
     )
+
+
+def _classifier(scheme: Scheme) -> tuple[str, ...]:
+    """Returns how the names of the classifier's tensors begin."""
+    layers = scheme.classifier
+    return tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+
+
+def _prefixes(arrays: Mapping[str, np.ndarray], first: str) -> list[str]:
+    """Returns what stands before the first tensor of a network; several if there are several."""
+    found = [
+        name.removesuffix(first) for name in arrays if name == first or name.endswith(f".{first}")
+    ]
+    # Blocks of a network may hold a tensor of that name themselves.
+    return [p for p in found if not any(p.startswith(q) for q in found if q != p)]
+
+
+def _choose(prefixes: list[str]) -> str:
+    """Returns the prefix of the network that is meant; of momentum contrast, the one that learns.
+
+    Raises:
+      ValueError: Nobody can know.
+    """
+    queries = [p for p in prefixes if p.endswith("encoder_q.")]
+    if len(prefixes) > 1 and len(queries) != 1:
+        raise ValueError(
+            f"The file holds {len(prefixes)} networks, with the names {'*, '.join(prefixes)}*; "
+            f"save the tensors of one of them in a file of their own."
+        )
+    return queries[0] if queries else prefixes[0]
 
 
 def _axes(path: tuple[str, ...], dimensions: int) -> tuple[int, ...]:
