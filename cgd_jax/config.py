@@ -52,6 +52,9 @@ ADDED_KEYS: dict[str, Any] = {
 }
 
 
+AUTO = "auto"  # the backbone that `model.pretrained` has the weights of
+
+
 class ConfigError(ValueError):
     """A config that cannot be run; the message is for the person who wrote it."""
 
@@ -102,8 +105,8 @@ RULES: dict[str, Rule] = {
     "augment.jitter": at_least(0),
     "augment.erase": Rule(lambda p: 0 <= p <= 1, "must be a probability"),
     "model.backbone": Rule(
-        lambda name: name in backbones.BACKBONES,
-        f"is unknown; valid names are {backbones.listed()}",
+        lambda name: name == AUTO or name in backbones.BACKBONES,
+        f"is unknown; valid names are {backbones.listed()}; or {AUTO}, the one of model.pretrained",
     ),
     "model.pretrained": _any_text,
     "model.width": at_least(1),
@@ -222,10 +225,23 @@ def validate(config: "ConfigDict") -> None:
 
 
 def _options_of_another_backbone(config: "ConfigDict") -> str | None:
+    if config.model.backbone == AUTO:  # all is checked again when its name is known
+        return None
     return next(iter(backbones.refused_options(config.model)), None)
 
 
+def _no_weights_to_go_by(config: "ConfigDict") -> str | None:
+    if config.model.backbone == AUTO and not config.model.pretrained:
+        return (
+            "model.backbone='auto' takes the backbone that model.pretrained has the weights of, "
+            "which is empty; set either."
+        )
+    return None
+
+
 def _blocks_and_patches(config: "ConfigDict") -> str | None:
+    if config.model.backbone == AUTO:
+        return None
     name, frozen, size = config.model.backbone, config.model.frozen_blocks, config.data.image_size
     backbone = backbones.create(config.model, jnp.dtype("float32"))
     if frozen and frozen > len(backbone.layers) - 1:
@@ -353,6 +369,7 @@ def _missing_package(config: "ConfigDict") -> str | None:
 
 # Each returns what is wrong, or None.
 RULES_OF_SEVERAL: tuple[Callable[["ConfigDict"], str | None], ...] = (
+    _no_weights_to_go_by,
     _options_of_another_backbone,
     _blocks_and_patches,
     _embedding_cannot_be_shared,

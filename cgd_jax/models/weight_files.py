@@ -9,11 +9,11 @@ import numpy as np
 import safetensors
 
 from cgd_jax.augment import Normalization
-from cgd_jax.models.backbones import FAMILIES
+from cgd_jax.models.backbones import FAMILIES, listed, published
 from cgd_jax.models.torch_file import read_torch_file
 from cgd_jax.runtime import files
 
-__all__ = ["declared_normalization", "find", "read", "read_header"]
+__all__ = ["declared_backbone", "declared_normalization", "find", "read", "read_header"]
 
 PACKAGES = {source: package for family in FAMILIES for source, package in family.packages.items()}
 # Of a Hugging Face repository: its weights, and what declares mean and std, and as what.
@@ -170,3 +170,37 @@ def declared_normalization(folder: Path) -> Normalization | None:
                 f"{folder / file}, beside the weights, is damaged: {error}."
             ) from error
     return None
+
+
+def declared_backbone(source: str) -> str:
+    """Returns the name of the backbone whose weights a source has, as its config.json says.
+
+    Args:
+      source: as for `pretrained.load`, or the folder of a run; of a Hugging Face repository the
+        weights are downloaded with it.
+
+    Raises:
+      FileNotFoundError: There is no such source, it cannot be reached, or has no config.json.
+      ValueError: The config is damaged, or of no backbone that is known here.
+    """
+    if source in PACKAGES:
+        return source
+    folder = Path(source).expanduser()
+    path = (folder if folder.is_dir() else find(source).parent) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name = content["model"]["backbone"] if "model" in content else published(content)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source!r} has no config.json that says which backbone its weights are of; set "
+            f"model.backbone to one of: {listed()}."
+        ) from error
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, beside the weights, is damaged: {error}.") from error
+    if name is None:
+        kind = content.get("architecture") or content.get("model_type") or "of no named kind"
+        raise ValueError(
+            f"{source!r} is {kind} by its config.json, of a size or kind that is not known here. "
+            f"Known are: {listed()}."
+        )
+    return name

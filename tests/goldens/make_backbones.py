@@ -12,9 +12,11 @@ the product with one drawn direction a tensor is kept, and some numbers of that 
 Made with torch 2.13.0, transformers 5.24.0, timm 1.0.31.
 """
 
+import importlib
 import json
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import timm
 import torch
+import torchvision
 import transformers
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -62,7 +65,38 @@ DEPTHS, WIDTHS = (1, 2, 1, 1), (4, 8, 8, 12)
 CONVNEXT = {"depths": DEPTHS, "hidden_sizes": WIDTHS}
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
+
+def narrow_bn_inception():
+    """BN-Inception with a sixteenth of its channels, made by its own code."""
+    divided = lambda n: n if n == 3 else n // 16
+    layers = types.SimpleNamespace(**vars(nn))
+    layers.Conv2d = lambda i, o, **options: nn.Conv2d(divided(i), divided(o), **options)
+    layers.BatchNorm2d = lambda n, **options: nn.BatchNorm2d(n // 16, **options)
+    # The package has a function of the module's name in its place.
+    module = importlib.import_module("pretrainedmodels.models.bninception")
+    module.nn = layers
+    return module.BNInception()
+
+
+def narrow_shufflenet():
+    return torchvision.models.ShuffleNetV2([2, 1, 1], [4, 8, 12, 16, 20])
+
+
+def shufflenet_map(model, x):
+    layers = (model.conv1, model.maxpool, model.stage2, model.stage3, model.stage4, model.conv5)
+    return nn.Sequential(*layers)(x)
+
+
 NETWORKS = {
+    "shufflenet_v2_x1_0": Network(
+        narrow_shufflenet,
+        lambda model, x: (shufflenet_map(model, x).permute(0, 2, 3, 1), None),
+    ),
+    "bninception": Network(
+        narrow_bn_inception,
+        # Its own normalization flips the channels.
+        lambda model, x: (model.features(x.flip(1)).permute(0, 2, 3, 1), None),
+    ),
     "convnext_tiny": Network(
         hugging_face("ConvNext", **CONVNEXT),
         lambda model, x: (model(x).last_hidden_state.permute(0, 2, 3, 1), None),
@@ -95,8 +129,10 @@ NETWORKS = {
     ),
 }
 
-# The networks of timm that exported ones are for.
+# The networks that exported ones are for.
 EXPORTED = {
+    "shufflenet_v2_x1_0": narrow_shufflenet,
+    "bninception": narrow_bn_inception,
     "convnext_tiny": lambda: timm.create_model("convnext_tiny", depths=DEPTHS, dims=WIDTHS),
     "convnextv2_tiny": lambda: timm.create_model("convnextv2_tiny", depths=DEPTHS, dims=WIDTHS),
     "clip_base_patch32_224": lambda: vit(

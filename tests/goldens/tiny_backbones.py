@@ -10,6 +10,12 @@ OPTIONS = {
     "dinov2_small": {**VIT, "grid": 5},
     "dinov2_small_reg": {**VIT, "grid": 5},
     "dinov3_small": VIT,
+    "shufflenet_v2_x1_0": {
+        "stage_sizes": (2, 1, 1),
+        "widths": (4, 8, 12, 16, 20),
+        "last_stride": 2,
+    },
+    "bninception": {"divisor": 16, "last_stride": 2},
     "clip_base_patch32_224": {**VIT, "grid": 5, "published_patch": 16},
     "siglip_base_patch16_224": {**VIT, "grid": 5},
 }
@@ -20,6 +26,8 @@ SIZES = {
     "dinov2_small": 42,
     "dinov2_small_reg": 42,
     "dinov3_small": 48,
+    "shufflenet_v2_x1_0": 64,
+    "bninception": 64,
     "clip_base_patch32_224": 48,
     "siglip_base_patch16_224": 48,
 }
