@@ -62,12 +62,9 @@ def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none(
     jax.tree.map(close, chunked[0], direct[0])
     jax.tree.map(close, chunked[1], direct[1])
     gradients = direct[0]["backbone"]
-    norm = {
-        name: sum(map(jnp.sum, map(jnp.abs, jax.tree.leaves(g)))) for name, g in gradients.items()
-    }
-    assert {name for name, n in norm.items() if n == 0} == {
-        "patch_embed", "cls_token", "pos_embed", "blocks_0",
-    }  # fmt: skip
+    is_zero = lambda tree: all(np.all(a == 0) for a in jax.tree.leaves(tree))
+    frozen = {name for name, gradient in gradients.items() if is_zero(gradient)}
+    assert frozen == {"patch_embed", "cls_token", "pos_embed", "blocks_0"}
 
 
 def test_drop_path_leaves_whole_branches_out_and_keeps_the_mean():
@@ -105,7 +102,7 @@ def test_layer_wise_decay(frozen):
     np.testing.assert_allclose(updates["fc_S"], -1.1, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", backbones.BACKBONES)
+@pytest.mark.parametrize("name", [next(iter(family.members)) for family in backbones.FAMILIES])
 def test_the_layers_of_every_backbone_are_names_of_its_parts(name):
     model = backbones.BACKBONES[name].members[name]()
     shape = jax.ShapeDtypeStruct((1, 112, 112, 3), jnp.float32)
