@@ -21,7 +21,7 @@ from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
 
 __all__ = ["CLIP", "SIGLIP"]
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }

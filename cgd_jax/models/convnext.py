@@ -96,9 +96,9 @@ class ConvNeXt(nn.Module):
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """The names of the modules below the network, see `backbones.layer_factors`."""
-        blocks = []
+        blocks: list[tuple[str, ...]] = []
         for stage, depth in enumerate(self.depths):
-            names = [(f"stages{stage}_{block}",) for block in range(depth)]
+            names: list[tuple[str, ...]] = [(f"stages{stage}_{block}",) for block in range(depth)]
             if stage:
                 names[0] = (f"downsample{stage}_norm", f"downsample{stage}_conv", *names[0])
             blocks += names
@@ -159,7 +159,7 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     }
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "atto": {"depths": (2, 2, 6, 2), "widths": (40, 80, 160, 320)},
     "nano": {"depths": (2, 2, 8, 2), "widths": (80, 160, 320, 640)},
     "tiny": {"depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)},

@@ -19,17 +19,17 @@ from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
 
 __all__ = ["BACKBONES", "FAMILY"]
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }
-_registers = {"registers": 4, "class_position": False, "antialias": True}
+_registers: dict[str, Any] = {"registers": 4, "class_position": False, "antialias": True}
 BACKBONES = {
     f"dinov2_{size}{suffix}": partial(
         ViT, published_patch=14, grid=37, layer_scale=True, **sizes, **variant
     )
-    for suffix, variant in (("", {}), ("_reg", _registers))
+    for suffix, variant in {"": {}, "_reg": _registers}.items()
     for size, sizes in SIZES.items()
 }
 

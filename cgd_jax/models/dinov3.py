@@ -18,7 +18,7 @@ from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
 
 __all__ = ["BACKBONES", "FAMILY"]
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},

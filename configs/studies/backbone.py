@@ -1,8 +1,8 @@
 """What does a deeper network bring, and what another kind of network?
 
 Patches are small, so that 32 × 32 pixels have 4 × 4 positions in a ConvNeXt and 8 × 8 in a vision
-transformer. All of them start as the config says; with model.pretrained, whose weights fit one backbone
-only, copy this file and give every variant its own.
+transformer. All of them start as the config says; with model.pretrained, whose weights fit one
+backbone only, copy this file and give every variant its own.
 """
 
 CONFIG = "configs/glyphs.py"
@@ -16,6 +16,6 @@ VARIANTS |= {
     "shufflenet": PUBLISHED | {"model.backbone": "shufflenet_v2_x0_5"},
     "convnextv2": PUBLISHED | {"model.backbone": "convnextv2_atto", "model.patch_size": 2},
     "vit": PUBLISHED | {"model.backbone": "dinov3_tiny", "model.patch_size": 4},
-    "vit, class token": PUBLISHED
+    "vit_class_token": PUBLISHED
     | {"model.backbone": "dinov3_tiny", "model.patch_size": 4, "model.descriptors": "CSG"},
 }
