@@ -43,8 +43,9 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 128
     )
-    implementation = "cudnn" if flash else None
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    if flash:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return jax.nn.dot_product_attention(query, key, value)
 
 
 class Mlp(nn.Module):
