@@ -470,9 +470,16 @@ def _true_match_ranks(
     large = members[code[rows]] >= least
     if large.any():
         yield from _ranks_in_whole_rows(
-            *(query, gallery, rows[large], matches, own),
-            lambda row: order[start[row] : end[row]],
-            *(offsets, mesh, precision, first),
+            query,
+            gallery,
+            rows[large],
+            matches,
+            own,
+            members=lambda row: order[start[row] : end[row]],
+            offsets=offsets,
+            mesh=mesh,
+            precision=precision,
+            first=first,
         )
     rows = rows[~large]
     if not len(rows):
@@ -533,7 +540,7 @@ def _merge(array, options):
 
 
 def _ranks_in_whole_rows(
-    query, gallery, rows, matches, own, members, offsets, mesh, precision, first
+    query, gallery, rows, matches, own, *, members, offsets, mesh, precision, first
 ):
     """Yields what `_true_match_ranks` does, for `rows` of queries that have many true matches.
 
