@@ -12,7 +12,6 @@ import base64
 import contextlib
 import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -109,7 +108,7 @@ class Index:
         """
         try:
             store = open_store(str(address))
-        except FileNotFoundError:
+        except stores.NoIndexError:
             if not create:
                 raise
             return cls.create(address, _opened(model, vector))
@@ -210,31 +209,19 @@ class Index:
 
     def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the vectors of [B, resize, resize, 3] uint8 as `embed` does."""
-        network = self.network
-        batches: tuple[int, ...] = BATCHES
-        if _on_accelerator():
-            batches = (*BATCHES, BATCH_OF_ACCELERATOR)
-        vectors = []
-        for at in range(0, len(pixels), batches[-1]):
-            some = pixels[at : at + batches[-1]]
-            batch = next(size for size in batches if size >= len(some))
-            padded = np.pad(some, ((0, batch - len(some)), (0, 0), (0, 0), (0, 0)))
-            vectors.append(np.asarray(network.embed(padded), np.float32)[: len(some)])
-        joined = np.concatenate(vectors)
+        vectors = embed_pixels(self.network, pixels)
         if self._whitening is None:
-            return joined
+            return vectors
         from cgd_jax import rerank
 
-        return rerank.whiten(joined, *self._whitening)
+        return rerank.whiten(vectors, *self._whitening)
 
-    def vector_of(
-        self, query: Query, crop: tuple[float, float, float, float] | None = None
-    ) -> np.ndarray:
+    def vector_of(self, query: Query, crop: pictures.Box | None = None) -> np.ndarray:
         """Returns the vector [D] of a query; one that is a vector as it is.
 
         Args:
           query: what to search by.
-          crop: (x, y, width, height) in pixels of the image, to search by a part of it.
+          crop: the part of the image to search by, (x0, y0, x1, y1) in pixels.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -242,16 +229,15 @@ class Index:
         """
         if isinstance(query, np.ndarray) and query.ndim == 1:
             return self._checked(query[None])[0]
-        box = None if crop is None else (crop[0], crop[1], crop[0] + crop[2], crop[1] + crop[3])
         if isinstance(query, str | Path):
             try:
-                pixels = pictures.decode(Path(query).read_bytes(), box, self.info.resize)
+                pixels = pictures.decode(Path(query).read_bytes(), crop, self.info.resize)
             except ValueError as error:
                 raise ValueError(f"{query}: {error}.") from error
         else:
-            if box is not None:
+            if crop is not None:
                 query = query if isinstance(query, Image.Image) else Image.fromarray(query)
-                left, top, right, bottom = map(round, box)
+                left, top, right, bottom = map(round, crop)
                 query = query.crop((left, top, right, bottom))
             pixels = pictures.read_image(query, self.info.resize).pixels
         return self.embed_pixels(pixels[None])[0]
@@ -305,7 +291,7 @@ class Index:
         """Searches exactly in memory, with `retrieval.top_k`."""
         from cgd_jax import retrieval
 
-        hits, gallery = self._in_memory(where)
+        hits, gallery = self.in_memory(where)
         if not hits:
             return [[] for _ in vectors]
         similarity, at = retrieval.top_k(vectors, gallery, min(k, len(hits)))
@@ -314,8 +300,11 @@ class Index:
             for row in zip(similarity, at, strict=True)
         ]
 
-    def _in_memory(self, where: str | None) -> tuple[list[Hit], np.ndarray]:
-        """Returns hits without their similarity, and vectors [N, D]; everything is kept."""
+    def in_memory(self, where: str | None) -> tuple[list[Hit], np.ndarray]:
+        """Returns the pictures, as hits without similarity, and their vectors [N, D].
+
+        What all pictures are stays in memory until they change.
+        """
         version = self.store.version()
         if where is None and version is not None and self._everything is not None:
             if self._everything[0] == version:
@@ -357,7 +346,7 @@ class Index:
 
     def vectors(self) -> tuple[list[str], np.ndarray]:
         """Returns all ids, and their vectors [N, D] float32."""
-        hits, vectors = self._in_memory(None)
+        hits, vectors = self.in_memory(None)
         return [hit.id for hit in hits], vectors
 
     def to_arrow(self) -> "pa.Table":
@@ -411,30 +400,28 @@ class Index:
                 picture = pictures.read_image(image, self.info.resize)
             id = pictures.id_of(path) if path else picture.hash[:20]
             rows.append((pictures.File(id, path, label, Path(path), size, modified), picture))
+        ids = [file.id for file, _ in rows]
         if rows:
-            with self.writing():
-                self.put(rows, "")
-        return [file.id for file, _ in rows]
-
-    def put(self, rows: Sequence[tuple[pictures.File, pictures.Picture]], source: str) -> None:
-        """Embeds pictures and writes them, within `writing`.
-
-        Args:
-          rows: the files and what was read of them.
-          source: what they were listed from.
-        """
-        # A picture that was given twice would be two rows to insert.
-        rows = list({file.id: (file, picture) for file, picture in rows}.values())
-        vectors = self.embed_pixels(np.stack([picture.pixels for _, picture in rows]))
-        self.write(rows, vectors, source)
+            # A picture that is given twice would be two rows to insert.
+            rows = list({file.id: (file, picture) for file, picture in rows}.values())
+            vectors = self.embed_pixels(np.stack([picture.pixels for _, picture in rows]))
+            with writing(self.store.address):
+                self.write(rows, vectors, [""] * len(rows))
+        return ids
 
     def write(
         self,
         rows: Sequence[tuple[pictures.File, pictures.Picture]],
         vectors: np.ndarray,
-        source: str,
+        sources: Sequence[str],
     ) -> None:
-        """Writes pictures of distinct ids with their vectors [N, D], within `writing`."""
+        """Writes pictures of distinct ids with their vectors [N, D], within `writing`.
+
+        Args:
+          rows: the files, and what was read of them.
+          vectors: of each.
+          sources: what each was listed from; vanished ones are looked for among the same.
+        """
         columns: Columns = {
             "id": [file.id for file, _ in rows],
             "path": [file.path for file, _ in rows],
@@ -443,7 +430,7 @@ class Index:
             "hash": [picture.hash for _, picture in rows],
             "width": [picture.width for _, picture in rows],
             "height": [picture.height for _, picture in rows],
-            "source": [source] * len(rows),
+            "source": list(sources),
             "modified": [file.modified for file, _ in rows],
             "thumbnail": [picture.thumbnail for _, picture in rows],
             "vector": vectors,
@@ -458,12 +445,8 @@ class Index:
         """
         ids = list(ids)
         if ids:
-            with self.writing():
+            with writing(self.store.address):
                 self.store.delete(ids)
-
-    def writing(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps other writers out of the index for as long as the block runs; see `writing`."""
-        return writing(self.store.address)
 
     def _row(self, id: str, names: Sequence[str]) -> dict[str, Any] | None:
         for columns in self.store.read(names, f"id = {stores.quoted(id)}"):
@@ -501,13 +484,28 @@ def writing(address: str) -> Iterator[None]:
         yield
 
 
+def batch_size() -> int:
+    """Returns how many images the device embeds at a time, when there are many."""
+    return BATCH_OF_ACCELERATOR if _on_accelerator() else BATCHES[-1]
+
+
+def embed_pixels(network: Network, pixels: np.ndarray) -> np.ndarray:
+    """Embeds any number of images [B, resize, resize, 3] uint8: [B, D] float32."""
+    sizes = (*BATCHES, batch_size())
+    vectors = []
+    for at in range(0, len(pixels), sizes[-1]):
+        some = pixels[at : at + sizes[-1]]
+        size = next(size for size in sizes if size >= len(some))
+        padded = np.pad(some, ((0, size - len(some)), (0, 0), (0, 0), (0, 0)))
+        vectors.append(np.asarray(network.embed(padded), np.float32)[: len(some)])
+    return np.concatenate(vectors)
+
+
 def _opened(model: Network | str | Path | None, vector: str | None) -> Network:
     return model if isinstance(model, Network) else networks.open_network(model, vector)
 
 
 def _on_accelerator() -> bool:
-    if "jax" not in sys.modules:
-        return False
     import jax
 
     return jax.default_backend() != "cpu"

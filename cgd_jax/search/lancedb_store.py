@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ os.environ.setdefault("LANCEDB_LOG", "error")  # else it warns of what is as it 
 try:
     import lancedb
     import pyarrow as pa
+    from lancedb.index import BTree, IvfSq
 except ImportError as error:
     raise ImportError(
         "An index in a folder needs the package lancedb: pip install 'cgd_jax[search]', or "
@@ -23,8 +25,9 @@ except ImportError as error:
     ) from error
 
 PICTURES, ABOUT = "pictures", "about"  # the tables
-# From here on searching everything takes longer than people like to wait.
-APPROXIMATE_FROM = 200_000
+# Numbers (rows × dimension) from which comparing with everything takes too long, some 100 ms.
+APPROXIMATE_FROM = 20_000_000
+INDEX_IDS_FROM = 10_000  # rows
 # Of the approximate search: clusters looked into, and candidates a neighbour that are compared
 # exactly.
 PROBES, REFINE = 80, 3
@@ -122,10 +125,15 @@ class LanceStore:
 
     def finish(self) -> None:
         with _failures(self.address, "written"):
-            indexed = {index.columns[0] for index in self._table.list_indices()}
             rows = self._table.count_rows()
-            if rows >= APPROXIMATE_FROM and "vector" not in indexed:
-                self._table.create_index("cosine", index_type="IVF_SQ", vector_column_name="vector")
+            dimension = self._table.schema.field("vector").type.list_size
+            wanted: dict[str, Any] = {"id": BTree()} if rows >= INDEX_IDS_FROM else {}
+            if rows * dimension >= APPROXIMATE_FROM:
+                wanted["vector"] = IvfSq(distance_type="cosine")
+            for index in self._table.list_indices():
+                wanted.pop(index.columns[0], None)
+            for column, config in wanted.items():
+                self._table.create_index(column, config=config)
             self._table.optimize(cleanup_older_than=timedelta(hours=1))
 
     def close(self) -> None:
@@ -137,9 +145,7 @@ def _failures(address: str, done: str, where: str | None = None) -> Iterator[Non
     """Raises what LanceDB raises as the errors that `stores.Store` promises."""
     try:
         yield
-    except StoreError:
-        raise
-    except FileNotFoundError:
+    except (StoreError, stores.NoIndexError):
         raise
     except (RuntimeError, ValueError, OSError) as error:
         text = " ".join(str(error).split(", /")[0].split())

@@ -2,9 +2,10 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +19,8 @@ __all__ = ["File", "Picture", "id_of", "list_files", "read", "read_image"]
 
 THUMBNAIL = 192  # pixels, the longer side
 QUALITY = 80  # of the thumbnails' JPEG
+# (x0, y0, x1, y1) in pixels of the image as displayed.
+Box = tuple[float, float, float, float]
 # What folders of splits are called, above those of classes.
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "query", "gallery"}
 
@@ -44,7 +47,7 @@ class Row(NamedTuple):
 class Picture(NamedTuple):
     """A picture that was read."""
 
-    pixels: np.ndarray  # [side, side, 3] uint8, what the network gets
+    pixels: Any  # [side, side, 3] uint8, what the network gets; None once it has been embedded
     thumbnail: bytes  # JPEG
     hash: str  # of the file
     width: int  # pixels, as displayed
@@ -56,21 +59,31 @@ def id_of(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 
-def read(data: bytes, side: int) -> Picture:
+def read(data: bytes, side: int, crop: Box | None = None) -> Picture:
     """Reads the bytes of an image file.
 
     Args:
       data: the file.
       side: of `pixels`.
+      crop: the part of the image to read.
 
     Raises:
       ValueError: not a readable image; the message is the reason in a few words.
     """
     height, width = dimensions(data)
-    pixels = decode(data, size=side)
-    small = pixels if side >= THUMBNAIL else decode(data, size=THUMBNAIL)
-    digest = hashlib.sha256(data).hexdigest()[:32]
-    return Picture(pixels, _thumbnail(small, width, height), digest, width, height)
+    pixels = decode(data, crop, side)
+    small = pixels if side >= THUMBNAIL else decode(data, crop, THUMBNAIL)
+    if crop is not None:
+        width, height = (
+            math.ceil(min(crop[2], width) - max(crop[0], 0)),
+            math.ceil(min(crop[3], height) - max(crop[1], 0)),
+        )
+    return Picture(pixels, _thumbnail(small, width, height), hash_of(data), width, height)
+
+
+def hash_of(data: bytes) -> str:
+    """Returns the hash of a file: 32 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def read_image(image: Image.Image | np.ndarray, side: int) -> Picture:
@@ -88,7 +101,7 @@ def read_image(image: Image.Image | np.ndarray, side: int) -> Picture:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"an image is [H, W, 3] uint8, not {list(image.shape)} {image.dtype}.")
     height, width = image.shape[:2]
-    digest = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()[:32]
+    digest = hash_of(f"{image.shape}".encode() + image.tobytes())
     thumbnail = _thumbnail(resize(image, THUMBNAIL), width, height)
     return Picture(resize(image, side), thumbnail, digest, width, height)
 

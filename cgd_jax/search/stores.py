@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["COLUMNS", "Hit", "Store", "StoreError", "open_store"]
+__all__ = ["COLUMNS", "Hit", "NoIndexError", "Store", "StoreError", "open_store"]
 
 # What is kept of a picture beside its vector: name → Python type. `source` is what it was listed
 # from, `modified` the time of the file's last change in ns.
@@ -34,6 +34,10 @@ Columns = dict[str, Any]
 
 class StoreError(OSError):
     """An index that cannot be opened, read or written; the message says what to do."""
+
+
+class NoIndexError(FileNotFoundError):
+    """There is no index at an address."""
 
 
 class Hit(NamedTuple):
@@ -98,7 +102,7 @@ def open_store(address: str, about: dict[str, str] | None = None, dimension: int
       dimension: D of the index to make.
 
     Raises:
-      FileNotFoundError: there is no index, and none is to be made.
+      NoIndexError: there is no index, and none is to be made.
       ImportError: the package of the database is missing.
       StoreError: the database cannot be reached, or the index is damaged.
     """
@@ -119,9 +123,9 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def no_index(address: str) -> FileNotFoundError:
+def no_index(address: str) -> NoIndexError:
     """Returns the error for an index that is not there."""
-    return FileNotFoundError(
+    return NoIndexError(
         f"--index={address}: there is no index. Make one first: python main.py --mode=index "
         f"--images=PHOTOS --index={address}."
     )
