@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 # What is done is written after so many pictures, or so many seconds.
 WRITE_EVERY = 1024
 WRITE_AFTER = 15.0
+# So many pictures are read ahead, so that the next batch is there when the device is free.
+READ_AHEAD = 2 * indexes.BATCH_OF_ACCELERATOR
 SAMPLE = 5000  # pictures that a whitening is learned from, at most
 LISTED = 20  # files that were left out, in the log; skipped.csv in the index has them all
 
@@ -166,7 +168,9 @@ def _learn_whitening(network: Network, listed: list[File], dimension: int) -> in
     chosen = np.random.default_rng(0).permutation(len(listed))[:SAMPLE]
     found: list[np.ndarray] = []
     with progress(len(chosen), "learning the whitening") as bar:
-        read = parallel(partial(_read, resize=network.resize), [listed[i] for i in chosen], 32)
+        read = parallel(
+            partial(_read, resize=network.resize), [listed[i] for i in chosen], READ_AHEAD // CORES
+        )
         for batch in _batches(read, indexes.batch_size()):
             pixels = [picture.pixels for picture in batch if isinstance(picture, Picture)]
             bar.update(len(batch))
@@ -193,26 +197,20 @@ def _update(
     gone = [id for id in mine if id not in wanted and known[id].source in sources]
     skipped, added, changed, touched = [], 0, 0, []
     writer = _Writer(index, wanted)
-    size = indexes.batch_size() if todo else 1
-    # So many are read ahead that the next batch is there when the device is free.
-    ahead = max(4, -(-2 * size // CORES))
     task = partial(_read_if_changed, known=known, resize=index.info.resize)
     with progress(len(todo), "indexing") as bar:
-        for batch in _batches(parallel(task, todo, ahead), size):
-            found = []
-            for file, outcome in batch:
-                if isinstance(outcome, Picture):
-                    found.append((file, outcome))
-                elif outcome is None:
-                    touched.append(file)
-                else:
-                    skipped.append((file.path, outcome))
-                    gone += [file.id] if file.id in known else []
-            writer.add(found)
-            added += sum(file.id not in known for file, _ in found)
-            changed += sum(file.id in known for file, _ in found)
-            bar.update(len(batch))
-        writer.flush()
+        for file, outcome in parallel(task, todo, READ_AHEAD // CORES):
+            if isinstance(outcome, Picture):
+                writer.add(file, outcome)
+                added += file.id not in known
+                changed += file.id in known
+            elif outcome is None:
+                touched.append(file)
+            else:
+                skipped.append((file.path, outcome))
+                gone += [file.id] if file.id in known else []
+            bar.update()
+        writer.finish()
     _touch(index, touched, wanted)
     if gone:
         index.store.delete(gone)
@@ -221,25 +219,35 @@ def _update(
 
 
 class _Writer:
-    """Embeds pictures as they come, and writes them now and then."""
+    """Embeds pictures, a batch at a time, and writes them now and then."""
 
     def __init__(self, index: Index, wanted: dict[str, tuple[File, str]]):
         self._index, self._wanted = index, wanted
-        self._rows: list[tuple[File, Picture]] = []
+        self._read: list[tuple[File, Picture]] = []  # to be embedded
+        self._rows: list[tuple[File, Picture]] = []  # to be written
         self._vectors: list[np.ndarray] = []
         self._written = time.monotonic()
 
-    def add(self, found: list[tuple[File, Picture]]) -> None:
-        if found:
-            pixels = np.stack([picture.pixels for _, picture in found])
+    def add(self, file: File, picture: Picture) -> None:
+        self._read.append((file, picture))
+        if len(self._read) == indexes.batch_size():
+            self._embed()
+            if len(self._rows) >= WRITE_EVERY or time.monotonic() > self._written + WRITE_AFTER:
+                self._write()
+
+    def finish(self) -> None:
+        self._embed()
+        self._write()
+
+    def _embed(self) -> None:
+        if self._read:
+            pixels = np.stack([picture.pixels for _, picture in self._read])
             self._vectors.append(self._index.embed_pixels(pixels))
             # The pixels are not needed any more, and are the largest part.
-            self._rows += [(file, picture._replace(pixels=None)) for file, picture in found]
-        late = time.monotonic() - self._written > WRITE_AFTER
-        if len(self._rows) >= WRITE_EVERY or late:
-            self.flush()
+            self._rows += [(file, picture._replace(pixels=None)) for file, picture in self._read]
+        self._read = []
 
-    def flush(self) -> None:
+    def _write(self) -> None:
         if self._rows:
             sources = [self._wanted[file.id][1] for file, _ in self._rows]
             self._index.write(self._rows, np.concatenate(self._vectors), sources)
