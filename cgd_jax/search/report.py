@@ -18,8 +18,10 @@ from cgd_jax.search.queries import Answer, Found
 
 __all__ = ["as_json", "as_text", "draw", "draw_groups", "groups_as_json", "groups_as_text"]
 
-DRAWN = 20, 10  # rows, and hits of each, at most
-GAP, LINE = 14, 18  # pixels: between thumbnails, of a line of a caption
+ROWS, HITS = 20, 7  # in a picture: rows at most, and hits in one
+GAP, LINE, FONT = 14, 18, 13  # pixels: between thumbnails, of a line of a caption, of its letters
+
+Cell = tuple[str, str, bytes]  # two lines below a picture, and the picture as JPEG
 
 
 def as_text(found: Found) -> str:
@@ -80,47 +82,60 @@ def groups_as_json(groups: list[Group]) -> str:
 
 
 def draw(path: Path, index: Index, answers: Sequence[Answer]) -> None:
-    """Draws queries, each with the first of what was found, as a PNG."""
-    rows = [
-        [("query", answer.query, answer.thumbnail)]
-        + [
+    """Draws queries, each with the first of what was found, as a PNG.
+
+    One query has several rows, of many each has one.
+    """
+    rows = []
+    for answer in answers[:ROWS]:
+        cells = [
             (f"{hit.similarity:.3f}", hit.label or Path(hit.path).name, index.thumbnail(hit.id))
-            for hit in answer.hits[: DRAWN[1]]
+            for hit in answer.hits[: HITS * (ROWS if len(answers) == 1 else 1)]
         ]
-        for answer in answers[: DRAWN[0]]
-    ]
-    rows = [[(f, Path(s).name if f == "query" else s, t) for f, s, t in row] for row in rows]
-    _draw(path, rows, after_first=GAP)
+        query = ("query", Path(answer.query).name, answer.thumbnail)
+        rows.append([query, *cells[:HITS]])
+        rows += [[None, *cells[at : at + HITS]] for at in range(HITS, len(cells), HITS)]
+    _draw(path, rows, behind_first=GAP)
 
 
 def draw_groups(path: Path, index: Index, groups: Sequence[Group]) -> None:
-    """Draws groups of duplicates, one a row, as a PNG."""
+    """Draws the first groups of duplicates, one a row, as a PNG."""
     rows = [
         [
             (f"{hit.similarity:.3f}", Path(hit.path).name, index.thumbnail(hit.id))
-            for hit in group.members[: DRAWN[1]]
+            for hit in group.members[: HITS + 1]
         ]
-        for group in groups[: DRAWN[0]]
+        for group in groups[:ROWS]
     ]
     _draw(path, rows)
 
 
-def _draw(path: Path, rows: list[list[tuple[str, str, bytes]]], after_first: int = 0) -> None:
-    """Draws rows of (line, line, JPEG), with space behind the first of each."""
-    columns = max(map(len, rows))
-    cell, height = THUMBNAIL + GAP, THUMBNAIL + 2 * LINE + GAP
-    size = columns * cell + GAP + after_first, len(rows) * height + GAP
-    sheet = Image.new("RGB", size, "white")
+def _draw(path: Path, rows: Sequence[Sequence[Cell | None]], behind_first: int = 0) -> None:
+    """Draws rows of cells.
+
+    Args:
+      path: of the PNG.
+      rows: each of at least one cell; None stays empty.
+      behind_first: pixels between the first cell of a row and the others.
+    """
+    pictures = [[cell and Image.open(io.BytesIO(cell[2])) for cell in row] for row in rows]
+    heights = [max(picture.height for picture in row if picture) for row in pictures]
+    width = GAP + behind_first + max(map(len, rows)) * (THUMBNAIL + GAP)
+    height = GAP + sum(heights) + len(rows) * (2 * LINE + GAP)
+    sheet = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        for j, (first, second, data) in enumerate(row):
-            x, y = GAP + j * cell + (after_first if j else 0), GAP + i * height
-            picture = Image.open(io.BytesIO(data))
-            # On the lines of text below, in the middle.
-            place = x + (THUMBNAIL - picture.width) // 2, y + THUMBNAIL - picture.height
-            sheet.paste(picture, place)
-            for line, (text, color) in enumerate(((first, "black"), (second, "#555555")), 1):
+    bottom = 0
+    for row, row_pictures, high in zip(rows, pictures, heights, strict=True):
+        bottom += GAP + high
+        for column, (cell, picture) in enumerate(zip(row, row_pictures, strict=True)):
+            if cell is None or picture is None:
+                continue
+            left = GAP + column * (THUMBNAIL + GAP) + (behind_first if column else 0)
+            sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, bottom - picture.height))
+            for line, (text, color) in enumerate(zip(cell[:2], ("black", "#555555"), strict=True)):
                 shown = lettering.drawable(text, 26)
-                left = x + (THUMBNAIL - lettering.width(shown, 13)) / 2
-                lettering.write(canvas, (left, y + THUMBNAIL + line * LINE - 3), shown, 13, color)
+                x = left + (THUMBNAIL - lettering.width(shown, FONT)) / 2
+                place = x, bottom + (line + 1) * LINE - 3
+                lettering.write(canvas, place, shown, FONT, color)
+        bottom += 2 * LINE
     files.write_picture(path, sheet)
