@@ -35,7 +35,7 @@ class Found(NamedTuple):
     answers: list[Answer]
     skipped: list[tuple[str, str]]  # (path, reason)
     searched: int  # pictures
-    milliseconds: float  # for all queries, with reading and embedding
+    milliseconds: float  # for all queries, without reading and embedding them
 
 
 def parse_crop(text: str) -> pictures.Box:
@@ -79,7 +79,6 @@ def ask(
       ValueError: none of them is a picture, or `where` is not understood.
       StoreError: the index cannot be read.
     """
-    begin = time.perf_counter()
     paths: list[Path] = []
     for query in queries:
         path = Path(query).expanduser()
@@ -87,6 +86,7 @@ def ask(
             raise FileNotFoundError(f"--query={query}: there is no such file or folder.")
         inside = archives.files_below(path) if path.is_dir() else [path]
         paths += filter(looks_like_photograph, inside) if path.is_dir() else inside
+    elapsed = 0.0
     answers: list[Answer] = []
     skipped: list[tuple[str, str]] = []
     for start in range(0, len(paths), BLOCK):
@@ -96,7 +96,9 @@ def ask(
         usable = [(p, r) for p, r in zip(block, read, strict=True) if not isinstance(r, str)]
         if usable:
             vectors = index.embed_pixels(np.stack([picture.pixels for _, picture in usable]))
+            begin = time.perf_counter()
             found = index.search_vectors(vectors, k, where, exact)
+            elapsed += 1e3 * (time.perf_counter() - begin)
             for (path, picture), hits in zip(usable, found, strict=True):
                 answers.append(Answer(str(path), picture.thumbnail, hits))
     if not answers:
@@ -104,7 +106,6 @@ def ask(
         raise ValueError(
             f"--query={','.join(queries)}: there is no picture to search by. {reasons}".rstrip()
         )
-    elapsed = 1e3 * (time.perf_counter() - begin)
     return Found(answers, skipped, index.count(where), elapsed)
 
 

@@ -86,7 +86,7 @@ def draw(path: Path, index: Index, answers: Sequence[Answer]) -> None:
 
     One query has several rows, of many each has one.
     """
-    rows = []
+    rows: list[list[Cell | None]] = []
     for answer in answers[:ROWS]:
         cells = [
             (f"{hit.similarity:.3f}", hit.label or Path(hit.path).name, index.thumbnail(hit.id))
