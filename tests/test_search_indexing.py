@@ -35,7 +35,7 @@ def content(address):
     index = Index.open(address, stand_in())
     ids, vectors = index.vectors()
     return {
-        (record := index.get(id)): (index.thumbnail(id), tuple(np.round(vector, 4)))
+        index.get(id): (index.thumbnail(id), tuple(np.round(vector, 4)))
         for id, vector in zip(ids, vectors, strict=True)
     }
 
