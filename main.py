@@ -8,26 +8,30 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import evaluate, explain, export, inspect_data, train
-from cgd_jax.config import ConfigError
-from cgd_jax.runtime import console, interrupts, memory, processes
-from cgd_jax.studies import runner, study
-from cgd_jax.workdir import default_workdir
+from cgd_jax.runtime import console, interrupts, memory
 
+# Everything else is imported where it is needed: --mode=index, which has often nothing to do,
+# ends before JAX would be there.
 CLONE = Path(__file__).resolve().parent
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the experiment, with an argument behind a colon if it takes one."
 )
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "data", "export", "study", "explain"], "What to do."
+    "mode",
+    "train",
+    ["train", "eval", "data", "export", "study", "explain", "index", "search"],
+    "What to do.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
 STEP = flags.DEFINE_integer(
     "step", None, "With --mode=eval, export and explain: the checkpoint; by default the best."
 )
-QUERY = flags.DEFINE_string(
-    "query", None, "With --mode=explain: the file of an image; by default pairs of the test set."
+QUERY = flags.DEFINE_multi_string(
+    "query",
+    None,
+    "With --mode=explain: the file of an image; by default pairs of the test set. With "
+    "--mode=search: a file or folder to search by; may be given several times.",
 )
 MATCH = flags.DEFINE_string(
     "match", None, "With --mode=explain: the file of the image that --query is compared with."
@@ -42,6 +46,51 @@ VARIANTS = flags.DEFINE_list("variants", None, "With --mode=study: some of them,
 SEEDS = flags.DEFINE_list("seeds", None, "With --mode=study: others than the study's.")
 JOBS = flags.DEFINE_integer("jobs", None, "With --mode=study: runs that share a CPU; else 1.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: lists runs, times, commands.")
+INDEX = flags.DEFINE_string(
+    "index",
+    None,
+    "With --mode=index and search: a folder, s3://..., a file that ends in .db, or the address of "
+    "a Milvus server; by default the folder index of the run, or runs/index.",
+)
+IMAGES = flags.DEFINE_multi_string(
+    "images", None, "With --mode=index: a folder, an archive or a CSV; may be given several times."
+)
+MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "With --mode=index and search: an exported network, a file, folder or Hugging Face repository; "
+    "by default that of --workdir, else the index's, else EfficientNet-Lite0 with G.",
+)
+VECTOR = flags.DEFINE_string(
+    "vector", None, "With --mode=index: as --config.eval.vector; by default what was trained."
+)
+PRECISION = flags.DEFINE_enum(
+    "precision", None, ["float32", "float16"], "With --mode=index: of the vectors; else float32."
+)
+WHITEN = flags.DEFINE_integer(
+    "whiten",
+    None,
+    "With --mode=index: dimensions of PCA-whitened vectors; else all as they are.",
+    1,
+)
+K = flags.DEFINE_integer("k", 20, "With --mode=search: how many pictures.", 1)
+WHERE = flags.DEFINE_string(
+    "where", None, "With --mode=search: which pictures, as SQL: label = 'shoes' AND width > 500."
+)
+EXACT = flags.DEFINE_bool("exact", False, "With --mode=search: compares with every picture.")
+CROP = flags.DEFINE_string(
+    "crop", None, "With --mode=search: the part of the query, x,y,width,height in pixels."
+)
+DUPLICATES = flags.DEFINE_bool(
+    "duplicates", False, "With --mode=search: lists groups of pictures that are nearly the same."
+)
+SIMILARITY = flags.DEFINE_float(
+    "similarity", 0.97, "With --duplicates: the cosine from which they are."
+)
+JSON = flags.DEFINE_bool("json", False, "With --mode=search: prints JSON, and nothing else.")
+PICTURE = flags.DEFINE_string(
+    "picture", "search.png", "With --mode=search: the PNG that shows what was found."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several processes, as SLURM, Open MPI or the TPU pod has started them."
 )
@@ -56,7 +105,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a mistake in it, or a config that fails, is said in one line."""
     config = flags.FLAGS["config"]
     try:
-        arguments = flags.FLAGS(study.with_base_config(argv, CLONE))
+        if any(argument.lstrip("-").startswith("study") for argument in argv):
+            from cgd_jax.studies.study import with_base_config
+
+            argv = with_base_config(argv, CLONE)
+        arguments = flags.FLAGS(argv)
         if config.value is not None:
             config.value.to_dict()  # a config file that cannot be loaded is reported on first use
         return arguments
@@ -99,16 +152,64 @@ def check_flags(argv: list[str]) -> None:
         sys.exit("error: --variants, --seeds, --jobs and --dry_run go with --mode=study.")
     if not all(seed.isdigit() for seed in SEEDS.value or []):
         sys.exit(f"error: --seeds={','.join(SEEDS.value)}: give whole numbers such as 0,1,2.")
+    if MODE.value in ("index", "search"):
+        check_search_flags()
+        return
+    given = next((name for name in (*SEARCHES, *INDEXES, "index") if flags.FLAGS[name].present), "")
+    if given:
+        modes = " and ".join(f"--mode={mode}" for mode in modes_of(given))
+        sys.exit(f"error: --{given} goes with {modes}.")
     if (QUERY.value or MATCH.value) and MODE.value != "explain":
         sys.exit("error: --query and --match go with --mode=explain.")
-    if bool(QUERY.value) != bool(MATCH.value):
+    if len(QUERY.value or []) > 1 or bool(QUERY.value) != bool(MATCH.value):
         sys.exit("error: --query and --match go together: the two images to compare.")
     if not CONFIG.value and not (MODE.value in ("eval", "export", "explain") and WORKDIR.value):
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
 
 
+# The flags of one mode or the other; --index and --model are of both.
+INDEXES = ("images", "vector", "precision", "whiten", "model")
+SEARCHES = ("k", "where", "exact", "crop", "duplicates", "similarity", "json", "picture", "model")
+
+
+def modes_of(flag: str) -> list[str]:
+    """Returns the modes that a flag of an index goes with."""
+    return [
+        mode
+        for mode, names in (("index", INDEXES), ("search", (*SEARCHES, "query")))
+        if flag in names or flag == "index"
+    ]
+
+
+def check_search_flags() -> None:
+    """Ends with one line about flags that do not go together, with --mode=index and search."""
+    for name in (*INDEXES, *SEARCHES, "query"):
+        if flags.FLAGS[name].present and MODE.value not in modes_of(name):
+            sys.exit(f"error: --{name} goes with --mode={modes_of(name)[0]}.")
+    if MATCH.value or CONFIG.value or STEP.value is not None:
+        given = "match" if MATCH.value else "config" if CONFIG.value else "step"
+        sys.exit(f"error: --{given} does not go with --mode={MODE.value}.")
+    if WORKDIR.value and MODEL.value:
+        sys.exit("error: --workdir and --model both name a network; give one of them.")
+    if MODE.value == "index" and not IMAGES.value:
+        sys.exit("error: say what to index: --images=PHOTOS, a folder, an archive or a CSV.")
+    if MODE.value == "search" and bool(QUERY.value) == DUPLICATES.value:
+        sys.exit("error: say what to search by, --query=a.jpg, or look for --duplicates.")
+    if DUPLICATES.value and (CROP.value or flags.FLAGS["k"].present):
+        sys.exit("error: --crop and --k do not go with --duplicates.")
+    if flags.FLAGS["similarity"].present and not DUPLICATES.value:
+        sys.exit("error: --similarity goes with --duplicates.")
+
+
 def run_mode() -> None:
     """Does what --mode says."""
+    if MODE.value in ("index", "search"):
+        run_search_mode()
+        return
+    from cgd_jax import evaluate, explain, export, inspect_data, train
+    from cgd_jax.studies import runner, study
+    from cgd_jax.workdir import default_workdir
+
     workdir, config_file = WORKDIR.value, None
     if CONFIG.value:
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -124,7 +225,9 @@ def run_mode() -> None:
         case "eval":
             evaluate.evaluate_run(workdir, STEP.value, CONFIG.value)
         case "explain":
-            pictures = explain.explain_run(workdir, STEP.value, QUERY.value, MATCH.value)
+            pictures = explain.explain_run(
+                workdir, STEP.value, (QUERY.value or [None])[0], MATCH.value
+            )
             console.say(f"Look at {' and '.join(map(str, pictures))}.")
         case "export":
             folder = export.export_run(workdir, STEP.value)
@@ -141,26 +244,81 @@ def run_mode() -> None:
             runner.run_study(chosen, runs, command, workdir, JOBS.value, DRY_RUN.value)
 
 
+def run_search_mode() -> None:
+    """Does what --mode=index or search says."""
+    from cgd_jax.search import commands
+
+    address = INDEX.value or commands.default_address(WORKDIR.value)
+    model = MODEL.value or WORKDIR.value
+    if MODE.value == "index":
+        commands.fill_index(
+            address,
+            IMAGES.value,
+            model,
+            vector=VECTOR.value,
+            precision=PRECISION.value,
+            whiten=WHITEN.value,
+            share=share_of_files(),
+        )
+    else:
+        commands.search_index(
+            address,
+            QUERY.value,
+            model,
+            k=K.value,
+            where=WHERE.value,
+            exact=EXACT.value,
+            crop=CROP.value,
+            duplicates=SIMILARITY.value,
+            as_json=JSON.value,
+            picture=PICTURE.value,
+        )
+
+
+def share_of_files() -> tuple[int, int]:
+    """Returns which of several processes this is, and how many there are."""
+    if not (DISTRIBUTED.value or COORDINATOR.value):
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def is_for_the_user(error: ValueError | RuntimeError) -> bool:
+    """Returns whether an error says what to do, rather than where the program is wrong."""
+    if MODE.value in ("index", "search"):
+        return isinstance(error, ValueError)
+    from cgd_jax.config import ConfigError
+    from cgd_jax.runtime.processes import NotFound
+    from cgd_jax.studies.runner import Unfinished
+    from cgd_jax.train import Diverged
+
+    return isinstance(error, ConfigError | NotFound | Diverged | Unfinished)
+
+
 def main(argv: list[str]) -> None:
     # Errors reach the user as exceptions; what libraries log beside them is noise.
     logging.set_verbosity(logging.FATAL)
-    console.show_log()
+    if not JSON.value:
+        console.show_log()
     check_flags(argv)
     memory.keep_freed_memory()
     try:
         if DISTRIBUTED.value or COORDINATOR.value:
+            from cgd_jax.runtime import processes
+
             processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         run_mode()
-    except (
-        ConfigError,
-        processes.NotFound,
-        train.Diverged,
-        runner.Unfinished,
-        ImportError,
-        OSError,
-    ) as error:
+    except (ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (ValueError, RuntimeError) as error:
+        if not is_for_the_user(error):
+            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        if MODE.value == "index":
+            print("Interrupted; the same command goes on from where it was.", file=sys.stderr)
+            sys.exit(130)
         if MODE.value != "train":
             print("Interrupted.", file=sys.stderr)
             sys.exit(130)

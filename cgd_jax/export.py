@@ -18,9 +18,9 @@ import numpy as np
 from cgd_jax.augment import Normalization
 from cgd_jax.config import fill_added_keys
 from cgd_jax.models import pretrained, weight_files
-from cgd_jax.models.cgd import create_model, embed_model
+from cgd_jax.models.cgd import CGD, create_model, embed_model
 
-__all__ = ["Model", "export_run", "open_model", "push_to_hub"]
+__all__ = ["Model", "export_run", "open_model", "push_to_hub", "read_network"]
 
 FOLDER = "export"
 
@@ -51,6 +51,34 @@ def open_model(source: str | Path, vector: str = "embedding") -> Model:
       FileNotFoundError: There is no such source.
       ValueError: It is damaged, or was not exported from a run.
     """
+    model, variables, normalization, config = read_network(source)
+    size = config["data"]["image_size"]
+    embed_pixels = embed_model(model, variables, normalization, size, vector)
+    side = config["data"]["resize"] if config["eval"]["center_crop"] else size
+
+    def embed(images: Any) -> jax.Array:
+        pixels = as_pixels(images, side)
+        if len(pixels):
+            return embed_pixels(pixels)
+        return embed_pixels(np.zeros((1, side, side, 3), np.uint8))[:0]  # of the right length
+
+    return Model(embed, size, config, normalization)
+
+
+def read_network(source: str | Path) -> tuple[CGD, dict, Normalization, dict[str, Any]]:
+    """Reads the parts of what `open_model` opens.
+
+    Args:
+      source: as for `open_model`.
+
+    Returns:
+      The network, its variables, the normalization of the pixels, and the config of the run
+      that trained it.
+
+    Raises:
+      FileNotFoundError: There is no such source.
+      ValueError: It is damaged, or was not exported from a run.
+    """
     path = weight_files.find(str(source))
     metadata, shapes = weight_files.read_header(path)
     if "config" not in metadata:
@@ -64,16 +92,7 @@ def open_model(source: str | Path, vector: str = "embedding") -> Model:
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     variables, normalization = pretrained.load(variables, str(path), backbone)
-    embed_pixels = embed_model(model, variables, normalization, size, vector)
-    side = config["data"]["resize"] if config["eval"]["center_crop"] else size
-
-    def embed(images: Any) -> jax.Array:
-        pixels = as_pixels(images, side)
-        if len(pixels):
-            return embed_pixels(pixels)
-        return embed_pixels(np.zeros((1, side, side, 3), np.uint8))[:0]  # of the right length
-
-    return Model(embed, size, config, normalization)
+    return model, variables, normalization, config
 
 
 def as_pixels(images: Any, side: int) -> Any:

@@ -1,9 +1,11 @@
 """Exact retrieval metrics in constant memory: at which ranks do the true matches stand?
 
 The rank of a true match is a count: the gallery items of other classes at least as
-similar to the query, plus the true matches before it. Counting needs one matrix product
-and a comparison per true match, never a sort, a top-k or a queries × gallery array. All
-metrics here follow from these ranks. Similarity is cosine.
+similar to the query, plus the true matches before it. In a class of few members, counting
+needs one matrix product and a comparison per true match, never a sort, a top-k or a queries
+× gallery array. In a class of many, it is cheaper to sort the other items once and to look
+every true match up among them; then some rows of similarities are held at a time. All metrics
+here follow from these ranks. Similarity is cosine.
 
 >>> embeddings = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.9, 0.3]])
 >>> labels = ["cat", "cat", "dog", "dog"]
@@ -30,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
 from cgd_jax.retrieval import PRECISIONS, check_matrix, check_rows
-from cgd_jax.runtime import files, processes
+from cgd_jax.runtime import files, processes, threads
 
 __all__ = [
     "PRECISIONS",
@@ -60,7 +62,14 @@ TILE = (256, 4096)
 # Side of the small products that only look at true matches.
 WINDOW = 256
 # Numbers per query and true match that a call may hold.
-MATCHES = 2**24
+MATCHES = 2**21
+
+# Members of a class from which sorting a row of similarities is cheaper than comparing it with
+# every true match. An accelerator compares much faster, and the rows are sorted on the host.
+SORTED_FROM = {"cpu": 64}
+SORTED_FROM_ON_ACCELERATORS = 1024
+# Similarities that are held for sorting: 256 MB.
+HELD = 2**26
 
 
 class RankingOptions(TypedDict, total=False):
@@ -210,7 +219,7 @@ def evaluate(
         precision = np.where(np.isfinite(ranks), place / ranks, 0.0)
         within = ranks <= matches[:, None]
         values: list[np.ndarray] = [ranks[:, 0] <= k for k in ks]
-        values += [np.sum(ranks <= k, 1) / k for k in ks]
+        values += [np.sum(ranks[:, :k] <= k, 1) / k for k in ks]  # the n-th rank is at least n
         values.append(within.sum(1) / matches)
         values.append(np.sum(precision * within, 1) / matches)
         values.append(np.sum(precision, 1) / matches)
@@ -456,6 +465,25 @@ def _true_match_ranks(
         mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
     rows = rows[processes.share_of_rows(mesh, len(rows))]
     mesh = processes.local_mesh(mesh)
+    offsets = np.array(TIES[ties], np.float32)
+    least = SORTED_FROM.get(mesh.devices.flat[0].platform, SORTED_FROM_ON_ACCELERATORS)
+    large = members[code[rows]] >= least
+    if large.any():
+        yield from _ranks_in_whole_rows(
+            query,
+            gallery,
+            rows[large],
+            matches,
+            own,
+            members=lambda row: order[start[row] : end[row]],
+            offsets=offsets,
+            mesh=mesh,
+            precision=precision,
+            first=first,
+        )
+    rows = rows[~large]
+    if not len(rows):
+        return
     ways = mesh.size
     at_once = int(np.clip(MATCHES // members[code[rows[-1]]], 1, STEPS * BLOCK))
     block = ways * _even(min(BLOCK, at_once, -(-len(rows) // ways)), TILE[0])[0]
@@ -487,7 +515,7 @@ def _true_match_ranks(
                     )
                 ),
                 gallery=gallery,
-                offsets=np.array(TIES[ties], np.float32),
+                offsets=offsets,
                 mesh=mesh,
                 precision=precision,
             )
@@ -509,6 +537,60 @@ def _merge(array, options):
     """The rows of all processes that share the queries."""
     mesh = options.get("mesh")
     return array if mesh is None else processes.merge_rows(array, mesh)
+
+
+def _ranks_in_whole_rows(
+    query, gallery, rows, matches, own, *, members, offsets, mesh, precision, first
+):
+    """Yields what `_true_match_ranks` does, for `rows` of queries that have many true matches.
+
+    ``members`` maps a query to where in the gallery its class is, itself included; ``matches``
+    and ``own`` are of all queries, ``offsets`` as for `_count_others_before`.
+    """
+    size = _even(len(gallery), GALLERY_BLOCK)[1]
+    block = min(BLOCK, max(1, HELD // len(gallery)), len(rows))
+    block = -(-block // mesh.size) * mesh.size
+    divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
+
+    def ranks(row, similarity):
+        if own[row] >= 0:
+            similarity[own[row]] = -np.inf
+        mine = members(row)
+        true = similarity[mine]
+        if first:
+            true = true.max(keepdims=True)
+            similarity[mine] = -np.inf
+            before = [np.count_nonzero(similarity > true + offset) for offset in offsets]
+        else:
+            true = -np.sort(-true)[: matches[row]]
+            similarity[mine] = np.inf
+            similarity.sort()
+            others = similarity[: len(similarity) - len(mine)]
+            before = [len(others) - np.searchsorted(others, true + o, "right") for o in offsets]
+        return np.arange(1, len(true) + 1) + np.mean(before, 0)
+
+    def padded_ranks(some, similarity):
+        width = 1 if first else matches[some].max()
+        found = np.full((len(some), width), np.inf)
+        for row, values, place in zip(some, similarity, found, strict=True):
+            true = ranks(row, values)
+            place[: len(true)] = true
+        return some, matches[some], found
+
+    for at in range(0, len(rows), block):
+        some = rows[at : at + block]
+        # The last block repeats some queries.
+        queries = jax.device_put(query[np.resize(some, block)], divided)
+        similarity = np.empty((len(some), len(gallery)), np.float32)
+        for begin in range(0, len(gallery), size):
+            items = jax.device_put(_padded(gallery[begin : begin + size], size), everywhere)
+            product = np.asarray(_product(queries, items, precision))
+            similarity[:, begin : begin + size] = product[: len(some), : len(gallery) - begin]
+        few = int(np.clip(MATCHES // (16 * matches[some].max()), 1, 64))
+        parts = [slice(i, i + few) for i in range(0, len(some), few)]
+        yield from threads.parallel(
+            lambda part, some=some, held=similarity: padded_ranks(some[part], held[part]), parts
+        )
 
 
 def _similarity_of_matches(query, gallery, order, rows, start, end, width, precision):

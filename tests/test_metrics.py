@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -72,6 +73,64 @@ def test_equals_a_brute_force_loop(kind, searched):
         assert metrics.evaluate(*arrays, ties=ties) == pytest.approx(expected, abs=1e-6)
         recall = metrics.recall_at_k(*arrays, ties=ties)
         assert recall == pytest.approx({k: expected[f"recall@{k}"] for k in recall}, abs=1e-6)
+
+
+@pytest.mark.parametrize("searched", SEARCHED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_rows_equal_a_brute_force_loop(kind, searched, monkeypatch):
+    monkeypatch.setattr(metrics, "SORTED_FROM", {"cpu": 0})
+    monkeypatch.setattr(metrics, "HELD", 1000)  # some queries at a time
+    test_equals_a_brute_force_loop(kind, searched)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    protocol=st.sampled_from(["itself", "gallery", "some in the gallery"]),
+    ties=st.sampled_from(sorted(metrics.TIES)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_counting_and_whole_rows_agree_for_any_histogram(sizes, protocol, ties, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.resize(np.repeat(np.arange(len(sizes)), sizes), 40))
+    x = rng.integers(-2, 3, (40, 3))  # many equal cosines, and no two that nearly are
+    if protocol == "itself":
+        arguments, options = (x, labels), {}
+    else:
+        chosen = rng.permutation(40)[:30]
+        arguments = (x, labels, x[chosen], labels[chosen])
+        options = {"query_ids": np.arange(40), "gallery_ids": chosen}
+        if protocol == "gallery":
+            options = {}
+
+    def measured(least):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics, "SORTED_FROM", {"cpu": least})
+            try:
+                ranks = metrics.first_ranks(*arguments, ties=ties, **options)
+                return metrics.evaluate(*arguments, ties=ties, **options), ranks
+            except ValueError as error:
+                return {"refused": str(error)}, np.zeros(0)
+
+    counted, ranks = measured(1000)
+    for least in (0, 8):  # all rows, and both ways in one call
+        found, same_ranks = measured(least)
+        assert found.keys() == counted.keys()
+        for name, value in counted.items():
+            assert found[name] == (value if name == "refused" else pytest.approx(value, abs=1e-12))
+        np.testing.assert_array_equal(same_ranks, ranks)
+
+
+def test_memory_of_few_large_classes_is_that_of_a_block(monkeypatch):
+    monkeypatch.setattr(metrics, "HELD", 2**18)
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(3000, 4)), rng.integers(0, 2, 3000)
+    metrics.evaluate(x, labels)
+    tracemalloc.start()
+    metrics.evaluate(x, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6  # 36 MB are the similarities, 72 MB the ranks in float64
 
 
 @pytest.mark.parametrize("searched", SEARCHED)
@@ -339,6 +398,9 @@ explicit = jax.make_mesh((8,), ("data",))
 for mesh in (two, eight, explicit):
     assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 assert metrics.evaluate(x, labels, mesh=explicit) == metrics.evaluate(x, labels)
+metrics.SORTED_FROM = {"cpu": 0}
+for mesh in (None, two, eight):
+    assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 """
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

@@ -129,6 +129,16 @@ def check(data: bytes) -> tuple[int, int, bool]:
     return height, width, bool(high.max() < BLACK or np.all(high - low < PLAIN))
 
 
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Reads (height, width) in pixels, as displayed, from an image's header.
+
+    Raises:
+      ValueError: the reason why it cannot be used, in a few words.
+    """
+    height, width, _ = _header(data)
+    return height, width
+
+
 def may_be_float(data: bytes) -> bool:
     """Returns whether a file has a format that can hold floating-point values."""
     return data.startswith((b"II*\0", b"MM\0*", b"Pf"))  # TIFF and PFM

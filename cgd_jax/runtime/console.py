@@ -8,8 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cgd_jax.runtime import processes
-
 log = logging.getLogger(__name__)
 
 
@@ -18,9 +16,13 @@ def say(text: str) -> None:
 
     Characters that the terminal does not have, such as bytes of file names, are escaped.
     """
-    if processes.is_first():
-        encoding = sys.stdout.encoding or "utf-8"
-        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    if "jax" in sys.modules:  # else there is one process
+        from cgd_jax.runtime import processes
+
+        if not processes.is_first():
+            return
+    encoding = sys.stdout.encoding or "utf-8"
+    tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def show_log() -> None:

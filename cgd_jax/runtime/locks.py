@@ -9,8 +9,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from cgd_jax.runtime import processes
-
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +60,8 @@ def one_run_in(workdir: str) -> Iterator[None]:
     Raises:
       BlockingIOError: another run is at work there; it says which.
     """
+    from cgd_jax.runtime import processes
+
     if not processes.is_first():
         yield
         return

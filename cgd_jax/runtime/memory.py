@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
 
     XLA frees the temporary memory of a program when it has run, glibc gives large blocks back,
     and the next step takes them again page by page: on a CPU that is more than a quarter of a
-    training step's time, and all of it in the kernel (`benchmarks/training.py allocation`).
+    training step's time, and all of it in the kernel (`benchmarks/allocation.py`).
 
     Nothing is done where JAX may use an accelerator, whose programs have their memory on the
     device, and whose hosts have so many cores that one heap would be in demand; nor where the

@@ -1,0 +1,104 @@
+"""What --mode=index and --mode=search do."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cgd_jax.runtime import console
+from cgd_jax.search import indexing, queries, stores
+from cgd_jax.search.index import Index
+
+__all__ = ["default_address", "fill_index", "search_index"]
+
+
+def default_address(workdir: str | None) -> str:
+    """Returns where the index of a run lies; without a run, that of the packaged network."""
+    return str(Path(workdir or "runs", "index"))
+
+
+def keep_compiled(address: str) -> None:
+    """Keeps compiled programs beside an index, as those of runs are kept beside their folders."""
+    if stores.is_local(address):
+        # JAX reads this when it is imported, if it is.
+        folder = Path(address).absolute().parent / ".compiled"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+
+
+def fill_index(
+    address: str,
+    sources: Sequence[str],
+    model: str | None = None,
+    *,
+    vector: str | None = None,
+    precision: str | None = None,
+    whiten: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Brings an index up to date and says what was done; see `indexing.update`."""
+    keep_compiled(address)
+    begin = time.monotonic()
+    changes = indexing.update(
+        address,
+        sources,
+        model,
+        vector=vector,
+        precision=precision,
+        whiten=whiten,
+        share=share,
+    )
+    mine = f" (by process {share[0]} of {share[1]})" if share[1] > 1 else ""
+    console.say(
+        f"{address}: {changes.added:,} pictures added, {changes.changed:,} changed, "
+        f"{changes.removed:,} removed, {changes.unchanged:,} unchanged, {len(changes.skipped):,} "
+        f"files left out{mine}, in {time.monotonic() - begin:.1f} s."
+    )
+
+
+def search_index(
+    address: str,
+    asked: Sequence[str] | None,
+    model: str | None = None,
+    *,
+    k: int = 20,
+    where: str | None = None,
+    exact: bool = False,
+    crop: str | None = None,
+    duplicates: float | None = None,
+    as_json: bool = False,
+    picture: str = "search.png",
+) -> None:
+    """Searches an index and shows what is found; see `queries.ask` and `find_duplicates`.
+
+    Args:
+      address: of the index.
+      asked: files and folders to search by; None to look for duplicates.
+      model: as `Index.open` takes it.
+      k: hits of each query, at most.
+      where: as for `Index.search`.
+      exact: likewise.
+      crop: "x,y,width,height", the part of each query to search by.
+      duplicates: similarity from which pictures count as duplicates.
+      as_json: whether to print JSON, and nothing else, and draw nothing.
+      picture: PNG to draw.
+    """
+    box = queries.parse_crop(crop) if crop else None
+    keep_compiled(address)
+    index = Index.open(address, model)
+    # Not at the top of the file: an index is filled without what draws.
+    from cgd_jax.search import report
+    from cgd_jax.search.duplicates import find_duplicates
+
+    if asked is None:
+        groups = find_duplicates(index, duplicates or 0.97, where, exact)
+        print(report.groups_as_json(groups) if as_json else report.groups_as_text(groups))
+        if groups and not as_json:
+            report.draw_groups(Path(picture), index, groups)
+    else:
+        found = queries.ask(index, asked, k, where, exact, box)
+        print(report.as_json(found) if as_json else report.as_text(found))
+        groups = []
+        if not as_json:
+            report.draw(Path(picture), index, found.answers)
+    if not as_json and (asked or groups):
+        console.say(f"Look at {picture}.")

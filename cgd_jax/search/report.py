@@ -1,0 +1,141 @@
+"""What was found, for people and for programs: a table, a picture, JSON."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from tabulate import tabulate
+
+from cgd_jax.reports import lettering
+from cgd_jax.reports.names import literal
+from cgd_jax.runtime import files
+from cgd_jax.search.duplicates import Group
+from cgd_jax.search.index import Index
+from cgd_jax.search.pictures import THUMBNAIL
+from cgd_jax.search.queries import Answer, Found
+
+__all__ = ["as_json", "as_text", "draw", "draw_groups", "groups_as_json", "groups_as_text"]
+
+ROWS, HITS = 20, 7  # in a picture: rows at most, and hits in one
+GAP, LINE, FONT = 14, 18, 13  # pixels: between thumbnails, of a line of a caption, of its letters
+
+Cell = tuple[str, str, bytes]  # two lines below a picture, and the picture as JPEG
+
+
+def as_text(found: Found) -> str:
+    """Writes a table for every query: rank, similarity, label, path."""
+    tables = []
+    for answer in found.answers:
+        rows = [
+            (rank, f"{hit.similarity:.4f}", literal(hit.label or ""), literal(hit.path))
+            for rank, hit in enumerate(answer.hits, 1)
+        ]
+        table = tabulate(rows, ["rank", "similarity", "label", "path"], disable_numparse=True)
+        tables.append(f"{literal(answer.query)}\n{table}")
+    tables += [f"Left out: {literal(path)}: {reason}." for path, reason in found.skipped]
+    count = len(found.answers)
+    tables.append(
+        f"Searched {found.searched:,} pictures by {count} {'query' if count == 1 else 'queries'} "
+        f"in {found.milliseconds:.0f} ms."
+    )
+    return "\n\n".join(tables)
+
+
+def as_json(found: Found) -> str:
+    """Writes the same for programs."""
+    answers = [
+        {
+            "query": answer.query,
+            "hits": [{"rank": i, **hit._asdict()} for i, hit in enumerate(answer.hits, 1)],
+        }
+        for answer in found.answers
+    ]
+    skipped = [{"path": path, "reason": reason} for path, reason in found.skipped]
+    values = {"searched": found.searched, "milliseconds": round(found.milliseconds, 1)}
+    return json.dumps({"answers": answers, "skipped": skipped, **values}, indent=2)
+
+
+def groups_as_text(groups: list[Group]) -> str:
+    """Writes a table of groups of duplicates."""
+    rows = [
+        (number, len(group.members), f"{hit.similarity:.4f}", literal(hit.label or ""), hit.path)
+        for number, group in enumerate(groups, 1)
+        for hit in group.members
+    ]
+    rows = [(*row[:-1], literal(row[-1])) for row in rows]
+    header = ["group", "pictures", "similarity", "label", "path"]
+    return tabulate(rows, header, disable_numparse=True)
+
+
+def groups_as_json(groups: list[Group]) -> str:
+    """Writes the same for programs."""
+    values = [
+        {
+            "similarity": group.similarity,
+            "pictures": [member._asdict() for member in group.members],
+        }
+        for group in groups
+    ]
+    return json.dumps({"groups": values}, indent=2)
+
+
+def draw(path: Path, index: Index, answers: Sequence[Answer]) -> None:
+    """Draws queries, each with the first of what was found, as a PNG.
+
+    One query has several rows, of many each has one.
+    """
+    rows: list[list[Cell | None]] = []
+    for answer in answers[:ROWS]:
+        cells = [
+            (f"{hit.similarity:.3f}", hit.label or Path(hit.path).name, index.thumbnail(hit.id))
+            for hit in answer.hits[: HITS * (ROWS if len(answers) == 1 else 1)]
+        ]
+        query = ("query", Path(answer.query).name, answer.thumbnail)
+        rows.append([query, *cells[:HITS]])
+        rows += [[None, *cells[at : at + HITS]] for at in range(HITS, len(cells), HITS)]
+    _draw(path, rows, behind_first=GAP)
+
+
+def draw_groups(path: Path, index: Index, groups: Sequence[Group]) -> None:
+    """Draws the first groups of duplicates, one a row, as a PNG."""
+    rows = [
+        [
+            (f"{hit.similarity:.3f}", Path(hit.path).name, index.thumbnail(hit.id))
+            for hit in group.members[: HITS + 1]
+        ]
+        for group in groups[:ROWS]
+    ]
+    _draw(path, rows)
+
+
+def _draw(path: Path, rows: Sequence[Sequence[Cell | None]], behind_first: int = 0) -> None:
+    """Draws rows of cells.
+
+    Args:
+      path: of the PNG.
+      rows: each of at least one cell; None stays empty.
+      behind_first: pixels between the first cell of a row and the others.
+    """
+    pictures = [[cell and Image.open(io.BytesIO(cell[2])) for cell in row] for row in rows]
+    heights = [max(picture.height for picture in row if picture) for row in pictures]
+    width = GAP + behind_first + max(map(len, rows)) * (THUMBNAIL + GAP)
+    height = GAP + sum(heights) + len(rows) * (2 * LINE + GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    bottom = 0
+    for row, row_pictures, high in zip(rows, pictures, heights, strict=True):
+        bottom += GAP + high
+        for column, (cell, picture) in enumerate(zip(row, row_pictures, strict=True)):
+            if cell is None or picture is None:
+                continue
+            left = GAP + column * (THUMBNAIL + GAP) + (behind_first if column else 0)
+            sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, bottom - picture.height))
+            for line, (text, color) in enumerate(zip(cell[:2], ("black", "#555555"), strict=True)):
+                shown = lettering.drawable(text, 26)
+                x = left + (THUMBNAIL - lettering.width(shown, FONT)) / 2
+                place = x, bottom + (line + 1) * LINE - 3
+                lettering.write(canvas, place, shown, FONT, color)
+        bottom += 2 * LINE
+    files.write_picture(path, sheet)
