@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cgd_jax.augment import Normalization
@@ -60,7 +61,7 @@ def open_model(source: str | Path, vector: str = "embedding") -> Model:
         pixels = as_pixels(images, side)
         if len(pixels):
             return embed_pixels(pixels)
-        return embed_pixels(np.zeros((1, side, side, 3), np.uint8))[:0]  # of the right length
+        return embed_pixels(jnp.zeros((1, side, side, 3), np.uint8))[:0]  # of the right length
 
     return Model(embed, size, config, normalization)
 

@@ -794,21 +794,19 @@ def as_labels(name: str, values: ArrayLike) -> np.ndarray:
     array = np.asarray(array)
     remedy = f"make texts of them, {name}.astype(str), or numbers, numpy.unique with return_inverse"
     if array.dtype.kind in "OT":  # Python's objects, and NumPy's texts of any length
-        kinds = {
-            "number" if isinstance(v, int | np.integer | np.bool_) else type(v) for v in array.flat
-        }
-        if not array.size or kinds == {"number"}:
+        kinds = {int if isinstance(v, int | np.integer | np.bool_) else type(v) for v in array.flat}
+        if not array.size or kinds == {int}:
             numbers = [int(value) for value in array.flat]
             least, most = min(numbers, default=0), max(numbers, default=0)
             if least < -(2**63) or most >= (2**64 if least >= 0 else 2**63):
                 raise ValueError(f"{name} from {least} to {most} do not fit into 64 bits; {remedy}")
             kind = np.int64 if most < 2**63 else np.uint64
             return np.array(numbers, kind).reshape(array.shape)
-        if all(isinstance(kind, type) and issubclass(kind, str) for kind in kinds):
+        if all(issubclass(kind, str) for kind in kinds):
             return array.astype(str)
         if kinds == {bytes}:
             return array.astype("S")
-        found = " and ".join(sorted(getattr(k, "__name__", k) for k in kinds))
+        found = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"{name} must be whole numbers or texts, got {found}; {remedy}")
     if array.dtype.kind in "US" or array.dtype == np.uint64:
         return array

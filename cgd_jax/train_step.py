@@ -61,7 +61,6 @@ def make_train_step(
       donated.
     """
     measure = functools.partial(measure_losses, config.loss)
-    describe = functools.partial(describe_step, config.loss, model, measure)
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     chunk = config.train.embed_chunk
     gradients_of = (
@@ -82,6 +81,9 @@ def make_train_step(
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
         return dataclasses.replace(new, step=state.step + 1, skipped=skipped), metrics
+
+    def describe(state: State, descriptors: list[jax.Array], labels: jax.Array):
+        return describe_step(config.loss, model, measure, state, descriptors, labels)
 
     replicated, batch_sharding = shardings(mesh)
     if chunk:  # the host goes from chunk to chunk, so that this cannot be one program

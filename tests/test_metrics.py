@@ -442,8 +442,8 @@ def test_labels_and_ids_are_compared_exactly(query, gallery):
     [
         (np.array([1.0, 2.0]), "got float64; .*astype"),
         (np.array(["a", np.nan], object), "got float and str; .*astype\\(str\\)"),
-        (["1", 1], "got number and str"),
-        ([1, None], "got NoneType and number"),
+        (["1", 1], "got int and str"),
+        ([1, None], "got NoneType and int"),
         ([2**64, 1], "do not fit into 64 bits"),
         ([-1, 2**63], "do not fit into 64 bits"),
         (np.array(["2020-01-01", "2021-01-01"], "M8[D]"), "got datetime64"),
