@@ -85,7 +85,8 @@ def _turn(name, running, found):
     try:
         answer = pipe.recv()
     except EOFError:
-        answer = "its process ended"
+        process.join()
+        answer = f"its process ended with status {process.exitcode}"
     if isinstance(answer, str):
         print(f"({name} left out: {answer})", flush=True)
         found.pop(name, None)
