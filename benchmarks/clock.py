@@ -85,7 +85,8 @@ def _turn(name, running, found):
     try:
         answer = pipe.recv()
     except EOFError:
-        answer = "its process ended"
+        process.join()
+        answer = f"its process ended with status {process.exitcode}"
     if isinstance(answer, str):
         print(f"({name} left out: {answer})", flush=True)
         found.pop(name, None)
@@ -119,14 +120,15 @@ def _serve(pipe, prepare, warm):
 def peak_mb(call: Callable[[], Any]) -> float:
     """Returns the MB of memory of this process that a call needs at most, beyond those it had."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    status = lambda field: int(re.search(rf"{field}:\s+(\d+)", _status())[1]) / 2**10
-    before = status("VmRSS")
+    before = resident_mb()
     call()
-    return status("VmHWM") - before
+    return resident_mb("VmHWM") - before
 
 
-def _status() -> str:
-    return Path("/proc/self/status").read_text()
+def resident_mb(field: str = "VmRSS") -> float:
+    """Returns the MB of memory of this process, or with "VmHWM" their peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 2**10
 
 
 def use_cores(count: int | None) -> None:
