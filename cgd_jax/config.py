@@ -41,7 +41,20 @@ FREE_TO_CHANGE = (
 
 # Keys that were added after version 0.1.0, each with the value that does what was done before
 # it existed: a work folder of an older version is opened with them.
-ADDED_KEYS: dict[str, Any] = {"model.center": "none"}
+ADDED_KEYS: dict[str, Any] = {
+    "model.center": "none",
+    "loss.soft_margin_triplet.scale": 1.0,
+    "loss.info_nce.temperature": 0.07,
+    "loss.sup_con.temperature": 0.1,
+    "loss.circle.margin": 0.25,
+    "loss.circle.scale": 256.0,
+    "loss.lifted_structure.margin": 1.0,
+    "loss.n_pair.scale": 16.0,
+    "loss.smooth_ap.temperature": 0.01,
+    "loss.recall_at_k.ks": (1, 2, 4, 8, 16),
+    "loss.recall_at_k.rank_temperature": 0.01,
+    "loss.recall_at_k.k_temperature": 1.0,
+}
 
 
 class ConfigError(ValueError):
@@ -117,7 +130,11 @@ RULES: dict[str, Rule] = {
     "model.freeze_batch_norm": _yes_or_no,
     "model.remat": _yes_or_no,
     "model.dtype": one_of(("auto", "float32", "bfloat16", "float16")),
-    "loss.ranking": one_of(losses.RANKING_LOSSES),
+    "loss.ranking": Rule(
+        lambda name: name in losses.RANKING_LOSSES,
+        f"is unknown; valid names are, of pairs: {', '.join(losses.PAIR_LOSSES)}; of the batch's "
+        f"order: {', '.join(losses.LIST_LOSSES)}",
+    ),
     "loss.ranking_weight": at_least(0),
     "loss.classification_weight": at_least(0),
     "loss.temperature": _above_0,
@@ -130,6 +147,20 @@ RULES: dict[str, Rule] = {
     "loss.multi_similarity.beta": _above_0,
     "loss.multi_similarity.base": at_least(-1),
     "loss.multi_similarity.mining_margin": at_least(0),
+    "loss.soft_margin_triplet.scale": _above_0,
+    "loss.info_nce.temperature": _above_0,
+    "loss.sup_con.temperature": _above_0,
+    "loss.circle.margin": at_least(0),
+    "loss.circle.scale": _above_0,
+    "loss.lifted_structure.margin": at_least(0),
+    "loss.n_pair.scale": _above_0,
+    "loss.smooth_ap.temperature": _above_0,
+    "loss.recall_at_k.ks": Rule(
+        lambda ks: len(ks) > 0 and all(isinstance(k, int) and k > 0 for k in ks),
+        "must be positive whole numbers, such as (1, 2, 4)",
+    ),
+    "loss.recall_at_k.rank_temperature": _above_0,
+    "loss.recall_at_k.k_temperature": _above_0,
     "optimizer.name": one_of(("adam", "adamw", "sgd")),
     "optimizer.learning_rate": _above_0,
     "optimizer.backbone_rate": at_least(0),
