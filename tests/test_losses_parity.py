@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cgd_jax import losses
+from cgd_jax.combination import l2_normalize
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "losses.npz"))
 WITH_CENTRES = {
@@ -27,7 +28,8 @@ def test_value_and_gradients(name):
         loss = lambda x, centres: WITH_CENTRES[name](x, labels, centres)
         arguments, parts = (x, jnp.asarray(golden("centres"))), ("gradient", "centres_gradient")
     else:
-        loss = lambda x: losses.RANKING_LOSSES[name](x, labels)
+        # Theirs normalizes also where distances are compared, which the gradient passes through.
+        loss = lambda x: losses.RANKING_LOSSES[name](l2_normalize(x), labels)
         arguments, parts = (x,), ("gradient",)
     value, found = jax.value_and_grad(loss, tuple(range(len(arguments))))(*arguments)
     np.testing.assert_allclose(value, golden("value"), rtol=1e-5)
