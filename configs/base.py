@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     model.dtype = "auto"
 
     config.loss = loss = ConfigDict()
-    loss.ranking = "batch_hard_triplet"  # one of the five below
+    loss.ranking = "batch_hard_triplet"  # one of those below
     loss.ranking_weight = 1.0  # 0 switches the ranking loss off
     loss.classification_weight = 1.0  # 0 switches the auxiliary loss off (the paper's "Rank")
     loss.temperature = 0.5  # τ: the logits are divided by it
@@ -71,6 +71,16 @@ def get_config() -> ConfigDict:
     loss.contrastive = ConfigDict({"margin": 1.0})
     loss.multi_similarity = ConfigDict(
         {"alpha": 2.0, "beta": 50.0, "base": 0.5, "mining_margin": 0.1}
+    )
+    loss.soft_margin_triplet = ConfigDict({"scale": 1.0})
+    loss.info_nce = ConfigDict({"temperature": 0.07})
+    loss.sup_con = ConfigDict({"temperature": 0.1})
+    loss.circle = ConfigDict({"margin": 0.25, "scale": 256.0})
+    loss.lifted_structure = ConfigDict({"margin": 1.0})
+    loss.n_pair = ConfigDict({"scale": 16.0})
+    loss.smooth_ap = ConfigDict({"temperature": 0.01})
+    loss.recall_at_k = ConfigDict(
+        {"ks": (1, 2, 4, 8, 16), "rank_temperature": 0.01, "k_temperature": 1.0}
     )
 
     config.optimizer = optimizer = ConfigDict()

@@ -63,7 +63,8 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
     before = losses_of(config, [vectors], jnp.zeros((6, 3)), labels)[1]
     for option in config[name]:
         changed = ConfigDict(config)
-        changed[name][option] = 1.7 * config[name][option]
+        value = config[name][option]
+        changed[name][option] = (1,) if option == "ks" else 1.7 * value
         after = losses_of(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
         if option != "mining_margin":  # may mine the same pairs
             assert before != after, f"{name}.{option} does nothing"
