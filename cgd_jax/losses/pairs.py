@@ -136,7 +136,7 @@ def pairs_of(
         references = jnp.concatenate([references, jax.lax.stop_gradient(memory.vectors)])
         columns = jnp.concatenate([labels, memory.labels.astype(labels.dtype)])
     same = labels[:, None] == columns[None, :]
-    positive = same & ~jnp.eye(*same.shape, dtype=bool)
+    positive = same & ~jnp.eye(len(labels), len(columns), dtype=bool)
     negative = ~same & (columns >= 0) if memory is not None else ~same
     if miner is not None:
         distances = jax.lax.stop_gradient(pairwise_distances(embeddings, references))
