@@ -91,7 +91,7 @@ def refused_options(config: Any) -> list[str]:
     for option in dict.fromkeys(option for family in FAMILIES for option in family.options):
         having = [family for family in FAMILIES if option in family.options]
         value, published = getattr(config, option), having[0].options[option]
-        if chosen not in having and value != published:
+        if option not in chosen.options and value != published:
             titles = ", ".join(f"{family.title}s" for family in having)
             refused.append(
                 f"model.{option}={value!r} is an option of {titles}; {name} has none, leave "
