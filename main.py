@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cgd_jax.runtime import console, interrupts
+from cgd_jax.runtime import console, interrupts, memory
 
 # Everything else is imported where it is needed: --mode=index, which has often nothing to do,
 # ends before JAX would be there.
@@ -302,6 +302,7 @@ def main(argv: list[str]) -> None:
     if not JSON.value:
         console.show_log()
     check_flags(argv)
+    memory.keep_freed_memory()
     try:
         if DISTRIBUTED.value or COORDINATOR.value:
             from cgd_jax.runtime import processes

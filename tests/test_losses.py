@@ -166,6 +166,20 @@ def test_pairwise_distances():
     assert np.all(np.asarray(losses.pairwise_distances(jnp.ones((3, 4)))) == 0)
 
 
+def test_long_vectors_that_lie_close_together_keep_their_distances():
+    rng = np.random.default_rng(0)
+    x = (1000 * np.eye(8)[0] + 0.1 * rng.normal(size=(6, 8))).astype(np.float32)
+    y = (1000 * np.eye(8)[0] + 0.1 * rng.normal(size=(5, 8))).astype(np.float32)
+    for other in (x, y):
+        expected = np.sqrt(((x[:, None].astype(np.float64) - other[None]) ** 2).sum(-1))
+        found = losses.pairwise_distances(jnp.asarray(x), jnp.asarray(other))
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    slope = jax.grad(lambda x: losses.pairwise_distances(x, jnp.asarray(y)).sum())(jnp.asarray(x))
+    directions = x[:, None].astype(np.float64) - y[None]
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    np.testing.assert_allclose(slope, directions.sum(1), rtol=1e-3, atol=1e-3)
+
+
 def numpy_cross_entropy(logits, labels, temperature, smoothing):
     total = 0.0
     for row, label in zip(logits.astype(np.float64) / temperature, labels, strict=True):

@@ -91,8 +91,8 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py:SX"],
-            "error: model.descriptors='SX' must be one or more of the letters S, M, G, R, each at "
-            "most once, such as SG or GSM.",
+            "error: model.descriptors='SX' must be one or more of the letters S, M, G, R, C, each "
+            "at most once, such as SG or GSM.",
         ),
         (
             ["--config=configs/nowhere.py"],
@@ -113,7 +113,7 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py", "--mode=tain"],
-            "should be one of <train|eval|data|export|study|explain>",
+            "should be one of <train|eval|data|export|study|explain|index|search>",
         ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (
