@@ -131,11 +131,11 @@ def kills(count: int, times: int) -> None:
         address, photos = str(Path(scratch, "index")), str(Path(scratch, "photos"))
         rng, landed = random.Random(0), 0
         while landed < times:
-            command = [sys.executable, __file__, "index-slowly", address, photos]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE)
-            assert process.stdout is not None
-            process.stdout.readline()  # it begins
-            time.sleep(rng.uniform(0, 3))
+            before = written(address)
+            process = subprocess.Popen([sys.executable, __file__, "index-slowly", address, photos])
+            while process.poll() is None and written(address) <= before:
+                time.sleep(0.01)  # from the first write on, it is worth killing
+            time.sleep(rng.uniform(0, 2))
             if process.poll() is not None:
                 shutil.rmtree(address)  # it was done: from the beginning
                 continue
@@ -149,6 +149,12 @@ def kills(count: int, times: int) -> None:
         same = everything(address) == everything(undisturbed)
         print(f"after {times} kills the index equals an undisturbed one: {same}")
         sys.exit(not same)
+
+
+def written(address: str) -> int:
+    """Returns how often an index in a folder was written, as far as the files tell."""
+    folder = Path(address, "pictures.lance", "_versions")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def rows_of(address: str) -> int:
@@ -182,7 +188,6 @@ def index_slowly(address: str, photos: str) -> None:
         time.sleep(0.02)
         return network.embed(images)
 
-    print("begins", flush=True)
     index.BATCHES, indexing.WRITE_EVERY = (1, 8), 8
     indexing.update(address, [photos], network._replace(embed=embed))
 
