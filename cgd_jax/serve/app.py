@@ -42,6 +42,7 @@ STATIC = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 PICTURE_BODY = {
     "requestBody": {
@@ -143,7 +144,7 @@ def create_app(
     kept = uploads.Uploads()
     gate = Gate(capacity)
     device = Device(index.embed_pixels, batch_size=16)
-    heat = Heat(index)
+    heat, explaining = Heat(index), asyncio.Lock()
     decoding = threading.BoundedSemaphore(os.cpu_count() or 1)  # each may take 150 MB
     summary = Summary(index)
     vectors: dict[tuple[str, str | None], np.ndarray] = {}  # of uploads, whose results are paged
@@ -168,6 +169,22 @@ def create_app(
         pixels = pixels_of(data, crop)
         return kept.keep(data), pixels
 
+    def remember(id: str, crop: str | None, vector: np.ndarray) -> np.ndarray:
+        if id.startswith(uploads.PREFIX):  # of a content, which does not change
+            vectors[id, crop] = vector
+            while len(vectors) > VECTORS:
+                del vectors[next(iter(vectors))]
+        return vector
+
+    async def vector_for(id: str, crop: str | None) -> np.ndarray:
+        if crop is None and not id.startswith(uploads.PREFIX):
+            return await asyncio.to_thread(vector_of, index, id)
+        if (id, crop) in vectors:
+            return vectors[id, crop]
+        content = await asyncio.to_thread(content_of, id)
+        pixels = await asyncio.to_thread(pixels_of, content, crop)
+        return remember(id, crop, await device.embed(pixels))
+
     @app.post(
         "/search",
         openapi_extra=PICTURE_BODY,
@@ -184,22 +201,14 @@ def create_app(
     ) -> Answer:
         """Finds the pictures most similar to the one in the body, or to that of an id."""
         with gate.entered():
-            data = await uploads.read_body(request, max_bytes) if id is None else None
-            begin = time.perf_counter()
-            if data is not None:
-                id, pixels = await asyncio.to_thread(accept, data, crop)
-                vector = await device.embed(pixels)
-            elif crop is None and not id.startswith(uploads.PREFIX):
-                vector = await asyncio.to_thread(vector_of, index, id)
-            elif (id, crop) in vectors:
-                vector = vectors[id, crop]
+            if id is None:
+                data = await uploads.read_body(request, max_bytes)
+                begin = time.perf_counter()
+                query, pixels = await asyncio.to_thread(accept, data, crop)
+                vector = remember(query, crop, await device.embed(pixels))
             else:
-                content = await asyncio.to_thread(content_of, id)
-                vector = await device.embed(await asyncio.to_thread(pixels_of, content, crop))
-            if id.startswith(uploads.PREFIX):  # of a content, which does not change
-                vectors[id, crop] = vector
-                while len(vectors) > VECTORS:
-                    del vectors[next(iter(vectors))]
+                begin = time.perf_counter()
+                query, vector = id, await vector_for(id, crop)
             last = min(offset + k, FARTHEST)
             where = None if label is None else f"label = {stores.quoted(label)}"
             # An exact search may read all vectors into memory: one at a time.
@@ -217,7 +226,7 @@ def create_app(
             for hit in found[0][offset:]
         ]
         return Answer(
-            query=id,
+            query=query,
             hits=hits,
             more=len(found[0]) == last < min(FARTHEST, searched),
             searched=searched,
@@ -253,7 +262,9 @@ def create_app(
             def read() -> np.ndarray:
                 return np.stack([pixels_of(content_of(query), crop), pixels_of(content_of(match))])
 
-            maps = await device.run(heat.maps, await asyncio.to_thread(read))
+            pixels = await asyncio.to_thread(read)
+            async with explaining:  # not on the device's thread: the first one compiles for long
+                maps = await asyncio.to_thread(heat.maps, pixels)
         grids = maps.round(6).tolist()
         return Explanation(query=grids[0], match=grids[1], inset=heat.inset)
 
