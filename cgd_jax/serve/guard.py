@@ -1,6 +1,7 @@
 """Who may ask, and what browsers are told about every answer."""
 
 import hmac
+import re
 import secrets
 from urllib.parse import parse_qsl
 
@@ -89,6 +90,5 @@ class Guard:
 
 def hostname(host: str) -> str:
     """Returns the name in a Host header, without the port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
+    found = re.fullmatch(r"\[([0-9a-f:.]+)\](:\d+)?|([^:\[\]]+)(:\d+)?", host.lower())
+    return (found[1] or found[3]) if found else ""

@@ -351,7 +351,7 @@ function drawHeat(canvas, image, grid, inset, heat, part) {
   const columns = grid[0].length;
   const dark = new ImageData(columns, rows);
   grid.flat().forEach((value, i) => {
-    dark.data[4 * i + 3] = Math.round(215 * (1 - Math.sqrt(clamp(value / most))));
+    dark.data[4 * i + 3] = Math.round(190 * (1 - Math.sqrt(clamp(value / most))));
   });
   const small = element("canvas", { width: columns, height: rows });
   small.getContext("2d").putImageData(dark, 0, 0);
