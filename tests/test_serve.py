@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
-testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx is not installed")
+testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
 from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.serve import guard, uploads  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx is not installed")
+testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
 import uvicorn  # noqa: E402
 
