@@ -20,7 +20,7 @@ CONFIG = config_flags.DEFINE_config_file(
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "data", "export", "study", "explain", "index", "search"],
+    ["train", "eval", "data", "export", "study", "explain", "index", "search", "serve"],
     "What to do.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>.")
@@ -49,8 +49,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --mode=study: lists runs, ti
 INDEX = flags.DEFINE_string(
     "index",
     None,
-    "With --mode=index and search: a folder, s3://..., a file that ends in .db, or the address of "
-    "a Milvus server; by default the folder index of the run, or runs/index.",
+    "With --mode=index, search and serve: a folder, s3://..., a file that ends in .db, or the "
+    "address of a Milvus server; by default the folder index of the run, or runs/index.",
 )
 IMAGES = flags.DEFINE_multi_string(
     "images", None, "With --mode=index: a folder, an archive or a CSV; may be given several times."
@@ -58,8 +58,8 @@ IMAGES = flags.DEFINE_multi_string(
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "With --mode=index and search: an exported network, a file, folder or Hugging Face repository; "
-    "by default that of --workdir, else the index's, else EfficientNet-Lite0 with G.",
+    "With --mode=index, search and serve: an exported network, a file, folder or Hugging Face "
+    "repository; by default that of --workdir, else the index's, else EfficientNet-Lite0 with G.",
 )
 VECTOR = flags.DEFINE_string(
     "vector", None, "With --mode=index: as --config.eval.vector; by default what was trained."
@@ -91,6 +91,14 @@ JSON = flags.DEFINE_bool("json", False, "With --mode=search: prints JSON, and no
 PICTURE = flags.DEFINE_string(
     "picture", "search.png", "With --mode=search: the PNG that shows what was found."
 )
+HOST = flags.DEFINE_string(
+    "host",
+    "127.0.0.1",
+    "With --mode=serve: the address of this machine to listen at, such as 0.0.0.0 for all; a "
+    "token is needed then.",
+)
+PORT = flags.DEFINE_integer("port", 8000, "With --mode=serve: where to listen.", 0, 65535)
+SHOW_PATHS = flags.DEFINE_bool("show_paths", False, "With --mode=serve: tells where pictures lie.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Several processes, as SLURM, Open MPI or the TPU pod has started them."
 )
@@ -152,10 +160,11 @@ def check_flags(argv: list[str]) -> None:
         sys.exit("error: --variants, --seeds, --jobs and --dry_run go with --mode=study.")
     if not all(seed.isdigit() for seed in SEEDS.value or []):
         sys.exit(f"error: --seeds={','.join(SEEDS.value)}: give whole numbers such as 0,1,2.")
-    if MODE.value in ("index", "search"):
+    if MODE.value in OF_INDEXES:
         check_search_flags()
         return
-    given = next((name for name in (*SEARCHES, *INDEXES, "index") if flags.FLAGS[name].present), "")
+    of_indexes = (name for names in OF_INDEXES.values() for name in names if name != "query")
+    given = next((name for name in of_indexes if flags.FLAGS[name].present), "")
     if given:
         modes = " and ".join(f"--mode={mode}" for mode in modes_of(given))
         sys.exit(f"error: --{given} goes with {modes}.")
@@ -167,23 +176,25 @@ def check_flags(argv: list[str]) -> None:
         sys.exit("error: say what to run: --config=configs/glyphs.py, for example.")
 
 
-# The flags of one mode or the other; --index and --model are of both.
-INDEXES = ("images", "vector", "precision", "whiten", "model")
-SEARCHES = ("k", "where", "exact", "crop", "duplicates", "similarity", "json", "picture", "model")
+# The flags of the modes that make or use an index.
+OF_INDEXES = {
+    "index": ("images", "vector", "precision", "whiten", "model", "index"),
+    "search": (
+        *("query", "k", "where", "exact", "crop", "duplicates", "similarity", "json", "picture"),
+        *("model", "index"),
+    ),
+    "serve": ("host", "port", "show_paths", "model", "index"),
+}
 
 
 def modes_of(flag: str) -> list[str]:
     """Returns the modes that a flag of an index goes with."""
-    return [
-        mode
-        for mode, names in (("index", INDEXES), ("search", (*SEARCHES, "query")))
-        if flag in names or flag == "index"
-    ]
+    return [mode for mode, names in OF_INDEXES.items() if flag in names]
 
 
 def check_search_flags() -> None:
-    """Ends with one line about flags that do not go together, with --mode=index and search."""
-    for name in (*INDEXES, *SEARCHES, "query"):
+    """Ends with one line about flags that do not go together, with a mode of `OF_INDEXES`."""
+    for name in dict.fromkeys(name for names in OF_INDEXES.values() for name in names):
         if flags.FLAGS[name].present and MODE.value not in modes_of(name):
             sys.exit(f"error: --{name} goes with --mode={modes_of(name)[0]}.")
     if MATCH.value or CONFIG.value or STEP.value is not None:
@@ -203,7 +214,7 @@ def check_search_flags() -> None:
 
 def run_mode() -> None:
     """Does what --mode says."""
-    if MODE.value in ("index", "search"):
+    if MODE.value in OF_INDEXES:
         run_search_mode()
         return
     from cgd_jax import evaluate, explain, export, inspect_data, train
@@ -245,7 +256,7 @@ def run_mode() -> None:
 
 
 def run_search_mode() -> None:
-    """Does what --mode=index or search says."""
+    """Does what --mode=index, search or serve says."""
     from cgd_jax.search import commands
 
     address = INDEX.value or commands.default_address(WORKDIR.value)
@@ -260,6 +271,10 @@ def run_search_mode() -> None:
             whiten=WHITEN.value,
             share=share_of_files(),
         )
+    elif MODE.value == "serve":
+        from cgd_jax.serve.command import serve
+
+        serve(address, model, host=HOST.value, port=PORT.value, show_paths=SHOW_PATHS.value)
     else:
         commands.search_index(
             address,
@@ -286,7 +301,7 @@ def share_of_files() -> tuple[int, int]:
 
 def is_for_the_user(error: ValueError | RuntimeError) -> bool:
     """Returns whether an error says what to do, rather than where the program is wrong."""
-    if MODE.value in ("index", "search"):
+    if MODE.value in OF_INDEXES:
         return isinstance(error, ValueError)
     from cgd_jax.config import ConfigError
     from cgd_jax.runtime.processes import NotFound

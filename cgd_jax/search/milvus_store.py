@@ -137,6 +137,9 @@ class MilvusStore:
             finally:
                 pieces.close()
 
+    def approximate(self) -> bool:
+        return True  # a server builds such an index when it sees fit
+
     def version(self) -> int | None:
         return None
 
