@@ -4,6 +4,7 @@ import re
 import shutil
 import threading
 import time
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
@@ -76,10 +77,10 @@ def search(page, **params):
 
 
 def upload(page, file):
-    with page.expect_response(re.compile("/search")) as found:
+    with page.expect_response(re.compile("/search")):
         page.set_input_files("#file", file)
+    page.wait_for_url("**/?id=upload-*")
     page.locator("#results li").first.wait_for()
-    return found.value.json()
 
 
 def test_from_upload_to_click_and_back(page, photos):
@@ -114,14 +115,14 @@ def test_a_part_is_dragged_or_chosen_with_keys(page, photos):
     page.mouse.move(box["x"] + 60, box["y"] + 120)
     page.mouse.down()
     page.mouse.move(box["x"] + 160, box["y"] + 190, steps=3)
-    with page.expect_response(re.compile("crop=")) as found:
-        page.mouse.up()
+    page.mouse.up()
     page.wait_for_url("**crop=**")
-    expected = [hit["id"] for hit in found.value.json()["hits"]]
+    asked = dict(parse_qsl(urlsplit(page.url).query))
+    expected = [hit["id"] for hit in search(page, **asked, k=40)["hits"]]
     page.locator(f'#results li:first-child a[data-id="{expected[0]}"]').wait_for()
     assert ids(page)[:40] == expected != whole[:40]
     # The picture has 24 x 16 pixels, in a square frame.
-    x, y, w, h = map(float, re.search("crop=([^&]*)", page.url)[1].replace("%2C", ",").split(","))
+    x, y, w, h = map(float, asked["crop"].split(","))
     inner = box["width"] * 16 / 24
     assert x == pytest.approx(60 / box["width"], abs=0.01)
     assert y == pytest.approx((120 - (box["height"] - inner) / 2) / inner, abs=0.01)

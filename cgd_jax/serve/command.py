@@ -61,7 +61,8 @@ def serve(
         config = uvicorn.Config(
             application,
             log_level="error",
-            access_log=False,  # it would hold tokens
+            log_config=None,  # errors go to stderr; requests, which may hold tokens, nowhere
+            access_log=False,
             server_header=False,
             limit_concurrency=256,
             timeout_graceful_shutdown=5,
