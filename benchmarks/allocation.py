@@ -16,8 +16,7 @@ import numpy as np
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-import clock
+from benchmarks import clock
 
 CLASSES = 98
 

@@ -113,7 +113,7 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py", "--mode=tain"],
-            "should be one of <train|eval|data|export|study|explain|index|search>",
+            "should be one of <train|eval|data|export|study|explain|index|search|serve>",
         ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (
