@@ -36,6 +36,7 @@ def serve(
       OSError: the address is in use, or not of this machine.
       ValueError: the index is of another network, or the token is short.
     """
+    keep_compiled(address)  # before JAX is imported, which reads it then
     try:
         import uvicorn
 
@@ -51,7 +52,6 @@ def serve(
     if token is not None and len(token) < SHORTEST:
         raise ValueError(f"{TOKEN} is shorter than {SHORTEST} characters; take a longer one.")
     with listen(host, port) as listener:
-        keep_compiled(address)
         index = Index.open(address, model)
         warm_up(index)
         application = app.create_app(index, token=token, show_paths=show_paths)
