@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from cgd_jax.augment import Normalization
 from cgd_jax.config import ConfigError
+from cgd_jax.objective import network_of
 from cgd_jax.runtime import files, processes
 
 FOLDER = "checkpoints"
@@ -240,8 +241,8 @@ def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, No
         was evaluated.
 
     Returns:
-      {"params": ..., "batch_stats": ...} of NumPy arrays, the parameters averaged if the
-      run averages them; the normalization of the pixels; the step.
+      {"params": ..., "batch_stats": ...} of NumPy arrays, the network's parameters, averaged if
+      the run averages them; the normalization of the pixels; the step.
 
     Raises:
       FileNotFoundError: There is no such checkpoint.
@@ -260,7 +261,7 @@ def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, No
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
         state = reader.restore(folder, restore_args=as_numpy)
     variables = {
-        "params": state.get("average") or state["params"],
+        "params": network_of(state.get("average") or state["params"]),
         "batch_stats": state["batch_stats"],
     }
     return variables, Normalization.of(**state["normalization"]), step
