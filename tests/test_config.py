@@ -1,5 +1,6 @@
 """Configs: every mistake is answered with the key, the value and what is valid."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -58,11 +59,11 @@ def test_mistakes(key, value, message):
     validate(config)
     if value == "SMGR":
         config.model.embedding_dim = 1538
-    group, name = key.split(".")
-    config[group][name] = value
+    *groups, name = key.split(".")
+    functools.reduce(lambda part, group: part[group], groups, config)[name] = value
     with pytest.raises(ConfigError, match=message) as error:
         validate(config)
-    assert group in str(error.value) and "\n" not in str(error.value)
+    assert groups[0] in str(error.value) and "\n" not in str(error.value)
 
 
 def test_mistakes_that_take_two_keys():
