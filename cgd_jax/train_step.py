@@ -84,7 +84,7 @@ def make_train_step(
         metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
         return dataclasses.replace(new, step=state.step + 1, skipped=skipped), metrics
 
-    def describe(state: State, descriptors: list[jax.Array], labels: jax.Array):
+    def describe(state, descriptors, labels):
         return describe_step(config.loss, model, measure, state, descriptors, labels)
 
     replicated, batch_sharding = shardings(mesh)
