@@ -45,9 +45,11 @@ FREE_TO_CHANGE = (
 # it existed: a work folder of an older version is opened with them.
 ADDED_KEYS: dict[str, Any] = {
     "model.center": "none",
+    "model.fc_init": "lecun_normal",
     "model.patch_size": 0,
     "model.frozen_blocks": 0,
     "model.drop_path": 0.0,
+    "optimizer.fc_rate": 1.0,
     "optimizer.layer_decay": 1.0,
     "loss.soft_margin_triplet.scale": 1.0,
     "loss.info_nce.temperature": 0.07,
@@ -137,6 +139,7 @@ RULES: dict[str, Rule] = {
     "model.embedding_dim": at_least(1),
     "model.combination": one_of(combination.COMBINATIONS),
     "model.center": one_of(cgd.CENTERS),
+    "model.fc_init": one_of(cgd.FC_INITS),
     "model.freeze_batch_norm": _yes_or_no,
     "model.frozen_blocks": at_least(0),
     "model.drop_path": _below_1,
@@ -176,6 +179,7 @@ RULES: dict[str, Rule] = {
     "optimizer.name": one_of(("adam", "adamw", "sgd")),
     "optimizer.learning_rate": _above_0,
     "optimizer.backbone_rate": at_least(0),
+    "optimizer.fc_rate": at_least(0),
     "optimizer.layer_decay": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "optimizer.freeze_backbone_steps": at_least(0),
     "optimizer.weight_decay": at_least(0),
