@@ -109,7 +109,7 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
 
     Args:
       checkpoints: from `manager`.
-      state: a pytree with a field `step`.
+      state: a `train_step.State`.
       recall_at_1: of this state, if it was evaluated: what the best is chosen by.
     """
     finish(checkpoints)  # one at a time, and room is made for this one

@@ -21,6 +21,8 @@ config = glyphs.get_config()
 # A rate at which 20 steps do not amplify what is rounded otherwise beyond 1e-5.
 config.train.steps, config.optimizer.learning_rate = 20, 1e-3
 config.loss.batch_hard_triplet.margin = 0.5
+# A memory that begins in the middle, and class centres: all devices hold the same.
+config.loss.update(memory=48, memory_from=7, classification="normalized_softmax", sub_centres=2)
 rng = np.random.default_rng(0)
 batches = rng.integers(0, 256, (20, 32, 32, 32, 3)).astype(np.uint8)
 labels = np.repeat(np.arange(16, dtype=np.int32), 2)
@@ -33,7 +35,7 @@ def start(count):
     """The state at step 0 on so many devices, and a function that goes on to the last step."""
     mesh = mesh_of(count)
     replicated, split = train_step.shardings(mesh)
-    descent = optimizer.make_optimizer(config.optimizer, 20)
+    descent = optimizer.make_optimizer(config.optimizer, 20, proxies=True)
     step = train_step.make_train_step(config, model, descent, mesh)
 
     def go_on(state, checkpoints=None):
@@ -43,9 +45,9 @@ def start(count):
             sequence.append(float(metrics["loss"]))
             if checkpoints and state.step == 10:
                 checkpoint.save(checkpoints, state)
-        return sequence, jax.tree.map(np.asarray, state.params)
+        return sequence, jax.tree.map(np.asarray, (state.params, state.memory))
 
-    return train_step.create_state(model, descent, 0, 32, replicated), go_on
+    return train_step.create_state(model, descent, 0, 32, replicated, loss=config.loss), go_on
 
 
 norm = lambda x: np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(x)))
@@ -94,3 +96,9 @@ assert not np.allclose(hinge(every), hinge(device[:, None] == device[None]))
 sharded = jax.device_put((vectors, labels), train_step.shardings(mesh_of(2))[1])
 loss = jax.jit(losses.batch_hard_triplet_loss, static_argnums=2)(*sharded, 0.5)
 np.testing.assert_allclose(loss, hinge(every).mean(), rtol=1e-5)
+
+# Proxies and centres are on every device, images on one.
+proxies = losses.create_proxies(jax.random.key(0), 4, 1, 2)
+for name, loss in (losses.PROXY_LOSSES | losses.CENTRE_LOSSES).items():
+    found = jax.jit(loss)(*sharded, proxies)
+    np.testing.assert_allclose(found, loss(vectors, labels, proxies), rtol=1e-5, err_msg=name)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from cgd_jax import checkpoint, train_step, workdir
+from cgd_jax import checkpoint, losses, train_step, workdir
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import ConfigError
 from configs import glyphs
@@ -45,6 +45,20 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
         assert sorted(checkpoints.all_steps()) == [2, 5, 6]
         assert checkpoints.best_step() == 2 and checkpoints.latest_step() == 6
         np.testing.assert_array_equal(checkpoint.restore(checkpoints, state(0), 2).params["w"], 2)
+
+
+def test_a_state_without_a_memory_is_saved_as_before_there_was_one(tmp_path):
+    fields = {"step", "params", "batch_stats", "opt_state", "normalization", "average", "skipped"}
+    state = state_with(1, jnp.zeros(3))
+    with checkpoint.manager(str(tmp_path), keep=9) as checkpoints:
+        checkpoint.save(checkpoints, state)
+        remembered = state.replace(step=jnp.int32(2), memory=losses.empty_memory(4, 2))
+        checkpoint.save(checkpoints, remembered)
+        checkpoints.wait_until_finished()
+        assert checkpoints.item_metadata(1).tree.keys() == fields
+        assert checkpoints.item_metadata(2).tree.keys() == fields | {"memory"}
+        assert checkpoint.restore(checkpoints, state, 1).memory is None
+        assert_same(checkpoint.restore(checkpoints, remembered, 2), remembered)
 
 
 def test_a_save_is_not_changed_by_the_steps_behind_it(tmp_path):

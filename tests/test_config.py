@@ -1,5 +1,6 @@
 """Configs: every mistake is answered with the key, the value and what is valid."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +29,14 @@ from configs import base, glyphs
         ("model.descriptors", "SMGR", "embedding_dim: an embedding of 1538"),
         ("model.last_stride", 3, "must be 1 or 2"),
         ("model.gem_p", 0.0, "above 0"),
-        ("loss.ranking", "triplet", "batch_hard_triplet, batch_all_triplet"),
+        ("loss.ranking", "triplet", "pairs: batch_hard.*order: n_pair.*proxies: proxy_nca"),
+        ("loss.miner", "hard", "batch_all, batch_hard, semi_hard, distance_weighted"),
+        ("loss.classification", "sphereface", "softmax.*normalized_softmax, cosface, arcface"),
+        ("loss.arcface.margin", 3.2, "radians"),
+        ("loss.sub_centres", 2, "normalized_softmax, cosface, arcface, not.*softmax"),
+        ("loss.memory_from", -1, "at least 0"),
+        ("loss.recall_at_k.mixup", -1, "at least 0"),
+        ("optimizer.proxy_learning_rate", 0.0, "above 0"),
         ("loss.temperature", 0.0, "above 0"),
         ("loss.smoothing", 1.0, r"\[0, 1\)"),
         ("loss.ranking_weight", -1.0, "at least 0"),
@@ -51,11 +59,11 @@ def test_mistakes(key, value, message):
     validate(config)
     if value == "SMGR":
         config.model.embedding_dim = 1538
-    group, name = key.split(".")
-    config[group][name] = value
+    *groups, name = key.split(".")
+    functools.reduce(lambda part, group: part[group], groups, config)[name] = value
     with pytest.raises(ConfigError, match=message) as error:
         validate(config)
-    assert group in str(error.value) and "\n" not in str(error.value)
+    assert groups[0] in str(error.value) and "\n" not in str(error.value)
 
 
 def test_mistakes_that_take_two_keys():
@@ -67,6 +75,34 @@ def test_mistakes_that_take_two_keys():
     config.model.descriptors, config.model.learn_p = "SM", "scalar"
     with pytest.raises(ConfigError, match="no G"):
         validate(config)
+
+
+@pytest.mark.parametrize("option", [{"miner": "semi_hard"}, {"memory": 64}])
+@pytest.mark.parametrize("ranking", ["n_pair", "recall_at_k", "proxy_anchor"])
+def test_miners_and_memories_of_losses_that_compare_no_pairs(option, ranking):
+    config = base.get_config()
+    config.loss.update(option)
+    validate(config)
+    config.loss.ranking = ranking
+    with pytest.raises(ConfigError, match=f"not with loss.ranking={ranking}; those are batch_hard"):
+        validate(config)
+    config.loss.update(ranking="contrastive", ranking_weight=0.0)
+    with pytest.raises(ConfigError, match="which loss.ranking_weight=0 switches off"):
+        validate(config)
+
+
+def test_a_memory_that_would_never_fill():
+    config = base.get_config()
+    config.loss.update(memory=64, memory_from=1500)
+    with pytest.raises(ConfigError, match="begins to fill at step .*1500, but the run ends"):
+        validate(config)
+
+
+def test_losses_with_proxies_need_no_second_image_of_a_class():
+    config = base.get_config()
+    config.train.images_per_class = 1
+    config.loss.ranking = "proxy_anchor"
+    validate(config)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,19 @@ def test_the_learning_rate_of_the_fc_layers():
     np.testing.assert_allclose([steps[name] for name in params], expected, rtol=1e-4)
 
 
+def test_proxies_have_a_learning_rate_of_their_own_and_no_weight_decay():
+    config = base.get_config().optimizer
+    config.update(name="adamw", learning_rate=1e-3, proxy_learning_rate=0.5, weight_decay=0.9)
+    config.warmup_steps = 2
+    params = {"backbone": {"k": jnp.ones((1, 1))}, "loss": {"proxies": jnp.ones((2, 1, 3))}}
+    optimizer = make_optimizer(config, 10, proxies=True)
+    state = optimizer.init(params)
+    for rate in (0.0, 0.25, 0.5):  # of a constant gradient, Adam's steps have this length
+        updates, state = optimizer.update(params, state, params)
+        np.testing.assert_allclose(updates["loss"]["proxies"], -rate, rtol=1e-4)
+        np.testing.assert_allclose(updates["backbone"]["k"], -rate / 500 * 1.9, rtol=1e-4)
+
+
 def test_weight_decay_spares_norms_and_biases():
     config = base.get_config().optimizer
     config.update(name="adamw", weight_decay=0.5, schedule="constant", learning_rate=0.1)

@@ -72,14 +72,15 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
             assert before != after, f"{name}.{option} does nothing"
 
 
-def problem(**values):
+def problem(loss=None, **values):
     """A tiny network with its first state, 12 images in 4 classes, and the losses of the config."""
     config = glyphs.get_config()
     config.model.update({"width": 4, "embedding_dim": 8, **values})
+    config.loss.update(loss or {})
     model = create_model(config.model, 4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(12, 16, 16, 3)), jnp.float32)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = train_step.create_state(model, optax.identity(), 0, 16, device)
+    state = train_step.create_state(model, optax.identity(), 0, 16, device, loss=config.loss)
     labels = jnp.asarray(np.repeat(np.arange(4), 3))
     measure = functools.partial(train_step.measure_state, config)
     return model, measure, (state, images, labels)
@@ -96,14 +97,29 @@ def direct(model, measure, arguments):
     return jax.jit(functools.partial(train_step.direct_gradients, model, measure))(*arguments)
 
 
-@pytest.mark.parametrize("chunk,learn_p,center", [(1, "fixed", "none"), (4, "channel", "mean")])
-def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center):
-    model, measure, arguments = problem(freeze_batch_norm=True, learn_p=learn_p, center=center)
+# With a memory and centres of classes, which have a gradient too.
+REMEMBERED = {
+    "ranking": "contrastive", "miner": "distance_weighted", "memory": 24,
+    "classification": "cosface", "sub_centres": 2, "classification_weight": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "chunk,learn_p,center,loss", [(1, "fixed", "none", {}), (4, "channel", "mean", REMEMBERED)]
+)
+def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center, loss):
+    network = {"freeze_batch_norm": True, "learn_p": learn_p, "center": center}
+    model, measure, arguments = problem(loss, **network)
+    if loss:
+        vectors = jnp.asarray(np.random.default_rng(1).normal(size=(24, 8)), jnp.float32)
+        memory = losses.Memory(vectors, jnp.arange(24) % 4)
+        arguments = (arguments[0].replace(memory=memory), *arguments[1:])
     expected, stats, metrics, output = direct(model, measure, arguments)
     chunked = gradient_caching.make_chunked_gradients(model, measure, chunk)
     found, found_stats, found_metrics, found_output = chunked(*arguments)
     assert np.abs(expected["backbone"]["conv1"]["kernel"]).max() > 0
     assert metrics["ranking_loss"] > 0 and metrics["classification_loss"] > 0
+    assert ("loss" in expected) == bool(loss)
     assert_close(found, expected, 1e-5)
     assert_close(found_stats, stats, 1e-5)  # the auxiliary module saw the whole batch
     assert_close(found_metrics, metrics, 1e-5)

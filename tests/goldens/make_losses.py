@@ -11,13 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning import losses, miners, reducers
 
-M, D = 4, 6
-LABELS = torch.tensor(np.repeat(np.arange(M), (2, 3, 5, 3)))
+M, D = 5, 6
+# Images of every class, in each batch; the order is mixed.
+SIZES = ((2, 3, 5, 3, 0), (4, 0, 2, 4, 3), (2, 2, 3, 2, 4))
 RNG = np.random.default_rng(0)
 COMMON = {"num_classes": M, "embedding_size": D}
+MEAN = {"reducer": reducers.MeanReducer()}
+# Theirs choose pairs by miners of their own.
+MINERS = {
+    "batch_hard_triplet": miners.BatchHardMiner(),
+    "soft_margin_triplet": miners.BatchHardMiner(),
+    "multi_similarity": miners.MultiSimilarityMiner(0.1),
+}
 PAIRS = {
+    "batch_hard_triplet": losses.TripletMarginLoss(margin=0.1, **MEAN),
+    "batch_all_triplet": losses.TripletMarginLoss(margin=0.1),  # its reducer leaves zeros out
+    "soft_margin_triplet": losses.TripletMarginLoss(margin=0, smooth_loss=True, **MEAN),
     "info_nce": losses.NTXentLoss(temperature=0.07),
     "sup_con": losses.SupConLoss(temperature=0.1),
     "circle": losses.CircleLoss(m=0.25, gamma=256),
@@ -39,25 +50,33 @@ CENTRES = {
     ),
 }
 
-x = RNG.normal(size=(len(LABELS), D)).astype(np.float32)
-x /= np.linalg.norm(x, axis=1, keepdims=True)
-goldens = {"embeddings": x, "labels": LABELS.numpy()}
-for name, loss in PAIRS.items():
-    embeddings = torch.tensor(x, requires_grad=True)
-    pairs = miners.MultiSimilarityMiner(0.1)(embeddings, LABELS) if "multi" in name else None
-    value = loss(embeddings, LABELS, pairs)
-    value.backward()
-    goldens[f"{name}/value"], goldens[f"{name}/gradient"] = value.item(), embeddings.grad.numpy()
-for name, (loss, parameter, count) in CENTRES.items():
-    centres = RNG.normal(size=(M, count, D)).astype(np.float32)
-    flat = centres.reshape(-1, D)
-    weights = getattr(loss, parameter)
-    weights.data = torch.tensor(flat if parameter == "proxies" else flat.T.copy())
-    embeddings = torch.tensor(x, requires_grad=True)
-    value = loss(embeddings, LABELS)
-    value.backward()
-    grad = weights.grad.numpy()
-    grad = (grad if parameter == "proxies" else grad.T).reshape(M, count, D)
-    goldens[f"{name}/value"], goldens[f"{name}/gradient"] = value.item(), embeddings.grad.numpy()
-    goldens[f"{name}/centres"], goldens[f"{name}/centres_gradient"] = centres, grad
+LOSSES = {**PAIRS, **CENTRES}
+goldens = {"names": list(LOSSES)}
+for batch, sizes in enumerate(SIZES):
+    labels = torch.tensor(RNG.permutation(np.repeat(np.arange(M), sizes)))
+    x = RNG.normal(size=(len(labels), D)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    centres = RNG.normal(size=(M, 3, D)).astype(np.float32)  # where one is enough, the first
+    values = np.zeros(len(LOSSES))
+    gradients = np.zeros((len(LOSSES), *x.shape), np.float32)
+    centres_gradients = np.zeros((len(LOSSES), *centres.shape), np.float32)
+    for i, name in enumerate(LOSSES):
+        embeddings = torch.tensor(x, requires_grad=True)
+        if name in PAIRS:
+            pairs = MINERS[name](embeddings, labels) if name in MINERS else None
+            value = PAIRS[name](embeddings, labels, pairs)
+            value.backward()
+        else:
+            loss, parameter, count = CENTRES[name]
+            weights, flat = getattr(loss, parameter), centres[:, :count].reshape(-1, D)
+            weights.data = torch.tensor(flat if parameter == "proxies" else flat.T.copy())
+            weights.grad = None
+            value = loss(embeddings, labels)
+            value.backward()
+            grad = weights.grad if parameter == "proxies" else weights.grad.T
+            centres_gradients[i, :, :count] = grad.numpy().reshape(M, count, D)
+        values[i], gradients[i] = value.item(), embeddings.grad.numpy()
+    goldens |= {f"embeddings{batch}": x, f"labels{batch}": labels.numpy()}
+    goldens |= {f"centres{batch}": centres, f"centres_gradients{batch}": centres_gradients}
+    goldens |= {f"values{batch}": values, f"gradients{batch}": gradients}
 np.savez_compressed(Path(__file__).with_name("losses.npz"), **goldens)
