@@ -15,10 +15,8 @@ import contextlib
 import io
 import logging
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import clock
 from cgd_jax.data import cache
 from cgd_jax.data.image_folder import ImageFolder
 from cgd_jax.runtime.threads import CORES
@@ -66,24 +65,24 @@ def by_pillow(path: Path, draft: bool = False) -> np.ndarray:
     return np.asarray(image)
 
 
-def seconds(function) -> float:
-    """Times one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
     """Returns rows of name, images/s, ratio to the first, difference."""
-    builder = ImageFolder(source=folder, data_dir=scratch / "data")
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
-    source = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
-    paths = [folder / example["id"].decode() for example in source]
+    paths = sorted(path for path in (folder / "train").rglob("*") if path.is_file())
 
-    def build():
-        shutil.rmtree(scratch / "cache", ignore_errors=True)
-        return cache.cached(source, scratch / "cache", {}, SIZE)
+    def prepared():
+        builder = ImageFolder(source=folder, data_dir=scratch / "data")
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+        return builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+
+    def ours():
+        source = prepared()
+
+        def build():
+            shutil.rmtree(scratch / "cache", ignore_errors=True)
+            cache.cached(source, scratch / "cache", {}, SIZE)
+
+        return build
 
     def threads():
         with ThreadPoolExecutor(CORES) as pool:
@@ -94,18 +93,22 @@ def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
         "Pillow, one thread": lambda: [by_pillow(path) is None for path in paths],
         f"Pillow, {CORES} threads": threads,
         "Pillow with draft, one thread": lambda: [by_pillow(p, True) is None for p in paths],
-        f"cgd_jax cache, {CORES} threads": build,
     }
-    times = {name: [] for name in ways}
-    for _ in range(rounds):  # In turns, so that a busy machine disturbs all alike.
-        for name, way in ways.items():
-            times[name].append(seconds(way))
-    rates = {name: len(paths) / statistics.median(values) for name, values in times.items()}
-    images = build()
-    some = range(0, len(paths), max(len(paths) // 50, 1))
-    difference = np.mean(
-        [np.abs(images.images[i].astype(int) - by_pillow(paths[i])).mean() for i in some]
-    )
+    contenders = {name: lambda way=way: way for name, way in ways.items()}
+    contenders[f"cgd_jax cache, {CORES} threads"] = ours
+    timed = clock.compare(contenders, rounds, warm=1)
+    rates = {name: len(paths) / found.median for name, found in timed.items()}
+
+    def differences():
+        source = prepared()
+        images = cache.cached(source, scratch / "cache", {}, SIZE).images
+        names = [example["id"].decode() for example in source]
+        some = range(0, len(names), max(len(names) // 50, 1))
+        pillow = {i: by_pillow(folder / names[i]) for i in some}
+        return lambda: np.mean([np.abs(images[i].astype(int) - pillow[i]).mean() for i in some])
+
+    # In a process as well: none can be forked from one that has started TensorFlow.
+    difference = clock.compare({"": differences}, rounds=1, warm=0)[""].value
     first = next(iter(rates.values()))
     return [
         (name, rate, rate / first, difference if "cache" in name else None)
@@ -118,7 +121,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of one subfolder per class")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, help="how many to use; all by default")
     options = parser.parse_args()
+    clock.use_cores(options.cores)
+    print(clock.machine())
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

@@ -3,30 +3,29 @@
     pip install faiss-cpu torch pytorch-metric-learning
     python benchmarks/evaluation.py speed      # against the bare product, faiss, PML
     python benchmarks/evaluation.py full       # all queries, the bare product and ours only
+    python benchmarks/evaluation.py classes    # few large to many small ones, against sorting
     python benchmarks/evaluation.py memory     # peak above the embeddings
     python benchmarks/evaluation.py growth     # gallery of 15 k to 120 k
-    python benchmarks/evaluation.py top_k      # against faiss for k up to 100
+    python benchmarks/evaluation.py search     # top_k against faiss; 1 M on disk; single queries
 
 60,502 embeddings of 1,536 dimensions in 11,316 classes of 2 to 12 images, as in the test
 split of Stanford Online Products. They are shuffled; by default the first of them query the whole
-gallery (``--queries``). Rounds alternate between the candidates, the
-median is printed, and compilation is outside.
+gallery (``--queries``). Every contender has a process of its own, see clock.py; compilation
+is outside.
 """
 
 import argparse
-import resource
-import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import metrics, retrieval
+from benchmarks import clock
 
 KS = (1, 10, 100, 1000)
 
@@ -49,18 +48,25 @@ def sop(size=60_502, dim=1536, per_class=60_502 / 11_316, seed=0):
     return x, labels
 
 
-@jax.jit
-def product(block, gallery):
-    return jnp.matmul(block, gallery.T, precision="highest")
+def bare(x, gallery, queries):
+    """The products alone, in blocks of 1,024 queries."""
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(lambda block, items: jnp.matmul(block, items.T, precision="highest"))
+    gallery = jax.device_put(gallery)
+
+    def call():
+        for at in range(0, queries, 1024):
+            product(x[at : min(at + 1024, queries)], gallery).block_until_ready()
+
+    return call
 
 
-def bare(queries, gallery):
-    for at in range(0, len(queries), 1024):
-        product(queries[at : at + 1024], gallery).block_until_ready()
-
-
-def faiss_and_labels(faiss, x, labels, query):
+def faiss_and_labels(x, labels, query):
     """R@K and MAP@R the usual way: k = 1001 neighbours, then their labels."""
+    import faiss
+
     index = faiss.IndexFlatIP(x.shape[1])
     index.add(x)
     count = np.bincount(labels)
@@ -101,156 +107,228 @@ def pytorch_metric_learning(x, labels, query):
     return {"recall@1": found["precision_at_1"], "map@r": found["mean_average_precision_at_r"]}
 
 
-def optional(name, install):
-    try:
-        return __import__(name)
-    except ImportError:
-        print(f"(left out: pip install {install})")
+def ours(name, x, labels, query):
+    """What `metrics.evaluate` or `metrics.recall_at_k` finds, the latter by the same names."""
+    from cgd_jax import metrics
 
-
-def ours(measure, x, labels, query):
     ids = np.arange(len(x))
-    return measure(x[query], labels[query], x, labels, query_ids=query, gallery_ids=ids, ks=KS)
+    found = getattr(metrics, name)(
+        x[query], labels[query], x, labels, query_ids=query, gallery_ids=ids, ks=KS
+    )
+    return found if "map" in found else {f"recall@{k}": v for k, v in found.items()}
 
 
-def alternate(candidates, rounds):
-    """{name: (median seconds, last result)}; the candidates take turns."""
-    for call in candidates.values():
-        call(warm=True)
-    seconds, results = {name: [] for name in candidates}, {}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            results[name] = call(warm=False)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: (float(np.median(s)), results[name]) for name, s in seconds.items()}
+WAYS = {
+    "metrics.recall_at_k": partial(ours, "recall_at_k"),
+    "metrics.evaluate": partial(ours, "evaluate"),
+    "faiss IndexFlatIP k=1001 + labels": faiss_and_labels,
+    "PML AccuracyCalculator (R@1, MAP@R)": pytorch_metric_learning,
+}
 
 
-def speed(queries, rounds, libraries=True):
+def speed(args, ways=tuple(WAYS)):
     x, labels = sop()
-    query, few = np.arange(queries), np.arange(min(queries, 8192))  # few has all widths
-    gallery = jax.device_put(x)
-    pick = lambda warm: few if warm else query
-    candidates = {
-        "bare product": lambda warm: bare(x[pick(warm)], gallery),
-        "metrics.recall_at_k": lambda warm: ours(metrics.recall_at_k, x, labels, pick(warm)),
-        "metrics.evaluate": lambda warm: ours(metrics.evaluate, x, labels, pick(warm)),
+    query = np.arange(args.queries)
+    contenders = {name: lambda way=WAYS[name]: partial(way, x, labels, query) for name in ways}
+    contenders = {"bare product": lambda: bare(x, x, len(query)), **contenders}
+    timed = clock.compare(contenders, args.rounds, warm=1)
+    rows = []
+    for name, found in timed.items():
+        cells = [(found.value or {}).get(n) for n in ("recall@1", "recall@10", "map@r")]
+        ratio = found.median / timed["bare product"].median
+        rows.append([name, found.median, 100 * found.spread, ratio, *cells])
+    print(f"{len(query):,} queries × {len(x):,} items, {x.shape[1]} dimensions")
+    headers = ["", "seconds", "spread %", "× bare", "R@1", "R@10", "MAP@R"]
+    print(tabulate(rows, headers, floatfmt=("", ".2f", ".0f", ".2f", ".5f", ".5f", ".5f")))
+
+
+def full(args):
+    args.queries = 60_502
+    speed(args, ("metrics.recall_at_k", "metrics.evaluate"))
+
+
+HISTOGRAMS = {
+    "6 classes": lambda size: np.full(6, 1 / 6),
+    "classes of 5": lambda size: np.full(size // 5, 5 / size),
+    "classes of 63": lambda size: np.full(size // 63, 63 / size),
+    "classes of 200": lambda size: np.full(size // 200, 200 / size),
+    "half in one, the rest of 5": lambda size: np.r_[0.5, np.full(size // 10, 5 / size)],
+    "1/n of n-th class": lambda size: 1 / np.arange(1, size // 20),
+}
+
+
+def by_sorting(x, labels):
+    """MAP by sorting in NumPy, 512 queries at a time."""
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    found = np.full(len(x), np.nan)
+    for at in range(0, len(x), 512):
+        rows = np.arange(at, min(at + 512, len(x)))
+        similarity = x[rows] @ x.T
+        similarity[np.arange(len(rows)), rows] = -np.inf
+        hit = labels[np.argsort(-similarity, 1)[:, :-1]] == labels[rows, None]
+        matches = hit.sum(1)
+        precision = np.cumsum(hit, 1) / np.arange(1, len(x))
+        found[rows] = np.sum(precision * hit, 1) / np.where(matches, matches, np.nan)
+    return {"map": np.nanmean(found)}
+
+
+def classes(args):
+    def everything(x, labels):
+        from cgd_jax import metrics
+
+        return metrics.evaluate(x, labels)
+
+    rows = []
+    for name, histogram in HISTOGRAMS.items():
+        for size in args.sizes:
+            rng = np.random.default_rng(0)
+            share = histogram(size)
+            labels = rng.choice(len(share), size, p=share / share.sum())
+            x = rng.standard_normal((len(share), 32), np.float32)[labels]
+            x += 1.5 * rng.standard_normal(x.shape, np.float32)
+            calls = [partial(everything, x, labels), partial(by_sorting, x, labels)]
+            us, numpy = clock.compare(
+                {str(call.func.__name__): lambda call=call: call for call in calls},
+                args.rounds,
+                warm=1,
+            ).values()
+            # In a process that has compiled nothing yet, as at the end of training.
+            peak = clock.compare({"": lambda call=calls[0]: partial(clock.peak_mb, call)}, 1, 0)
+            ratio, error = us.median / numpy.median, abs(us.value["map"] - numpy.value["map"])
+            rows.append([name, size, us.median, numpy.median, ratio, peak[""].value, error])
+    headers = ["", "images", "ours, s", "sorting, s", "ratio", "peak, MB", "MAP differs"]
+    print(tabulate(rows, headers, floatfmt=("", ",", ".2f", ".2f", ".2f", ".0f", ".0e")))
+
+
+def memory(args):
+    x, labels = sop()
+    query = np.arange(args.queries)
+    contenders = {
+        name: lambda way=way: partial(clock.peak_mb, partial(way, x, labels, query))
+        for name, way in WAYS.items()
     }
-    faiss = libraries and optional("faiss", "faiss-cpu")
-    if faiss:
-        candidates["faiss IndexFlatIP k=1001 + labels"] = lambda warm: faiss_and_labels(
-            faiss, x, labels, pick(warm)
-        )
-    if faiss and optional("pytorch_metric_learning", "torch pytorch-metric-learning"):
-        candidates["PML AccuracyCalculator (R@1, MAP@R)"] = lambda warm: pytorch_metric_learning(
-            x, labels, pick(warm)
-        )
-    timed = alternate(candidates, rounds)
-    base = timed["bare product"][0]
-    print(f"{len(query):,} queries x {len(x):,} gallery items, {x.shape[1]} dimensions")
-    print(f"{'':36}{'seconds':>9}{'x bare':>8}{'R@1':>9}{'R@10':>9}{'R@1000':>9}{'MAP@R':>9}")
-    for name, (seconds, found) in timed.items():
-        found = found or {}
-        found = {f"recall@{k}" if isinstance(k, int) else k: v for k, v in found.items()}
-        cells = [found.get(n) for n in ("recall@1", "recall@10", "recall@1000", "map@r")]
-        print(f"{name:36}{seconds:9.2f}{seconds / base:8.2f}", end="")
-        print("".join(f"{'':>9}" if c is None else f"{c:9.5f}" for c in cells))
+    found = clock.compare(contenders, 1, warm=0)
+    rows = [[name, timed.value] for name, timed in found.items()]
+    print(tabulate(rows, ["", "MB above the embeddings, libraries among them"], floatfmt=".0f"))
 
 
-def memory(queries, _):
-    """Each in a process of its own, since a peak never goes back."""
-    print(f"{'':36}{'MB above the embeddings':>24}{'of them libraries':>20}")
-    for name in ("evaluate", "recall_at_k", "faiss", "pml"):
-        command = [sys.executable, __file__, "peak", "--candidate", name, "--queries", str(queries)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        print(f"{name:36}" + (run.stdout.strip() or run.stderr.strip().splitlines()[-1]))
+def growth(args):
+    rows = []
+    for size in (15_000, 30_000, 60_000, 120_000):
+        x, labels = sop(size)
+        calls = {
+            name: partial(WAYS[name], x, labels, np.arange(args.queries))
+            for name in ("metrics.recall_at_k", "metrics.evaluate")
+        }
+        timed = clock.compare({n: lambda c=c: c for n, c in calls.items()}, args.rounds, warm=1)
+        peaks = {n: lambda c=c: partial(clock.peak_mb, c) for n, c in calls.items()}
+        peaks = clock.compare(peaks, 1, warm=0)
+        for name, found in timed.items():
+            ms = 1000 * found.median / args.queries
+            rows.append([size, name, ms, ms / size * 1e4, peaks[name].value])
+    headers = ["gallery", "", "ms/query", "per 10 k items", "peak MB above the embeddings"]
+    print(tabulate(rows, headers, floatfmt=(",", "", ".3f", ".4f", ".0f")))
 
 
-def peak(candidate, queries):
-    x, labels = sop()
-    query = np.arange(queries)
-    peak_mb = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    before = peak_mb()
-    with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    if candidate == "faiss":
+def blockwise(index, gallery, query, k, block=2**16):
+    """Searches a memory map with faiss: a flat index of each block, and the best of all."""
+    best = [np.full((len(query), 0), 0.0, np.float32), np.full((len(query), 0), 0)]
+    for at in range(0, len(gallery), block):
+        index.reset()
+        index.add(np.ascontiguousarray(gallery[at : at + block]))
+        value, where = index.search(query, k)
+        value, where = np.append(best[0], value, 1), np.append(best[1], where + at, 1)
+        order = np.argsort(-value, 1, kind="stable")[:, :k]
+        best = [np.take_along_axis(found, order, 1) for found in (value, where)]
+    return best
+
+
+def searchers(query, gallery, k):
+    """Contenders that return the places of the k nearest."""
+
+    def top_k():
+        from cgd_jax import retrieval
+
+        return lambda: retrieval.top_k(query, gallery, k)[1]
+
+    def faiss():
         import faiss
 
-        faiss_and_labels(faiss, x, labels, query)
-    elif candidate == "pml":
-        pytorch_metric_learning(x, labels, query)
-    else:
-        ours(getattr(metrics, candidate), x, labels, query)
-    above = peak_mb() - resident
-    print(
-        f"{above:24.0f}{resident - x.nbytes / 2**20:20.0f}"
-        + ("" if peak_mb() > before else " (hidden)")
-    )
+        index = faiss.IndexFlatIP(gallery.shape[1])
+        if isinstance(gallery, np.memmap):
+            return lambda: blockwise(index, gallery, query, k)[1]
+        index.add(gallery)
+        return lambda: index.search(query, k)[1]
+
+    return {"top_k": top_k, "faiss IndexFlatIP": faiss}
 
 
-def growth(queries, rounds):
-    print(f"{'gallery':>10}{'recall ms/query':>18}{'per 10 k items':>16}{'evaluate ms/query':>20}"
-          f"{'per 10 k items':>16}{'peak MB above the embeddings':>32}")  # fmt: skip
-    for size in (15_000, 30_000, 60_000, 120_000):
-        command = [sys.executable, __file__, "grown", "--size", str(size)]
-        command += ["--queries", str(queries), "--rounds", str(rounds)]
-        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout, end="")
+def latencies(searcher, queries):
+    """Milliseconds of one query after the other, the median and the 99th percentile."""
+    call = searcher()
+    call()
+
+    def measured():
+        taken = []
+        for _ in range(queries):
+            start = time.perf_counter()
+            call()
+            taken.append(1000 * (time.perf_counter() - start))
+        return np.percentile(taken, (50, 99))
+
+    return measured
 
 
-def grown(size, queries, rounds):
-    x, labels = sop(size)
-    query = np.arange(queries)
-    with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    timed = alternate(
-        {
-            name: lambda warm, name=name: ours(getattr(metrics, name), x, labels, query)
-            for name in ("recall_at_k", "evaluate")
-        },
-        rounds,
-    )
-    above = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - resident
-    cells = f"{size:10,}"
-    for width, name in ((18, "recall_at_k"), (20, "evaluate")):
-        ms = timed[name][0] / queries * 1e3
-        cells += f"{ms:{width}.3f}{ms / size * 1e4:16.4f}"
-    print(f"{cells}{above:32.0f}")
+def search(args):
+    def compared(title, query, gallery, k):
+        timed = clock.compare(contenders := searchers(query, gallery, k), args.rounds, warm=1)
+        peaks = {n: lambda c=c: partial(clock.peak_mb, c()) for n, c in contenders.items()}
+        peaks = clock.compare(peaks, 1, warm=0) if isinstance(gallery, np.memmap) else {}
+        last = list(timed.values())[-1]
+        for name, found in timed.items():
+            same = (found.value == last.value).mean()
+            peak = peaks[name].value if name in peaks else None
+            ratio = found.median / last.median
+            rows.append([title, k, name, found.median, 100 * found.spread, ratio, same, peak])
 
-
-def top_k(queries, rounds):
-    if not (faiss := optional("faiss", "faiss-cpu")):
-        return
-    x, _ = sop()
-    query, few = np.arange(queries), np.arange(256)
-    index = faiss.IndexFlatIP(x.shape[1])
-    index.add(x)
-    print(f"{len(query):,} queries x {len(x):,} gallery items")
-    print(f"{'k':>6}{'top_k s':>10}{'faiss s':>10}{'ratio':>8}{'same index':>12}")
+    rows, x = [], sop(round(60_502 * args.scale))[0]
     for k in (1, 10, 100):
-        timed = alternate(
-            {
-                "ours": lambda warm, k=k: retrieval.top_k(x[few if warm else query], x, k),
-                "faiss": lambda warm, k=k: index.search(x[few if warm else query], k),
-            },
-            rounds,
+        compared(f"{args.queries:,} × {len(x):,} × {x.shape[1]}", x[: args.queries], x, k)
+    del x
+    singles = []
+    with tempfile.TemporaryDirectory() as folder:
+        big = np.lib.format.open_memmap(
+            Path(folder, "x.npy"), "w+", np.float32, (round(1e6 * args.scale), 512)
         )
-        (a, (_, i)), (b, (_, j)) = timed["ours"], timed["faiss"]
-        print(f"{k:6}{a:10.2f}{b:10.2f}{a / b:8.2f}{(i == j).mean():12.5f}")
+        rng = np.random.default_rng(0)
+        for at in range(0, len(big), 2**16):
+            part = rng.standard_normal((min(2**16, len(big) - at), 512), np.float32)
+            big[at : at + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
+        for k in (10, 100):
+            compared(f"256 × {len(big):,} × 512 on disk", np.array(big[:256]), big, k)
+        for items in (len(big) // 10, len(big)):
+            one, gallery = np.array(big[:1]), np.asarray(big[:items])
+            contenders = {
+                name: partial(latencies, searcher, 20 if items == len(big) else 100)
+                for name, searcher in searchers(one, gallery, 10).items()
+            }
+            for name, found in clock.compare(contenders, 1, warm=0).items():
+                singles.append([items, name, *found.value])
+    headers = ["queries × gallery", "k", "", "s", "spread %", "ratio", "same index", "peak MB"]
+    print(tabulate(rows, headers, floatfmt=("", "", "", ".3f", ".0f", ".2f", ".5f", ".0f")))
+    print("\n" + tabulate(singles, ["items", "one query", "median ms", "99 % ms"], floatfmt=",.1f"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "part", choices=("speed", "full", "memory", "growth", "top_k", "peak", "grown")
-    )
+    parts = (speed, full, classes, memory, growth, search)
+    parser.add_argument("part", choices=[part.__name__ for part in parts])
     parser.add_argument("--queries", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--candidate", help="of peak, which memory calls")
-    parser.add_argument("--size", type=int, help="of grown, which growth calls")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[6000, 12_000, 24_000])
+    parser.add_argument("--scale", type=float, default=1, help="of the galleries of search")
+    parser.add_argument("--cores", type=int, help="how many to use; all by default")
     arguments = parser.parse_args()
-    run = {
-        "full": partial(speed, 60_502, arguments.rounds, libraries=False),
-        "peak": partial(peak, arguments.candidate, arguments.queries),
-        "grown": partial(grown, arguments.size, arguments.queries, arguments.rounds),
-    }.get(arguments.part)
-    run() if run else globals()[arguments.part](arguments.queries, arguments.rounds)
+    clock.use_cores(arguments.cores)
+    print(clock.machine())
+    globals()[arguments.part](arguments)

@@ -3,8 +3,8 @@
     pip install torch
     python benchmarks/input_pipeline.py
 
-Makes photographs of 500 × 375 pixels, builds the cache of 252 × 252, then times, round
-by round in turn:
+Makes photographs of 500 × 375 pixels, builds the cache of 252 × 252, then times, each in a
+process of its own:
 
 * ours: the batch function and prefetch of training, P × K = 128 images of uint8 a batch,
   from the warm cache into device memory;
@@ -29,6 +29,7 @@ from PIL import Image
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import clock
 from cgd_jax.data import cache
 from cgd_jax.data.batches import class_members, pk_batch, prefetch
 
@@ -95,10 +96,6 @@ def torch_loader(jpegs: list[bytes]):
 
 
 def compare_speed(count: int, rounds: int) -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        sys.exit("This comparison needs PyTorch: pip install torch.")
     rng = np.random.default_rng(0)
     jpegs = [photograph(rng) for _ in range(count)]
     labels = np.arange(count) // 8
@@ -106,29 +103,29 @@ def compare_speed(count: int, rounds: int) -> None:
         {"image": jpeg, "label": label, "class_name": "", "id": str(i)}
         for i, (jpeg, label) in enumerate(zip(jpegs, labels, strict=True))
     )
-    loader = torch_loader(jpegs)
-    for _ in loader:  # starts the workers
-        pass
+    batches, batch_size = 80, CLASSES * IMAGES_PER_CLASS
+
+    def theirs():
+        loader = torch_loader(jpegs)
+        return lambda: sum(len(batch) for batch in loader)
+
     with tempfile.TemporaryDirectory() as folder:
-        images = cache.cached(source, folder, {"of": "benchmark"}, SIZE).images
-        seconds_of_ours(images, labels, 4)  # reads the file into the page cache
-        ours, theirs = [], []
-        for _ in range(rounds):
-            batches = 80
-            ours.append(
-                batches * CLASSES * IMAGES_PER_CLASS / seconds_of_ours(images, labels, batches)
-            )
-            start, seen = time.perf_counter(), 0
-            for batch in loader:
-                seen += len(batch)
-            theirs.append(seen / (time.perf_counter() - start))
-    ratios = np.array(ours) / np.array(theirs)
-    rows = [
-        ["cgd_jax, warm cache → device", np.median(ours), min(ours), max(ours)],
-        ["torch DataLoader, 2 workers", np.median(theirs), min(theirs), max(theirs)],
-    ]
-    print(tabulate(rows, ["images/s", "median", "min", "max"], floatfmt=",.0f"))
-    print(f"\nratio, median of {rounds} rounds: {np.median(ratios):.1f}")
+
+        def ours():
+            images = cache.cached(source, folder, {"of": "benchmark"}, SIZE).images
+            return lambda: seconds_of_ours(images, labels, batches) and batches * batch_size
+
+        timed = clock.compare(
+            {"cgd_jax, warm cache → device": ours, "torch DataLoader, 2 workers": theirs},
+            rounds,
+            warm=1,
+        )
+    rates = {name: found.value / found.median for name, found in timed.items()}
+    rows = [[name, rate, 100 * timed[name].spread] for name, rate in rates.items()]
+    print(tabulate(rows, ["", "images/s", "spread %"], floatfmt=",.0f"))
+    if len(rates) == 2:
+        ours_rate, their_rate = rates.values()
+        print(f"\nratio of the medians of {rounds} rounds: {ours_rate / their_rate:.1f}")
 
 
 def memory_kib(field: str) -> int:
@@ -164,7 +161,10 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=["speed", "memory"], nargs="?", default="speed")
     parser.add_argument("--images", type=int, help="2,048 for speed, 59,551 for memory")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, help="how many to use; all by default")
     arguments = parser.parse_args()
+    clock.use_cores(arguments.cores)
+    print(clock.machine())
     if arguments.part == "speed":
         compare_speed(arguments.images or 2048, arguments.rounds)
     else:

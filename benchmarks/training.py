@@ -3,11 +3,14 @@
     pip install torch
     python benchmarks/training.py step --batch=16 --size=224              # on a CPU
     python benchmarks/training.py step --batch=128 --dtype=bfloat16       # on a GPU
+    python benchmarks/training.py step --backbone=efficientnet_lite0 --batch=48 --size=192
+    python benchmarks/training.py embed                                    # inference alone
     python benchmarks/training.py memory                                   # of embed_chunk
 
 `step` trains on the same batch again and again: augmentation, both losses, BatchNorm, Adam.
-The PyTorch network is written here in plain torch with the same layers, eager and compiled;
-without torch only ours is timed. Rounds alternate, medians are printed.
+The PyTorch network is written here in plain torch with the same layers, eager, compiled, and
+with channels last; there is none of other backbones than ResNet-50, and without torch only ours
+is timed. `embed` makes the embeddings of a batch. Every contender has a process of its own.
 
 `memory` makes steps of the glyphs network with batches of 256 to 2,048 images, at once and with
 train.embed_chunk=256, each in a process of its own, and prints the peak of its memory.
@@ -15,11 +18,8 @@ train.embed_chunk=256, each in a process of its own, and prints the peak of its 
 
 import argparse
 import os
-import re
-import statistics
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 # PyTorch needs room on the same GPU.
@@ -30,7 +30,9 @@ import numpy as np
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import clock
 from cgd_jax import train_step
+from cgd_jax.augment import normalize
 from cgd_jax.models.cgd import create_model
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.reports import throughput
@@ -39,42 +41,50 @@ from configs import base, glyphs
 CLASSES = 100
 
 
-def problem(config, batch):
-    """A compiled step, what it is called with, and the floating-point operations of one."""
+def ours(config, batch, training=True):
+    """A function that makes one step, or embeds one batch.
+
+    It returns the floating-point operations of that, the peak of the devices in FLOP/s, and the
+    peak of their memory in bytes where that is known.
+    """
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
-    replicated, split = train_step.shardings(mesh)
+    replicated, divided = train_step.shardings(mesh)
     model = create_model(config.model, CLASSES)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     size = config.data.image_size
     state = train_step.create_state(model, optimizer, 0, size, replicated)
+    flops = (3 if training else 1) * batch * throughput.flops_per_image(model, state, size)
+    side = config.data.resize if training else size
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3)).astype(np.uint8)
+    images = jax.device_put(pixels, divided)
+    labels = jax.device_put(np.repeat(np.arange(batch // 2, dtype=np.int32) % CLASSES, 2), divided)
     step = train_step.make_train_step(config, model, optimizer, mesh)
-    flops = 3 * batch * throughput.flops_per_image(model, state, size)
-    rng = np.random.default_rng(0)
-    shape = (batch, config.data.resize, config.data.resize, 3)
-    images = jax.device_put(rng.integers(0, 256, shape).astype(np.uint8), split)
-    labels = jax.device_put(np.repeat(np.arange(batch // 2, dtype=np.int32) % CLASSES, 2), split)
-    return step, (state, images, labels), flops
-
-
-def ours(config, batch):
-    """A function that makes one step, and the floating-point operations of one."""
-    step, (state, *batch), flops = problem(config, batch)
+    embed = jax.jit(
+        lambda state, x: model.apply(state.variables(), normalize(x, state.normalization)).embedding
+    )
     kept = [state]
 
     def run():
-        kept[0], metrics = step(kept[0], *batch)
-        jax.block_until_ready(metrics)
+        if training:
+            kept[0], found = step(kept[0], images, labels)
+        else:
+            found = embed(kept[0], images)
+        jax.block_until_ready(found)
+        memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return flops, throughput.peak_flops(config.model.dtype), memory
 
-    return run, flops
+    return run
 
 
-def pytorch(config, batch, dtype, compiled):
-    """The same step by PyTorch."""
+def pytorch(config, batch, compiled, channels_last, training=True):
+    """The same by PyTorch."""
     import torch
     from torch import nn
     from torch.nn import functional as F
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def conv(inner, outer, side, stride=1):
         convolution = nn.Conv2d(inner, outer, side, stride, side // 2, bias=False)
@@ -113,21 +123,23 @@ def pytorch(config, batch, dtype, compiled):
             branches = [F.normalize(self.s(spoc)), F.normalize(self.g(gem))]
             return F.normalize(torch.cat(branches, 1)), self.classify(spoc)
 
-    network = Network().to(device).to(memory_format=torch.channels_last)
+    network = Network().to(device).to(memory_format=layout).train(training)
     call = torch.compile(network) if compiled else network
     optimizer = torch.optim.Adam(network.parameters(), config.optimizer.learning_rate)
     size, full = config.data.image_size, config.data.resize
     pixels = torch.randint(0, 256, (batch, 3, full, full), dtype=torch.uint8, device=device)
     labels = torch.arange(batch // 2, device=device).remainder(CLASSES).repeat_interleave(2)
     same = labels[:, None] == labels[None]
-    narrow = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    narrow = torch.autocast(device, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
 
     def run():
         top, left = (int(v) for v in torch.randint(0, full - size + 1, (2,)))
         x = pixels[:, :, top : top + size, left : left + size].float().div(255).sub(0.45).div(0.23)
-        x = x.contiguous(memory_format=torch.channels_last)
-        with narrow:
+        x = x.contiguous(memory_format=layout)
+        with narrow, torch.set_grad_enabled(training):
             embedding, logits = call(x)
+        if not training:
+            return torch.cuda.synchronize() if device == "cuda" else None
         embedding, logits = embedding.float(), logits.float()
         distance = (2 - 2 * embedding @ embedding.T).clamp(min=1e-12).sqrt()
         positive = distance.masked_fill(~same, -1).amax(1)
@@ -143,85 +155,76 @@ def pytorch(config, batch, dtype, compiled):
     return run
 
 
-def step(args):
+def step(args, training=True):
     config = base.get_config()
-    config.model.dtype = args.dtype
+    config.model.backbone, config.model.dtype = args.backbone, args.dtype
     config.data.image_size, config.data.resize = args.size, args.size + args.size // 8
-    run, flops = ours(config, args.batch)
-    candidates = {"cgd_jax": run}
-    try:
-        import torch
-    except ImportError:
-        print("(left out: pip install torch)")
-    else:
-        if args.dtype == "float32" and torch.cuda.is_available():
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        candidates["PyTorch, eager"] = pytorch(config, args.batch, args.dtype, False)
-        candidates["PyTorch, compiled"] = pytorch(config, args.batch, args.dtype, True)
-    seconds = {}
-    for name, call in list(candidates.items()):
-        try:
-            call(), call()
-            seconds[name] = []
-        except Exception as error:  # compilers are missing on some machines
-            print(f"({name} left out: {str(error).splitlines()[0]})")
-            del candidates[name]
-    for _ in range(args.rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    peak = throughput.peak_flops(args.dtype)
-    rows = []
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
-        share = 100 * flops / median / peak
-        rows.append([name, 1000 * median, args.batch / median, flops / median / 1e12, share])
-    headers = ["", "ms a step", "images/s", "TFLOP/s", "% of peak"]
-    kind = jax.devices()[0].device_kind
-    print(f"{kind}, batch {args.batch}, {args.size} × {args.size} pixels, {args.dtype}")
-    print(tabulate(rows, headers, floatfmt=".2f"))
-
-
-def peak(args):
-    """Two steps of the glyphs network; prints the MB of memory that the second one came to."""
-    config = glyphs.get_config()
     config.train.embed_chunk = args.chunk
-    run, _ = ours(config, args.batch)
-    run()
-    clear = Path("/proc/self/clear_refs")
-    if jax.default_backend() == "cpu":
-        clear.write_text("5")  # forgets the peak of compiling
-    run()
-    status = Path("/proc/self/status").read_text()
-    resident = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
-    used = jax.devices()[0].memory_stats() or {}
-    print(used["peak_bytes_in_use"] / 2**20 if used else resident)
+    contenders = {"cgd_jax": partial(ours, config, args.batch, training)}
+    if args.backbone == "resnet50" and not args.alone:
+        for name, *how in (
+            ("PyTorch, eager", False, False),
+            ("PyTorch, eager, channels last", False, True),
+            ("PyTorch, compiled, channels last", True, True),
+        ):
+            contenders[name] = partial(pytorch, config, args.batch, *how, training)
+    timed = clock.compare(contenders, args.rounds)
+    flops, peak, memory = timed["cgd_jax"].value
+    rows = []
+    for name, found in timed.items():
+        rate, ratio = flops / found.median, timed["cgd_jax"].median / found.median
+        row = [name, 1000 * found.median, 100 * found.spread, ratio, args.batch / found.median]
+        rows.append([*row, rate / 1e12, 100 * rate / peak])
+    print(
+        f"{args.backbone}, {'a step of' if training else 'embedding'} {args.batch} images of "
+        f"{args.size} × {args.size}, {args.dtype}"
+        + (f", peak {memory / 2**20:,.0f} MB on the device" if memory else "")
+    )
+    headers = ["", "ms", "spread %", "ours / its", "images/s", "TFLOP/s", "% of peak"]
+    print(tabulate(rows, headers, floatfmt=("", ".1f", ".0f", ".2f", ".1f", ".2f", ".1f")))
+
+
+def embed(args):
+    step(args, training=False)
 
 
 def memory(args):
+    def peak(batch, chunk):
+        config = glyphs.get_config()
+        config.train.embed_chunk = chunk
+        run = ours(config, batch)
+
+        def measure():
+            run()  # compiles, which needs more
+            clock.peak_mb(run)
+            on_device = run()[-1]
+            return on_device / 2**20 if on_device else clock.resident_mb("VmHWM")
+
+        return measure
+
     rows = []
-    for batch in (256, 512, 1024, 2048):
-        rows.append([batch])
-        for chunk in (0, 256):
-            command = [sys.executable, __file__, "peak", f"--batch={batch}", f"--chunk={chunk}"]
-            found = subprocess.run(command, capture_output=True, text=True)
-            # The last line of what was said, be it the number or why there is none.
-            said = (found.stdout or found.stderr).strip().splitlines()[-1]
-            rows[-1].append(said if found.returncode else float(said))
-    kind = jax.devices()[0].device_kind
-    what = "of the process" if kind == "cpu" else "on the device"
-    print(f"{kind}, glyphs network, peak MB {what} in a training step")
+    for batch in args.batches:
+        found = clock.compare(
+            {str(chunk): partial(peak, batch, chunk) for chunk in (0, 256)}, rounds=1, warm=0
+        )
+        rows.append([batch, *(found[c].value if c in found else None for c in ("0", "256"))])
+    print("glyphs network, peak MB of the device's memory, or of the process on a CPU, in a step")
     print(tabulate(rows, ["batch", "at once", "in chunks of 256"], floatfmt=".0f"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("step", "memory", "peak"))
+    parser.add_argument("part", choices=("step", "embed", "memory"))
+    parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--chunk", type=int, default=0, help="train.embed_chunk")
+    parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--chunk", type=int, default=0, help="of peak, one line of memory")
+    parser.add_argument("--alone", action="store_true", help="without PyTorch")
+    parser.add_argument("--cores", type=int, help="how many to use; all by default")
     arguments = parser.parse_args()
+    clock.use_cores(arguments.cores)
+    print(clock.machine())
     globals()[arguments.part](arguments)

@@ -168,7 +168,16 @@ def random_erase(key: jax.Array, images: jax.Array, probability: float) -> jax.A
 
 
 def center_crop(images: Images, size: int) -> Images:
-    """Cuts the middle out: [B, H, W, C] → [B, size, size, C]."""
+    """Cuts the middle out: [B, H, W, C] → [B, size, size, C].
+
+    Raises:
+      ValueError: the images are smaller than that, or no batch of images.
+    """
+    if len(images.shape) != 4 or min(images.shape[1:3]) < size:
+        raise ValueError(
+            f"cannot cut {size} × {size} pixels out of the middle of {tuple(images.shape)}; "
+            f"[B, H, W, C] with H and W of at least {size} is needed."
+        )
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
 

@@ -152,6 +152,7 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
       The saved state, or None if there is no checkpoint.
 
     Raises:
+      ConfigError: As `restore`.
       PermissionError: The latest one must not be read by this user, which is no damage.
       OSError: There are checkpoints, and none can be read; all are left as they are.
     """
@@ -160,6 +161,8 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
         try:
             saved = restore(checkpoints, state, step)
             break
+        except ConfigError:
+            raise
         except Exception as error:  # orbax, TensorStore and JSON each have their own
             folder = Path(checkpoints.directory, str(step))
             for path in (folder, *sorted(folder.rglob("*"))):
@@ -200,9 +203,32 @@ def restore(checkpoints: ocp.CheckpointManager, state, step: int):
 
     Returns:
       The saved state, laid over the devices as `state` is.
+
+    Raises:
+      ConfigError: It was trained on another number of classes.
     """
+    _check_classes(checkpoints, state, step)
     abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
     return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+
+
+def _check_classes(checkpoints: ocp.CheckpointManager, state, step: int) -> None:
+    """Refuses another data set than a checkpoint was trained on, as far as classes tell.
+
+    A run of this version records its data set and is compared with that, see
+    `workdir.check_data`; of an older one this is all there is.
+    """
+    try:
+        saved = checkpoints.item_metadata(step).tree["params"]["auxiliary_fc"]["bias"].shape[0]
+        wanted = state.params["auxiliary_fc"]["bias"].shape[0]
+    except Exception:  # damaged, which is found out when it is read; or no network of ours
+        return
+    if saved != wanted:
+        raise ConfigError(
+            f"The checkpoint of step {step} in {checkpoints.directory} was trained on {saved:,} "
+            f"classes, and the data set has {wanted:,} to train on now. Restore the data set as it "
+            f"was, or train in another folder with --workdir=."
+        )
 
 
 def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, Normalization, int]:

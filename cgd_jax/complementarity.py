@@ -116,7 +116,8 @@ def measure(
     ]
     best = int(np.argmax([r.mean() for r in right]))
     difference = combined.astype(int) - right[best]
-    _, code = np.unique(np.asarray(query_labels)[rows], return_inverse=True)
+    labels = metrics.as_labels("query_labels", query_labels)
+    _, code = np.unique(labels[rows], return_inverse=True)
     sums = np.bincount(code, difference)[:, None]
     low, high = metrics.confidence_intervals(sums, np.bincount(code), bootstrap, seed)
     return {

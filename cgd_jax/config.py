@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
+
 from cgd_jax import combination, data, losses, metrics, pooling
 from cgd_jax.models import backbones, cgd, resnet
 
@@ -41,7 +43,27 @@ FREE_TO_CHANGE = (
 
 # Keys that were added after version 0.1.0, each with the value that does what was done before
 # it existed: a work folder of an older version is opened with them.
-ADDED_KEYS: dict[str, Any] = {}
+ADDED_KEYS: dict[str, Any] = {
+    "model.center": "none",
+    "model.patch_size": 0,
+    "model.frozen_blocks": 0,
+    "model.drop_path": 0.0,
+    "optimizer.layer_decay": 1.0,
+    "loss.soft_margin_triplet.scale": 1.0,
+    "loss.info_nce.temperature": 0.07,
+    "loss.sup_con.temperature": 0.1,
+    "loss.circle.margin": 0.25,
+    "loss.circle.scale": 256.0,
+    "loss.lifted_structure.margin": 1.0,
+    "loss.n_pair.scale": 16.0,
+    "loss.smooth_ap.temperature": 0.01,
+    "loss.recall_at_k.ks": (1, 2, 4, 8, 16),
+    "loss.recall_at_k.rank_temperature": 0.01,
+    "loss.recall_at_k.k_temperature": 1.0,
+}
+
+
+AUTO = "auto"  # the backbone that `model.pretrained` has the weights of
 
 
 class ConfigError(ValueError):
@@ -94,8 +116,8 @@ RULES: dict[str, Rule] = {
     "augment.jitter": at_least(0),
     "augment.erase": Rule(lambda p: 0 <= p <= 1, "must be a probability"),
     "model.backbone": Rule(
-        lambda name: name in backbones.BACKBONES,
-        f"is unknown; valid names are {backbones.listed()}",
+        lambda name: name == AUTO or name in backbones.BACKBONES,
+        f"is unknown; valid names are {backbones.listed()}; or {AUTO}, the one of model.pretrained",
     ),
     "model.pretrained": _any_text,
     "model.width": at_least(1),
@@ -104,19 +126,27 @@ RULES: dict[str, Rule] = {
     "model.last_stride": _stride,
     "model.descriptors": Rule(
         lambda letters: (
-            0 < len(letters) == len(set(letters)) and set(letters) <= set(pooling.POOLINGS)
+            0 < len(letters) == len(set(letters)) and set(letters) <= set(pooling.LETTERS)
         ),
-        f"must be one or more of the letters {', '.join(pooling.POOLINGS)}, each at most once, "
+        f"must be one or more of the letters {', '.join(pooling.LETTERS)}, each at most once, "
         "such as SG or GSM",
     ),
+    "model.patch_size": at_least(0),
     "model.gem_p": _above_0,
     "model.learn_p": one_of(cgd.LEARN_P),
     "model.embedding_dim": at_least(1),
     "model.combination": one_of(combination.COMBINATIONS),
+    "model.center": one_of(cgd.CENTERS),
     "model.freeze_batch_norm": _yes_or_no,
+    "model.frozen_blocks": at_least(0),
+    "model.drop_path": _below_1,
     "model.remat": _yes_or_no,
     "model.dtype": one_of(("auto", "float32", "bfloat16", "float16")),
-    "loss.ranking": one_of(losses.RANKING_LOSSES),
+    "loss.ranking": Rule(
+        lambda name: name in losses.RANKING_LOSSES,
+        f"is unknown; valid names are, of pairs: {', '.join(losses.PAIR_LOSSES)}; of the batch's "
+        f"order: {', '.join(losses.LIST_LOSSES)}",
+    ),
     "loss.ranking_weight": at_least(0),
     "loss.classification_weight": at_least(0),
     "loss.temperature": _above_0,
@@ -129,9 +159,24 @@ RULES: dict[str, Rule] = {
     "loss.multi_similarity.beta": _above_0,
     "loss.multi_similarity.base": at_least(-1),
     "loss.multi_similarity.mining_margin": at_least(0),
+    "loss.soft_margin_triplet.scale": _above_0,
+    "loss.info_nce.temperature": _above_0,
+    "loss.sup_con.temperature": _above_0,
+    "loss.circle.margin": at_least(0),
+    "loss.circle.scale": _above_0,
+    "loss.lifted_structure.margin": at_least(0),
+    "loss.n_pair.scale": _above_0,
+    "loss.smooth_ap.temperature": _above_0,
+    "loss.recall_at_k.ks": Rule(
+        lambda ks: len(ks) > 0 and all(isinstance(k, int) and k > 0 for k in ks),
+        "must be positive whole numbers, such as (1, 2, 4)",
+    ),
+    "loss.recall_at_k.rank_temperature": _above_0,
+    "loss.recall_at_k.k_temperature": _above_0,
     "optimizer.name": one_of(("adam", "adamw", "sgd")),
     "optimizer.learning_rate": _above_0,
     "optimizer.backbone_rate": at_least(0),
+    "optimizer.layer_decay": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "optimizer.freeze_backbone_steps": at_least(0),
     "optimizer.weight_decay": at_least(0),
     "optimizer.momentum": _below_1,
@@ -209,7 +254,37 @@ def validate(config: "ConfigDict") -> None:
 
 
 def _options_of_another_backbone(config: "ConfigDict") -> str | None:
+    if config.model.backbone == AUTO:  # all is checked again when its name is known
+        return None
     return next(iter(backbones.refused_options(config.model)), None)
+
+
+def _no_weights_to_go_by(config: "ConfigDict") -> str | None:
+    if config.model.backbone == AUTO and not config.model.pretrained:
+        return (
+            "model.backbone='auto' takes the backbone that model.pretrained has the weights of, "
+            "which is empty; set either."
+        )
+    return None
+
+
+def _blocks_and_patches(config: "ConfigDict") -> str | None:
+    if config.model.backbone == AUTO:
+        return None
+    name, frozen, size = config.model.backbone, config.model.frozen_blocks, config.data.image_size
+    backbone = backbones.create(config.model, jnp.dtype("float32"))
+    if frozen and frozen > len(backbone.layers) - 1:
+        return f"model.frozen_blocks={frozen}, but {name} has {len(backbone.layers) - 1} blocks."
+    if config.optimizer.layer_decay < 1 and not hasattr(backbone, "layers"):
+        return f"optimizer.layer_decay goes by the blocks of a backbone, and {name} lists none."
+    patch = getattr(backbone, "patch", 1)
+    if size % patch:
+        fitting = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
+        return (
+            f"data.image_size={size} is no multiple of the {patch} pixels of a patch of {name}; "
+            f"{' and '.join(map(str, fitting))} are."
+        )
+    return None
 
 
 def _embedding_cannot_be_shared(config: "ConfigDict") -> str | None:
@@ -323,7 +398,9 @@ def _missing_package(config: "ConfigDict") -> str | None:
 
 # Each returns what is wrong, or None.
 RULES_OF_SEVERAL: tuple[Callable[["ConfigDict"], str | None], ...] = (
+    _no_weights_to_go_by,
     _options_of_another_backbone,
+    _blocks_and_patches,
     _embedding_cannot_be_shared,
     _no_exponent_to_learn,
     _crop_larger_than_image,

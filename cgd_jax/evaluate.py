@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgd_jax import checkpoint, complementarity, metrics, rerank
+from cgd_jax import checkpoint, complementarity, geometry, metrics, rerank
 from cgd_jax.config import validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import prefetch
@@ -88,7 +88,8 @@ def evaluate_checkpoint(
 
     Returns:
       {"step": ..., "metrics": of the embedding as it is trained, "classes": see
-      `workdir.count_classes`, "geometry": see `describe_geometry`, "with options": name →
+      `workdir.count_classes`, "geometry": of the queries, see
+      `geometry.describe_set`, "with options": name →
       metrics, one for every kind of option that the config sets, and if it is asked for
       "complementarity": see `complementarity.measure`}.
 
@@ -131,7 +132,7 @@ def evaluate_checkpoint(
         "step": step,
         "metrics": measured,
         "classes": count_classes(workdir, dataset),
-        "geometry": describe_geometry(embeddings, dataset),
+        "geometry": geometry.describe_set(embeddings.query, dataset.query.labels),
         "with options": with_options,
     }
     if wanted.complementarity:
@@ -534,36 +535,6 @@ def nearest(embeddings: Embeddings, own: np.ndarray | None, rows: np.ndarray, k:
         known = np.flatnonzero(own[rows] >= 0)
         similarities[known, own[rows][known]] = -np.inf
     return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-
-
-def describe_geometry(embeddings: Embeddings, dataset: Dataset) -> dict[str, float]:
-    """Measures whether test embeddings spread or have collapsed to one point.
-
-    Returns:
-      mean_embedding_norm: length of the mean of all unit vectors, 1 if they are one point.
-      positive_distance, negative_distance: root mean square distance of two queries of one
-      class and of two classes; nan where there are no such pairs.
-    """
-    # In float64: within a collapsed embedding cosines differ from 1 by float32's rounding.
-    unit = embeddings.query.astype(np.float64)
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-    _, code = np.unique(dataset.query.labels, return_inverse=True)
-    sums = np.zeros((code.max() + 1, unit.shape[1]))
-    np.add.at(sums, code, unit)
-    count = np.bincount(code).astype(np.float64)
-    # Σ over ordered pairs of x·y within classes, and over all pairs, from the sums of vectors.
-    within, total = np.sum(sums**2) - len(unit), np.sum(sums.sum(0) ** 2) - len(unit)
-    pairs_within = np.sum(count * (count - 1))
-    pairs_across = len(unit) * (len(unit) - 1.0) - pairs_within
-
-    def distance(cosines: float, pairs: float) -> float:
-        return float(np.sqrt(max(0.0, 2 - 2 * cosines / pairs))) if pairs else float("nan")
-
-    return {
-        "mean_embedding_norm": float(np.linalg.norm(unit.mean(0))),
-        "positive_distance": distance(within, pairs_within),
-        "negative_distance": distance(total - within, pairs_across),
-    }
 
 
 # Report.

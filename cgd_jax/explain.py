@@ -34,13 +34,18 @@ from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
-from cgd_jax.models.cgd import CGD, create_model, embed_model
+from cgd_jax.models.cgd import CGD, create_model, embed_model, running_mean
+from cgd_jax.models.family import Features
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
 from cgd_jax.workdir import keep_compiled, read_config
 
 __all__ = ["Explanation", "contributions", "explain_pair", "explain_run", "pooled_map"]
 
+NO_MAP = (
+    "C, the class token, is no sum over the positions of the feature map: attention and MLPs mix "
+    "them in every block. Only networks without C in model.descriptors are explained."
+)
 PAIRS = 4  # of the right and of the wrong retrievals that are drawn
 SAMPLE = 1024  # test images whose mean stands for the average image
 
@@ -79,7 +84,7 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
       [H, W, C] float32; its sum over the positions is the descriptor.
 
     Raises:
-      ValueError: an unknown letter.
+      ValueError: an unknown letter, or the class token's.
     """
     features = features.astype(jnp.float32)
     height, width = features.shape[:2]
@@ -99,6 +104,8 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
             squared_norm = jnp.maximum(jnp.sum(maxima.sum((0, 1)) ** 2), pooling.EPS)
             total = total.at[region].add(maxima * jax.lax.rsqrt(squared_norm))
         return total
+    if letter == pooling.CLASS_TOKEN:
+        raise ValueError(NO_MAP)
     raise ValueError(f"unknown descriptor {letter!r}; known are {', '.join(pooling.POOLINGS)}.")
 
 
@@ -146,6 +153,7 @@ def contributions(
     combination: str = "concat",
     p: float | jax.Array = 3.0,
     reference: float | jax.Array = 0.0,
+    centers: jax.Array | None = None,
 ) -> jax.Array:
     """Takes the similarity of two images apart: what every branch and position contributes.
 
@@ -156,6 +164,9 @@ def contributions(
       combination: one of `combination.COMBINATIONS`.
       p: GeM's exponent, a scalar or [C].
       reference: [D], a vector that is taken from the other image's embedding, or 0.
+      centers: [n, C], the mean descriptors that a network with `model.center` subtracts.
+        Every position bears an even share of them: it contributes by what it has more than
+        the average image.
 
     Returns:
       [2, n, H, W] float32. Of each image, the sum over all but the first axis is the
@@ -166,6 +177,9 @@ def contributions(
     """
     with jax.default_matmul_precision("highest"):
         pooled = jnp.stack([jnp.stack([pooled_map(s, f, p) for s in letters]) for f in features])
+        if centers is not None:
+            height, width = features.shape[1:3]
+            pooled -= centers[:, None, None] / (height * width)
         descriptors = pooled.sum((2, 3))
         linear = jnp.stack([linear_maps(d, kernels, combination) for d in descriptors])
         embeddings = jnp.einsum("inc,incd->id", descriptors, linear)
@@ -202,11 +216,19 @@ def explain_pair(
     is_backbone = lambda module, _: module.name == "backbone"
     output, captured = model.apply(variables, images, capture_intermediates=is_backbone)
     (features,) = captured["intermediates"]["backbone"]["__call__"]
+    if isinstance(features, Features):
+        features = features.map
     params = variables["params"]
     names = ["raw"] if model.combination == "raw" else model.descriptors
     kernels = [params[f"fc_{name}"] for name in names]
     p = params.get("gem_p_learned", model.gem_p)
-    maps = contributions(features, kernels, model.descriptors, model.combination, p, reference)
+    centers = None
+    if model.center == "mean":
+        stats = [variables["batch_stats"][f"center_{letter}"] for letter in model.descriptors]
+        centers = jnp.stack([running_mean(s["mean"], s["weight"]) for s in stats])
+    maps = contributions(
+        features, kernels, model.descriptors, model.combination, p, reference, centers
+    )
     shares = maps.sum((2, 3)).mean(0)
     with jax.default_matmul_precision("highest"):
         similarity = output.embedding[0] @ output.embedding[1]
@@ -242,6 +264,8 @@ def explain_run(
         if not Path(file).is_file():
             raise FileNotFoundError(f"--{flag}={file}: there is no such file.")
     config = read_config(workdir)
+    if pooling.CLASS_TOKEN in config.model.descriptors:
+        raise ConfigError(f"model.descriptors={config.model.descriptors!r}: {NO_MAP}")
     pixels = read_images(given, config)
     variables, normalization, step = checkpoint.read_weights(workdir, step)
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))

@@ -7,12 +7,13 @@ vectors = embed(images)  # [B, S, S, 3] uint8 → [B, D]
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cgd_jax.augment import Normalization
@@ -28,7 +29,8 @@ FOLDER = "export"
 class Model(NamedTuple):
     """A trained network, ready to embed."""
 
-    embed: Callable[[jax.Array], jax.Array]  # [B, S, S, 3] uint8 → [B, D], unit length
+    # [B, S, S, 3] uint8, or what `as_pixels` makes it of → [B, D], unit length.
+    embed: Callable[[Any], jax.Array]
     image_size: int  # S
     config: dict[str, Any]  # of the run that trained it
     normalization: Normalization  # what `embed` does to the pixels
@@ -52,7 +54,15 @@ def open_model(source: str | Path, vector: str = "embedding") -> Model:
     """
     model, variables, normalization, config = read_network(source)
     size = config["data"]["image_size"]
-    embed = embed_model(model, variables, normalization, size, vector)
+    embed_pixels = embed_model(model, variables, normalization, size, vector)
+    side = config["data"]["resize"] if config["eval"]["center_crop"] else size
+
+    def embed(images: Any) -> jax.Array:
+        pixels = as_pixels(images, side)
+        if len(pixels):
+            return embed_pixels(pixels)
+        return embed_pixels(jnp.zeros((1, side, side, 3), np.uint8))[:0]  # of the right length
+
     return Model(embed, size, config, normalization)
 
 
@@ -86,6 +96,59 @@ def read_network(source: str | Path) -> tuple[CGD, dict, Normalization, dict[str
     return model, variables, normalization, config
 
 
+def as_pixels(images: Any, side: int) -> Any:
+    """Checks the images that a network is to embed, and brings them into its form.
+
+    Args:
+      images: a batch [B, S, S, 3] or one image [S, S, 3] of whole numbers from 0 to 255; or
+        a picture of Pillow, or a list of them, of any size and mode, which are resized as those
+        of the data sets are.
+      side: S, in pixels.
+
+    Returns:
+      [B, S, S, 3] uint8; one image is a batch of one.
+
+    Raises:
+      ValueError: it is something else; the message names shape, dtype and range.
+      ImportError: resizing pictures of Pillow needs OpenCV and simplejpeg.
+    """
+    pictures = images if isinstance(images, list | tuple) else [images]
+    if pictures and all(hasattr(picture, "getbands") for picture in pictures):
+        return _resized(pictures, side)
+    if not isinstance(images, jax.Array):
+        images = np.asarray(images)
+    found = f"an array of shape {tuple(images.shape)} and dtype {images.dtype}"
+    wanted = f"[B, {side}, {side}, 3] uint8, values from 0 to 255"
+    if images.ndim == 3:
+        images = images[None]
+    if images.shape[1:] != (side, side, 3):
+        raise ValueError(
+            f"Got {found}; the network takes {wanted}. Resize the images to {side} × {side} "
+            f"pixels in RGB, or pass pictures of Pillow, which are resized."
+        )
+    if images.dtype == np.uint8:
+        return images
+    values = (
+        ""
+        if isinstance(images, jax.core.Tracer) or not images.size
+        else (f" and values from {images.min():g} to {images.max():g}")
+    )
+    whole = images.dtype.kind in "iu" and values
+    if whole and images.min() >= 0 and images.max() <= 255:
+        return images.astype(np.uint8)
+    raise ValueError(
+        f"Got {found}{values}; the network takes {wanted}, and normalizes them itself. Of floats "
+        f"in 0 to 1 make (255 * images).round().astype('uint8')."
+    )
+
+
+def _resized(pictures: Sequence, side: int) -> np.ndarray:
+    """Returns pictures of Pillow as [B, side, side, 3] uint8."""
+    from cgd_jax.data.decode import resize, to_rgb
+
+    return np.stack([resize(to_rgb(picture), side) for picture in pictures])
+
+
 def export_run(workdir: str, step: int | None = None) -> Path:
     """Writes a checkpoint of a run into the folder `export` below it.
 
@@ -105,8 +168,6 @@ def export_run(workdir: str, step: int | None = None) -> Path:
       FileNotFoundError: There is no such run or checkpoint, or it was not evaluated.
     """
     # Not at the top of the file, so that `open_model` does without orbax, Pillow and others.
-    from safetensors.numpy import save_file
-
     from cgd_jax import checkpoint
     from cgd_jax.config import to_dict
     from cgd_jax.reports.model_card import model_card
@@ -115,7 +176,8 @@ def export_run(workdir: str, step: int | None = None) -> Path:
 
     config = read_config(workdir)
     variables, normalization, step = checkpoint.read_weights(workdir, step)
-    metrics = _measured(workdir, step)
+    result = _measured(workdir, step)
+    metrics = {"embedding": result["metrics"], **result["with options"]}
     folder = Path(workdir, FOLDER)
     folder.mkdir(exist_ok=True)
     metadata = {
@@ -124,20 +186,20 @@ def export_run(workdir: str, step: int | None = None) -> Path:
         "metrics": json.dumps(metrics),
     }
     pretrained.save(folder / "model.safetensors", variables, normalization, metadata)
-    with files.replacing(folder / "backbone.safetensors") as part:
-        save_file(pretrained.to_torchvision(variables, config.model.backbone), part)
-    files.write_atomically(folder / "README.md", model_card(config, step, metrics))
+    backbone = pretrained.to_torchvision(variables, config.model.backbone)
+    pretrained.save(folder / "backbone.safetensors", backbone, normalization)
+    files.write_atomically(folder / "README.md", model_card(config, result))
     return folder
 
 
-def _measured(workdir: str, step: int) -> dict[str, dict]:
-    """Returns what was measured of a checkpoint: name of the vector → metrics."""
+def _measured(workdir: str, step: int) -> dict:
+    """Returns what was measured of a checkpoint, see `evaluate.evaluate_checkpoint`."""
     for name in ("results.json", f"eval-{step}.json"):
         path = Path(workdir, name)
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
             if result["step"] == step:
-                return {"embedding": result["metrics"], **result["with options"]}
+                return result
     raise FileNotFoundError(
         f"Step {step} of {workdir} was not evaluated, and a network whose quality nobody knows is "
         f"not exported: python main.py --mode=eval --workdir={workdir} --step={step} first."

@@ -11,10 +11,10 @@ import optax
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint
-from cgd_jax.config import ConfigError
+from cgd_jax.config import AUTO, ConfigError, validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
-from cgd_jax.models import backbones, pretrained
+from cgd_jax.models import backbones, pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.runtime import processes
@@ -54,7 +54,7 @@ def set_up(config: ConfigDict) -> Setup:
     dataset, labels = open_data(config)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone)
     state = create_state(
         model,
         optimizer,
@@ -65,6 +65,24 @@ def set_up(config: ConfigDict) -> Setup:
         normalization=backbones.normalization_of(config.model.backbone),
     )
     return Setup(dataset, labels, model, optimizer, state, batch_sharding)
+
+
+def name_backbone(config: ConfigDict) -> ConfigDict:
+    """Returns a valid config, in which the backbone has its name in the place of "auto".
+
+    Raises:
+      ConfigError: The config cannot be run, or nothing says which backbone the weights are of.
+    """
+    validate(config)
+    if config.model.backbone != AUTO:
+        return config
+    config = config.copy_and_resolve_references()
+    try:
+        config.model.backbone = weight_files.declared_backbone(config.model.pretrained)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.backbone=auto: {error}") from error
+    validate(config)
+    return config
 
 
 def check_batch(config: ConfigDict, devices: int) -> None:

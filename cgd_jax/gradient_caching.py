@@ -35,7 +35,7 @@ def make_chunked_gradients(
       chunk: how many images; divides the batch.
 
     Returns:
-      state, images, labels → what `train_step.direct_gradients` returns.
+      state, images, labels, rngs → what `train_step.direct_gradients` returns.
     """
 
     @jax.jit
@@ -44,52 +44,64 @@ def make_chunked_gradients(
         chunks = images.reshape(chunk, -1, *images.shape[1:])
         return tuple(chunks[:, i] for i in range(chunks.shape[1]))
 
-    def describe(params, batch_stats, images):
+    def describe(params, batch_stats, images, rngs):
         output, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
             train=True,
             return_descriptors=True,
             mutable=["batch_stats"],
+            rngs=rngs,
         )
-        return output.descriptors, updates["batch_stats"]["backbone"]
+        return output.descriptors, updates["batch_stats"].get("backbone")  # if it has any
 
     @jax.jit
     def rank(state, chunks, backbone_stats, labels):
         def loss_of(params, chunks):
             # Back in the order of the labels.
             join = lambda *parts: jnp.stack(parts, 1).reshape(len(labels), -1)
+            descriptors = jax.tree.map(join, *chunks)
             output, updates = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 None,
                 train=True,
-                descriptors=jax.tree.map(join, *chunks),
+                descriptors=descriptors,
                 mutable=["batch_stats"],
             )
             loss, metrics = measure(labels, output)
-            return loss, (updates["batch_stats"], metrics)
+            return loss, (updates["batch_stats"], metrics, descriptors)
 
         gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
-        (_, (batch_stats, metrics)), (gradients, cotangents) = gradient(state.params, chunks)
+        (_, found), (gradients, cotangents) = gradient(state.params, chunks)
+        batch_stats, metrics, descriptors = found
         mean = lambda *parts: sum(parts) / len(parts)
-        batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, *backbone_stats)}
-        return gradients, cotangents, batch_stats, metrics
+        if backbone_stats[0] is not None:
+            batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, *backbone_stats)}
+        return gradients, cotangents, batch_stats, metrics, descriptors
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add_gradient(total, state, images, cotangents):
-        descriptors_of = lambda params: describe(params, state.batch_stats, images)[0]
+    def add_gradient(total, state, images, cotangents, rngs):
+        descriptors_of = lambda params: describe(params, state.batch_stats, images, rngs)[0]
         _, backward = jax.vjp(descriptors_of, state.params)
         return jax.tree.map(jnp.add, total, backward(cotangents)[0])
 
     describe_chunk = jax.jit(describe)
 
-    def gradients_of(state, images, labels):
+    def gradients_of(state, images, labels, rngs=None):
         chunks = in_chunks(images)
-        found = [describe_chunk(state.params, state.batch_stats, chunk) for chunk in chunks]
-        descriptors, backbone_stats = zip(*found, strict=True)
-        total, cotangents, batch_stats, metrics = rank(state, descriptors, backbone_stats, labels)
-        for images, their_cotangents in zip(chunks, cotangents, strict=True):
-            total = add_gradient(total, state, images, their_cotangents)
-        return total, batch_stats, metrics
+        # The same for a chunk in both passes, so that they leave the same branches out.
+        keys = [
+            {name: jax.random.fold_in(key, i) for name, key in (rngs or {}).items()}
+            for i in range(len(chunks))
+        ]
+        found = [
+            describe_chunk(state.params, state.batch_stats, *chunk)
+            for chunk in zip(chunks, keys, strict=True)
+        ]
+        chunk_descriptors, backbone_stats = zip(*found, strict=True)
+        total, cotangents, *rest = rank(state, chunk_descriptors, backbone_stats, labels)
+        for images, their_cotangents, key in zip(chunks, cotangents, keys, strict=True):
+            total = add_gradient(total, state, images, their_cotangents, key)
+        return total, *rest
 
     return gradients_of

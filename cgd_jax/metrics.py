@@ -1,9 +1,11 @@
 """Exact retrieval metrics in constant memory: at which ranks do the true matches stand?
 
 The rank of a true match is a count: the gallery items of other classes at least as
-similar to the query, plus the true matches before it. Counting needs one matrix product
-and a comparison per true match, never a sort, a top-k or a queries × gallery array. All
-metrics here follow from these ranks. Similarity is cosine.
+similar to the query, plus the true matches before it. In a class of few members, counting
+needs one matrix product and a comparison per true match, never a sort, a top-k or a queries
+× gallery array. In a class of many, it is cheaper to sort the other items once and to look
+every true match up among them; then some rows of similarities are held at a time. All metrics
+here follow from these ranks. Similarity is cosine.
 
 >>> embeddings = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.9, 0.3]])
 >>> labels = ["cat", "cat", "dog", "dog"]
@@ -30,11 +32,12 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
 from cgd_jax.retrieval import PRECISIONS, check_matrix, check_rows
-from cgd_jax.runtime import files, processes
+from cgd_jax.runtime import files, processes, threads
 
 __all__ = [
     "PRECISIONS",
     "RankingOptions",
+    "as_labels",
     "cluster_agreement",
     "confidence_intervals",
     "evaluate",
@@ -59,7 +62,14 @@ TILE = (256, 4096)
 # Side of the small products that only look at true matches.
 WINDOW = 256
 # Numbers per query and true match that a call may hold.
-MATCHES = 2**24
+MATCHES = 2**21
+
+# Members of a class from which sorting a row of similarities is cheaper than comparing it with
+# every true match. An accelerator compares much faster, and the rows are sorted on the host.
+SORTED_FROM = {"cpu": 64}
+SORTED_FROM_ON_ACCELERATORS = 1024
+# Similarities that are held for sorting: 256 MB.
+HELD = 2**26
 
 
 class RankingOptions(TypedDict, total=False):
@@ -140,7 +150,7 @@ def first_ranks(
     >>> first_ranks([[1, 0], [0, 1], [1, 1], [1, 0]], ["a", "b", "a", "c"])
     array([ 2., nan,  3., nan])
     """
-    query_labels = np.asarray(query_labels)
+    query_labels = as_labels("query_labels", query_labels)
     best = np.full(len(query_labels), -np.inf)  # what it stays without a true match
     for rows, _, ranks in _true_match_ranks(
         query, query_labels, gallery, gallery_labels, first=True, **options
@@ -200,7 +210,7 @@ def evaluate(
     ks = _check_ks(ks)
     names = [*(f"recall@{k}" for k in ks), *(f"precision@{k}" for k in ks)]
     names += ["r_precision", "map@r", "map", "mrr"]
-    query_labels = np.asarray(query_labels)
+    query_labels = as_labels("query_labels", query_labels)
     table = np.full((len(query_labels), len(names)), -np.inf)
     for rows, matches, ranks in _true_match_ranks(
         query, query_labels, gallery, gallery_labels, first=False, **options
@@ -209,7 +219,7 @@ def evaluate(
         precision = np.where(np.isfinite(ranks), place / ranks, 0.0)
         within = ranks <= matches[:, None]
         values: list[np.ndarray] = [ranks[:, 0] <= k for k in ks]
-        values += [np.sum(ranks <= k, 1) / k for k in ks]
+        values += [np.sum(ranks[:, :k] <= k, 1) / k for k in ks]  # the n-th rank is at least n
         values.append(within.sum(1) / matches)
         values.append(np.sum(precision * within, 1) / matches)
         values.append(np.sum(precision, 1) / matches)
@@ -265,8 +275,8 @@ def recall_of_ranking(
     >>> recall_of_ranking([[2, 0], [1, 2]], ["a", "b"], ["b", "c", "a"], ks=(1, 2))
     {1: 0.5, 2: 0.5}
     """
-    index, query_labels, gallery_labels = map(np.asarray, (index, query_labels, gallery_labels))
-    ks = _check_ks(ks)
+    index, ks = np.asarray(index), _check_ks(ks)
+    query_labels = as_labels("query_labels", query_labels)
     if index.ndim != 2 or query_labels.shape != index.shape[:1] or max(ks) > index.shape[1]:
         raise ValueError(
             f"index must be [Q, K] with K at least {max(ks)} and query_labels [Q], got "
@@ -455,6 +465,25 @@ def _true_match_ranks(
         mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
     rows = rows[processes.share_of_rows(mesh, len(rows))]
     mesh = processes.local_mesh(mesh)
+    offsets = np.array(TIES[ties], np.float32)
+    least = SORTED_FROM.get(mesh.devices.flat[0].platform, SORTED_FROM_ON_ACCELERATORS)
+    large = members[code[rows]] >= least
+    if large.any():
+        yield from _ranks_in_whole_rows(
+            query,
+            gallery,
+            rows[large],
+            matches,
+            own,
+            members=lambda row: order[start[row] : end[row]],
+            offsets=offsets,
+            mesh=mesh,
+            precision=precision,
+            first=first,
+        )
+    rows = rows[~large]
+    if not len(rows):
+        return
     ways = mesh.size
     at_once = int(np.clip(MATCHES // members[code[rows[-1]]], 1, STEPS * BLOCK))
     block = ways * _even(min(BLOCK, at_once, -(-len(rows) // ways)), TILE[0])[0]
@@ -486,7 +515,7 @@ def _true_match_ranks(
                     )
                 ),
                 gallery=gallery,
-                offsets=np.array(TIES[ties], np.float32),
+                offsets=offsets,
                 mesh=mesh,
                 precision=precision,
             )
@@ -508,6 +537,60 @@ def _merge(array, options):
     """The rows of all processes that share the queries."""
     mesh = options.get("mesh")
     return array if mesh is None else processes.merge_rows(array, mesh)
+
+
+def _ranks_in_whole_rows(
+    query, gallery, rows, matches, own, *, members, offsets, mesh, precision, first
+):
+    """Yields what `_true_match_ranks` does, for `rows` of queries that have many true matches.
+
+    ``members`` maps a query to where in the gallery its class is, itself included; ``matches``
+    and ``own`` are of all queries, ``offsets`` as for `_count_others_before`.
+    """
+    size = _even(len(gallery), GALLERY_BLOCK)[1]
+    block = min(BLOCK, max(1, HELD // len(gallery)), len(rows))
+    block = -(-block // mesh.size) * mesh.size
+    divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
+
+    def ranks(row, similarity):
+        if own[row] >= 0:
+            similarity[own[row]] = -np.inf
+        mine = members(row)
+        true = similarity[mine]
+        if first:
+            true = true.max(keepdims=True)
+            similarity[mine] = -np.inf
+            before = [np.count_nonzero(similarity > true + offset) for offset in offsets]
+        else:
+            true = -np.sort(-true)[: matches[row]]
+            similarity[mine] = np.inf
+            similarity.sort()
+            others = similarity[: len(similarity) - len(mine)]
+            before = [len(others) - np.searchsorted(others, true + o, "right") for o in offsets]
+        return np.arange(1, len(true) + 1) + np.mean(before, 0)
+
+    def padded_ranks(some, similarity):
+        width = 1 if first else matches[some].max()
+        found = np.full((len(some), width), np.inf)
+        for row, values, place in zip(some, similarity, found, strict=True):
+            true = ranks(row, values)
+            place[: len(true)] = true
+        return some, matches[some], found
+
+    for at in range(0, len(rows), block):
+        some = rows[at : at + block]
+        # The last block repeats some queries.
+        queries = jax.device_put(query[np.resize(some, block)], divided)
+        similarity = np.empty((len(some), len(gallery)), np.float32)
+        for begin in range(0, len(gallery), size):
+            items = jax.device_put(_padded(gallery[begin : begin + size], size), everywhere)
+            product = np.asarray(_product(queries, items, precision))
+            similarity[:, begin : begin + size] = product[: len(some), : len(gallery) - begin]
+        few = int(np.clip(MATCHES // (16 * matches[some].max()), 1, 64))
+        parts = [slice(i, i + few) for i in range(0, len(some), few)]
+        yield from threads.parallel(
+            lambda part, some=some, held=similarity: padded_ranks(some[part], held[part]), parts
+        )
 
 
 def _similarity_of_matches(query, gallery, order, rows, start, end, width, precision):
@@ -674,7 +757,7 @@ def _even(total, most):
 
 def _check(name: str, embeddings: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as NumPy arrays, embeddings in float32; ValueError for what cannot be ranked."""
-    embeddings, labels = np.asarray(check_matrix(name, embeddings)), np.asarray(labels)
+    embeddings, labels = np.asarray(check_matrix(name, embeddings)), as_labels("labels", labels)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"labels must be one per row: {name} {embeddings.shape}, labels {labels.shape}"
@@ -689,15 +772,61 @@ def _check_ks(ks):
     return tuple(int(k) for k in ks)
 
 
+def as_labels(name: str, values: ArrayLike) -> np.ndarray:
+    """Returns labels or ids as an array whose values are compared exactly.
+
+    Args:
+      name: what they are, for messages.
+      values: whole numbers of at most 64 bits, or texts; also as Python's objects, as pandas has
+        them.
+
+    Returns:
+      An array of int64, of uint64 if there are numbers beyond, or of texts.
+
+    Raises:
+      ValueError: floating-point numbers, which may not be exact; a mixture; something else.
+
+    >>> as_labels("labels", np.array(["cat", "dog"], object)).dtype.kind
+    'U'
+    """
+    # Of a list, NumPy itself would make texts of numbers beside texts, and floats of large ones.
+    array = values if hasattr(values, "dtype") else np.array(values, object)
+    array = np.asarray(array)
+    remedy = f"make texts of them, {name}.astype(str), or numbers, numpy.unique with return_inverse"
+    if array.dtype.kind in "OT":  # Python's objects, and NumPy's texts of any length
+        kinds = {int if isinstance(v, int | np.integer | np.bool_) else type(v) for v in array.flat}
+        if not array.size or kinds == {int}:
+            numbers = [int(value) for value in array.flat]
+            least, most = min(numbers, default=0), max(numbers, default=0)
+            if least < -(2**63) or most >= (2**64 if least >= 0 else 2**63):
+                raise ValueError(f"{name} from {least} to {most} do not fit into 64 bits; {remedy}")
+            kind = np.int64 if most < 2**63 else np.uint64
+            return np.array(numbers, kind).reshape(array.shape)
+        if all(issubclass(kind, str) for kind in kinds):
+            return array.astype(str)
+        if kinds == {bytes}:
+            return array.astype("S")
+        found = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"{name} must be whole numbers or texts, got {found}; {remedy}")
+    if array.dtype.kind in "US" or array.dtype == np.uint64:
+        return array
+    if array.dtype.kind in "iub":
+        return array.astype(np.int64)
+    raise ValueError(f"{name} must be whole numbers or texts, got {array.dtype}; {remedy}")
+
+
 def _shared_codes(name, query, gallery):
     """Integers for both that are equal where the values are equal."""
-    query, gallery = np.asarray(query), np.asarray(gallery)
-    kinds = {"i" if x.dtype.kind in "iub" else x.dtype.kind for x in (query, gallery)}
-    if len(kinds) > 1 or not kinds <= {"i", "U", "S"}:
-        raise ValueError(
-            f"query_{name} and gallery_{name} must both be integers or both be strings, got "
-            f"{query.dtype} and {gallery.dtype}"
-        )
+    query, gallery = as_labels(f"query_{name}", query), as_labels(f"gallery_{name}", gallery)
+    if query.dtype.kind != gallery.dtype.kind:
+        numbers = {"i", "u"}
+        if {query.dtype.kind, gallery.dtype.kind} != numbers:
+            raise ValueError(
+                f"query_{name} and gallery_{name} must both be integers or both be strings, got "
+                f"{query.dtype} and {gallery.dtype}"
+            )
+        # Together they would become float64; as Python's numbers they stay what they are.
+        query, gallery = query.astype(object), gallery.astype(object)
     _, code = np.unique(np.concatenate([query, gallery]), return_inverse=True)
     return code[: len(query)], code[len(query) :]
 

@@ -1,9 +1,14 @@
 """Optimizer and learning rates, from the `optimizer` part of an experiment's config."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from ml_collections import ConfigDict
+
+from cgd_jax.models import backbones
 
 __all__ = ["learning_rate_schedule", "make_optimizer", "moving_average"]
 
@@ -34,8 +39,12 @@ def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, steps: int, backbone: nn.Module | None = None
+) -> optax.GradientTransformation:
     """The optimizer that a config names, with a learning rate of its own for the backbone.
+
+    Layer-wise decay and frozen blocks scale what comes out of it, see `backbones.layer_factors`.
 
     Weight decay applies to arrays of two axes and more, which leaves out scales and biases of
     norms, biases of layers, and GeM's exponents.
@@ -43,6 +52,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     Args:
       config: the `optimizer` part of an experiment's config.
       steps: length of the whole run.
+      backbone: the module that `params["backbone"]` belongs to; None if its layers learn alike.
 
     Returns:
       A transformation of gradients for parameters with the top-level key "backbone" and others.
@@ -60,7 +70,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     def is_kernel(params):
         return jax.tree.map(lambda array: array.ndim > 1, params)
 
-    return optax.chain(
+    parts = [
         optax.trace(config.momentum) if config.name == "sgd" else optax.scale_by_adam(),
         optax.add_decayed_weights(config.weight_decay, is_kernel),
         optax.multi_transform(
@@ -70,7 +80,20 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             },
             groups,
         ),
-    )
+    ]
+    if backbone is not None and (config.layer_decay < 1 or getattr(backbone, "frozen_blocks", 0)):
+        parts.append(_scale_layers(backbone, config.layer_decay))
+    return optax.chain(*parts)
+
+
+def _scale_layers(backbone: nn.Module, decay: float) -> optax.GradientTransformation:
+    """Multiplies the updates of the backbone's layers, those of frozen ones by 0."""
+    factor_of = backbones.layer_factors(backbone, decay)
+
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        return update * factor_of(path[1].key) if path[0].key == "backbone" else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
 def moving_average(average: dict, params: dict, step: jax.Array, decay: float) -> dict:

@@ -12,7 +12,17 @@ needs nothing but JAX and is meant to be taken into other projects as it is.
 import jax
 import jax.numpy as jnp
 
-__all__ = ["EPS", "POOLINGS", "gem", "mac", "rmac", "rmac_regions", "spoc"]
+__all__ = [
+    "CLASS_TOKEN",
+    "EPS",
+    "LETTERS",
+    "POOLINGS",
+    "gem",
+    "mac",
+    "rmac",
+    "rmac_regions",
+    "spoc",
+]
 
 # The floor of the features in GeM and of the squared norm of a region in R-MAC. It bounds
 # the gradient of a channel or region that is dead to what float16 can hold.
@@ -192,3 +202,7 @@ def _check_features(features: jax.Array) -> None:
 
 # The letters that name descriptors in a config: "SG" is SPoC, then GeM.
 POOLINGS = {"S": spoc, "M": mac, "G": gem, "R": rmac}
+# The class token of a vision transformer, or what it pools instead: no pooling of the feature
+# map, but a global descriptor that a network may have beside it.
+CLASS_TOKEN = "C"
+LETTERS = (*POOLINGS, CLASS_TOKEN)

@@ -161,6 +161,8 @@ def k_reciprocal(
     else:
         gallery = _unit("gallery", gallery)
         items, first = np.concatenate([query, gallery]), len(query)
+    if not 1 <= k1 < len(items):
+        raise ValueError(f"k1 must be from 1 to {len(items) - 1} for these items, got {k1}")
     similarity, index = top_k(query, gallery, k, exclude=exclude, mesh=mesh)
     nearest = top_k(items, items, k1, exclude=np.arange(len(items)), mesh=mesh)[1]
     nearest = np.concatenate([np.arange(len(items))[:, None], nearest], 1)

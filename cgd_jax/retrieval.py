@@ -9,6 +9,7 @@ every device searches its share of each block and the shares' best are merged.
 Similarity is the dot product: cosine for normalized embeddings.
 """
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from cgd_jax.runtime import processes
 __all__ = ["PRECISIONS", "check_matrix", "check_rows", "top_k"]
 
 PRECISIONS = ("highest", "high", "default")
+ALIGNED = 128
 
 
 def top_k(
@@ -94,8 +96,12 @@ def top_k(
     exclude = np.pad(exclude, (0, fill))
     best = [(np.full((block, k), -np.inf, np.float32), np.full((block, k), -1, np.int32))] * queries
 
-    for start in range(0, len(gallery), gallery_block):
-        items = check_rows("gallery", gallery[start : start + gallery_block], start)
+    # The few items behind the last multiple of ALIGNED are a block of their own, because
+    # `_largest` copies similarities whose columns are not.
+    whole = len(gallery) // (ALIGNED * mesh.size) * ALIGNED * mesh.size
+    edges = sorted({*range(0, len(gallery), gallery_block), whole, len(gallery)})
+    for start, end in itertools.pairwise(edges):
+        items = check_rows("gallery", gallery[start:end], start)
         padding = -len(items) % mesh.size
         if padding:
             items = np.pad(items, ((0, padding), (0, 0)))
@@ -216,6 +222,12 @@ def check_rows(name: str, rows: np.ndarray | jax.Array, start: int = 0) -> np.nd
         raise ValueError(f"{name} must be real numbers, not {rows.dtype}")
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32, copy=False)
+    if isinstance(rows, np.ndarray):
+        # One pass of the processor's fastest kind. A sum that is not finite may still be of
+        # numbers that are, only large.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(rows @ np.ones(rows.shape[1], np.float32)).all():
+                return rows
     is_finite = jnp.isfinite if isinstance(rows, jax.Array) else np.isfinite
     for at in range(0, len(rows), 4096):  # a mask of everything is a quarter of the size
         finite = np.asarray(is_finite(rows[at : at + 4096]).all(1))

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint
-from cgd_jax.config import to_dict, validate
+from cgd_jax.config import to_dict
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
 from cgd_jax.evaluate import (
@@ -18,13 +18,19 @@ from cgd_jax.evaluate import (
     measure_baselines,
     say_results,
 )
-from cgd_jax.from_config import Setup, load_pretrained, set_up
-from cgd_jax.reports import plots, tables
+from cgd_jax.from_config import Setup, load_pretrained, name_backbone, set_up
+from cgd_jax.reports import collapse, plots, tables
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
 from cgd_jax.runtime import console, files, interrupts, locks, processes
-from cgd_jax.train_step import State, make_train_step
-from cgd_jax.workdir import check_data, check_workdir, keep_compiled, record_data
+from cgd_jax.train_step import State, make_train_step, triplet_margin
+from cgd_jax.workdir import (
+    check_data,
+    check_workdir,
+    count_classes,
+    keep_compiled,
+    record_data,
+)
 
 
 class Diverged(RuntimeError):
@@ -51,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       SystemExit: SIGINT or SIGTERM ended it; the status is `interrupts.EXIT_TEMPFAIL`.
     """
     started = time.time()
-    validate(config)
+    config = name_backbone(config)
     check_workdir(config, workdir)
     keep_compiled(workdir)
     setup = set_up(config)
@@ -80,8 +86,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             state, stopped = train(
                 config, folder, setup, state, flops, checkpoints, history, started
             )
+        margin, classes = triplet_margin(config.loss), count_classes(workdir, setup.dataset)
+        seen = tables.describe_classes(*classes.values())
         with files.warn_on_write_error("curves.png"):
-            plots.plot_curves(folder / "curves.png", history.rows, baselines)
+            plots.plot_curves(folder / "curves.png", history.rows, baselines, margin, seen)
+        for warning in collapse.warnings(history.rows, margin, config.model.center):
+            console.say(f"Warning: {warning}")
         if stopped:
             console.say(
                 f"Stopped at step {int(state.step)} of {config.train.steps}; the same command goes "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from cgd_jax import losses
+from cgd_jax import geometry, losses
 from cgd_jax.augment import IMAGENET, Normalization, augment
 from cgd_jax.gradient_caching import make_chunked_gradients
 from cgd_jax.models.cgd import CGD, Output
@@ -82,14 +82,21 @@ def make_train_step(
         metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
         return dataclasses.replace(new, step=state.step + 1, skipped=skipped), metrics
 
+    def describe(state: State, descriptors: list[jax.Array], labels: jax.Array):
+        return describe_step(config.loss, model, measure, state, descriptors, labels)
+
     replicated, batch_sharding = shardings(mesh)
     if chunk:  # the host goes from chunk to chunk, so that this cannot be one program
         prepare = jax.jit(prepare, out_shardings=batch_sharding)
+        describe = jax.jit(describe)
         update = jax.jit(update, donate_argnums=0, out_shardings=replicated)
 
     def train_step(state: State, images: jax.Array, labels: jax.Array):
         images = prepare(state, images)
-        return update(state, *gradients_of(state, images, labels))
+        rngs = {"drop_path": jax.random.fold_in(step_key(config.seed, state.step), 1)}
+        gradients, batch_stats, metrics, descriptors = gradients_of(state, images, labels, rngs)
+        metrics |= describe(state, descriptors, labels)
+        return update(state, gradients, batch_stats, metrics)
 
     if chunk:
         return train_step
@@ -133,13 +140,65 @@ def measure_losses(
     }
 
 
+def describe_step(
+    config: ConfigDict,
+    model: CGD,
+    measure: Callable[[jax.Array, Output], tuple[jax.Array, dict]],
+    state: State,
+    descriptors: list[jax.Array],
+    labels: jax.Array,
+) -> dict[str, jax.Array]:
+    """Measures how the embeddings of a batch lie, and which loss pulls the backbone how much.
+
+    Args:
+      config: the `loss` part of an experiment's config.
+      model: the network.
+      measure: labels, `Output` → loss, metrics.
+      state: before the step.
+      descriptors: n × [B, C], of the step.
+      labels: [B], in [0, M).
+
+    Returns:
+      What `geometry.describe_batch` does, and ranking_gradient and classification_gradient:
+      norms of the gradients of both weighted losses with respect to the descriptors, which is
+      where they meet. Float32 scalars.
+    """
+
+    def losses_of(descriptors):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        output, _ = model.apply(
+            variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
+        )
+        _, metrics = measure(labels, output)
+        return (metrics["ranking_loss"], metrics["classification_loss"]), output.embedding
+
+    _, pull_back, embedding = jax.vjp(losses_of, descriptors, has_aux=True)
+    weights = jnp.diag(jnp.array([config.ranking_weight, config.classification_weight], float))
+    ranking, classification = (optax.tree.norm(pull_back((w[0], w[1]))) for w in weights)
+    return {
+        **geometry.describe_batch(embedding, labels, triplet_margin(config) or 0.0),
+        "ranking_gradient": ranking,
+        "classification_gradient": classification,
+    }
+
+
+def triplet_margin(config: ConfigDict) -> float | None:
+    """Returns the margin of a triplet loss, or None where the ranking loss is another one.
+
+    Args:
+      config: the `loss` part of an experiment's config.
+    """
+    return config[config.ranking].get("margin") if config.ranking.endswith("triplet") else None
+
+
 def direct_gradients(
     model: CGD,
     measure: Callable[[jax.Array, Output], tuple[jax.Array, dict]],
     state: State,
     images: jax.Array,
     labels: jax.Array,
-) -> tuple[dict, dict, dict]:
+    rngs: dict[str, jax.Array] | None = None,
+) -> tuple[dict, dict, dict, list[jax.Array]]:
     """Computes the gradient of the loss from all images at once.
 
     Args:
@@ -148,19 +207,28 @@ def direct_gradients(
       state: its parameters are differentiated.
       images: [B, S, S, 3], normalized.
       labels: [B], in [0, M).
+      rngs: random keys of the network, see `residual.DropPath`.
 
     Returns:
-      The gradient, as the parameters; new BatchNorm statistics; metrics.
+      The gradient, as the parameters; new BatchNorm statistics; metrics; the descriptors,
+      n × [B, C].
     """
 
     def loss_of(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        output, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        output, updates = model.apply(
+            variables,
+            images,
+            train=True,
+            return_descriptors=True,
+            mutable=["batch_stats"],
+            rngs=rngs,
+        )
         loss, metrics = measure(labels, output)
-        return loss, (updates["batch_stats"], metrics)
+        return loss, (updates["batch_stats"], metrics, output.descriptors)
 
-    (_, (batch_stats, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    return gradients, batch_stats, metrics
+    (_, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    return gradients, *found
 
 
 def apply_gradients(

@@ -36,25 +36,31 @@ def get_config() -> ConfigDict:
     augment.erase = 0.0  # probability that a rectangle is blanked out
 
     config.model = model = ConfigDict()
-    model.backbone = "resnet50"
+    model.backbone = "resnet50"  # "auto": the one that model.pretrained has the weights of
     model.pretrained = ""  # weights to start from: a file, a run, a Hugging Face repository
     model.width = 64  # channels of a ResNet's stem; 64 is the published network
     model.stem = "7x7"  # "3x3" for images of 64 pixels and less; of a ResNet
     model.stem_stride = 2  # of a ResNet's first convolution; 1 keeps the full resolution
     model.last_stride = 1  # 1 as in the paper: 14 × 14 positions from 224 pixels; 2 as in ResNet
-    model.descriptors = "SG"  # letters S, M, G, R; the first feeds the auxiliary module
+    model.patch_size = 0  # pixels: side of a ConvNeXt's or ViT's first patches; 0: as published
+    # Letters S, M, G, R, and C, the class token of a vision transformer; the first one feeds the
+    # auxiliary module.
+    model.descriptors = "SG"
     model.gem_p = 3.0  # GeM's exponent, or where it starts if it is learned
     model.learn_p = "fixed"  # "scalar": one exponent is learned; "channel": one a channel
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
+    model.center = "none"  # "mean": takes it from the descriptors, so that none collapse
     model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
+    model.frozen_blocks = 0  # so many of the backbone's lowest blocks, and its stem, never learn
+    model.drop_path = 0.0  # chance that training leaves the last block out, of a ConvNeXt or ViT
     model.remat = False  # keeps no activations within a block: less memory, more time
     # Of the computation; parameters, statistics and losses are float32. "auto": bfloat16 on
     # TPUs and on NVIDIA's GPUs since Ampere, else float32.
     model.dtype = "auto"
 
     config.loss = loss = ConfigDict()
-    loss.ranking = "batch_hard_triplet"  # one of the five below
+    loss.ranking = "batch_hard_triplet"  # one of those below
     loss.ranking_weight = 1.0  # 0 switches the ranking loss off
     loss.classification_weight = 1.0  # 0 switches the auxiliary loss off (the paper's "Rank")
     loss.temperature = 0.5  # τ: the logits are divided by it
@@ -66,11 +72,22 @@ def get_config() -> ConfigDict:
     loss.multi_similarity = ConfigDict(
         {"alpha": 2.0, "beta": 50.0, "base": 0.5, "mining_margin": 0.1}
     )
+    loss.soft_margin_triplet = ConfigDict({"scale": 1.0})
+    loss.info_nce = ConfigDict({"temperature": 0.07})
+    loss.sup_con = ConfigDict({"temperature": 0.1})
+    loss.circle = ConfigDict({"margin": 0.25, "scale": 256.0})
+    loss.lifted_structure = ConfigDict({"margin": 1.0})
+    loss.n_pair = ConfigDict({"scale": 16.0})
+    loss.smooth_ap = ConfigDict({"temperature": 0.01})
+    loss.recall_at_k = ConfigDict(
+        {"ks": (1, 2, 4, 8, 16), "rank_temperature": 0.01, "k_temperature": 1.0}
+    )
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # "adamw", "sgd"
     optimizer.learning_rate = 1e-4  # the highest of the schedule
     optimizer.backbone_rate = 1.0  # the backbone's learning rate, as a factor of this one
+    optimizer.layer_decay = 1.0  # below 1: every block's rate is so much that of the one above it
     optimizer.freeze_backbone_steps = 0  # for so many steps only the new layers learn
     optimizer.weight_decay = 0.0  # decoupled, for adamw and sgd; of kernels only
     optimizer.momentum = 0.9  # of sgd

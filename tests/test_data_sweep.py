@@ -145,3 +145,40 @@ def test_everything_at_once_is_trained_on_and_taken_away(tmp_path):
     assert all(path.is_file() for path in explain.explain_run(str(tmp_path / "run")))
     model = export.open_model(export.export_run(str(tmp_path / "run")))
     assert model.embed(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("form", ["folders", "a CSV with queries in the gallery"])
+def test_noise_from_files_scores_at_chance(tmp_path, form):
+    """Trained on, evaluated again, exported: nothing finds itself or tells its class."""
+    classes, each = 6, 20
+    files = {f"train/{c}/{i}.jpg": picture(100 * c + i) for c in (90, 91) for i in range(4)}
+    both = form != "folders"
+    for c in range(classes):
+        for i in range(each):
+            part = "test" if both else ("query", "gallery")[i % 2]
+            files[f"{part}/{c}/{i}.jpg"] = picture(100 * c + i)
+    source = write(tmp_path / "in", files)
+    if both:
+        rows = [("split", "label", "path")]
+        for path in files:
+            part, label, _ = path.split("/")
+            rows += [(p, label, path) for p in (["query", "gallery"] if part == "test" else [part])]
+        source = source / "list.csv"
+        with open(source, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(rows)
+    config = tiny.get_config()
+    config.data = image_folder.get_config().data
+    data_config(config.data, source, tmp_path / "data")
+    config.train.update(steps=1, eval_every=1, classes_per_batch=2, images_per_class=2)
+    config.eval.baselines = False
+    result = train.train_and_evaluate(config, str(tmp_path / "run"))
+    model = export.open_model(export.export_run(str(tmp_path / "run")))
+    dataset = load_dataset(config.data)
+    parts = [np.asarray(model.embed(part.images[:])) for part in (dataset.query, dataset.gallery)]
+    exported = evaluate.recall(evaluate.Embeddings(*parts), dataset, (1,))
+    again = evaluate.evaluate_run(str(tmp_path / "run"))["metrics"]
+    chance = (each - 1) / (classes * each - 1) if both else 1 / classes
+    queries = classes * each if both else classes * each // 2
+    error = np.sqrt(chance * (1 - chance) / queries)
+    for measured in (result["metrics"], again, exported):
+        assert abs(measured["recall@1"] - chance) < 4 * error

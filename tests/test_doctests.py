@@ -6,8 +6,11 @@ import inspect
 
 import pytest
 
+MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
+MODULES += ["losses.proxies", "losses.classification"]
 
-@pytest.mark.parametrize("name", ["pooling", "combination", "losses", "metrics"])
+
+@pytest.mark.parametrize("name", MODULES)
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     module = importlib.import_module(f"cgd_jax.{name}")
@@ -16,6 +19,7 @@ def test_examples(name, tmp_path, monkeypatch):
     for test in tests.values():
         runner.run(test)
     assert runner.summarize().failed == 0
-    functions = [f for f in module.__all__ if inspect.isroutine(inspect.unwrap(vars(module)[f]))]
+    own = lambda f: inspect.isroutine(f) and f.__module__ == module.__name__
+    functions = [f for f in module.__all__ if own(inspect.unwrap(vars(module)[f]))]
     without = [f for f in functions if not tests[f"{module.__name__}.{f}"].examples]
     assert not without, f"no example in the docstring of {without}"

@@ -232,32 +232,3 @@ def test_a_photograph_under_another_name_does_not_find_itself():
     assert recall < 0.5
     unknown = dataset.gallery._replace(contents=None)
     assert evaluate.recall(embeddings, dataset._replace(gallery=unknown), (1,))["recall@1"] == 1
-
-
-@pytest.mark.parametrize("spread", [1.0, 1e-3])
-def test_the_geometry_of_an_embedding(spread):
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(4), [1, 2, 3, 4])
-    vectors = spread * rng.normal(size=(10, 5)) + np.eye(5)[0]
-    split = split_of(np.zeros((10, 1)), labels)
-    found = evaluate.describe_geometry(
-        Embeddings(np.float32(7 * vectors), None), Dataset(None, split, None)
-    )
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    squared = ((unit[:, None] - unit[None]) ** 2).sum(-1)
-    same = labels[:, None] == labels[None]
-    other = ~np.eye(10, dtype=bool)
-    expected = {
-        "mean_embedding_norm": np.linalg.norm(unit.mean(0)),
-        "positive_distance": np.sqrt(squared[same & other].mean()),
-        "negative_distance": np.sqrt(squared[~same].mean()),
-    }
-    assert found == pytest.approx(expected, rel=1e-2)
-    assert (found["mean_embedding_norm"] > 0.999) == (spread < 1)
-
-
-def test_the_geometry_of_classes_with_one_image_each():
-    split = split_of(np.zeros((3, 1)), [0, 1, 2])
-    found = evaluate.describe_geometry(Embeddings(np.eye(3), None), Dataset(None, split, None))
-    assert np.isnan(found["positive_distance"])
-    assert found["negative_distance"] == pytest.approx(np.sqrt(2))

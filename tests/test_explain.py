@@ -74,7 +74,8 @@ def test_contributions_add_up_to_the_similarity(letters, how):
     "options",
     [
         {"descriptors": "GMRS", "learn_p": "channel", "gem_p": 2.5},
-        {"descriptors": "SG", "combination": "raw", "learn_p": "scalar"},
+        {"descriptors": "GMRS", "center": "mean"},
+        {"descriptors": "SG", "combination": "raw", "learn_p": "scalar", "center": "mean"},
     ],
 )
 def test_the_explanation_is_of_what_the_network_computes(options):

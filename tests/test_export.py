@@ -1,18 +1,25 @@
 """A trained network taken away: the file opens without the run, and computes the same."""
 
+import functools
+import io
 import json
 import subprocess
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cgd_jax import checkpoint, evaluate, export, from_config
-from cgd_jax.augment import IMAGENET
+from cgd_jax import augment, checkpoint, evaluate, export, from_config
+from cgd_jax.augment import IMAGENET, Normalization
+from cgd_jax.data.decode import decode
 from cgd_jax.models import pretrained, weight_files
+from cgd_jax.reports import model_card
 
 
 def test_an_exported_network_computes_the_same(finished_run, tmp_path):
@@ -40,6 +47,77 @@ def test_an_exported_network_computes_the_same(finished_run, tmp_path):
     np.testing.assert_array_equal(backbone["layer1.0.conv2.weight"], kernel.transpose(3, 2, 0, 1))
 
 
+def test_the_backbone_keeps_its_normalization(tmp_path, small_network):
+    """Other than the one that its backbone is published with."""
+    variables, folder = small_network
+    fresh = jax.tree.map(np.zeros_like, pretrained.backbone_of(variables))
+    loaded, normalization = pretrained.load(fresh, str(folder / "backbone.safetensors"), "resnet10")
+    np.testing.assert_array_equal([*normalization], [[0.5] * 3, [0.25] * 3])
+    kernel = loaded["params"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(kernel, variables["params"]["backbone"]["conv1"]["kernel"])
+
+
+@pytest.fixture
+def small_network(finished_run, tmp_path, monkeypatch):
+    """The variables of a run with a normalization of its own, and its export."""
+    _, workdir, result = finished_run
+    variables, _, step = checkpoint.read_weights(workdir, result["step"])
+    read = lambda *_: (variables, Normalization.of(0.5, 0.25), step)
+    monkeypatch.setattr(checkpoint, "read_weights", read)
+    return variables, export.export_run(str(workdir))
+
+
+# Of the size of a picture of Pillow, everything; of arrays, the one size.
+WRONG = [
+    (np.zeros((2, 6, 6, 3), np.uint8), r"shape \(2, 6, 6, 3\) and dtype uint8; .*\[B, 8, 8, 3\]"),
+    (np.zeros((2, 20, 20, 3), np.uint8), r"shape \(2, 20, 20, 3\)"),
+    (np.zeros((2, 8, 8), np.uint8), r"shape \(2, 8, 8\)"),
+    (np.zeros((2, 8, 8, 4), np.uint8), r"shape \(2, 8, 8, 4\)"),
+    (np.zeros((2, 3, 8, 8), np.uint8), r"shape \(2, 3, 8, 8\)"),
+    (np.full((2, 8, 8, 3), 0.5, np.float32), "float32 and values from 0.5 to 0.5; .*255"),
+    (np.full((2, 8, 8, 3), 300), "int64 and values from 300 to 300"),
+    (np.full((2, 8, 8, 3), -1, np.int8), "values from -1 to -1"),
+    (jnp.zeros((2, 8, 8, 3)), "float32 and values from 0 to 0"),
+    (np.array([["a"]]), "shape"),
+    ([], r"shape \(0,\)"),
+]
+
+
+@pytest.mark.parametrize("images,message", WRONG)
+def test_images_that_a_network_cannot_take(images, message):
+    with pytest.raises(ValueError, match=message):
+        export.as_pixels(images, 8)
+
+
+def test_a_network_takes_images_as_people_have_them(finished_run):
+    _, workdir, _ = finished_run
+    embed = export.open_model(export.export_run(str(workdir))).embed
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    expected = np.asarray(embed(images))
+    assert embed(images[:0]).shape == (0, expected.shape[1])
+    same = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    same(embed(images[0]), expected[:1])
+    same(embed(images.astype(np.int64)), expected)
+    same(embed([*images]), expected)
+    same(embed(jnp.asarray(images)), expected)
+    same(jax.jit(embed)(images), expected)
+    pictures = [Image.fromarray(image) for image in images]
+    same(embed(pictures), expected)
+    same(embed(pictures[0]), expected[:1])
+    wide = pictures[0].resize((40, 20))
+    modes = [wide.convert(mode) for mode in ("RGB", "RGBA", "L", "P", "CMYK", "1")]
+    vectors = embed(modes)
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+    encoded = io.BytesIO()
+    wide.save(encoded, "PNG")
+    same(vectors[0], embed(decode(encoded.getvalue(), size=8))[0])  # as evaluation reads a file
+
+
+def test_the_middle_of_an_image_that_has_none():
+    with pytest.raises(ValueError, match=r"32 × 32 pixels out of the middle of \(1, 20, 20, 3\)"):
+        augment.center_crop(np.zeros((1, 20, 20, 3)), 32)
+
+
 def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
     config, workdir, result = finished_run
     folder = export.export_run(str(workdir), result["step"])
@@ -54,6 +132,25 @@ def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
     assert json.loads(metadata["metrics"])["embedding"] == result["metrics"]
     assert shapes["params/fc_S"] == (16, 4)
     assert not list(folder.glob("*.tmp"))
+
+
+def test_the_card_claims_only_what_is_so(finished_run):
+    config, _, result = finished_run
+    config = config.copy_and_resolve_references()
+    card = model_card.model_card(config, result)
+    assert "classes never seen in training" in card and "batch_hard_triplet (weight 1)" in card
+    assert "cross-entropy (weight 1, temperature 0.5, smoothing 0.1)" in card
+    changed = {**result, "classes": {"tested": 9, "trained on": 2}}
+    changed["metrics"] = {**result["metrics"], "excluded": 3}
+    config.loss.update(ranking_weight=0.0, smoothing=0.0)
+    config.model.pretrained = "a_*folder*_/b"
+    card = model_card.model_card(config, changed)
+    assert "(classes, 2 of 9 seen in training)" in card and "never" not in card
+    assert "triplet" not in card and "smoothing 0)" in card
+    assert r"the weights of a\_\*folder\*\_/b:" in card.replace("\n", " ")
+    assert "3 without a true match were left out." in card
+    older = {key: value for key, value in result.items() if key != "classes"}
+    assert "On the test images of blobs, per cent:" in model_card.model_card(config, older)
 
 
 def test_what_cannot_be_exported(finished_run, tmp_path):

@@ -1,5 +1,7 @@
 """Losses against loops over triplets and pairs, finite differences, and the corners."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,14 @@ def batch(seed=0, size=12, dim=5, classes=4):
     embeddings = rng.normal(size=(size, dim))
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     return embeddings.astype(np.float32), rng.integers(0, classes, size).astype(np.int32)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def smooth_rank(row, p, others):
+    return 1 + sum(sigmoid((row[z] - row[p]) / 0.01) for z in others if z != p)
 
 
 def by_loops(name, embeddings, labels, margin=0.1, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1):
@@ -55,6 +65,44 @@ def by_loops(name, embeddings, labels, margin=0.1, alpha=2.0, beta=50.0, base=0.
                 np.exp(beta * (s[a][i] - base)) for i in negatives if s[a][i] + epsilon > least
             )
             terms.append(np.log(1 + pull) / alpha + np.log(1 + push) / beta)
+        elif name == "soft_margin_triplet":
+            worst = max(d[a][p] for p in positives) - min(d[a][i] for i in negatives)
+            terms.append(np.log1p(np.exp(worst)))
+        elif name in ("info_nce", "sup_con"):
+            t = 0.07 if name == "info_nce" else 0.1
+            push = sum(np.exp(s[a][i] / t) for i in negatives)
+            pull = [np.exp(s[a][p] / t) for p in positives]
+            if name == "info_nce":
+                terms += [-np.log(e / (e + push)) for e in pull]
+            else:
+                terms.append(-np.mean([np.log(e / (sum(pull) + push)) for e in pull]))
+        elif name == "circle":
+            pull = [-256 * max(0, 1.25 - s[a][p]) * (s[a][p] - 0.75) for p in positives]
+            push = [256 * max(0, s[a][i] + 0.25) * (s[a][i] - 0.25) for i in negatives]
+            terms.append(np.logaddexp(0, np.logaddexp.reduce(pull) + np.logaddexp.reduce(push)))
+        elif name == "lifted_structure":
+            for p in positives:
+                push = sum(np.exp(1 - d[i][k]) for i in (a, p) for k in negatives)
+                terms.append(max(0, d[a][p] + np.log(push)) ** 2 / 2)
+        elif name == "n_pair":
+            second = {}
+            for c in set(labels):
+                members = np.flatnonzero(labels == c)
+                second[c] = members[1] if len(members) > 1 else None
+            others = [j for c, j in second.items() if c != labels[a] and j is not None]
+            if a == np.flatnonzero(labels == labels[a])[0] and others:
+                products = 16 * (s[a][others] - s[a][second[labels[a]]])
+                terms.append(np.log1p(np.exp(products).sum()))
+        else:
+            ranks = {p: smooth_rank(s[a], p, set(range(n)) - {a}) for p in positives}
+            if name == "smooth_ap":
+                among = {p: smooth_rank(s[a], p, positives) for p in positives}
+                terms.append(1 - np.mean([among[p] / ranks[p] for p in positives]))
+            else:
+                ks = (1, 2, 4, 8, 16)
+                found = [min(k, sum(sigmoid(k - r) for r in ranks.values())) for k in ks]
+                most = [min(k, len(positives)) for k in ks]
+                terms.append(1 - np.mean(np.divide(found, most)))
     return sum(terms) / len(terms) if terms else 0.0
 
 
@@ -62,7 +110,8 @@ def by_loops(name, embeddings, labels, margin=0.1, alpha=2.0, beta=50.0, base=0.
 @given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from(sorted(RANKING_LOSSES)))
 def test_ranking_losses_against_loops(seed, classes, name):
     embeddings, labels = batch(seed, classes=classes)
-    margin = {} if name == "multi_similarity" else {"margin": 0.3}
+    margin = {"margin": 0.3} if name.endswith("_triplet") or name == "contrastive" else {}
+    margin = {} if name == "soft_margin_triplet" else margin
     value = RANKING_LOSSES[name](jnp.asarray(embeddings), jnp.asarray(labels), **margin)
     assert value.dtype == jnp.float32 and value.shape == ()
     np.testing.assert_allclose(value, by_loops(name, embeddings, labels, **margin), 2e-4, 1e-5)
@@ -104,12 +153,26 @@ def test_gradients_are_finite_for_identical_embeddings(name, dtype):
         assert value > 0, "a collapsed batch must cost something"
 
 
+def circle_with_fixed_weights(fixed, embeddings, labels):
+    similarity = losses.similarities(embeddings)
+    weight = losses.similarities(fixed)
+    same = labels[:, None] == labels
+    positive, negative = same & ~np.eye(len(labels), dtype=bool), ~same
+    pull = -256 * np.maximum(1.25 - weight, 0) * (similarity - 0.75)
+    push = 256 * np.maximum(weight + 0.25, 0) * (similarity - 0.25)
+    over = lambda x, mask: jax.nn.logsumexp(jnp.where(mask, x, -jnp.inf), 1)
+    valid = positive.any(1) & negative.any(1)
+    return jnp.mean(jax.nn.softplus(over(pull, positive) + over(push, negative))[valid])
+
+
 @pytest.mark.parametrize("name", sorted(RANKING_LOSSES))
 def test_ranking_gradients_against_finite_differences(name):
     embeddings, labels = batch(5, size=8, classes=3)
     embeddings, labels = jnp.asarray(embeddings), jnp.asarray(labels)
     loss = RANKING_LOSSES[name]
-    gradient = jax.grad(loss)(embeddings, labels)
+    if name == "circle":  # whose weights pass no gradient: the differences see them
+        loss = functools.partial(circle_with_fixed_weights, embeddings)
+    gradient = jax.grad(RANKING_LOSSES[name])(embeddings, labels)
     direction = np.random.default_rng(0).normal(size=embeddings.shape)
     direction = jnp.asarray(direction / np.linalg.norm(direction), jnp.float32)
     h = 1e-3
@@ -119,7 +182,7 @@ def test_ranking_gradients_against_finite_differences(name):
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.integers(0, 1000), st.sampled_from(sorted(RANKING_LOSSES)))
+@given(st.integers(0, 1000), st.sampled_from(sorted(RANKING_LOSSES.keys() - {"n_pair"})))
 def test_order_of_the_batch_and_names_of_classes_do_not_matter(seed, name):
     embeddings, labels = batch(seed)
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -164,6 +227,20 @@ def test_pairwise_distances():
         losses.pairwise_distances(jnp.asarray(x), jnp.asarray(y)), expected, 1e-5
     )
     assert np.all(np.asarray(losses.pairwise_distances(jnp.ones((3, 4)))) == 0)
+
+
+def test_long_vectors_that_lie_close_together_keep_their_distances():
+    rng = np.random.default_rng(0)
+    x = (1000 * np.eye(8)[0] + 0.1 * rng.normal(size=(6, 8))).astype(np.float32)
+    y = (1000 * np.eye(8)[0] + 0.1 * rng.normal(size=(5, 8))).astype(np.float32)
+    for other in (x, y):
+        expected = np.sqrt(((x[:, None].astype(np.float64) - other[None]) ** 2).sum(-1))
+        found = losses.pairwise_distances(jnp.asarray(x), jnp.asarray(other))
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    slope = jax.grad(lambda x: losses.pairwise_distances(x, jnp.asarray(y)).sum())(jnp.asarray(x))
+    directions = x[:, None].astype(np.float64) - y[None]
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    np.testing.assert_allclose(slope, directions.sum(1), rtol=1e-3, atol=1e-3)
 
 
 def numpy_cross_entropy(logits, labels, temperature, smoothing):

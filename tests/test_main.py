@@ -91,8 +91,8 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py:SX"],
-            "error: model.descriptors='SX' must be one or more of the letters S, M, G, R, each at "
-            "most once, such as SG or GSM.",
+            "error: model.descriptors='SX' must be one or more of the letters S, M, G, R, C, each "
+            "at most once, such as SG or GSM.",
         ),
         (
             ["--config=configs/nowhere.py"],
@@ -105,7 +105,7 @@ def data(tmp_path_factory):
         (["--config=README.md"], "error: --config=README.md cannot be used: "),
         (
             ["--config=configs/glyphs.py", "--config.loss.ranking=triplet"],
-            "error: loss.ranking='triplet' is unknown; valid names are batch_hard_triplet, ",
+            "error: loss.ranking='triplet' is unknown; valid names are, of pairs: batch_hard_",
         ),
         (
             ["--config=configs/glyphs.py", "--config.model.backbone=vit"],
@@ -113,7 +113,7 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py", "--mode=tain"],
-            "should be one of <train|eval|data|export|study|explain>",
+            "should be one of <train|eval|data|export|study|explain|index|search|serve>",
         ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (

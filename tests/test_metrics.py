@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -72,6 +73,64 @@ def test_equals_a_brute_force_loop(kind, searched):
         assert metrics.evaluate(*arrays, ties=ties) == pytest.approx(expected, abs=1e-6)
         recall = metrics.recall_at_k(*arrays, ties=ties)
         assert recall == pytest.approx({k: expected[f"recall@{k}"] for k in recall}, abs=1e-6)
+
+
+@pytest.mark.parametrize("searched", SEARCHED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_rows_equal_a_brute_force_loop(kind, searched, monkeypatch):
+    monkeypatch.setattr(metrics, "SORTED_FROM", {"cpu": 0})
+    monkeypatch.setattr(metrics, "HELD", 1000)  # some queries at a time
+    test_equals_a_brute_force_loop(kind, searched)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    protocol=st.sampled_from(["itself", "gallery", "some in the gallery"]),
+    ties=st.sampled_from(sorted(metrics.TIES)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_counting_and_whole_rows_agree_for_any_histogram(sizes, protocol, ties, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.resize(np.repeat(np.arange(len(sizes)), sizes), 40))
+    x = rng.integers(-2, 3, (40, 3))  # many equal cosines, and no two that nearly are
+    if protocol == "itself":
+        arguments, options = (x, labels), {}
+    else:
+        chosen = rng.permutation(40)[:30]
+        arguments = (x, labels, x[chosen], labels[chosen])
+        options = {"query_ids": np.arange(40), "gallery_ids": chosen}
+        if protocol == "gallery":
+            options = {}
+
+    def measured(least):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics, "SORTED_FROM", {"cpu": least})
+            try:
+                ranks = metrics.first_ranks(*arguments, ties=ties, **options)
+                return metrics.evaluate(*arguments, ties=ties, **options), ranks
+            except ValueError as error:
+                return {"refused": str(error)}, np.zeros(0)
+
+    counted, ranks = measured(1000)
+    for least in (0, 8):  # all rows, and both ways in one call
+        found, same_ranks = measured(least)
+        assert found.keys() == counted.keys()
+        for name, value in counted.items():
+            assert found[name] == (value if name == "refused" else pytest.approx(value, abs=1e-12))
+        np.testing.assert_array_equal(same_ranks, ranks)
+
+
+def test_memory_of_few_large_classes_is_that_of_a_block(monkeypatch):
+    monkeypatch.setattr(metrics, "HELD", 2**18)
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(3000, 4)), rng.integers(0, 2, 3000)
+    metrics.evaluate(x, labels)
+    tracemalloc.start()
+    metrics.evaluate(x, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6  # 36 MB are the similarities, 72 MB the ranks in float64
 
 
 @pytest.mark.parametrize("searched", SEARCHED)
@@ -304,7 +363,7 @@ NAN, INF = np.where(X == 1, np.nan, X), np.where(X == 1, np.inf, X)
         ("none of the 4 queries has a true match", (X, np.arange(4)), {}),
         ("none of the 4 queries has a true match", (X, LABELS, X, LABELS + 5), {}),
         ("both be integers or both be strings", (X, LABELS, X, LABELS.astype(str)), {}),
-        ("integers or both be strings", (X, LABELS * 1.5), {}),
+        ("must be whole numbers or texts, got float64", (X, LABELS * 1.5), {}),
         ("ks must be whole numbers", (X, LABELS), {"ks": (0, 1)}),
         ("ks must be whole numbers", (X, LABELS), {"ks": ()}),
         ("pessimistic, optimistic, mean", (X, LABELS), {"ties": "random"}),
@@ -339,8 +398,68 @@ explicit = jax.make_mesh((8,), ("data",))
 for mesh in (two, eight, explicit):
     assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 assert metrics.evaluate(x, labels, mesh=explicit) == metrics.evaluate(x, labels)
+metrics.SORTED_FROM = {"cpu": 0}
+for mesh in (None, two, eight):
+    assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 """
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
+
+
+LARGE = 2**53  # from here on float64 cannot tell neighbours apart
+
+
+@pytest.mark.parametrize(
+    "query,gallery",
+    [
+        (np.array([LARGE, LARGE + 1]), np.array([LARGE + 1, LARGE], np.uint64)),
+        (np.array([2**63, 2**63 + 1], np.uint64), np.array([2**63 + 1, 2**63], np.uint64)),
+        (np.array([2**63, 2], np.uint64), np.array([2, -(2**63)])),
+        ([LARGE, LARGE + 1], np.array([LARGE + 1, LARGE], object)),
+        (np.array([1, 2], np.int8), np.array([2, 1], np.uint64)),
+        (np.array(["a", "b"], object), np.array(["b", "a"])),
+        ([True, False], np.array([0, 1])),
+    ],
+)
+def test_labels_and_ids_are_compared_exactly(query, gallery):
+    """The first query is nearest to the item of the other class, or of none."""
+    vectors = np.eye(2)
+    expected = [
+        int(q) == int(g) if not isinstance(q, str) else q == g for q in query for g in gallery
+    ]
+    itself = metrics.own_index(query, gallery, 2, 2)
+    found = [where == j for where in itself for j in range(2)]
+    assert found == expected
+    ranks = metrics.first_ranks(vectors, query, vectors, gallery)
+    expected = np.reshape(expected, (2, 2))
+    np.testing.assert_array_equal(np.isnan(ranks), ~expected.any(1))
+
+
+@pytest.mark.parametrize(
+    "labels,said",
+    [
+        (np.array([1.0, 2.0]), "got float64; .*astype"),
+        (np.array(["a", np.nan], object), "got float and str; .*astype\\(str\\)"),
+        (["1", 1], "got int and str"),
+        ([1, None], "got NoneType and int"),
+        ([2**64, 1], "do not fit into 64 bits"),
+        ([-1, 2**63], "do not fit into 64 bits"),
+        (np.array(["2020-01-01", "2021-01-01"], "M8[D]"), "got datetime64"),
+    ],
+)
+def test_labels_that_cannot_be_compared_exactly(labels, said):
+    with pytest.raises(ValueError, match=said):
+        metrics.evaluate(np.eye(2), labels, ks=(1,))
+    with pytest.raises(ValueError, match=said):
+        metrics.own_index(labels, labels, 2, 2)
+    with pytest.raises(ValueError, match=said):
+        metrics.recall_of_ranking([[1], [0]], labels, labels, ks=(1,))
+
+
+def test_labels_of_pandas():
+    vectors = np.random.default_rng(0).normal(size=(6, 4))
+    labels = np.array(["a", "b", "c", "a", "b", "c"])
+    as_objects = metrics.evaluate(vectors, labels.astype(object), per_class=True)
+    assert as_objects == metrics.evaluate(vectors, labels, per_class=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cgd_jax import combination, pooling
-from cgd_jax.models.cgd import CGD, create_model
+from cgd_jax.models.cgd import CGD, Center, create_model
 from cgd_jax.models.resnet import BACKBONES
 from configs import base
 from tests.variables import random_variables
@@ -155,3 +155,57 @@ def test_an_efficientnet_is_a_backbone():
     output, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     assert output.embedding.shape == (1, 8)
     assert variables["params"]["fc_S"].shape == (1280, 4)
+
+
+def center(momentum=0.5):
+    layer = Center(momentum)
+    return layer, layer.init(jax.random.key(0), jnp.zeros((1, 3)), True)
+
+
+def test_a_batch_is_centered_on_its_own_mean_and_no_embedding_can_be_one_point():
+    layer, variables = center()
+    x = jnp.asarray(np.random.default_rng(0).gamma(1.0, size=(6, 3)), jnp.float32)
+    centered, _ = layer.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(centered, x - np.mean(x, 0), atol=1e-6)
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2)), jnp.float32)
+    length = jnp.linalg.norm(centered @ kernel, axis=1, keepdims=True)
+    unit, _ = combination.combine([centered], [kernel])
+    np.testing.assert_allclose((length * unit).sum(0), 0, atol=1e-5)
+
+
+def test_the_mean_of_evaluation_is_that_of_the_batches_without_the_first_zero():
+    layer, variables = center(momentum=0.5)
+    x = jnp.ones((2, 3))
+    np.testing.assert_array_equal(layer.apply(variables, x, False), x)  # nothing seen yet
+    for batch in ([1.0, 3.0], [7.0, 5.0]):
+        rows = jnp.tile(jnp.array(batch)[:, None], 3)
+        _, variables = layer.apply(variables, rows, True, mutable=["batch_stats"])
+    expected = (0.5 * 2 + 1 * 6) / 1.5  # the later batch weighs twice the earlier
+    np.testing.assert_allclose(layer.apply(variables, 0 * x, False), -expected * x, rtol=1e-6)
+
+
+def test_the_gradient_passes_through_the_mean():
+    layer, variables = center()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    weights = jnp.arange(12.0).reshape(4, 3)
+    apply = lambda x: layer.apply(variables, x, True, mutable=["batch_stats"])[0]
+    gradient = jax.grad(lambda x: jnp.sum(weights * apply(x)))(x)
+    np.testing.assert_allclose(gradient, weights - weights.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("combination_", ["concat", "raw"])
+def test_a_centered_network_keeps_its_raw_descriptors(combination_):
+    model, variables, images = tiny(combination=combination_, center="mean")
+    output, updates = model.apply(
+        variables, images, True, return_descriptors=True, mutable=["batch_stats"]
+    )
+    for letter, descriptor in zip("SG", output.descriptors, strict=True):
+        before = variables["batch_stats"][f"center_{letter}"]["mean"]
+        mean = updates["batch_stats"][f"center_{letter}"]["mean"]
+        np.testing.assert_allclose(mean - 0.9 * before, 0.1 * descriptor.mean(0), atol=1e-5)
+    assert output.descriptors[0].min() >= 0, "what the auxiliary module sees is not centered"
+    _, plain, _ = tiny(combination=combination_)
+    assert "center_S" not in plain["batch_stats"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_equal(a.shape, b.shape), plain["params"], variables["params"]
+    )

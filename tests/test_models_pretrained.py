@@ -1,12 +1,18 @@
 """Weights in and out: names, shapes, sources, and files that mean harm."""
 
+import argparse
+import collections
+import datetime
+import fractions
 import functools
 import gzip
+import importlib
 import io
 import json
 import logging
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import types
@@ -87,7 +93,8 @@ def test_a_missing_an_extra_and_a_wrong_tensor_are_named(published, monkeypatch)
     missing, wrong = kernels[3], kernels[5]
     del weights[missing]
     weights[wrong] = np.zeros((1, 2, 3, 4))
-    weights["surprise.weight"] = np.zeros(5)
+    surprise = "resnet.surprise" if "transformers" in published else "surprise"
+    weights[f"{surprise}.weight"] = np.zeros(5)
     with pytest.raises(ValueError) as error:
         pretrained.convert_state_dict(weights, variables, backbone)
     message, shape = str(error.value), NAMES[published][missing]
@@ -340,9 +347,26 @@ def hostile(marker):
         "getattr": Call(getattr, "a", "upper"),
         "open": Call(open, str(marker), "w"),
         "import": Call(__import__, "antigravity"),
-        "numpy": np.ones(3),
-        "class": Path("x"),
+        "subprocess": Call(subprocess.getoutput, touch),
+        "import_module": Call(importlib.import_module, "antigravity"),
     }
+
+
+# What training scripts keep beside the tensors.
+BYSTANDERS = {
+    "args": argparse.Namespace(lr=0.1, arch="resnet50"),
+    "best": np.float64(0.5),
+    "history": np.ones(3),
+    "path": Path("x"),
+    "when": datetime.datetime(2020, 1, 1),
+    "set": {1, 2},
+    "counts": collections.Counter("abc"),
+    "logs": collections.deque([1, 2]),
+    "defaults": collections.defaultdict(list, a=[1]),
+    "slice": slice(1, 2),
+    "decimal": fractions.Fraction(1, 3),
+    "none": None,
+}
 
 
 @pytest.mark.parametrize("kind", ["zip", "old"])
@@ -373,6 +397,188 @@ def test_malice_in_every_pickle_of_the_old_format(tmp_path):
         with pytest.raises(ValueError, match="refused"):
             read_torch_file(tmp_path / "bad.pth")
     assert not marker.exists()
+
+
+def torch_file(path, content, kind="zip"):
+    """Writes what torch.save would, of a tree of dicts whose arrays are tensors; without torch."""
+
+    class Tensor:  # pickles as a tensor does
+        def __init__(self, array):
+            self.array = np.ascontiguousarray(array)
+
+    class Name:
+        def __init__(self, text):
+            self.text = text
+
+    class Pickler(pickle._Pickler):
+        def persistent_id(self, obj):
+            return obj if isinstance(obj, tuple) and obj[:1] == ("storage",) else None
+
+        def save(self, obj, *args, **kwargs):
+            if isinstance(obj, Name):
+                self.write(b"c" + obj.text.encode() + b"\n")
+            elif isinstance(obj, Tensor):
+                a, key = obj.array, str(len(storages))
+                storages[key] = a
+                kind = Name(
+                    {"f4": "torch\nFloatStorage", "i8": "torch\nLongStorage"}[a.dtype.str[1:]]
+                )
+                strides = tuple(s // a.itemsize for s in a.strides)
+                self.save(Name("torch._utils\n_rebuild_tensor_v2"))
+                self.save((("storage", kind, key, "cpu", a.size), 0, a.shape, strides, False, {}))
+                self.write(pickle.REDUCE)
+            else:
+                super().save(obj, *args, **kwargs)
+
+    def tensors(tree):
+        if isinstance(tree, dict):
+            return {key: tensors(value) for key, value in tree.items()}
+        is_tensor = isinstance(tree, np.ndarray) and tree.dtype.str[1:] in ("f4", "i8")
+        return Tensor(tree) if is_tensor else tree
+
+    storages, buffer = {}, io.BytesIO()
+    Pickler(buffer, 2).dump(tensors(content))
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", buffer.getvalue())
+            for key, array in storages.items():
+                archive.writestr(f"archive/data/{key}", array.tobytes())
+        return
+    parts = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    parts += [buffer.getvalue(), pickle.dumps([*storages], 2)]
+    parts += [np.int64(array.size).tobytes() + array.tobytes() for array in storages.values()]
+    Path(path).write_bytes(b"".join(parts))
+
+
+@pytest.fixture(scope="module")
+def published(small):
+    """The narrow ResNet-18 as torchvision would publish it."""
+    return pretrained.to_torchvision(small, "resnet18")
+
+
+def prefixed(weights, prefix):
+    return {prefix + name: array for name, array in weights.items()}
+
+
+OPTIMIZER = {"state": {0: {"exp_avg": np.ones(2, np.float32)}}, "param_groups": [{"lr": 0.1}]}
+
+
+@pytest.mark.parametrize("kind", ["zip", "old"])
+@pytest.mark.parametrize(
+    "name,wrap,said",
+    [
+        ("a.pth", lambda w: w, None),
+        ("a.pth.tar", lambda w: {"epoch": 3, "state_dict": prefixed(w, "module.")}, "'state_dict'"),
+        ("a.pt", lambda w: {"model": w, "optimizer": OPTIMIZER}, "'model' was taken"),
+        ("a.pth", lambda w: {"model_state_dict": w, "epoch": np.ones(1, np.int64)}, "_state_dict'"),
+        ("a.pth", lambda w: {"state_dict_ema": w, "args": 3}, "'state_dict_ema' was taken"),
+        (
+            "a.pth",
+            lambda w: {"state_dict_ema": {k: 2 * a for k, a in w.items()}, "state_dict": w},
+            "'state_dict' was taken; 'state_dict_ema' left out",
+        ),
+        ("a.pkl", lambda w: {"state": {"model": prefixed(w, "_orig_mod.")}}, "of it 'model'"),
+        (
+            "a.ckpt",  # Lightning's
+            lambda w: {
+                "pytorch-lightning_version": "2",
+                "state_dict": {**prefixed(w, "model.backbone."), "loss.centers": w["conv1.weight"]},
+                "optimizer_states": [OPTIMIZER],
+                "callbacks": {"EarlyStopping{}": {"best": np.ones((), np.float32)}},
+            },
+            "left out 1: loss.centers",
+        ),
+        (
+            "moco.pth.tar",
+            lambda w: {
+                "state_dict": {
+                    **prefixed({**w, "fc.0.weight": w["conv1.weight"]}, "module.encoder_q."),
+                    **prefixed({k: 2 * a for k, a in w.items()}, "module.encoder_k."),
+                    "module.queue": np.ones((2, 3), np.float32),
+                },
+            },
+            "Took the weights module.encoder_q.*",
+        ),
+        ("a.pth", lambda w: {"model": w, **BYSTANDERS}, "'model' was taken"),
+    ],
+)
+def test_checkpoints_of_training_scripts(
+    kind, name, wrap, said, small, published, tmp_path, caplog
+):
+    torch_file(tmp_path / name, wrap(published), kind)
+    with caplog.at_level(logging.INFO):
+        loaded, _ = pretrained.load(small, str(tmp_path / name), "resnet18")
+    assert_same(loaded, small)
+    assert said is None or said in caplog.text
+
+
+def test_which_network_is_meant_is_not_guessed(small, published, tmp_path):
+    two = {**prefixed(published, "student."), **prefixed(published, "teacher.")}
+    with pytest.raises(ValueError, match=r"2 networks, .* student\.\*, teacher\.\*"):
+        pretrained.convert_state_dict(two, small, "resnet18")
+    torch_file(tmp_path / "a.pth", {"generator": published, "critic": published})
+    with pytest.raises(ValueError, match="2 dicts of tensors, 'generator', 'critic'"):
+        read_torch_file(tmp_path / "a.pth")
+    torch_file(tmp_path / "b.pth", {"epoch": 3, "optimizer": OPTIMIZER})
+    with pytest.raises(ValueError, match="holds no dict of tensors"):
+        read_torch_file(tmp_path / "b.pth")
+
+
+# Stand-ins for both packages: what they load and save is shown.
+TORCH = """
+float32, is_tensor = "float32", lambda x: hasattr(x, "clone")
+class Tensor:
+    clone = lambda self: self
+class Module:
+    state_dict = lambda self: {"a": Tensor(), "epoch": 3}
+def load(path, map_location, weights_only):
+    assert open(path).read() == "of trust" and not weights_only
+    return {CONTENT}
+"""
+SAFETENSORS = "save_file = lambda tensors, path: open(path, 'w').write(' '.join(tensors))"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["Module()", "{'model': Module(), 'args': 3}", "{'state_dict': {'a': Tensor(), 'b': 3}}"],
+)
+def test_the_command_that_converts_a_file_works(tmp_path, content):
+    folder = tmp_path / 'it\'s $HOME & a "name"'
+    (folder / "safetensors").mkdir(parents=True)
+    (folder / "torch.py").write_text(TORCH.replace("{CONTENT}", content))
+    (folder / "safetensors" / "__init__.py").touch()
+    (folder / "safetensors" / "torch.py").write_text(SAFETENSORS)
+    (folder / "my weights.pth.tar").write_text("of trust")
+    with pytest.raises(ValueError) as error:
+        read_torch_file(folder / "my weights.pth.tar")
+    command = str(error.value).partition("pass the .safetensors: ")[2]
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, cwd=folder)
+    assert (folder / "my weights.safetensors").read_text() == "a"
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.npz"])
+@pytest.mark.parametrize(
+    "content,said",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "an HTML page"),
+        (b"", "is empty"),
+    ],
+)
+def test_files_that_only_have_the_name_of_weights(small, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        pretrained.load(small, str(tmp_path / name), "resnet18")
+    assert "torch.load" not in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
+def test_a_download_that_broke_off(small, published, tmp_path):
+    path = tmp_path / "a.pth"
+    torch_file(path, published)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="has no end, as after a download that broke off"):
+        pretrained.load(small, str(path), "resnet18")
 
 
 def tensor_file(path, shape, strides, offset=0, stored=4):

@@ -139,7 +139,7 @@ def test_k_reciprocal_helps_where_neighbourhoods_are_telling():
         (r"gallery must be \[N, D\]", lambda x: rerank.expand_queries(x, x[0])),
         ("one size", lambda x: rerank.expand_queries(x, x[:, :2])),
         ("from 1 to 9", lambda x: rerank.k_reciprocal(x, k=10)),
-        ("from 1 to 9", lambda x: rerank.k_reciprocal(x, k=5, k1=20)),
+        ("k1 must be from 1 to 9", lambda x: rerank.k_reciprocal(x, k=5, k1=20)),
         ("k2 must be", lambda x: rerank.k_reciprocal(x, k=5, k1=3, k2=5)),
         ("original must be", lambda x: rerank.k_reciprocal(x, k=5, original=2)),
         ("exclude without", lambda x: rerank.k_reciprocal(x, k=5, exclude=np.arange(10))),

@@ -145,3 +145,18 @@ X = np.eye(4)
 def test_bad_input_raises_and_says_why(message, args, options):
     with pytest.raises(ValueError, match=message):
         retrieval.top_k(*args, **options)
+
+
+def test_items_behind_the_last_aligned_one_are_found_with_their_ties():
+    gallery = np.eye(3, dtype=np.float32)[np.arange(300) % 3]  # 100 equals, on both sides of 256
+    similarity, index = retrieval.top_k(gallery[:3], gallery, 100)
+    np.testing.assert_array_equal(index, np.arange(3)[:, None] + np.arange(0, 300, 3))
+    assert (similarity == 1).all()
+
+
+def test_large_finite_numbers_whose_sum_is_infinite_pass():
+    rows = np.array([[3e38, 3e38], [3e38, -3e38]], np.float32)
+    assert retrieval.check_rows("query", rows) is rows
+    for bad in ([np.inf, -np.inf], [np.nan, 0], [np.inf, 0]):
+        with pytest.raises(ValueError, match="row 7 of query"):
+            retrieval.check_rows("query", np.array([[1, 1], bad], np.float32), 6)

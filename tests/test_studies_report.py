@@ -42,6 +42,21 @@ def test_which_classes_were_measured(tmp_path, classes, said):
     assert said in text and ("never seen" in text) == ("never seen" in said)
 
 
+def test_norms_of_the_mean_embedding(tmp_path):
+    assert "mean norm" not in report(tmp_path)  # runs of an older version
+    runs = plan(TWO, glyphs.get_config(), {}, str(tmp_path), seeds=[0, 1])
+    for i, run in enumerate(runs):
+        path = run.folder / "results.json"
+        result = json.loads(path.read_text())
+        result["geometry"] = {"mean_embedding_norm": 0.1 * (i + 1)}
+        result["with options"] = {"first_descriptor": result["metrics"]}
+        path.write_text(json.dumps(result))
+    text = write_report(TWO, runs, str(tmp_path))
+    first, second = text.split("## Vector: first_descriptor")
+    assert "mean norm" in first and "0.200 |" in first and "0.300 |" in first
+    assert "mean norm" not in second
+
+
 def test_whether_batches_are_the_same(tmp_path):
     assert "the same seed has the same batches." in report(tmp_path / "same")
     variants = {"few": {"train.classes_per_batch": 16}, "both": {}}

@@ -107,6 +107,10 @@ def test_a_run_leaves_what_the_readme_promises(tiny_config, tmp_path):
     # Colours are easy: it has learned something, and rows are plausible.
     assert history[-1]["classification_loss"] < history[0]["classification_loss"]
     assert results["metrics"]["recall@1"] > 0.3
+    # Whether it collapsed can be seen, while it trains and of what was tested.
+    signs = {"active_triplets", "hardest_positive", "ranking_gradient", "mean_embedding_norm"}
+    assert signs <= history[0].keys()
+    assert 0 < results["geometry"]["hardest_negative"] <= results["geometry"]["negative_distance"]
     # Evaluation by itself gives what training logged, for the best and for any step kept.
     assert evaluate.evaluate_run(str(workdir))["metrics"] == results["metrics"]
     last = evaluate.evaluate_run(str(workdir), 12)
@@ -374,3 +378,21 @@ def test_a_run_of_an_older_version_does_not_claim_to_know_its_data(finished_run,
     (run / "data.json").unlink()
     train.train_and_evaluate(config, str(run))
     assert not (run / "data.json").exists()
+
+
+@pytest.mark.parametrize(
+    "go_on", [train.train_and_evaluate, lambda _, run: evaluate.evaluate_run(run)]
+)
+def test_more_classes_than_a_run_of_an_older_version_knew(
+    finished_run, tmp_path, monkeypatch, go_on, caplog
+):
+    config, finished, _ = finished_run
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "data.json").unlink()
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    real = from_config.create_model
+    monkeypatch.setattr(from_config, "create_model", lambda model, n: real(model, n + 1))
+    with pytest.raises(ConfigError, match="was trained on 6 classes, and the data set has 7"):
+        go_on(config, str(run))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert "damaged" not in caplog.text

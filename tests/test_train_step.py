@@ -63,7 +63,8 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
     before = losses_of(config, [vectors], jnp.zeros((6, 3)), labels)[1]
     for option in config[name]:
         changed = ConfigDict(config)
-        changed[name][option] = 1.7 * config[name][option]
+        value = config[name][option]
+        changed[name][option] = (1,) if option == "ks" else 1.7 * value
         after = losses_of(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
         if option != "mining_margin":  # may mine the same pairs
             assert before != after, f"{name}.{option} does nothing"
@@ -93,23 +94,54 @@ def direct(model, measure, arguments):
     return jax.jit(functools.partial(train_step.direct_gradients, model, measure))(*arguments)
 
 
-@pytest.mark.parametrize("chunk,learn_p", [(1, "fixed"), (4, "channel")])
-def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p):
-    model, measure, arguments = problem(freeze_batch_norm=True, learn_p=learn_p)
-    expected, stats, metrics = direct(model, measure, arguments)
+@pytest.mark.parametrize("chunk,learn_p,center", [(1, "fixed", "none"), (4, "channel", "mean")])
+def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center):
+    model, measure, arguments = problem(freeze_batch_norm=True, learn_p=learn_p, center=center)
+    expected, stats, metrics, descriptors = direct(model, measure, arguments)
     chunked = gradient_caching.make_chunked_gradients(model, measure, chunk)
-    found, found_stats, found_metrics = chunked(*arguments)
+    found, found_stats, found_metrics, found_descriptors = chunked(*arguments)
     assert np.abs(expected["backbone"]["conv1"]["kernel"]).max() > 0
     assert metrics["ranking_loss"] > 0 and metrics["classification_loss"] > 0
     assert_close(found, expected, 1e-5)
     assert_close(found_stats, stats, 1e-5)  # the auxiliary module saw the whole batch
     assert_close(found_metrics, metrics, 1e-5)
+    assert_close(found_descriptors, descriptors, 1e-5)  # in the order of the labels
+    assert ("center_S" in stats) == (center == "mean")
+
+
+def test_a_step_tells_which_loss_pulls_how_much():
+    model, _, (state, images, labels) = problem(center="mean")
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    descriptors = model.apply(variables, images, return_descriptors=True).descriptors
+    config = glyphs.get_config().loss
+
+    def described(ranking, classification):
+        config.update(ranking_weight=ranking, classification_weight=classification)
+        measure = functools.partial(train_step.measure_losses, ConfigDict(config))
+        found = train_step.describe_step(config, model, measure, state, descriptors, labels)
+
+        def total(descriptors):
+            output, _ = model.apply(
+                variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
+            )
+            return measure(labels, output)[0]
+
+        return found, optax.tree.norm(jax.grad(total)(descriptors))
+
+    both, _ = described(2.0, 3.0)
+    ranking, norm = described(2.0, 0.0)  # each alone: the gradient of the total is its own
+    np.testing.assert_allclose([both["ranking_gradient"], ranking["ranking_gradient"]], norm, 1e-4)
+    assert ranking["classification_gradient"] == 0 < norm
+    classification, norm = described(0.0, 3.0)
+    np.testing.assert_allclose(both["classification_gradient"], norm, 1e-4)
+    assert classification["ranking_gradient"] == 0 < norm
+    assert both["active_triplets"] == 1 and both["mean_embedding_norm"] < 0.5  # centered
 
 
 def test_statistics_of_chunks_are_averaged():
     model, measure, (state, images, labels) = problem()
     chunked = gradient_caching.make_chunked_gradients(model, measure, 4)
-    _, stats, _ = chunked(state, images, labels)
+    _, stats, _, _ = chunked(state, images, labels)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     update = jax.jit(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"])[1])
     updates = [update(images[i::3])["batch_stats"]["backbone"] for i in range(3)]

@@ -10,7 +10,7 @@ def random_variables(model, *args, seed=0, **kwargs):
     shapes = jax.eval_shape(lambda key: model.init(key, *args, **kwargs), jax.random.key(0))
 
     def draw(path, leaf):
-        if path[-1].key in ("var", "scale", "mean", "bias"):
+        if path[-1].key in ("var", "scale", "mean", "weight", "bias"):
             value = rng.uniform(0.5, 1.5, leaf.shape)
         elif path[-1].key == "gem_p_learned":
             value = np.full(leaf.shape, model.gem_p)

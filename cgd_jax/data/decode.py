@@ -219,17 +219,26 @@ def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
             # Reduces a JPEG; nothing happens for other formats.
             size = max(image.width // reduction, 1), max(image.height // reduction, 1)
             image.draft(None, size)
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would clip
-                grey = _eight_bits(np.asarray(image))
-                return np.repeat(grey[..., None], 3, axis=-1)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
+            return to_rgb(image)
         except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
             raise ValueError(_reason(error, data)) from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Turns an image of Pillow as its EXIF says, in any mode, into uint8 [H, W, 3].
+
+    Raises:
+      ValueError: it holds numbers of a range that cannot be shown. Damaged files raise nearly
+        anything.
+    """
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would clip
+        return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:

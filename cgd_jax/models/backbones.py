@@ -1,17 +1,48 @@
 """The table of backbones: a family is one file that ends in a `Family`, and one line here."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cgd_jax import pooling
 from cgd_jax.augment import Normalization
-from cgd_jax.models import cpu_ops, efficientnet_lite, resnet
+from cgd_jax.models import (
+    bninception,
+    clip,
+    convnext,
+    cpu_ops,
+    dinov2,
+    dinov3,
+    efficientnet_lite,
+    resnet,
+    shufflenet,
+)
 from cgd_jax.models.family import Family
 
-__all__ = ["BACKBONES", "FAMILIES", "create", "listed", "normalization_of", "refused_options"]
+__all__ = [
+    "BACKBONES",
+    "FAMILIES",
+    "create",
+    "layer_factors",
+    "listed",
+    "normalization_of",
+    "published",
+    "refused_options",
+]
 
-FAMILIES: tuple[Family, ...] = (resnet.FAMILY, efficientnet_lite.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    resnet.FAMILY,
+    efficientnet_lite.FAMILY,
+    shufflenet.FAMILY,
+    bninception.FAMILY,
+    convnext.FAMILY,
+    dinov2.FAMILY,
+    dinov3.FAMILY,
+    clip.CLIP,
+    clip.SIGLIP,
+)
 
 # The family of every name under which configs select a backbone.
 BACKBONES: dict[str, Family] = {name: family for family in FAMILIES for name in family.members}
@@ -30,13 +61,14 @@ def create(config: Any, dtype: jnp.dtype) -> nn.Module:
       dtype: of the computation.
 
     Returns:
-      A module: images [B, H, W, 3], normalized, and `train` → feature map [B, H', W', C].
+      A module: images [B, H, W, 3], normalized, and `train` → feature map [B, H', W', C], or
+      `family.Features` where there is a class token.
     """
     family = BACKBONES[config.backbone]
     options = {name: getattr(config, name) for name in family.options}
-    backbone = family.members[config.backbone](
-        **options, last_stride=config.last_stride, remat=config.remat, dtype=dtype
-    )
+    if family.downsamples:
+        options["last_stride"] = config.last_stride
+    backbone = family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
     replaced: dict[str, Any] = {
         name: operation for name, operation in OPERATIONS.items() if hasattr(backbone, name)
     }
@@ -54,16 +86,65 @@ def refused_options(config: Any) -> list[str]:
     Args:
       config: as for `create`.
     """
-    chosen = BACKBONES[config.backbone]
-    return [
-        f"model.{option}={getattr(config, option)!r} is an option of {family.title}s; "
-        f"{config.backbone} has none, leave {published!r}."
-        for family in FAMILIES
-        for option, published in family.options.items()
-        if option not in chosen.options and getattr(config, option) != published
-    ]
+    name, chosen = config.backbone, BACKBONES[config.backbone]
+    refused = []
+    for option in dict.fromkeys(option for family in FAMILIES for option in family.options):
+        having = [family for family in FAMILIES if option in family.options]
+        value, published = getattr(config, option), having[0].options[option]
+        if option not in chosen.options and value != published:
+            titles = ", ".join(f"{family.title}s" for family in having)
+            refused.append(
+                f"model.{option}={value!r} is an option of {titles}; {name} has none, leave "
+                f"{published!r}."
+            )
+    if not chosen.downsamples and config.last_stride != 1:
+        refused.append(
+            f"model.last_stride={config.last_stride} is of networks that make their feature map "
+            f"smaller from stage to stage; {name} does not, leave 1."
+        )
+    if not chosen.batch_norm and config.freeze_batch_norm:
+        refused.append(
+            f"model.freeze_batch_norm=True keeps the statistics of BatchNorm, which {name} does "
+            f"not have; leave False."
+        )
+    if not chosen.class_token and pooling.CLASS_TOKEN in config.descriptors:
+        having = [family for family in FAMILIES if family.class_token]
+        refused.append(
+            f"model.descriptors={config.descriptors!r} names the class token, C, and {name} has "
+            f"none; the backbones that have one: {listed(having)}."
+        )
+    return refused
 
 
-def listed() -> str:
+def layer_factors(backbone: nn.Module, decay: float) -> Callable[[str], float]:
+    """Returns by what the updates of a backbone's parts are multiplied.
+
+    Layer-wise decay as in BEiT (https://arxiv.org/abs/2106.08254): decay^d at a depth of d
+    below the head, so that the lowest layers, which are the most general, change least.
+
+    Args:
+      backbone: its `layers` are the names of the modules and parameters that lie one below it:
+        of the stem, then of every block; all others are behind the blocks. The lowest
+        `frozen_blocks` and the stem below them get 0.
+      decay: in (0, 1].
+    """
+    number = {name: i for i, names in enumerate(backbone.layers) for name in names}
+    head, frozen = len(backbone.layers), backbone.frozen_blocks
+
+    def factor(name: str) -> float:
+        layer = number.get(name, head)
+        return 0.0 if layer <= frozen and frozen else decay ** (head - layer)
+
+    return factor
+
+
+def published(config: Mapping[str, Any]) -> str | None:
+    """Returns the backbone whose weights a repository has, by the content of its config.json."""
+    names = (family.published(config) for family in FAMILIES)
+    return next((name for name in names if name is not None), None)
+
+
+def listed(families: Sequence[Family] | None = None) -> str:
     """Returns all names by family, for messages."""
-    return "; ".join(f"{', '.join(family.members)} ({family.title})" for family in FAMILIES)
+    families = FAMILIES if families is None else families
+    return "; ".join(f"{', '.join(family.members)} ({family.title})" for family in families)

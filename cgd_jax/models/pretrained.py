@@ -7,7 +7,6 @@ renames; `to_torchvision` is the way back.
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,8 @@ def fill(variables: Variables, weights: Variables) -> dict:
     """
     if "backbone" in variables["params"] and "backbone" not in weights["params"]:
         filled = fill(backbone_of(variables), weights)
-        return {part: {**variables[part], "backbone": filled[part]} for part in filled}
+        whole = {part: {**variables[part], "backbone": filled[part]} for part in filled}
+        return {**variables, **whole}
     if "backbone" not in variables["params"]:
         weights = backbone_of(weights)
     found, expected = flatten_dict(weights, sep="/"), flatten_dict(variables, sep="/")
@@ -112,7 +112,8 @@ def backbone_of(variables: Variables) -> Variables:
     """Returns the part of a network's variables that is its backbone; a backbone's own as is."""
     if "backbone" not in variables["params"]:
         return variables
-    return {part: variables[part]["backbone"] for part in ("params", "batch_stats")}
+    parts = (part for part in ("params", "batch_stats") if "backbone" in variables[part])
+    return {part: variables[part]["backbone"] for part in parts}
 
 
 def save(
@@ -125,7 +126,8 @@ def save(
 
     Args:
       path: of the file.
-      variables: the names in the file are paths such as params/backbone/conv1/kernel.
+      variables: the names in the file are paths such as params/backbone/conv1/kernel; or what
+        `to_torchvision` returns, whose names stay.
       normalization: of the pixels; kept in the file's metadata.
       metadata: further texts by name.
     """
@@ -145,8 +147,9 @@ def convert_state_dict(
 
     Args:
       state_dict: arrays by name, in one of the backbone's schemes (see its file),
-        convolutions as [out, in, h, w]. The ImageNet classifier is dropped, which is
-        logged; counters `num_batches_tracked` are ignored.
+        convolutions as [out, in, h, w]. The modules that training scripts put around a
+        network, and with them what lies beside it, and the ImageNet classifier are dropped,
+        which is logged; counters `num_batches_tracked` are ignored.
       variables: of the backbone to be filled; only its names and shapes matter.
       backbone: its name.
 
@@ -156,19 +159,16 @@ def convert_state_dict(
 
     Raises:
       ValueError: The names are none of these, or a tensor is missing, left over or of
-        another shape; every one is named, with both names and both shapes.
+        another shape; every one is named, with both names and both shapes. Or there are
+        several networks.
     """
-    # As torch.nn.DataParallel and ResNetForImageClassification put in front.
-    arrays = {re.sub(r"^(module\.|resnet\.)+", "", name): a for name, a in state_dict.items()}
-    scheme = _scheme_of(arrays, backbone)
-    dropped = {
-        f"{name} {list(arrays.pop(name).shape)}"
-        for name in (f"{scheme.classifier}.weight", f"{scheme.classifier}.bias")
-        if name in arrays
-    }
+    scheme, arrays = _recognize(state_dict, backbone)
+    dropped = sorted(name for name in arrays if name.startswith(_classifier(scheme)))
     if dropped:
-        log.info("Left out the ImageNet classifier: %s.", ", ".join(sorted(dropped, reverse=True)))
+        shapes = ", ".join(f"{name} {list(arrays.pop(name).shape)}" for name in dropped[::-1])
+        log.info("Left out the ImageNet classifier: %s.", shapes)
     arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
+    arrays = scheme.prepare(arrays)
     converted, problems = {}, []
     expected = flatten_dict(variables)
     for path, name in names(scheme, variables).items():
@@ -210,9 +210,9 @@ def to_torchvision(variables: Variables, backbone: str) -> dict[str, np.ndarray]
       Arrays by name, float32, convolutions as [out, in, h, w].
     """
     variables = backbone_of(variables)
-    flat = flatten_dict(variables)
-    named = names(BACKBONES[backbone].schemes[0], variables)
-    return {name: _to_torch(path, flat[path]) for path, name in named.items()}
+    flat, scheme = flatten_dict(variables), BACKBONES[backbone].schemes[0]
+    named = names(scheme, variables)
+    return scheme.restore({name: _to_torch(path, flat[path]) for path, name in named.items()})
 
 
 def names(scheme: Scheme, variables: Variables) -> dict[tuple[str, ...], str]:
@@ -227,14 +227,28 @@ def names(scheme: Scheme, variables: Variables) -> dict[tuple[str, ...], str]:
     }
 
 
-def _scheme_of(arrays: Mapping[str, np.ndarray], backbone: str) -> Scheme:
-    """Recognizes by whom the weights of a backbone were named."""
+def _recognize(
+    arrays: Mapping[str, np.ndarray], backbone: str
+) -> tuple[Scheme, dict[str, np.ndarray]]:
+    """Recognizes by whom the weights of a backbone were named, and which of them are its.
+
+    Training scripts put the names of the modules around it in front: `module.` of
+    DataParallel, `_orig_mod.` of torch.compile, `module.encoder_q.` of momentum contrast.
+    """
     for scheme in BACKBONES[backbone].schemes:
-        if scheme.first in arrays:
-            return scheme
+        if prefixes := _prefixes(arrays, scheme.first):
+            prefix = _choose(prefixes)
+            # The classifier may lie beside it.
+            starts = (prefix, *_classifier(scheme))
+            own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(starts)}
+            others = [name for name in arrays if not name.startswith(starts)]
+            if others:
+                some = f"{', '.join(others[:3])}{', …' * (len(others) > 3)}"
+                log.info("Took the weights %s*; left out %d: %s.", prefix, len(others), some)
+            return scheme, own
     for family in FAMILIES:
         for scheme in family.schemes:
-            if scheme.first in arrays:
+            if _prefixes(arrays, scheme.first):
                 raise ValueError(
                     f"The weights have the names of a {scheme.title}, the network is a {backbone}; "
                     f"set the backbone that the weights were trained with."
@@ -245,6 +259,36 @@ def _scheme_of(arrays: Mapping[str, np.ndarray], backbone: str) -> Scheme:
         f"These are no names of a backbone that is known here: {some}, … of {len(arrays)}. One of "
         f"{known} must be among them."
     )
+
+
+def _classifier(scheme: Scheme) -> tuple[str, ...]:
+    """Returns how the names of the classifier's tensors begin."""
+    layers = scheme.classifier
+    return tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+
+
+def _prefixes(arrays: Mapping[str, np.ndarray], first: str) -> list[str]:
+    """Returns what stands before the first tensor of a network; several if there are several."""
+    found = [
+        name.removesuffix(first) for name in arrays if name == first or name.endswith(f".{first}")
+    ]
+    # Blocks of a network may hold a tensor of that name themselves.
+    return [p for p in found if not any(p.startswith(q) for q in found if q != p)]
+
+
+def _choose(prefixes: list[str]) -> str:
+    """Returns the prefix of the network that is meant; of momentum contrast, the one that learns.
+
+    Raises:
+      ValueError: Nobody can know.
+    """
+    queries = [p for p in prefixes if p.endswith("encoder_q.")]
+    if len(prefixes) > 1 and len(queries) != 1:
+        raise ValueError(
+            f"The file holds {len(prefixes)} networks, with the names {'*, '.join(prefixes)}*; "
+            f"save the tensors of one of them in a file of their own."
+        )
+    return queries[0] if queries else prefixes[0]
 
 
 def _axes(path: tuple[str, ...], dimensions: int) -> tuple[int, ...]:

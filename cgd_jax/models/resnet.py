@@ -7,7 +7,7 @@ order of operations are those under which ImageNet weights are published.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,7 @@ class ResNet(nn.Module):
       groups: groups of the 3×3 convolution in a bottleneck (ResNeXt's cardinality).
       width_per_group: ResNeXt's bottleneck width at `width=64`.
       squeeze_excite: adds squeeze-and-excitation to every block.
+      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
       conv: the convolution, for `backbones.create` to replace.
@@ -104,10 +105,18 @@ class ResNet(nn.Module):
     groups: int = 1
     width_per_group: int = 64
     squeeze_excite: bool = False
+    frozen_blocks: int = 0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
     max_pool: Callable[..., jax.Array] = nn.max_pool
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the modules below the network, see `backbones.layer_factors`."""
+        counts = enumerate(self.stage_sizes, 1)
+        blocks = [(f"layer{stage}_{i}",) for stage, count in counts for i in range(count)]
+        return (("conv1", "bn1"), *blocks)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -132,6 +141,7 @@ class ResNet(nn.Module):
             last = stage == len(self.stage_sizes) - 1
             for block in range(blocks):
                 first = block == 0 and stage > 0
+                name = f"layer{stage + 1}_{block}"
                 x = block_of(
                     width=planes * self.width_per_group // 64 * self.groups,
                     out=planes * 4 if self.bottleneck else planes,
@@ -141,8 +151,10 @@ class ResNet(nn.Module):
                     squeeze_excite=self.squeeze_excite,
                     conv=conv,
                     norm=norm,
-                    name=f"layer{stage + 1}_{block}",
+                    name=name,
                 )(x)
+                if self.frozen_blocks and name in self.layers[self.frozen_blocks]:
+                    x = jax.lax.stop_gradient(x)
         return x
 
 
@@ -164,6 +176,22 @@ def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     if kind == "se":  # Hugging Face has no such network; the name will be missing
         return f"{where}.{'.'.join(module[1:])}"
     return f"{where}.layer.{int(number) - 1}.{kinds[kind]}"
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    timm = {"seresnet50": "se_resnet50"}
+    name = config.get("architecture", "")
+    if timm.get(name, name) in BACKBONES:
+        return timm.get(name, name)
+    if config.get("model_type") != "resnet" or config.get("embedding_size", 64) != 64:
+        return None
+    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
+    wanted = tuple(config.get("depths", (3, 4, 6, 3))), bottleneck
+    for number in ("18", "34", "50", "101", "152"):
+        member = BACKBONES[f"resnet{number}"].keywords
+        if (member["stage_sizes"], member.get("bottleneck", True)) == wanted:
+            return f"resnet{number}"
+    return None
 
 
 BACKBONES = {
@@ -189,5 +217,6 @@ FAMILY = Family(
         ),
     ),
     normalization=IMAGENET,
-    options={"width": 64, "stem": "7x7", "stem_stride": 2},
+    options={"width": 64, "stem": "7x7", "stem_stride": 2, "frozen_blocks": 0},
+    published=_published,
 )

@@ -1,13 +1,18 @@
 """Reads files of torch.save without torch and without executing anything in them.
 
-Such a file is a pickle, and unpickling runs whatever the file asks for. The reader
-here knows tensors, their storages and ordered dicts; it refuses every other name, so
-that a hostile file ends in an error and not in a shell. Both formats are read: the
-zip archives of torch ≥ 1.6 and the chain of pickles from before.
+Such a file is a pickle, and unpickling runs whatever the file asks for. The reader here knows
+tensors, their storages and dicts. Everything else that training scripts leave beside them, their
+arguments, optimizers and counters, becomes an object that does nothing; a name that no
+checkpoint has use for, such as os.system, ends in an error and not in a shell. Both formats are
+read: the zip archives of torch ≥ 1.6 and the chain of pickles from before.
 """
 
 import collections
+import contextlib
+import json
+import logging
 import pickle
+import shlex
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +21,8 @@ import ml_dtypes
 import numpy as np
 
 __all__ = ["read_torch_file"]
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {
     "DoubleStorage": np.float64,
@@ -30,6 +37,44 @@ _DTYPES = {
     "BoolStorage": np.bool_,
 }
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first object of the old format
+# Of these modules a file may name nothing, but for what is harmless of Python's own.
+_REFUSED = {
+    *(
+        "_io",
+        "_pickle",
+        "builtins",
+        "__builtin__",
+        "code",
+        "commands",
+        "ctypes",
+        "imp",
+        "importlib",
+    ),
+    *("io", "marshal", "multiprocessing", "nt", "operator", "os", "pickle", "platform", "posix"),
+    *("pty", "pydoc", "runpy", "shutil", "signal", "socket", "subprocess", "sys", "webbrowser"),
+}
+_HARMLESS = {
+    *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"),
+    *("object", "range", "set", "slice", "str", "tuple"),
+}
+# Under which keys training scripts keep a network, the likeliest first.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")
+_CONVERT = """import sys, torch, safetensors.torch as s
+w = torch.load(sys.argv[1], map_location="cpu", weights_only=False)
+w = next((w[k] for k in {keys} if isinstance(w, dict) and k in w), w)
+w = w if isinstance(w, dict) else w.state_dict()
+s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, sys.argv[2])"""
+
+
+class _SeveralNetworks(ValueError):
+    """Nobody can know which of these dicts of tensors is meant."""
+
+    def __init__(self, keys: list[str]):
+        super().__init__(
+            f"it holds {len(keys)} dicts of tensors, {', '.join(map(repr, keys))}; the command "
+            f"takes {keys[0]!r}, if that is the one"
+        )
+        self.keys = keys[:1]
 
 
 class _Storage(NamedTuple):
@@ -50,61 +95,87 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a state dict.
 
     Args:
-      path: of a file that holds a dict of tensors, or a dict with such a one as
-        "state_dict", as training scripts save it.
+      path: of a file that holds a dict of tensors, or a checkpoint with such a one in it, as
+        "state_dict", "model" and the like. What was taken out of it is logged.
 
     Returns:
       Arrays by name, in the precision of the file.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no such file, is damaged, or asks for anything but tensors.
+      ValueError: it is no such file, is damaged, holds several networks, or asks for what no
+        checkpoint has use for.
     """
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+        if is_zip and not zipfile.is_zipfile(file):
+            raise ValueError(f"{path} has no end, as after a download that broke off; get it anew.")
     try:
         with open(path, "rb") as file:
-            read = _read_zip if zipfile.is_zipfile(file) else _read_pickles
-            file.seek(0)
-            content, storages = read(file)
-        return {name: _materialize(tensor, storages) for name, tensor in _tensors(content).items()}
-    except FileNotFoundError:
-        raise
+            content, storages = _read_zip(file) if is_zip else _read_pickles(file)
+        tensors, taken = _unwrap(content)
+        if taken:
+            log.info("Of %s, %s.", Path(path).name, taken)
+        return {name: _materialize(tensor, storages) for name, tensor in tensors.items()}
     # A damaged pickle can raise anything; none of it is the caller's concern.
     except Exception as error:
+        keys = json.dumps(error.keys if isinstance(error, _SeveralNetworks) else _WRAPPERS)
+        code = "; ".join(_CONVERT.format(keys=keys).splitlines())
+        command = ["python", "-c", code, str(path), f"{Path(path).name.split('.')[0]}.safetensors"]
         raise ValueError(
             f"{path} is not read: {error or type(error).__name__}. Only dicts of tensors are, "
             f"without executing what else a torch file may contain. If you trust the file, "
-            f'convert it where torch is installed: python -c "import torch, '
-            f"safetensors.torch as s; w = torch.load('{path}', map_location='cpu', "
-            f"weights_only=False); s.save_file(w if isinstance(w, dict) else w.state_dict(), "
-            f"'{Path(path).stem}.safetensors')\"; then pass the .safetensors."
+            f"convert it where torch is installed, and pass the .safetensors: {shlex.join(command)}"
         ) from error
 
 
+class _Ignored:
+    """What stands for anything that is no tensor: whatever is done to it, nothing happens."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def _nothing(self, *args):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = _nothing
+
+
 class _Unpickler(pickle.Unpickler):
-    """Admits what a dict of tensors consists of, by exact name."""
+    """Makes tensors and dicts, by exact name, and `_Ignored` of the rest."""
 
     def __init__(self, file):
         super().__init__(file)
         self.dtypes = {}  # of the storages met so far
 
     def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        # New functions each time: a pickle may set attributes of what it gets here.
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *_: _Tensor(
-                storage, offset, shape, strides
-            )
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+        # New functions and classes each time: a pickle may set attributes of what it gets here.
+        if (module, name) in (("collections", "OrderedDict"), ("collections", "defaultdict")):
+            return lambda *_: collections.OrderedDict()
+        if module == "torch._utils" and name.startswith("_rebuild_parameter"):
             return lambda tensor, *_: tensor
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, shape, strides, *_: (
+                _Tensor(storage, offset, shape, strides)
+                if isinstance(storage, _Storage)
+                else _Ignored()
+            )
         if module == "torch" and name in _DTYPES:
             return name
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        root = module.partition(".")[0]
+        if root in _REFUSED and not ("builtin" in module and name in _HARMLESS):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return type("Ignored", (_Ignored,), {})
 
     def persistent_load(self, pid):
         kind, dtype, key = pid[:3]
-        if kind != "storage" or dtype not in _DTYPES or not isinstance(key, str):
+        if kind != "storage" or not isinstance(key, str):
             raise pickle.UnpicklingError(f"it refers to {kind!r}, which is refused")
+        if not isinstance(dtype, str) or dtype not in _DTYPES:  # complex or quantized numbers
+            return _Ignored()
         if len(pid) > 5 and pid[5] is not None:
             raise pickle.UnpicklingError("it has views of storages, which are not supported")
         self.dtypes[key] = dtype
@@ -120,7 +191,7 @@ def _read_zip(file):
             raise ValueError("it was written on a big-endian machine")
         with archive.open(f"{root}data.pkl") as pickled:
             content = _Unpickler(pickled).load()
-        keys = {tensor.storage.key for tensor in _tensors(content).values()}
+        keys = {tensor.storage.key for tensor in _unwrap(content)[0].values()}
         return content, {key: archive.read(f"{root}data/{key}") for key in keys}
 
 
@@ -140,12 +211,27 @@ def _read_pickles(file):
     return content, storages
 
 
-def _tensors(content) -> dict[str, _Tensor]:
-    """The entries that are tensors; training scripts keep other things beside them."""
-    content = content.get("state_dict", content) if isinstance(content, dict) else None
+def _unwrap(content: object) -> tuple[dict[str, _Tensor], str]:
+    """Finds the network in what a training script saved; says what was taken and what left."""
     if not isinstance(content, dict):
         raise ValueError("it holds no dict of tensors")
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, _Tensor)}
+    found = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and isinstance(key, str):  # an optimizer's keys are numbers
+            with contextlib.suppress(ValueError):
+                found[key] = _unwrap(value)
+    named = {name: tensor for name, tensor in content.items() if isinstance(tensor, _Tensor)}
+    likely = [key for key in _WRAPPERS if key in found]
+    if not likely and named:
+        return named, ""
+    if not found:
+        raise ValueError("it holds no dict of tensors")
+    if not likely and len(found) > 1:
+        raise _SeveralNetworks([*found])
+    key = likely[0] if likely else next(iter(found))
+    tensors, within = found.pop(key)
+    taken = f"{key!r} was taken" + f", and of it {within}" * bool(within)
+    return tensors, taken + f"; {', '.join(map(repr, found))} left out" * bool(found)
 
 
 def _materialize(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:

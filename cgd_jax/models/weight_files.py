@@ -9,16 +9,18 @@ import numpy as np
 import safetensors
 
 from cgd_jax.augment import Normalization
-from cgd_jax.models.backbones import FAMILIES
+from cgd_jax.models.backbones import FAMILIES, listed, published
 from cgd_jax.models.torch_file import read_torch_file
+from cgd_jax.runtime import files
 
-__all__ = ["declared_normalization", "find", "read", "read_header"]
+__all__ = ["declared_backbone", "declared_normalization", "find", "read", "read_header"]
 
 PACKAGES = {source: package for family in FAMILIES for source, package in family.packages.items()}
 # Of a Hugging Face repository: its weights, and what declares mean and std, and as what.
 _PUBLISHED = ("model.safetensors", "pytorch_model.bin")
 _CONFIGS = {"config.json": ("mean", "std"), "preprocessor_config.json": ("image_mean", "image_std")}
-_ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin")
+# All but the first two are of torch.save.
+_ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
 
 def find(source: str) -> Path:
@@ -104,6 +106,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
       ValueError: It is damaged, or no file of weights.
     """
+    if path.suffix not in _ENDINGS:
+        raise ValueError(
+            f"{path} is no file of weights; its name must end in one of {', '.join(_ENDINGS)}."
+        )
+    _check_content(path)
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
@@ -116,11 +123,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 return dict(file), {}
         except Exception as error:  # zip, zlib and NumPy each have their own
             raise ValueError(f"{path} is no readable .npz file: {error}.") from error
-    if path.suffix in _ENDINGS:
-        return read_torch_file(path), {}
-    raise ValueError(
-        f"{path} is no file of weights; its name must end in one of {', '.join(_ENDINGS)}."
-    )
+    return read_torch_file(path), {}
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -129,12 +132,23 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
     Raises:
       ValueError: It is no such file.
     """
+    _check_content(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             return file.metadata() or {}, shapes
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no readable .safetensors file: {error}.") from error
+
+
+def _check_content(path: Path) -> None:
+    """Refuses what only has the name of weights, and says what it is."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if impostor := files.describe_impostor(start):
+        raise ValueError(f"{path} holds no weights: it is {impostor}.")
+    if not start:
+        raise ValueError(f"{path} is empty; get it anew.")
 
 
 def declared_normalization(folder: Path) -> Normalization | None:
@@ -156,3 +170,37 @@ def declared_normalization(folder: Path) -> Normalization | None:
                 f"{folder / file}, beside the weights, is damaged: {error}."
             ) from error
     return None
+
+
+def declared_backbone(source: str) -> str:
+    """Returns the name of the backbone whose weights a source has, as its config.json says.
+
+    Args:
+      source: as for `pretrained.load`, or the folder of a run; of a Hugging Face repository the
+        weights are downloaded with it.
+
+    Raises:
+      FileNotFoundError: There is no such source, it cannot be reached, or has no config.json.
+      ValueError: The config is damaged, or of no backbone that is known here.
+    """
+    if source in PACKAGES:
+        return source
+    folder = Path(source).expanduser()
+    path = (folder if folder.is_dir() else find(source).parent) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name = content["model"]["backbone"] if "model" in content else published(content)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source!r} has no config.json that says which backbone its weights are of; set "
+            f"model.backbone to one of: {listed()}."
+        ) from error
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, beside the weights, is damaged: {error}.") from error
+    if name is None:
+        kind = content.get("architecture") or content.get("model_type") or "of no named kind"
+        raise ValueError(
+            f"{source!r} is {kind} by its config.json, of a size or kind that is not known here. "
+            f"Known are: {listed()}."
+        )
+    return name

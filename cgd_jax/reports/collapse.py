@@ -14,16 +14,21 @@ NEAR_MARGIN = 0.05  # of the margin: how near the ranking loss is when it sits t
 ALL_ACTIVE = 0.95  # share of active triplets
 ONE_POINT = 0.95  # norm of the mean of unit vectors
 
-REMEDY = "try loss.ranking=multi_similarity, or a lower optimizer.learning_rate"
+# By `model.center`: what keeps the embedding apart.
+REMEDIES = {
+    "none": "train again with --config.model.center=mean, which no embedding can collapse with",
+    "mean": "try a lower --config.optimizer.learning_rate, or more steps",
+}
 
 
-def warnings(rows: list[dict[str, float]], margin: float | None) -> list[str]:
+def warnings(rows: list[dict[str, float]], margin: float | None, center: str) -> list[str]:
     """Judges the end of a run.
 
     Args:
       rows: of the history; those that have "ranking_loss", "active_triplets" (a share) and
         "mean_embedding_norm" count. Fewer than `ROWS` are not judged.
       margin: of the ranking loss; None if it has none.
+      center: the config's `model.center`, for the remedy.
 
     Returns:
       A sentence for each sign of a collapse, with its remedy.
@@ -34,13 +39,13 @@ def warnings(rows: list[dict[str, float]], margin: float | None) -> list[str]:
         found.append(
             f"The ranking loss sits at its margin ({loss:.4g} of {margin:g}, with {active:.0%} of "
             f"the triplets active, over the last {ROWS} rows of the history), as it does when all "
-            f"images lie in one point; {REMEDY}."
+            f"images lie in one point; {REMEDIES[center]}."
         )
     norm = _latest(rows, "mean_embedding_norm")
     if norm > ONE_POINT:
         found.append(
             f"The mean embedding has norm {norm:.3f} over the last {ROWS} rows of the history, "
-            f"where 1 means that all images lie in one point; {REMEDY}."
+            f"where 1 means that all images lie in one point; {REMEDIES[center]}."
         )
     return found
 

@@ -3,25 +3,26 @@
 from ml_collections import ConfigDict
 
 from cgd_jax.reports import tables
+from cgd_jax.reports.names import markdown
 
 __all__ = ["model_card"]
 
 
-def model_card(config: ConfigDict, step: int, metrics: dict[str, dict]) -> str:
+def model_card(config: ConfigDict, result: dict) -> str:
     """Returns the card in Markdown, with the header that Hugging Face reads.
 
     Args:
       config: of the run.
-      step: of the checkpoint.
-      metrics: name of the vector → what `metrics.evaluate` returns.
+      result: what was measured of a checkpoint, see `evaluate.evaluate_checkpoint`.
     """
-    model, loss, train = config.model, config.loss, config.train
-    confidence = metrics["embedding"].get("confidence", {}).get("recall@1")
-    interval = ""
-    if confidence:
-        low, high = (100 * bound for bound in confidence)
-        interval = f" 95 % interval of R@1 over classes: {low:.2f} to {high:.2f}."
-    start = f"the weights of {model.pretrained}" if model.pretrained else "random weights"
+    model, size, measured = config.model, config.data.image_size, result["metrics"]
+    table = tables.metrics_table({"embedding": measured, **result["with options"]}, "github")
+    count = f"{measured['queries']:,} queries."
+    if excluded := measured.get("excluded"):
+        count += f" {excluded:,} without a true match were left out."
+    if "confidence" in measured:
+        low, high = (100 * bound for bound in measured["confidence"]["recall@1"])
+        count += f" 95 % interval of R@1 over classes: {low:.2f} to {high:.2f}."
     return f"""---
 library_name: cgd_jax
 pipeline_tag: image-feature-extraction
@@ -33,23 +34,23 @@ tags:
 # CGD {model.descriptors}, {model.backbone}, {config.data.name}
 
 Combination of multiple global descriptors ([paper](https://arxiv.org/abs/1903.10663)) on
-{model.backbone}: images of {config.data.image_size} × {config.data.image_size} pixels to
-vectors of {model.embedding_dim} numbers. Made with cgd_jax.
+{model.backbone}: images of {size} × {size} pixels to vectors of {model.embedding_dim} numbers.
+Made with cgd_jax.
 
 ## Measured
 
-On the test classes of {config.data.name}, none of which it was trained on, per cent:
+On the test images of {config.data.name}{_seen(result)}, per cent:
 
-{tables.metrics_table(metrics, "github")}
+{table}
 
-{metrics["embedding"]["queries"]:,} queries.{interval}
+{count}
 
 ## Trained on
 
-The training classes of {config.data.name}, from {start}: {step:,} steps of
-{train.classes_per_batch} classes × {train.images_per_class} images, {loss.ranking} (weight
-{loss.ranking_weight:g}) and smoothed cross-entropy (weight {loss.classification_weight:g}),
-seed {config.seed}. The whole config is in the metadata of model.safetensors.
+The training images of {config.data.name}, from {_start(model)}: {result["step"]:,} steps of
+{config.train.classes_per_batch} classes × {config.train.images_per_class} images, \
+{_losses(config.loss)}, seed {config.seed}. The whole config is in the metadata of
+model.safetensors.
 
 ## Use
 
@@ -57,9 +58,35 @@ seed {config.seed}. The whole config is in the metadata of model.safetensors.
 from cgd_jax import export
 
 model = export.open_model("path/to/this/folder")
-vectors = model.embed(images)  # [B, {config.data.image_size}, {config.data.image_size}, 3] uint8 → [B, {model.embedding_dim}]
+vectors = model.embed(images)  # [B, {size}, {size}, 3] uint8 → [B, {model.embedding_dim}]
 ```
 
-The pixels are normalized inside. backbone.safetensors is the fine-tuned backbone for PyTorch,
-without a classifier.
-"""  # noqa: E501
+The pixels are normalized inside. backbone.safetensors is the backbone for PyTorch, without a
+classifier.
+"""
+
+
+def _seen(result: dict) -> str:
+    """Says whether the classes were trained on, where that is known."""
+    if "classes" not in result:  # measured by an older version
+        return ""
+    counts = result["classes"]
+    return f" ({tables.describe_classes(counts['tested'], counts['trained on'])})"
+
+
+def _start(model: ConfigDict) -> str:
+    """Says which weights training began with."""
+    return f"the weights of {markdown(model.pretrained)}" if model.pretrained else "random weights"
+
+
+def _losses(loss: ConfigDict) -> str:
+    """Says which losses taught it, and how much each weighed."""
+    parts = []
+    if loss.ranking_weight:
+        parts.append(f"{loss.ranking} (weight {loss.ranking_weight:g})")
+    if loss.classification_weight:
+        parts.append(
+            f"cross-entropy (weight {loss.classification_weight:g}, temperature "
+            f"{loss.temperature:g}, smoothing {loss.smoothing:g})"
+        )
+    return " and ".join(parts)

@@ -119,6 +119,10 @@ class LanceStore:
                     columns["vector"] = numbers.reshape(-1, width).astype(np.float32)
                 yield columns
 
+    def approximate(self) -> bool:
+        with _failures(self.address, "read"):
+            return any(index.columns == ["vector"] for index in self._table.list_indices())
+
     def version(self) -> int | None:
         with _failures(self.address, "read"):
             return self._table.version

@@ -120,21 +120,23 @@ def _packaged() -> tuple["CGD", dict, "Normalization", dict[str, Any]]:
     """Returns the packaged network as `export.read_network` returns an exported one."""
     import jax
 
+    from cgd_jax.config import fill_added_keys
     from cgd_jax.models import pretrained
     from cgd_jax.models.cgd import create_model
 
-    config = SimpleNamespace(
-        backbone=PACKAGED,
-        last_stride=2,
-        descriptors="G",
-        gem_p=3.0,
-        learn_p="fixed",
-        embedding_dim=1,
-        combination="concat",
-        freeze_batch_norm=True,
-        remat=False,
-        dtype="auto",
-    )
+    described = {
+        "backbone": PACKAGED,
+        "last_stride": 2,
+        "descriptors": "G",
+        "gem_p": 3.0,
+        "learn_p": "fixed",
+        "embedding_dim": 1,
+        "combination": "concat",
+        "freeze_batch_norm": True,
+        "remat": False,
+        "dtype": "auto",
+    }
+    config = SimpleNamespace(**fill_added_keys({"model": described})["model"])
     model = create_model(config, 1)
     images = jax.ShapeDtypeStruct((1, PACKAGED_SIZE, PACKAGED_SIZE, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -82,6 +82,9 @@ class Store(Protocol):
     def read(self, names: Sequence[str], where: str | None = None) -> Iterator[Columns]:
         """Yields some columns of all rows, or of those that `where` selects, in pieces."""
 
+    def approximate(self) -> bool:
+        """Returns whether a search that is not told to be exact may be approximate."""
+
     def version(self) -> int | None:
         """Returns a number that changes with the rows; None where the database has none."""
 

@@ -55,9 +55,13 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     if not finished:
         return ""
     results = [read_result(run) for run in finished]
-    measured, seconds = {}, {}  # vector → metric → variant → seed → value; variant → seconds
+    measured = {}  # vector → metric → variant → seed → value
+    seconds, norms = {}, {}  # variant → one a seed
     for run, result in zip(finished, results, strict=True):
         seconds.setdefault(run.variant, []).append(training_seconds(run))
+        if "geometry" in result:  # else of an older version
+            norm = result["geometry"]["mean_embedding_norm"]
+            norms.setdefault(run.variant, []).append(norm)
         for vector, values in {"embedding": result["metrics"], **result["with options"]}.items():
             for name, value in values.items():
                 if name.startswith("recall@") or name == "map@r":
@@ -67,6 +71,8 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
         "training": {name: f"{np.mean(values):.0f} s" for name, values in seconds.items()},
         "embedding": {run.variant: str(run.config.model.embedding_dim) for run in runs},
     }
+    # Near 1 the embedding has collapsed, whatever its recall is.
+    norm = {"mean norm": {name: f"{np.mean(values):.3f}" for name, values in norms.items()}}
     config = runs[0].config
     seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
     lines = [
@@ -78,7 +84,8 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     for vector, metrics in measured.items():
         if len(measured) > 1:
             lines.append(f"## Vector: {markdown(vector)}")
-        lines.append(markdown_table(metrics, study.reference, facts))
+        known = facts | norm if norms and vector == "embedding" else facts
+        lines.append(markdown_table(metrics, study.reference, known))
     lines.append(explain_intervals(study, runs, measured))
     recalls = measured["embedding"]["recall@1"]
     fewest = min(len(values) for values in recalls.values())

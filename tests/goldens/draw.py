@@ -22,6 +22,12 @@ def draw_weight(name, shape):
     return (np.sqrt(1.5 / fan_in) * rng.standard_normal(shape)).astype(np.float32)
 
 
+def draw_direction(name, shape):
+    """An array to multiply a tensor with, float32."""
+    rng = np.random.RandomState(zlib.crc32(f"direction {name}".encode()))
+    return rng.standard_normal(shape).astype(np.float32)
+
+
 def draw_images(count, size, seed=0):
     """Normalized images [count, size, size, 3] float32."""
     return np.random.RandomState(seed).standard_normal((count, size, size, 3)).astype(np.float32)

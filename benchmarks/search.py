@@ -1,0 +1,351 @@
+"""Measures the search: how fast pictures are indexed, what a kill costs, what is found how fast.
+
+    python benchmarks/search.py indexing --images=PHOTOS   # images a second, beside embedding alone
+    python benchmarks/search.py kills                      # kill -9 at 20 random moments
+    python benchmarks/search.py searching                  # 1,000,000 x 128, beside faiss
+    python benchmarks/search.py queries                    # 100,000 x 512
+    python benchmarks/search.py compression                # what smaller vectors cost in recall
+
+Every measurement that names a memory runs in a process of its own, whose peak is reported.
+`indexing` draws photographs of 320 pixels if it is given none. faiss is an optional package
+(pip install faiss-cpu).
+"""
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def peak_memory() -> float:
+    """Returns the most memory that this process had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_process(*arguments: object, check: bool = True) -> str:
+    """Runs a part of this script in a process of its own; returns what it prints."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if check and run.returncode:
+        sys.exit(run.stderr)
+    return run.stdout
+
+
+def draw_photographs(folder: Path, count: int) -> None:
+    """Draws pictures of 320 pixels that are as large as photographs when compressed."""
+    import cv2
+
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        image = np.zeros((240, 320, 3), np.float32)
+        for side in (4, 16, 64):
+            noise = rng.normal(size=(side * 3 // 4, side, 3)).astype(np.float32)
+            image += cv2.resize(noise, (320, 240), interpolation=cv2.INTER_CUBIC) * 160 / side**0.5
+        path = folder / f"class{i % 50:02}" / f"{i:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.clip(image + 128, 0, 255).astype(np.uint8))
+
+
+def indexing(photos: str | None, count: int) -> None:
+    """Indexes photographs and compares with embedding alone, of pixels that are in memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "photos")
+        if photos:
+            from cgd_jax.data.decode import looks_like_photograph
+
+            files = [path for path in sorted(Path(photos).rglob("*")) if path.is_file()]
+            files = [path for path in files if looks_like_photograph(path)][:count]
+            count = len(files)
+            for i, path in enumerate(files):
+                target = folder / f"class{i % 50:02}" / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
+        else:
+            draw_photographs(folder, count)
+        address = str(Path(scratch, "index"))
+        # Alternating, because a machine that others use changes its speed meanwhile.
+        print("embedding alone:", in_process("embed-alone", count).strip(), flush=True)
+        print("indexing:       ", in_process("index", address, folder).strip(), flush=True)
+        print("embedding alone:", in_process("embed-alone", count).strip(), flush=True)
+        command = [sys.executable, str(ROOT / "main.py"), "--mode=index", f"--index={address}"]
+        command += [f"--images={folder}"]
+        changed = sorted(folder.rglob("*.jpg"))[7]
+        for what in ("unchanged", "unchanged", "one file changed", "one file changed"):
+            if what != "unchanged":
+                shutil.copy(sorted(folder.rglob("*.jpg"))[random.randrange(count)], changed)
+            begin, used = time.time(), sum(os.times()[2:4])
+            subprocess.run(command, check=True, capture_output=True)
+            print(
+                f"{what}: {time.time() - begin:.1f} s with start-up, "
+                f"{sum(os.times()[2:4]) - used:.1f} s of the processor",
+                flush=True,
+            )
+
+
+def embed_alone(count: int) -> None:
+    from cgd_jax.search import index, network
+
+    opened, size = network.open_network(), index.batch_size()
+    pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), np.uint8)
+    index.embed_pixels(opened, pixels)
+    begin, used = time.perf_counter(), time.process_time()
+    for _ in range(max(count // size, 1)):
+        index.embed_pixels(opened, pixels)
+    done = size * max(count // size, 1)
+    rate, cost = done / (time.perf_counter() - begin), (time.process_time() - used) / done
+    print(f"{rate:.1f} images/s, {1e3 * cost:.1f} ms of the processor each")
+
+
+def index_alone(address: str, photos: str) -> None:
+    from cgd_jax.search import index, indexing, network
+
+    opened = network.open_network()
+    blank = np.zeros((index.batch_size(), 224, 224, 3), np.uint8)
+    index.embed_pixels(opened, blank)  # compiles
+    begin, used = time.perf_counter(), time.process_time()
+    changes = indexing.update(address, [photos], opened)
+    rate = changes.added / (time.perf_counter() - begin)
+    cost = (time.process_time() - used) / changes.added
+    print(
+        f"{changes.added:,} pictures, {rate:.1f} images/s, {1e3 * cost:.1f} ms of the processor "
+        f"each, at most {peak_memory():.0f} MB"
+    )
+
+
+def kills(count: int, times: int) -> None:
+    """Kills indexing at random moments until it is done, and compares with an undisturbed run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        draw_photographs(Path(scratch, "photos"), count)
+        address, photos = str(Path(scratch, "index")), str(Path(scratch, "photos"))
+        rng, landed = random.Random(0), 0
+        while landed < times:
+            before = written(address)
+            process = subprocess.Popen([sys.executable, __file__, "index-slowly", address, photos])
+            while process.poll() is None and written(address) <= before:
+                time.sleep(0.01)  # from the first write on, it is worth killing
+            time.sleep(rng.uniform(0, 2))
+            if process.poll() is not None:
+                shutil.rmtree(address)  # it was done: from the beginning
+                continue
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            landed += 1
+            print(f"kill {landed}: {rows_of(address)} of {count} pictures are there", flush=True)
+        in_process("index-slowly", address, photos)
+        undisturbed = str(Path(scratch, "undisturbed"))
+        in_process("index-slowly", undisturbed, photos)
+        same = everything(address) == everything(undisturbed)
+        print(f"after {times} kills the index equals an undisturbed one: {same}")
+        sys.exit(not same)
+
+
+def written(address: str) -> int:
+    """Returns how often an index in a folder was written, as far as the files tell."""
+    folder = Path(address, "pictures.lance", "_versions")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def rows_of(address: str) -> int:
+    from cgd_jax.search import Index
+    from cgd_jax.search.stores import NoIndexError
+
+    try:
+        return Index.open(address).count()
+    except NoIndexError:
+        return 0
+
+
+def everything(address: str) -> dict:
+    from cgd_jax.search import Index
+
+    table = Index.open(address).to_arrow()
+    columns = table.drop_columns(["vector"]).to_pylist()
+    vectors = np.stack(table["vector"].to_pylist()).round(4)
+    pairs = zip(columns, vectors, strict=True)
+    return {row["id"]: (*row.values(), tuple(vector)) for row, vector in pairs}
+
+
+def index_slowly(address: str, photos: str) -> None:
+    """Indexes with a projection for a network, a few pictures a write."""
+    from cgd_jax.search import index, indexing
+    from tests.search_samples import stand_in
+
+    network = stand_in()
+
+    def embed(images):
+        time.sleep(0.02)
+        return network.embed(images)
+
+    index.BATCHES, indexing.WRITE_EVERY = (1, 8), 8
+    indexing.update(address, [photos], network._replace(embed=embed))
+
+
+def clusters(count: int, dimension: int, seed: int) -> np.ndarray:
+    """Draws unit vectors around 10,000 centres."""
+    centres = np.random.default_rng(0).standard_normal((10_000, dimension), np.float32)
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, dimension), np.float32)
+    x *= 0.7
+    x += centres[rng.integers(len(centres), size=count)]
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x
+
+
+def searching(count: int, dimension: int) -> None:
+    """Compares searches of synthetic clusters, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        print(f"{count:,} x {dimension}, 200 queries, one at a time")
+        for name in ("IndexFlatIP", "HNSW", "LanceDB exact", "LanceDB"):
+            answer = in_process("search", name, count, dimension, scratch, check=False).strip()
+            print(f"{name:14} {answer or 'could not be run (is faiss-cpu installed?)'}", flush=True)
+
+
+def search(name: str, count: int, dimension: int, scratch: str) -> None:
+    x, queries = clusters(count, dimension, 1), clusters(200, dimension, 2)
+    truth_file = Path(scratch, "truth.npy")
+    if truth_file.exists():
+        truth = np.load(truth_file)
+    else:
+        truth = np.concatenate([np.argsort(-(x @ q))[None, :10] for q in queries])
+        np.save(truth_file, truth)
+    begin = time.perf_counter()
+    if name.startswith("LanceDB"):
+        ask = _lance(scratch, x, name.endswith("exact"))
+        del x
+    else:
+        import faiss
+
+        if name == "HNSW":
+            index = faiss.IndexHNSWFlat(dimension, 32, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction, index.hnsw.efSearch = 100, 128
+        else:
+            index = faiss.IndexFlatIP(dimension)
+        index.add(x)
+        del x
+        ask = lambda q: index.search(q[None], 10)[1][0]
+    built = time.perf_counter() - begin
+    before = resident()
+    times, shared = [], []
+    for q, right in zip(queries, truth, strict=True):
+        begin = time.perf_counter()
+        found = ask(q)
+        times.append(1e3 * (time.perf_counter() - begin))
+        shared.append(len(set(map(int, found)) & set(right.tolist())) / 10)
+    median, slow = np.percentile(times, [50, 99])
+    print(
+        f"recall@10 {np.mean(shared):.4f}, median {median:.1f} ms, 99th percentile {slow:.1f} ms, "
+        f"built in {built:.0f} s, {max(before, resident()):.0f} MB while searching"
+    )
+
+
+def resident() -> float:
+    """Returns the memory that this process has now, in MB; of Linux."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _lance(scratch: str, x: np.ndarray, exact: bool):
+    """Fills a store unless it is filled, and returns what searches it."""
+    import json
+
+    from cgd_jax.search.stores import COLUMNS, NoIndexError, open_store
+
+    address = str(Path(scratch, "lance"))
+    try:
+        store = open_store(address)
+    except NoIndexError:
+        about = {"info": json.dumps({"precision": "float32"})}
+        store = open_store(address, about, x.shape[1])
+        for at in range(0, len(x), 50_000):
+            some = x[at : at + 50_000]
+            empty = {str: "", int: 0, bytes: b""}
+            columns = {name: [empty[kind]] * len(some) for name, kind in COLUMNS.items()}
+            columns["id"] = [str(i) for i in range(at, at + len(some))]
+            store.upsert({**columns, "vector": some})
+        store.finish()
+    return lambda q: [hit.id for hit in store.search(q[None], 10, exact=exact)[0]]
+
+
+def compression(steps: int) -> None:
+    """Measures the recall on glyphs of one trained network by its vectors, made smaller."""
+    from cgd_jax import checkpoint, evaluate, from_config, metrics, rerank
+    from cgd_jax.models.cgd import create_model, embed_model
+    from cgd_jax.train import train_and_evaluate
+    from configs import glyphs
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = glyphs.get_config()
+        config.data.dir = str(Path(scratch, "data"))
+        config.train.steps = config.train.eval_every = steps
+        config.eval.baselines = False
+        train_and_evaluate(config, str(Path(scratch, "run")))
+        variables, normalization, _ = checkpoint.read_weights(Path(scratch, "run"))
+        model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
+        setup = from_config.set_up(config)
+        embed = embed_model(model, variables, normalization, config.data.image_size)
+        vectors = evaluate.embed_dataset(
+            embed, setup.dataset, config.eval.batch_size, setup.batch_sharding
+        ).query
+    labels = setup.dataset.query.labels
+    kinds = {"float32": vectors, "float16": vectors.astype(np.float16).astype(np.float32)}
+    for dimension in (256, 128, 64, 32):
+        if dimension < vectors.shape[1]:
+            whitening = rerank.learn_whitening(vectors, dimension)
+            kinds[f"whitened to {dimension}, float16"] = rerank.whiten(vectors, *whitening).astype(
+                np.float16
+            )
+    for name, kind in kinds.items():
+        result = metrics.evaluate(np.asarray(kind, np.float32), labels, ks=(1, 8))
+        width = 2 if "float16" in name else 4
+        print(
+            f"{name:24} {kind.shape[1] * width:5} bytes a vector, R@1 "
+            f"{100 * result['recall@1']:.2f}, R@8 {100 * result['recall@8']:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what")
+    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--images", help="a folder of photographs to index, instead of drawn ones")
+    parser.add_argument("--count", type=int, help="how many pictures or vectors")
+    parser.add_argument("--kills", type=int, default=20)
+    given = parser.parse_args()
+    match given.what:
+        case "indexing":
+            indexing(given.images, given.count or 8000)
+        case "kills":
+            kills(given.count or 1000, given.kills)
+        case "searching":
+            searching(given.count or 1_000_000, 128)
+        case "queries":
+            searching(given.count or 100_000, 512)
+        case "compression":
+            compression(given.count or 300)
+        case "embed-alone":
+            embed_alone(int(given.arguments[0]))
+        case "index":
+            index_alone(*given.arguments)
+        case "index-slowly":
+            index_slowly(*given.arguments)
+        case "search":
+            name, count, dimension, scratch = given.arguments
+            search(name, int(count), int(dimension), scratch)
+        case _:
+            parser.error("see the top of this file for what can be measured")
+
+
+if __name__ == "__main__":
+    main()

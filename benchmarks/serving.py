@@ -1,0 +1,142 @@
+"""Measures the page's server: queries by file, and eight clients at once.
+
+    python benchmarks/serving.py                        # 100,000 x 512, a minute, 8 clients
+    python benchmarks/serving.py --count=1000 --seconds=5
+
+The server is the real one in a process of its own, with a network of the size of the packaged one
+(EfficientNet-Lite0 with G, whitened to the dimension) and an index of synthetic vectors. Latency is
+what a client waits, from sending a photograph of 500 x 375 pixels to the last byte of the answer.
+"""
+
+import argparse
+import http.client
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def make_index(address: str, count: int, dimension: int) -> None:
+    """Fills an index of the packaged network with clusters of unit vectors."""
+    from cgd_jax.search import Index
+    from cgd_jax.search.network import open_network
+    from cgd_jax.search.stores import COLUMNS
+
+    rng = np.random.default_rng(0)
+    network = open_network()
+    basis = np.linalg.qr(rng.standard_normal((network.dimension, dimension)))[0]
+    whitening = np.zeros(network.dimension, np.float32), basis.astype(np.float32)
+    index = Index.create(address, network, whitening=whitening)
+    centres = rng.standard_normal((1000, dimension), np.float32)
+    for at in range(0, count, 10_000):
+        size = min(10_000, count - at)
+        vectors = centres[rng.integers(1000, size=size)]
+        vectors += 0.7 * rng.standard_normal((size, dimension), np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        empty = {str: "", int: 0, bytes: b""}
+        columns = {name: [empty[kind]] * size for name, kind in COLUMNS.items()}
+        columns["id"] = [f"{i:020x}" for i in range(at, at + size)]
+        index.store.upsert({**columns, "vector": vectors})
+    index.store.finish()
+
+
+def photograph(seed: int) -> bytes:
+    """Draws a JPEG of 500 x 375 pixels with as much detail as a photograph has."""
+    import cv2
+
+    noise = np.random.default_rng(seed).integers(0, 256, (47, 63, 3), np.uint8)
+    image = cv2.resize(noise, (500, 375), interpolation=cv2.INTER_CUBIC)
+    return cv2.imencode(".jpg", image)[1].tobytes()
+
+
+def ask(connection: http.client.HTTPConnection, photo: bytes) -> tuple[int, float]:
+    """Searches by a photograph; returns the status, and ms."""
+    begin = time.perf_counter()
+    connection.request("POST", "/search?k=20", photo, {"Content-Type": "image/jpeg"})
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status, 1e3 * (time.perf_counter() - begin)
+
+
+def resident(pid: int) -> float:
+    """Returns the memory of a process, in MB; of Linux."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def summary(times: list[float]) -> str:
+    median, slow = np.percentile(times, [50, 99])
+    return f"{len(times):,} queries, median {median:.0f} ms, 99th percentile {slow:.0f} ms"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=100_000, help="vectors")
+    parser.add_argument("--dimension", type=int, default=512)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        address = str(Path(scratch, "index"))
+        make_index(address, given.count, given.dimension)
+        command = [sys.executable, str(ROOT / "main.py"), "--mode=serve", f"--index={address}"]
+        server = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True)
+        try:
+            found = None
+            while found is None:
+                line = server.stdout.readline()
+                if not line:
+                    sys.exit("the server has ended")
+                found = re.search(r"http://(127\.0\.0\.1:\d+)/", line)
+            measure(found[1], server.pid, given.clients, given.seconds)
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def measure(address: str, pid: int, clients: int, seconds: float) -> None:
+    photos = [photograph(i) for i in range(100)]
+    connection = http.client.HTTPConnection(address)
+    for photo in photos[:10]:
+        ask(connection, photo)
+    alone = [ask(connection, photo)[1] for photo in photos * 3]
+    print(f"one client: {summary(alone)}", flush=True)
+
+    statuses, times = [], []
+    end = time.monotonic() + seconds
+
+    def client(number: int) -> None:
+        mine = http.client.HTTPConnection(address)
+        i = number
+        while time.monotonic() < end:
+            # No two uploads are the same: bytes behind a JPEG's end change its hash only.
+            status, elapsed = ask(mine, photos[i % len(photos)] + f"{number} {i}".encode())
+            statuses.append(status)
+            times.append(elapsed)
+            i += clients
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    memory = [resident(pid)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(min(seconds / 6, 10))
+        memory.append(resident(pid))
+    for thread in threads:
+        thread.join()
+    failed = sum(status != 200 for status in statuses)
+    print(f"{clients} clients: {summary(times)}, {len(times) / seconds:.1f} queries/s")
+    print(f"{failed} failed; memory in MB: {' '.join(f'{m:.0f}' for m in memory)}")
+
+
+if __name__ == "__main__":
+    main()

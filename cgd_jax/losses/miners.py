@@ -1,0 +1,128 @@
+"""Miners: which pairs of a batch a loss looks at, chosen by their distances.
+
+A miner takes distances [B, N] and boolean masks of the positive and the negative pairs [B, N],
+and returns the masks of those that it keeps. Every loss on pairs takes one as `miner`; its
+triplets are all that the kept pairs of an anchor form. Nothing here is differentiated.
+
+>>> distances = jnp.array([[0.0, 2.0, 1.0, 3.0]])
+>>> positive, negative = jnp.array([[False, True, False, False]]), jnp.array([[0, 0, 1, 1]]) > 0
+>>> for name, miner in MINERS.items():
+...     options = {"key": jax.random.key(0)} if name == "distance_weighted" else {}
+...     print(name, miner(distances, positive, negative, **options)[1].astype(int).tolist())
+batch_all [[0, 0, 1, 1]]
+batch_hard [[0, 0, 1, 0]]
+semi_hard [[0, 0, 0, 1]]
+distance_weighted [[0, 0, 1, 0]]
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["MINERS", "batch_all", "batch_hard", "distance_weighted", "semi_hard"]
+
+Masks = tuple[jax.Array, jax.Array]
+
+
+def batch_all(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+    """Keeps all pairs.
+
+    >>> pair = jnp.array([[True]])
+    >>> batch_all(jnp.zeros((1, 1)), pair, ~pair)[0].tolist()
+    [[True]]
+    """
+    return positive, negative
+
+
+def batch_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+    """Keeps every anchor's farthest positive and nearest negative.
+
+    Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 5.
+
+    >>> batch_hard(jnp.array([[1.0, 2.0]]), jnp.ones((1, 2), bool), jnp.zeros((1, 2), bool))[0]
+    Array([[False,  True]], dtype=bool)
+    """
+    farthest = jnp.where(positive, distances, -jnp.inf).argmax(1)
+    nearest = jnp.where(negative, distances, jnp.inf).argmin(1)
+    return positive & _only(farthest, distances), negative & _only(nearest, distances)
+
+
+def semi_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+    """Keeps for every positive the nearest negative beyond it, and all positives.
+
+    Schroff, Kalenichenko & Philbin, CVPR 2015, https://arxiv.org/abs/1503.03832, section 3.2;
+    where no negative is farther than the positive, the farthest one.
+
+    >>> distances, first = jnp.array([[2.0, 1.0, 3.0]]), jnp.array([[True, False, False]])
+    >>> semi_hard(distances, first, ~first)[1].tolist()
+    [[False, False, True]]
+    """
+    order = jnp.argsort(jnp.where(negative, distances, jnp.inf), 1)
+    ordered = jnp.take_along_axis(jnp.where(negative, distances, jnp.inf), order, 1)
+    beyond = jax.vmap(lambda row, d: jnp.searchsorted(row, d, side="right"))(ordered, distances)
+    last = jnp.maximum(negative.sum(1, keepdims=True) - 1, 0)
+    chosen = jnp.take_along_axis(order, jnp.minimum(beyond, last), 1)
+    rows = jnp.arange(len(distances))[:, None]
+    kept = jnp.zeros(distances.shape, jnp.int32).at[rows, chosen].max(positive.astype(jnp.int32))
+    return positive, negative & (kept > 0)
+
+
+def distance_weighted(
+    distances: jax.Array,
+    positive: jax.Array,
+    negative: jax.Array,
+    *,
+    key: jax.Array,
+    dim: int = 128,
+    cutoff: float = 0.5,
+    nonzero_cutoff: float = 1.4,
+) -> Masks:
+    """Draws for every positive a negative, near and far ones equally often.
+
+    Wu et al., ICCV 2017, https://arxiv.org/abs/1706.07567, section 4: with a probability of one
+    over the density of distances between random points on the sphere, ``d^(n-2) (1 - d²/4)^((n-3)
+    /2)``.
+
+    Args:
+      distances: [B, N], of unit vectors.
+      positive: [B, N] bool.
+      negative: [B, N] bool.
+      key: of the draw; the same one gives the same pairs.
+      dim: n, of the sphere's space.
+      cutoff: distances below it are taken for it, so that noise is not drawn too often.
+      nonzero_cutoff: negatives beyond it are not drawn, unless an anchor has no other.
+
+    Returns:
+      All positives; the negatives that were drawn, as many for an anchor as it has positives
+      but for those that were drawn twice.
+
+    >>> distances, first = jnp.array([[1.0, 1.0, 2.0]]), jnp.array([[True, False, False]])
+    >>> distance_weighted(distances, first, ~first, key=jax.random.key(0))[1].tolist()
+    [[False, True, False]]
+    """
+    clipped = jnp.clip(distances, cutoff, 2 - 1e-3)
+    log_density = (dim - 2) * jnp.log(clipped) + (dim - 3) / 2 * jnp.log(1 - clipped**2 / 4)
+    near = negative & (distances < nonzero_cutoff)
+    allowed = jnp.where(near.any(1, keepdims=True), near, negative)
+    logits = jnp.where(allowed, -log_density, -jnp.inf)
+    logits = jnp.where(allowed.any(1, keepdims=True), logits, 0.0)  # the mask below drops them
+    rows, columns = distances.shape
+    chosen = jax.random.categorical(key, logits[:, None, :], axis=2, shape=(rows, columns))
+    kept = jnp.zeros((rows, columns), jnp.int32)
+    kept = kept.at[jnp.arange(rows)[:, None], chosen].max(positive.astype(jnp.int32))
+    return positive, negative & (kept > 0)
+
+
+def _only(column: jax.Array, like: jax.Array) -> jax.Array:
+    """Boolean [B, N]: True in one column of every row."""
+    return jnp.arange(like.shape[1]) == column[:, None]
+
+
+# The names under which configs select a miner.
+MINERS: dict[str, Callable[..., Masks]] = {
+    "batch_all": batch_all,
+    "batch_hard": batch_hard,
+    "semi_hard": semi_hard,
+    "distance_weighted": distance_weighted,
+}

@@ -1,0 +1,172 @@
+"""What losses on pairs share: distances, similarities, and which pairs of a batch count.
+
+Rows are the images of a batch, the anchors. Columns are the same images and, behind them, those
+of a cross-batch memory, if there is one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cgd_jax.combination import l2_normalize
+
+__all__ = ["Memory", "Miner", "empty_memory", "pairwise_distances", "push", "similarities"]
+
+# distances [B, N] float32, positive [B, N], negative [B, N] → the masks of what is kept.
+Miner = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Memory(NamedTuple):
+    """Embeddings of earlier batches, the latest first: they are compared with, not trained.
+
+    Cross-batch memory, Wang et al., CVPR 2020, https://arxiv.org/abs/1912.06798.
+    """
+
+    vectors: jax.Array  # [M, D] float32
+    labels: jax.Array  # [M] int32; -1 where nothing was stored yet
+
+
+class Pairs(NamedTuple):
+    """Which columns an anchor is to be near to, and which far from."""
+
+    references: jax.Array  # [N, D] float32: the batch, then the memory
+    positive: jax.Array  # [B, N] bool: same class but another image
+    negative: jax.Array  # [B, N] bool: another class
+
+
+def pairwise_distances(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+    """Euclidean distances between all rows, safe to differentiate at zero.
+
+    The root has an infinite slope at zero; here a distance of zero passes a zero
+    gradient instead.
+
+    Args:
+      x: [N, D], floating point.
+      y: [M, D]; `x` itself if left out.
+
+    Returns:
+      [N, M], float32.
+
+    >>> pairwise_distances(jnp.array([[0.0, 0.0], [3.0, 4.0]])).tolist()
+    [[0.0, 5.0], [5.0, 0.0]]
+    """
+    x = x.astype(jnp.float32)
+    y = x if y is None else y.astype(jnp.float32)
+    # Seen from their mean: |x|² + |y|² - 2 x·y of long vectors that lie close together has no
+    # digit of their distance in it.
+    center = jax.lax.stop_gradient(x.mean(0))
+    x, y = x - center, y - center
+    squared = jnp.sum(x**2, 1)[:, None] + jnp.sum(y**2, 1)[None, :] - 2 * products(x, y)
+    return safe_root(squared)
+
+
+def similarities(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+    """Cosines between all rows.
+
+    Args:
+      x: [N, D], floating point.
+      y: [M, D]; `x` itself if left out.
+
+    Returns:
+      [N, M], float32.
+
+    >>> similarities(jnp.array([[2.0, 0.0], [0.0, 3.0]])).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    unit = lambda vectors: l2_normalize(vectors.astype(jnp.float32))
+    return products(unit(x), unit(x if y is None else y))
+
+
+def products(x: jax.Array, y: jax.Array) -> jax.Array:
+    # Full precision: the default on GPU and TPU keeps 10 or 8 bits of mantissa, and
+    # near neighbours differ by less than that.
+    return jnp.dot(x, y.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def safe_root(squared: jax.Array) -> jax.Array:
+    """The square root, with 0 for what is not positive and a gradient of 0 there."""
+    is_zero = squared <= 0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
+
+
+def empty_memory(size: int, dim: int) -> Memory:
+    """Returns a memory for `size` embeddings of `dim` numbers, with nothing in it.
+
+    >>> empty_memory(3, 8).labels.tolist()
+    [-1, -1, -1]
+    """
+    return Memory(jnp.zeros((size, dim)), jnp.full(size, -1, jnp.int32))
+
+
+def push(memory: Memory, embeddings: jax.Array, labels: jax.Array) -> Memory:
+    """Puts a batch into a memory, whose oldest entries make room for it.
+
+    Args:
+      memory: of M embeddings.
+      embeddings: [B, D]; no gradient passes through the copy. Of more than M the first M are
+        kept.
+      labels: [B], integers from 0.
+
+    Returns:
+      The new memory, as large as before.
+
+    >>> push(empty_memory(3, 1), jnp.ones((2, 1)), jnp.array([7, 8])).labels.tolist()
+    [7, 8, -1]
+    """
+    size = len(memory.labels)
+    stored = jax.lax.stop_gradient(embeddings.astype(jnp.float32))
+    return Memory(
+        jnp.concatenate([stored, memory.vectors])[:size],
+        jnp.concatenate([labels.astype(jnp.int32), memory.labels])[:size],
+    )
+
+
+def pairs_of(
+    embeddings: jax.Array,
+    labels: jax.Array,
+    memory: Memory | None = None,
+    miner: Miner | None = None,
+) -> Pairs:
+    """Finds the pairs of a batch, and of its images with a memory, that a miner keeps."""
+    check(embeddings, labels, "embeddings")
+    references, columns = embeddings.astype(jnp.float32), labels
+    if memory is not None:
+        references = jnp.concatenate([references, jax.lax.stop_gradient(memory.vectors)])
+        columns = jnp.concatenate([labels, memory.labels.astype(labels.dtype)])
+    same = labels[:, None] == columns[None, :]
+    positive = same & ~jnp.eye(len(labels), len(columns), dtype=bool)
+    negative = ~same & (columns >= 0) if memory is not None else ~same
+    if miner is not None:
+        distances = jax.lax.stop_gradient(pairwise_distances(embeddings, references))
+        positive, negative = miner(distances, positive, negative)
+    return Pairs(references, positive, negative)
+
+
+def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
+    """The mean of `values` where `mask`; 0 where the mask is empty."""
+    return jnp.where(mask, values, 0.0).sum(axis) / jnp.maximum(mask.sum(axis), 1)
+
+
+def masked_logsumexp(values: jax.Array, mask: jax.Array, axis: int = 1) -> jax.Array:
+    """Log Σ exp over the mask; a very low number, with a gradient of 0, where it is empty."""
+    return jax.nn.logsumexp(jnp.where(mask, values, -1e30), axis)
+
+
+def soft_sum(values: jax.Array, mask: jax.Array, axis: int = 1) -> jax.Array:
+    """log(1 + Σ exp) over the mask, without overflow."""
+    return jax.nn.softplus(masked_logsumexp(values, mask, axis))
+
+
+def check(values: jax.Array, labels: jax.Array, name: str) -> None:
+    """Raises ValueError for wrong ranks, lengths or dtypes."""
+    if values.ndim != 2 or labels.shape != values.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape [B, ...] of rank 2 and labels [B]; got {name} "
+            f"{values.shape} and labels {labels.shape}."
+        )
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point; got {values.dtype}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers; got {labels.dtype}.")

@@ -1,0 +1,172 @@
+"""BN-Inception that ends in a feature map: no global pooling, no classifier.
+
+Ioffe & Szegedy, https://arxiv.org/abs/1502.03167, appendix, with the names under which Cadene's
+`pretrainedmodels` publishes the ImageNet weights that papers on metric learning start from. They
+come from Caffe: channels go in as blue, green, red, from 0 to 255 less a mean, and pooling
+windows may reach over the lower and the right edge.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from cgd_jax.augment import Normalization
+from cgd_jax.models.family import Family, Scheme
+
+__all__ = ["BACKBONES", "FAMILY", "BNInception"]
+
+ModuleDef = Any
+# Channels of the branches: 1×1 (0: none, and the block downsamples); 1×1 and 3×3; 1×1 and twice
+# 3×3; 1×1 behind the pooling (0: none). What is pooled is the mean, but the maximum in the end.
+BLOCKS = {
+    "3a": (64, (64, 64), (64, 96), 32),
+    "3b": (64, (64, 96), (64, 96), 64),
+    "3c": (0, (128, 160), (64, 96), 0),
+    "4a": (224, (64, 96), (96, 128), 128),
+    "4b": (192, (96, 128), (96, 128), 128),
+    "4c": (160, (128, 160), (128, 160), 128),
+    "4d": (96, (128, 192), (160, 192), 128),
+    "4e": (0, (128, 192), (192, 256), 0),
+    "5a": (352, (192, 320), (160, 224), 128),
+    "5b": (352, (192, 320), (192, 224), 128),
+}
+LAST_DOWNSAMPLING, MAXIMUM = "4e", "5b"
+
+
+def _over_the_edge(max_pool, x: jax.Array) -> jax.Array:
+    """Max-pooling 3×3 of stride 2, whose last windows may be cut off by the edge."""
+    ends = [(0, max(0, 2 * -(-(side - 3) // 2) + 3 - side)) for side in x.shape[1:3]]
+    return max_pool(x, (3, 3), (2, 2), tuple(ends))
+
+
+class Block(nn.Module):
+    """Branches side by side on the same input, their outputs joined."""
+
+    channels: tuple[int, tuple[int, int], tuple[int, int], int]
+    stride: int
+    maximum: bool  # whether it pools the maximum
+    conv: ModuleDef
+    norm: ModuleDef
+    max_pool: Callable[..., jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def layer(x, channels, side, name, stride=1):
+            x = self.conv(channels, (side, side), stride, padding=side // 2, name=name)(x)
+            return nn.relu(self.norm(name=f"{name}_bn")(x))
+
+        alone, (reduced, out), (double_reduced, double_out), projected = self.channels
+        outputs = [layer(x, alone, 1, "1x1")] if alone else []
+        y = layer(x, reduced, 1, "3x3_reduce")
+        outputs.append(layer(y, out, 3, "3x3", self.stride))
+        y = layer(x, double_reduced, 1, "double_3x3_reduce")
+        y = layer(y, double_out, 3, "double_3x3_1")
+        outputs.append(layer(y, double_out, 3, "double_3x3_2", self.stride))
+        if self.stride == 2:
+            y = _over_the_edge(self.max_pool, x)
+        elif self.maximum:
+            y = self.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
+        else:
+            y = nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
+        outputs.append(layer(y, projected, 1, "pool_proj") if projected else y)
+        return jnp.concatenate(outputs, -1)
+
+
+class BNInception(nn.Module):
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1024], s = 32, or 16 with `last_stride=1`.
+
+    Attributes:
+      divisor: of all channels; 1 is the published network, more make narrow ones.
+      last_stride: of the last downsampling, 2 as published or 1 as in CGD.
+      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
+      remat: computes the inside of every block once more in the backward pass.
+      dtype: of the computation; parameters and statistics stay float32.
+      conv: the convolution, for `backbones.create` to replace.
+      max_pool: the max-pooling, likewise.
+    """
+
+    divisor: int = 1
+    last_stride: int = 1
+    frozen_blocks: int = 0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    conv: ModuleDef = nn.Conv
+    max_pool: Callable[..., jax.Array] = nn.max_pool
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the modules below the network, see `backbones.layer_factors`."""
+        convs = ("conv1_7x7_s2", "conv2_3x3_reduce", "conv2_3x3")
+        stem = (*convs, *(f"{name}_bn" for name in convs))
+        return (stem, *((f"inception_{name}",) for name in BLOCKS))
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        # The initial weights of He et al. (https://arxiv.org/abs/1502.01852), fan-out mode.
+        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        conv = partial(self.conv, kernel_init=kernel_init, dtype=self.dtype)
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+        )
+        scaled = lambda channels: jax.tree.map(lambda n: n // self.divisor, channels)
+
+        def layer(x, channels, side, name, stride=1):
+            x = conv(scaled(channels), (side, side), stride, padding=side // 2, name=name)(x)
+            return nn.relu(norm(name=f"{name}_bn")(x))
+
+        x = layer(x[..., ::-1], 64, 7, "conv1_7x7_s2", 2)  # blue, green, red
+        x = _over_the_edge(self.max_pool, x)
+        x = layer(layer(x, 64, 1, "conv2_3x3_reduce"), 192, 3, "conv2_3x3")
+        x = _over_the_edge(self.max_pool, x)
+        block_of = nn.remat(Block) if self.remat else Block
+        for number, (block, channels) in enumerate(BLOCKS.items(), 1):
+            last = block == LAST_DOWNSAMPLING
+            x = block_of(
+                channels=scaled(channels),
+                stride=1 if channels[0] else self.last_stride if last else 2,
+                maximum=block == MAXIMUM or last,
+                conv=conv,
+                norm=norm,
+                max_pool=self.max_pool,
+                name=f"inception_{block}",
+            )(x)
+            if self.frozen_blocks == number:
+                x = jax.lax.stop_gradient(x)
+        return x
+
+
+def _cadene_name(module: tuple[str, ...], _: Sequence[str]) -> str:
+    return "_".join(module)
+
+
+def _flat_norms(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Some files, ported from Caffe, have [1, C] where BatchNorm has [C]."""
+    return {name: a.ravel() if "_bn." in name else a for name, a in arrays.items()}
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"bninception": BNInception}
+FAMILY = Family(
+    title="BN-Inception",
+    members=BACKBONES,
+    schemes=(
+        Scheme(
+            "Cadene BN-Inception",
+            "conv1_7x7_s2.weight",
+            ("last_linear", "fc"),
+            _cadene_name,
+            _flat_norms,
+        ),
+    ),
+    # Red, green, blue, of pixels from 0 to 1.
+    normalization=Normalization.of((128 / 255, 117 / 255, 104 / 255), 1 / 255),
+    options={"frozen_blocks": 0},
+)

@@ -1,0 +1,213 @@
+"""ConvNeXt and ConvNeXt V2 that end in a feature map: no global pooling, no classifier.
+
+ConvNeXt (Liu et al., https://arxiv.org/abs/2201.03545) and V2 (Woo et al.,
+https://arxiv.org/abs/2301.00808), which has a global response normalization in the place of the
+layer scale. The LayerNorm behind the global pooling belongs to the classifier.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from cgd_jax.augment import IMAGENET
+from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.residual import DropPath, LayerScale
+
+__all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
+
+_init = nn.initializers.truncated_normal(0.02)
+_norm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Rescales channels by their length over all positions, among that of all channels."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight, bias = (
+            self.param(name, nn.initializers.zeros, x.shape[-1:]) for name in ("weight", "bias")
+        )
+        squared = jnp.sum(x.astype(jnp.float32) ** 2, (1, 2), keepdims=True)
+        # A channel that is 0 everywhere has length 0, and a gradient of 0.
+        length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+        share = length / (length.mean(-1, keepdims=True) + 1e-6)
+        return x * (1 + weight * share).astype(x.dtype) + bias.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """7×7 depthwise convolution, LayerNorm, two linear layers; the input is added."""
+
+    v2: bool
+    drop_path: float
+    conv: Any
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        conv = partial(self.conv, kernel_init=_init, dtype=self.dtype)
+        y = conv(channels, (7, 7), padding=3, feature_group_count=channels, name="conv_dw")(x)
+        y = _norm(dtype=self.dtype, name="norm")(y)
+        y = nn.Dense(4 * channels, kernel_init=_init, dtype=self.dtype, name="fc1")(y)
+        y = nn.gelu(y, approximate=False)
+        if self.v2:
+            y = GlobalResponseNorm(name="grn")(y)
+        y = nn.Dense(channels, kernel_init=_init, dtype=self.dtype, name="fc2")(y)
+        if not self.v2:
+            y = LayerScale(1e-6, name="scale")(y)
+        return x + DropPath(self.drop_path, name="drop_path")(y)
+
+
+class ConvNeXt(nn.Module):
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`.
+
+    Attributes:
+      depths: blocks in each of the four stages.
+      widths: their channels.
+      v2: whether it is ConvNeXt V2.
+      patch_size: side and stride of the first convolution in pixels, 0 for 4, as published.
+      last_stride: of the last stage, 2 as published; with 1 its downsampling keeps the
+        resolution, with a kernel of the same shape.
+      drop_path: probability with which training leaves the last block out; it grows linearly
+        from 0 at the first block.
+      frozen_blocks: so many of the lowest blocks, and all in front of them, get no gradient.
+      remat: computes the inside of every block once more in the backward pass.
+      dtype: of the computation; parameters stay float32.
+      conv: the convolution, for `backbones.create` to replace.
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    v2: bool = False
+    patch_size: int = 0
+    last_stride: int = 1
+    drop_path: float = 0.0
+    frozen_blocks: int = 0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    conv: Any = nn.Conv
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the modules below the network, see `backbones.layer_factors`."""
+        blocks: list[tuple[str, ...]] = []
+        for stage, depth in enumerate(self.depths):
+            names: list[tuple[str, ...]] = [(f"stages{stage}_{block}",) for block in range(depth)]
+            if stage:
+                names[0] = (f"downsample{stage}_norm", f"downsample{stage}_conv", *names[0])
+            blocks += names
+        return (("stem_conv", "stem_norm"), *blocks)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = partial(self.conv, kernel_init=_init, padding="VALID", dtype=self.dtype)
+        norm = partial(_norm, dtype=self.dtype)
+        side = self.patch_size or 4
+        x = conv(self.widths[0], (side, side), side, name="stem_conv")(x)
+        x = norm(name="stem_norm")(x)
+        block_of = nn.remat(Block) if self.remat else Block
+        rates = iter(np.linspace(0, self.drop_path if train else 0, sum(self.depths)).tolist())
+        for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            if stage:
+                x = norm(name=f"downsample{stage}_norm")(x)
+                name = f"downsample{stage}_conv"
+                if stage == len(self.depths) - 1 and self.last_stride == 1:
+                    # The last row and column have no neighbour: they see zeros there.
+                    x = conv(width, (2, 2), 1, padding=((0, 1), (0, 1)), name=name)(x)
+                else:
+                    x = conv(width, (2, 2), 2, name=name)(x)
+            for block in range(depth):
+                name = f"stages{stage}_{block}"
+                x = block_of(self.v2, next(rates), self.conv, self.dtype, name=name)(x)
+                if self.frozen_blocks and name in self.layers[self.frozen_blocks]:
+                    x = jax.lax.stop_gradient(x)
+        return x
+
+
+def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
+    name = ".".join(module).replace("stem_conv", "stem.0").replace("stem_norm", "stem.1")
+    name = re.sub(r"^downsample(\d)_norm", r"stages.\1.downsample.0", name)
+    name = re.sub(r"^downsample(\d)_conv", r"stages.\1.downsample.1", name)
+    name = re.sub(r"^stages(\d)_(\d+)", r"stages.\1.blocks.\2", name)
+    return re.sub(r"\.(fc\d|grn)$", r".mlp.\1", name).removesuffix(".scale")
+
+
+def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
+    stem = {"stem_conv": "embeddings.patch_embeddings", "stem_norm": "embeddings.layernorm"}
+    if module[0] in stem:
+        return stem[module[0]]
+    name = "encoder." + ".".join(module)
+    name = re.sub(r"downsample(\d)_norm", r"stages.\1.downsampling_layer.0", name)
+    name = re.sub(r"downsample(\d)_conv", r"stages.\1.downsampling_layer.1", name)
+    name = re.sub(r"stages(\d)_(\d+)", r"stages.\1.layers.\2", name)
+    parts = {"conv_dw": "dwconv", "norm": "layernorm", "fc1": "pwconv1", "fc2": "pwconv2"}
+    stem_of, _, last = name.rpartition(".")
+    return f"{stem_of}.{parts.get(last, last)}".removesuffix(".scale")
+
+
+def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Calls the layer scale as timm does, and takes the axes of length 1 from V2's tensors."""
+    return {
+        name.replace("layer_scale_parameter", "gamma"): a.ravel() if ".grn." in name else a
+        for name, a in arrays.items()
+    }
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "atto": {"depths": (2, 2, 6, 2), "widths": (40, 80, 160, 320)},
+    "nano": {"depths": (2, 2, 8, 2), "widths": (80, 160, 320, 640)},
+    "tiny": {"depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)},
+    "small": {"depths": (3, 3, 27, 3), "widths": (96, 192, 384, 768)},
+    "base": {"depths": (3, 3, 27, 3), "widths": (128, 256, 512, 1024)},
+    "large": {"depths": (3, 3, 27, 3), "widths": (192, 384, 768, 1536)},
+}
+BACKBONES = {
+    f"convnext{version}_{size}": partial(ConvNeXt, v2=bool(version), **sizes)
+    for version in ("", "v2")
+    for size, sizes in SIZES.items()
+    if version or size not in ("atto", "nano")
+    if (version, size) != ("v2", "small")
+}
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    if config.get("architecture") in BACKBONES:  # timm's, under the same names
+        return config["architecture"]
+    if config.get("model_type") not in ("convnext", "convnextv2"):
+        return None
+    sizes = {
+        "depths": tuple(config.get("depths", SIZES["tiny"]["depths"])),
+        "widths": tuple(config.get("hidden_sizes", SIZES["tiny"]["widths"])),
+    }
+    return next((f"{config['model_type']}_{n}" for n, size in SIZES.items() if size == sizes), None)
+
+
+FAMILY = Family(
+    title="ConvNeXt",
+    members=BACKBONES,
+    schemes=(
+        Scheme(
+            "timm ConvNeXt",
+            "stages.0.blocks.0.conv_dw.weight",
+            ("head.norm", "head.fc"),
+            _timm_name,
+        ),
+        Scheme(
+            "Hugging Face ConvNeXt",
+            "encoder.stages.0.layers.0.dwconv.weight",
+            ("layernorm", "classifier"),
+            _hugging_face_name,
+            _from_hugging_face,
+        ),
+    ),
+    normalization=IMAGENET,
+    options={"patch_size": 0, "drop_path": 0.0, "frozen_blocks": 0},
+    batch_norm=False,
+    published=_published,
+)

@@ -1,0 +1,92 @@
+"""DINOv2 (Oquab et al., https://arxiv.org/abs/2304.07193), with registers and without.
+
+The registers are those of Darcet et al., https://arxiv.org/abs/2309.16588. Positions are
+interpolated as Hugging Face does: without smoothing, but with it where there are registers. The
+classifiers that are published beside the networks are left out.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cgd_jax.augment import IMAGENET
+from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
+
+__all__ = ["BACKBONES", "FAMILY"]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+}
+_registers: dict[str, Any] = {"registers": 4, "class_position": False, "antialias": True}
+BACKBONES = {
+    f"dinov2_{size}{suffix}": partial(
+        ViT, published_patch=14, grid=37, layer_scale=True, **sizes, **variant
+    )
+    for suffix, variant in {"": {}, "_reg": _registers}.items()
+    for size, sizes in SIZES.items()
+}
+
+
+def _without_mask(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Brings the files of Meta, in whose names timm's are written, to those of timm."""
+    arrays = rename(arrays, {"^mask_token$": None, "^register_tokens$": "reg_token"})
+    if {"reg_token", "cls_token", "pos_embed"} <= arrays.keys():
+        count = arrays["pos_embed"].shape[1]
+        if math.isqrt(count) ** 2 != count:  # the class token's position, which timm adds to it
+            arrays["cls_token"] = arrays["cls_token"] + arrays["pos_embed"][:, :1]
+            arrays["pos_embed"] = arrays["pos_embed"][:, 1:]
+    return arrays
+
+
+def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    parts = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+    rules = {
+        r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+        r"^embeddings\.position_embeddings": "pos_embed",
+        r"^embeddings\.": "",
+        r"^encoder\.layer\.": "blocks.",
+        r"attention\.output\.dense": "attn.proj",
+        r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+        r"^layernorm\.": "norm.",
+    }
+    return _without_mask(rename(fuse(arrays, parts, "attn.qkv"), rules))
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    timm = re.fullmatch(
+        r"vit_(small|base|large)_patch14(_reg)?(?:4)?_dinov2", config.get("architecture", "")
+    )
+    if timm:
+        return f"dinov2_{timm[1]}{timm[2] or ''}"
+    suffixes = {"dinov2": "", "dinov2_with_registers": "_reg"}
+    suffix, size = suffixes.get(config.get("model_type", "")), size_of(config, SIZES)
+    return None if suffix is None or size is None else f"dinov2_{size}{suffix}"
+
+
+FAMILY = Family(
+    title="DINOv2",
+    members=BACKBONES,
+    schemes=(
+        Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head", timm_name, _without_mask),
+        Scheme(
+            "Hugging Face DINOv2",
+            "encoder.layer.0.attention.attention.query.weight",
+            "classifier",
+            timm_name,
+            _from_hugging_face,
+        ),
+    ),
+    normalization=IMAGENET,
+    options=OPTIONS,
+    downsamples=False,
+    batch_norm=False,
+    class_token=True,
+    published=_published,
+)

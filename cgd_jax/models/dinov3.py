@@ -1,0 +1,111 @@
+"""The vision transformers of DINOv3 (Siméoni et al., https://arxiv.org/abs/2508.10104).
+
+Queries and keys are rotated by the places of their patches, so that any size of images goes in as
+it is. Keys have no bias. The weights are published under a licence that has to be accepted; a file
+of Hugging Face, timm or Meta can be loaded.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cgd_jax.augment import IMAGENET
+from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
+
+__all__ = ["BACKBONES", "FAMILY"]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+}
+BACKBONES = {
+    f"dinov3_{size}": partial(
+        ViT, grid=0, registers=4, layer_scale=True, key_bias=False, epsilon=1e-5, **sizes
+    )
+    for size, sizes in SIZES.items()
+}
+
+
+def _from_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adds the biases that timm leaves out where all of them are 0."""
+    arrays = rename(arrays, {r"gamma_(\d)$": r"ls\1.gamma"})
+    for name in [name for name in arrays if name.endswith("attn.qkv.weight")]:
+        attention, width = name.removesuffix("qkv.weight"), arrays[name].shape[-1]
+        for bias in ("q_bias", "v_bias"):
+            arrays.setdefault(attention + bias, np.zeros(width, np.float32))
+    return arrays
+
+
+def _to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return rename(arrays, {r"ls(\d)\.gamma$": r"gamma_\1"})
+
+
+def _from_meta(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    rules = {
+        r"^(mask_token|rope_embed\.|local_cls_norm\.)|\.bias_mask$": None,
+        "^storage_tokens$": "reg_token",
+    }
+    arrays = rename(arrays, rules)
+    for name in [name for name in arrays if name.endswith("attn.qkv.bias")]:
+        attention, bias = name.removesuffix("qkv.bias"), arrays.pop(name)
+        arrays[f"{attention}q_bias"], _, arrays[f"{attention}v_bias"] = np.split(bias, 3)
+    return arrays
+
+
+def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    rules = {
+        r"^embeddings\.mask_token": None,
+        r"attention\.([qv])_proj\.bias": r"attn.\1_bias",
+        r"attention\.o_proj": "attn.proj",
+        r"^embeddings\.patch_embeddings": "patch_embed.proj",
+        r"^embeddings\.register_tokens": "reg_token",
+        r"^embeddings\.": "",
+        r"^layer\.": "blocks.",
+        r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+        r"mlp\.up_proj": "mlp.fc1",
+        r"mlp\.down_proj": "mlp.fc2",
+    }
+    parts = tuple(f"attention.{part}_proj" for part in "qkv")
+    return fuse(rename(arrays, rules), parts, "attn.qkv")
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    timm = re.fullmatch(
+        r"vit_(tiny|small|base|large)_patch16_dinov3(_qkvb)?", config.get("architecture", "")
+    )
+    if timm:
+        return f"dinov3_{timm[1]}"
+    size = size_of(config, SIZES)
+    # The networks with gated MLPs are others of the same width.
+    if config.get("model_type") != "dinov3_vit" or config.get("use_gated_mlp") or size is None:
+        return None
+    return f"dinov3_{size}"
+
+
+FAMILY = Family(
+    title="DINOv3",
+    members=BACKBONES,
+    schemes=(
+        Scheme("timm DINOv3", "blocks.0.gamma_1", "head", timm_name, _from_timm, _to_timm),
+        Scheme("Meta DINOv3", "storage_tokens", "head", timm_name, _from_meta),
+        Scheme(
+            "Hugging Face DINOv3",
+            "layer.0.attention.q_proj.weight",
+            (),
+            timm_name,
+            _from_hugging_face,
+        ),
+    ),
+    normalization=IMAGENET,
+    options=OPTIONS,
+    downsamples=False,
+    batch_norm=False,
+    class_token=True,
+    published=_published,
+)

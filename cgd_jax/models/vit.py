@@ -1,0 +1,402 @@
+"""Vision transformers that end in a feature map of patch tokens, and the class token beside it.
+
+One module for all families (Dosovitskiy et al., https://arxiv.org/abs/2010.11929): dinov2.py,
+dinov3.py and clip.py say what their networks have of what is optional here. Modules and
+parameters are cut, and mostly named, as in timm.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from cgd_jax.models.family import Features
+from cgd_jax.models.residual import DropPath, LayerScale
+
+__all__ = ["ACTIVATIONS", "OPTIONS", "ViT", "fuse", "rename", "size_of", "timm_name"]
+
+# The keys of a config's `model` that all vision transformers have.
+OPTIONS = {"patch_size": 0, "drop_path": 0.0, "frozen_blocks": 0}
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+_dense_init = nn.initializers.truncated_normal(0.02)
+# Rotates the queries or keys [B, T, N, H] by the positions of their tokens.
+Rotate = Callable[[jax.Array], jax.Array]
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Softmax attention of [B, T, N, H] over [B, S, N, H]; on a GPU in half precision cuDNN's."""
+    device = jax.devices()[0]
+    flash = (
+        device.platform == "gpu"
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and float(getattr(device, "compute_capability", 0)) >= 8
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 128
+    )
+    if flash:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return jax.nn.dot_product_attention(query, key, value)
+
+
+class Mlp(nn.Module):
+    """Two linear layers, [..., C] → same."""
+
+    hidden: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
+        hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
+        return dense(x.shape[-1], name="fc2")(hidden)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, T, C] → same."""
+
+    heads: int
+    key_bias: bool
+    rotate: Rotate
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
+        qkv = dense(3 * width, use_bias=self.key_bias, name="qkv")(x)
+        if not self.key_bias:
+            zeros = nn.initializers.zeros
+            query_bias = self.param("q_bias", zeros, (width,))
+            value_bias = self.param("v_bias", zeros, (width,))
+            bias = jnp.concatenate([query_bias, jnp.zeros(width), value_bias])
+            qkv += bias.astype(x.dtype)
+        query, key, value = jnp.split(qkv.reshape(batch, tokens, 3 * self.heads, -1), 3, 2)
+        x = attention(self.rotate(query), self.rotate(key), value)
+        return dense(width, name="proj")(x.reshape(batch, tokens, width))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and added to its input."""
+
+    heads: int
+    hidden: int
+    activation: str
+    layer_scale: bool
+    key_bias: bool
+    drop_path: float
+    norm: Callable[..., nn.Module]
+    rotate: Rotate
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        attend = Attention(self.heads, self.key_bias, self.rotate, name="attn")
+        mlp = Mlp(self.hidden, self.activation, name="mlp")
+        for number, branch in enumerate((attend, mlp), 1):
+            y = branch(self.norm(name=f"norm{number}")(x))
+            if self.layer_scale:
+                y = LayerScale(name=f"ls{number}")(y)
+            x = x + DropPath(self.drop_path, name=f"drop_path{number}")(y)
+        return x
+
+
+class AttentionPool(nn.Module):
+    """A learned query that attends to all tokens, [B, T, C] → [B, C] (SigLIP's pooled output)."""
+
+    heads: int
+    hidden: int
+    activation: str
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
+        latent = self.param("latent", _dense_init, (1, 1, width)).astype(x.dtype)
+        query = dense(width, name="q")(latent).reshape(1, 1, self.heads, -1)
+        query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
+        key_value = dense(2 * width, name="kv")(x).reshape(batch, tokens, 2 * self.heads, -1)
+        pooled = attention(query, *jnp.split(key_value, 2, 2)).reshape(batch, width)
+        pooled = dense(width, name="proj")(pooled)
+        y = self.norm(name="norm")(pooled)
+        return pooled + Mlp(self.hidden, self.activation, name="mlp")(y)
+
+
+class ViT(nn.Module):
+    """images [B, H, W, 3] → `Features`: patch tokens [B, H/p, W/p, C] and a pooled token [B, C].
+
+    What H and W leave over behind the last whole patch is not seen.
+
+    Attributes:
+      width: C.
+      depth: blocks.
+      heads: of the attention.
+      hidden: of the MLPs, 0 for 4·C.
+      published_patch: p of the published network, in pixels.
+      grid: side of the grid of learned positions. They are interpolated to other sizes, see
+        `positions`; 0 for rotary positions of queries and keys instead (`rotary`).
+      antialias: whether interpolation smooths where the grid becomes coarser.
+      class_token: whether there is one; without, the pooled token is that of `AttentionPool`.
+      registers: further tokens, which are left out at the end.
+      class_position: whether the class token has a learned position.
+      patch_bias: whether the projection of the patches has a bias.
+      norm_pre: whether there is a LayerNorm in front of the blocks.
+      layer_scale: whether every branch has a `LayerScale`.
+      key_bias: whether keys have a bias, as queries and values have.
+      activation: one of `ACTIVATIONS`.
+      epsilon: of the LayerNorms.
+      patch_size: p, 0 for the published one.
+      drop_path: probability with which training leaves a branch of the last block out; it
+        grows linearly from 0 at the first block.
+      frozen_blocks: so many of the lowest blocks, and all in front of them, get no gradient.
+      remat: computes the inside of every block once more in the backward pass.
+      dtype: of the computation; parameters stay float32.
+      conv: the convolution, for `backbones.create` to replace.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int = 0
+    published_patch: int = 16
+    grid: int = 14
+    antialias: bool = False
+    class_token: bool = True
+    registers: int = 0
+    class_position: bool = True
+    patch_bias: bool = True
+    norm_pre: bool = False
+    layer_scale: bool = False
+    key_bias: bool = True
+    activation: str = "gelu"
+    epsilon: float = 1e-6
+    patch_size: int = 0
+    drop_path: float = 0.0
+    frozen_blocks: int = 0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    conv: Any = nn.Conv
+
+    @property
+    def patch(self) -> int:
+        """p, in pixels."""
+        return self.patch_size or self.published_patch
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of modules and parameters below the network, see `backbones.layer_factors`."""
+        stem = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
+        return (stem, *((f"blocks_{i}",) for i in range(self.depth)))
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> Features:
+        norm = partial(
+            nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False, dtype=self.dtype
+        )
+        x = self.conv(
+            self.width,
+            (self.patch, self.patch),
+            self.patch,
+            padding="VALID",
+            use_bias=self.patch_bias,
+            kernel_init=_dense_init,
+            dtype=self.dtype,
+            name="patch_embed",
+        )(x)
+        batch, rows, columns, width = x.shape
+        x = x.reshape(batch, rows * columns, width)
+        tokens = []  # in front of those of the patches
+        if self.class_token:
+            tokens.append(self.param("cls_token", _dense_init, (1, 1, width)))
+        rotate: Rotate = lambda x: x
+        if self.grid:
+            has_class_position = self.class_token and self.class_position
+            count = self.grid**2 + has_class_position
+            embedding = self.param("pos_embed", _dense_init, (1, count, width))
+            if has_class_position:
+                tokens = [tokens[0] + embedding[:, :1]]
+            x += positions(embedding[0, -(self.grid**2) :], rows, columns, self.antialias).astype(
+                self.dtype
+            )
+        else:
+            rotate = partial(_rotate, angles=rotary(rows, columns, width // self.heads))
+        if self.registers:
+            tokens.append(self.param("reg_token", _dense_init, (1, self.registers, width)))
+        tokens = [jnp.broadcast_to(t, (batch, *t.shape[1:])).astype(self.dtype) for t in tokens]
+        x = jnp.concatenate([*tokens, x], 1)
+        if self.norm_pre:
+            x = norm(name="norm_pre")(x)
+
+        block_of = nn.remat(Block) if self.remat else Block
+        rates = np.linspace(0, self.drop_path if train else 0, self.depth).tolist()
+        for i, rate in enumerate(rates):
+            x = block_of(
+                heads=self.heads,
+                hidden=self.hidden or 4 * width,
+                activation=self.activation,
+                layer_scale=self.layer_scale,
+                key_bias=self.key_bias,
+                drop_path=rate,
+                norm=norm,
+                rotate=rotate,
+                name=f"blocks_{i}",
+            )(x)
+            if self.frozen_blocks == i + 1:
+                x = jax.lax.stop_gradient(x)
+        x = norm(name="norm")(x)
+        if self.class_token:
+            token = x[:, 0]
+        else:
+            hidden = self.hidden or 4 * width
+            token = AttentionPool(self.heads, hidden, self.activation, norm, name="attn_pool")(x)
+        patches = x[:, -rows * columns :].reshape(batch, rows, columns, width)
+        return Features(patches, token)
+
+
+def positions(embedding: jax.Array, rows: int, columns: int, antialias: bool) -> jax.Array:
+    """Interpolates learned positions to another grid, as Hugging Face's networks do.
+
+    That is torch's bicubic interpolation of the centres of the patches, which needs another
+    cubic (a = -0.5, not -0.75) where it is to be without aliasing. timm always interpolates
+    without aliasing; the networks that do so at Hugging Face are those with registers.
+
+    Args:
+      embedding: [g·g, C], row by row.
+      rows: of patches.
+      columns: likewise.
+      antialias: see above.
+
+    Returns:
+      [rows·columns, C] float32.
+    """
+    side = round(len(embedding) ** 0.5)
+    if (rows, columns) == (side, side):
+        return embedding
+    square = embedding.astype(jnp.float32).reshape(side, side, -1)
+    along = [resampling(side, new, antialias) for new in (rows, columns)]
+    moved = jnp.einsum("ri,cj,ijd->rcd", *along, square, precision="highest")
+    return moved.reshape(rows * columns, -1)
+
+
+def resampling(old: int, new: int, antialias: bool) -> np.ndarray:
+    """Returns the matrix [new, old] of torch's bicubic interpolation along one axis.
+
+    >>> resampling(4, 4, antialias=False).tolist() == np.eye(4).tolist()
+    True
+    """
+    a = -0.5 if antialias else -0.75
+    scale = old / new
+    stretch = max(scale, 1.0) if antialias else 1.0
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * scale
+        if antialias:
+            taps = range(
+                max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), old)
+            )
+        else:
+            taps = range(int(np.floor(centre - 0.5)) - 1, int(np.floor(centre - 0.5)) + 3)
+        for tap in taps:
+            distance = abs(tap + 0.5 - centre) / stretch
+            near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+            far = ((distance - 5) * distance + 8) * distance * a - 4 * a
+            weight = near if distance <= 1 else far if distance < 2 else 0.0
+            matrix[i, min(max(tap, 0), old - 1)] += weight  # the edge is repeated
+    return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
+
+
+def rotary(rows: int, columns: int, size: int, base: float = 100.0) -> np.ndarray:
+    """Returns the angles by which DINOv3 rotates queries and keys.
+
+    Args:
+      rows: of patches.
+      columns: likewise.
+      size: H, of a head; a multiple of 4.
+      base: the shortest wave is so many times as fast as the longest one, about.
+
+    Returns:
+      [rows·columns, H] float32: for a quarter of the channels of the place along the height,
+      from -1 to 1, then along the width, then both again.
+    """
+    axes = [2 * (np.arange(count) + 0.5) / count - 1 for count in (rows, columns)]
+    places = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2, 1)
+    angles = 2 * np.pi * places / base ** np.arange(0, 1, 4 / size)
+    return np.tile(angles.reshape(len(angles), -1), 2).astype(np.float32)
+
+
+def _rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
+    """Rotates the patches' part of [B, T, N, H]; the tokens in front of it have no place."""
+    tokens = x.shape[1] - len(angles)
+    front, patches = x[:, :tokens], x[:, tokens:]
+    first, second = jnp.split(patches, 2, -1)
+    turned = jnp.concatenate([-second, first], -1)
+    cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (np.cos, np.sin))
+    return jnp.concatenate([front, patches * cos + turned * sin], 1)
+
+
+# Weights are named and cut as timm's are: one matrix for queries, keys and values. What brings
+# those of others there:
+
+
+def timm_name(module: tuple[str, ...], _: Any = ()) -> str:
+    """Returns what timm calls a module."""
+    if module == ("patch_embed",):
+        return "patch_embed.proj"
+    return ".".join(module).replace("blocks_", "blocks.")
+
+
+def rename(arrays: Mapping[str, np.ndarray], rules: Mapping[str, str | None]) -> dict:
+    """Renames tensors by patterns, applied in their order; those of a pattern → None are dropped.
+
+    >>> rename({"a.0.w": 1, "b.w": 2}, {"^a": "c", "^b": None})
+    {'c.0.w': 1}
+    """
+    renamed = {}
+    for name, array in arrays.items():
+        for pattern, new in rules.items():
+            if new is not None:
+                name = re.sub(pattern, new, name)
+            elif re.search(pattern, name):
+                break
+        else:
+            renamed[name] = array
+    return renamed
+
+
+def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -> dict:
+    """Replaces the tensors of several linear layers by those of one, their outputs joined.
+
+    Args:
+      arrays: by name, as torch has them: the first axis is that of the outputs.
+      parts: names of the layers within their block.
+      whole: that of the one layer.
+
+    Returns:
+      All arrays. Parts that are not complete stay as they are.
+    """
+    fused = dict(arrays)
+    for name in arrays:
+        stem, found, leaf = name.rpartition(f"{parts[0]}.")
+        names = [f"{stem}{part}.{leaf}" for part in parts]
+        if found and all(part in arrays for part in names):
+            fused[f"{stem}{whole}.{leaf}"] = np.concatenate([fused.pop(part) for part in names])
+    return fused
+
+
+def size_of(config: Mapping[str, Any], sizes: Mapping[str, Mapping[str, int]]) -> str | None:
+    """Returns which of several sizes a config of Hugging Face describes, None if none of them.
+
+    Args:
+      config: what it leaves out is as in the base network.
+      sizes: by name, `width` and `depth` of each.
+    """
+    wanted = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
+    return next((n for n, size in sizes.items() if (size["width"], size["depth"]) == wanted), None)

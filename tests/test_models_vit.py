@@ -1,0 +1,233 @@
+"""Vision transformers as backbones of the whole network, and what fine-tuning does to them."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cgd_jax import explain, from_config
+from cgd_jax.augment import Normalization
+from cgd_jax.config import ConfigError, validate
+from cgd_jax.gradient_caching import make_chunked_gradients
+from cgd_jax.models import backbones, pretrained, vit, weight_files
+from cgd_jax.models.cgd import CGD
+from cgd_jax.models.vit import ViT
+from cgd_jax.optimizer import make_optimizer
+from cgd_jax.train_step import State, direct_gradients
+from configs import base
+from tests.variables import random_variables
+
+TINY = partial(ViT, width=8, depth=2, heads=2, published_patch=4, grid=2, layer_scale=True)
+IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+
+
+def network(backbone, **options):
+    model = CGD(backbone, num_classes=3, descriptors="CSG", embedding_dim=6, **options)
+    return model, random_variables(model, IMAGES[:1])
+
+
+def test_class_token_and_patches_become_one_embedding():
+    model, variables = network(TINY(dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    output, features = jax.eval_shape(
+        lambda v: (model.apply(v, IMAGES, return_descriptors=True), model.backbone.apply(
+            {"params": v["params"]["backbone"]}, IMAGES)), variables
+    )  # fmt: skip
+    assert features.map.shape == (4, 2, 2, 8) and features.token.shape == (4, 8)
+    assert features.map.dtype == jnp.bfloat16 and output.embedding.dtype == jnp.float32
+    assert [d.shape for d in output.descriptors] == [(4, 8)] * 3
+    model = model.clone(backbone=model.backbone.clone(remat=True))
+    again = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    assert jax.tree.structure(again) == jax.tree.structure(variables)
+
+
+def state_of(variables):
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, variables["params"], variables["batch_stats"], (), None, None, zero)
+
+
+def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none():
+    model, variables = network(TINY(frozen_blocks=1))
+
+    def measure(labels, output):
+        return jnp.sum(output.embedding * output.embedding[::-1, ::-1]), {}
+
+    labels, state = jnp.array([0, 0, 1, 1]), state_of(variables)
+    direct = jax.jit(partial(direct_gradients, model, measure))(state, IMAGES, labels)
+    chunked = make_chunked_gradients(model, measure, 2)(state, jnp.asarray(IMAGES), labels)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(close, chunked[0], direct[0])
+    jax.tree.map(close, chunked[1], direct[1])
+    gradients = direct[0]["backbone"]
+    is_zero = lambda tree: all(np.all(a == 0) for a in jax.tree.leaves(tree))
+    frozen = {name for name, gradient in gradients.items() if is_zero(gradient)}
+    assert frozen == {"patch_embed", "cls_token", "pos_embed", "blocks_0"}
+
+
+def test_drop_path_leaves_whole_branches_out_and_keeps_the_mean():
+    model = vit.DropPath(0.75)
+    drop = jax.jit(lambda key: model.apply({}, jnp.ones((1000, 2)), rngs={"drop_path": key}))
+    kept = np.asarray(drop(jax.random.key(0)))
+    assert set(np.unique(kept)) == {0, 4} and np.all(kept[:, 0] == kept[:, 1])
+    assert 0.8 < kept.mean() < 1.2
+    assert not np.array_equal(kept, drop(jax.random.key(1)))
+    # In evaluation nothing is drawn: there is no key.
+    backbone = TINY(drop_path=0.5)
+    jax.eval_shape(backbone.init, jax.random.key(0), IMAGES)
+    variables = random_variables(backbone, IMAGES)
+    jax.eval_shape(backbone.apply, variables, IMAGES)
+    with pytest.raises(Exception, match="drop_path"):
+        jax.eval_shape(partial(backbone.apply, train=True), variables, IMAGES)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_layer_wise_decay(frozen):
+    config = base.get_config().optimizer
+    config.update(schedule="constant", learning_rate=1.0, layer_decay=0.5)
+    config.update(name="adamw", weight_decay=0.1)
+    backbone = TINY(frozen_blocks=frozen)
+    names = ("patch_embed", "pos_embed", "blocks_0", "blocks_1", "norm")
+    params = {"backbone": {name: jnp.ones((1, 1)) for name in names}, "fc_S": jnp.ones((1, 1))}
+    optimizer = make_optimizer(config, 10, backbone)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    found = {name: float(update[0, 0]) for name, update in updates["backbone"].items()}
+    below = [0.0, 0.0, 0.0] if frozen else [0.125, 0.125, 0.25]
+    expected = dict(zip(names, [*below, 0.5, 1.0], strict=True))
+    np.testing.assert_allclose(
+        [found[name] for name in names], [-1.1 * expected[name] for name in names], rtol=1e-4
+    )
+    np.testing.assert_allclose(updates["fc_S"], -1.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [next(iter(family.members)) for family in backbones.FAMILIES])
+def test_the_layers_of_every_backbone_are_names_of_its_parts(name):
+    model = backbones.BACKBONES[name].members[name]()
+    shape = jax.ShapeDtypeStruct((1, 112, 112, 3), jnp.float32)
+    parts = jax.eval_shape(model.init, jax.random.key(0), shape)["params"].keys()
+    listed = [part for layer in model.layers for part in layer]
+    optional = {"cls_token", "reg_token", "pos_embed", "norm_pre"}
+    assert len(set(listed)) == len(listed) and set(listed) - optional <= parts
+    assert parts - set(listed) <= {
+        "norm",
+        "attn_pool",
+        "head_conv",
+        "head_bn",
+        "conv5_0",
+        "conv5_1",
+    }
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"backbone": "resnet50", "descriptors": "CSG"}, "and resnet50 has none.*dinov2_small"),
+        ({"backbone": "dinov2_small", "last_stride": 2}, "dinov2_small does not, leave 1"),
+        ({"backbone": "convnext_tiny", "freeze_batch_norm": True}, "convnext_tiny does not have"),
+        ({"backbone": "resnet50", "drop_path": 0.1}, "option of ConvNeXts, DINOv2s, .*leave 0.0"),
+        ({"backbone": "dinov2_small", "patch_size": 15}, "image_size=224 is no multiple of the 15"),
+        ({"backbone": "dinov2_small", "frozen_blocks": 13}, "dinov2_small has 12 blocks"),
+        ({"backbone": "auto"}, "model.pretrained .*is empty"),
+        ({"backbone": "dinov4"}, r"dinov2_small, .*\(DINOv2\); dinov3_tiny"),
+    ],
+)
+def test_options_that_do_not_fit_the_backbone(values, message):
+    config = base.get_config()
+    config.model.update(backbone="dinov2_small", descriptors="CSG")
+    validate(config)
+    config.model.update(values)
+    with pytest.raises(ConfigError, match=message) as error:
+        validate(config)
+    assert "\n" not in str(error.value)
+
+
+CLIP_CONFIG = {"model_type": "clip", "vision_config": {"patch_size": 32, "image_size": 224}}
+SIGLIP_CONFIG = {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}
+
+
+@pytest.mark.parametrize(
+    "content,backbone",
+    [
+        ({"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12}, "dinov2_small"),
+        ({"architecture": "vit_small_patch14_dinov2"}, "dinov2_small"),
+        ({"architecture": "vit_base_patch14_reg4_dinov2"}, "dinov2_base_reg"),
+        ({"model_type": "dinov2_with_registers"}, "dinov2_base_reg"),
+        ({"model_type": "dinov3_vit", "hidden_size": 384}, "dinov3_small"),
+        ({"model_type": "dinov3_vit", "hidden_size": 384, "use_gated_mlp": True}, None),
+        (CLIP_CONFIG, "clip_base_patch32_224"),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "clip_base_patch16_224"),
+        ({"architecture": "vit_base_patch16_clip_224"}, None),  # another activation
+        (SIGLIP_CONFIG, "siglip_base_patch16_224"),
+        ({"architecture": "vit_base_patch16_siglip_384"}, "siglip_base_patch16_384"),
+        ({"architecture": "convnextv2_tiny"}, "convnextv2_tiny"),
+        ({"model_type": "convnext", "depths": [3, 3, 27, 3]}, "convnext_small"),
+        ({"model_type": "resnet", "layer_type": "basic", "depths": [2, 2, 2, 2]}, "resnet18"),
+        ({"architecture": "seresnet50"}, "se_resnet50"),
+        ({"architecture": "tf_efficientnet_lite0"}, "efficientnet_lite0"),
+        ({"architecture": "vit_giant_patch14_dinov2"}, None),
+        ({}, None),
+    ],
+)
+def test_the_backbone_that_a_repository_describes(content, backbone):
+    assert backbones.published(content) == backbone
+
+
+def test_the_backbone_of_weights_is_found(tmp_path, monkeypatch):
+    config = base.get_config()
+    config.model.update(backbone="auto", pretrained="facebook/dinov2-small", descriptors="CSG")
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(weight_files, "_download", lambda source: tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="has no config.json.*set model.backbone"):
+        from_config.name_backbone(config)
+    write = lambda content: (tmp_path / "config.json").write_text(json.dumps(content))
+    write({"model_type": "dinov2", "hidden_size": 384})
+    assert from_config.name_backbone(config).model.backbone == "dinov2_small"
+    assert config.model.backbone == "auto"
+    config.model.pretrained = str(tmp_path)
+    write({"architecture": "resnet50"})  # has no class token
+    with pytest.raises(ConfigError, match="and resnet50 has none"):
+        from_config.name_backbone(config)
+    write({"model": {"backbone": "dinov3_base"}})  # of a run
+    assert from_config.name_backbone(config).model.backbone == "dinov3_base"
+    write({"model_type": "bert"})
+    with pytest.raises(ConfigError, match="is bert by its config.json.*resnet10, "):
+        from_config.name_backbone(config)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json, beside the weights, is damaged"):
+        from_config.name_backbone(config)
+
+
+def test_weights_of_a_network_without_batch_norm(tmp_path):
+    model, variables = network(TINY())
+    backbone = pretrained.backbone_of(variables)
+    assert backbone.keys() == {"params"}
+    other = random_variables(model.backbone, IMAGES[:1], seed=1)
+    filled = pretrained.fill(variables, other)
+    assert jax.tree.structure(filled) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, pretrained.backbone_of(filled), other)
+    pretrained.save(tmp_path / "a.safetensors", filled, Normalization.of(0.5, 0.5))
+    loaded, _ = pretrained.load(variables, str(tmp_path / "a.safetensors"), "dinov2_small")
+    jax.tree.map(np.testing.assert_array_equal, loaded, filled)
+
+
+def test_the_class_token_is_not_explained_and_signed_features_are():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2, 3, 3, 8)).astype(np.float32)
+    kernels = [rng.normal(size=(8, 4)).astype(np.float32) for _ in "SMG"]
+    maps = explain.contributions(features, kernels, "SMG")
+    model = CGD(None, num_classes=1, descriptors="SMG", embedding_dim=12)
+    descriptors = [CGD.pool(model, letter, features) for letter in "SMG"]
+    embedding, _ = explain.combination.combine(descriptors, kernels)
+    np.testing.assert_allclose(maps.sum((1, 2, 3)), embedding[0] @ embedding[1], atol=1e-5)
+    with pytest.raises(ValueError, match="C, the class token, is no sum over the positions"):
+        explain.pooled_map("C", features[0])
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_interpolation_keeps_constants_and_mirrors(antialias):
+    for old, new in ((37, 16), (5, 9), (4, 4), (14, 1)):
+        matrix = vit.resampling(old, new, antialias)
+        np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-6)
+        np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-6)
