@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax.search import Index, StoreError
+from cgd_jax.search import (
+    Index,
+    StoreError,
+    pictures,
+)
 from cgd_jax.search import index as indexes
 from cgd_jax.search.duplicates import find_duplicates
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
@@ -197,3 +201,16 @@ def test_duplicates_of_large_indexes_are_searched_for(filled, monkeypatch):
     assert expected and [len(group.members) for group in found] == [
         len(group.members) for group in expected
     ]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
+def test_a_picture_in_memory_is_read_as_its_file(mode):
+    grey = np.linspace(0, 65535, 30 * 20).reshape(20, 30)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16))
+    else:
+        image = Image.fromarray((grey / 257).astype(np.uint8)).convert(mode)
+    file = io.BytesIO()
+    image.save(file, "TIFF")
+    read = pictures.read(file.getvalue(), 16)
+    np.testing.assert_array_equal(pictures.read_image(image, 16).pixels, read.pixels)

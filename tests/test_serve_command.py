@@ -12,12 +12,18 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 
 import uvicorn  # noqa: E402
 
+from cgd_jax import explain  # noqa: E402
+from cgd_jax.augment import IMAGENET  # noqa: E402
+from cgd_jax.models.cgd import CGD, embed_model  # noqa: E402
+from cgd_jax.models.resnet import BACKBONES  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.search import network as networks  # noqa: E402
+from cgd_jax.serve import heat  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from cgd_jax.serve.heat import Heat  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in, write_network  # noqa: E402
 from tests.test_main import run_here  # noqa: E402
+from tests.variables import random_variables  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +112,11 @@ def explained(tmp_path_factory):
 def test_the_maps_add_up_to_the_similarity(explained):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
-    heat = Heat(explained)
-    assert heat.possible and heat.inset == 1
+    maps = Heat(explained)
+    assert maps.possible and maps.inset == 1
     a, b = explained.embed_pixels(pixels)
     mean = explained.vectors()[1].mean(0)
-    sums = heat.maps(pixels).sum((1, 2))
+    sums = maps.maps(pixels).sum((1, 2))
     np.testing.assert_allclose(sums, [a @ (b - mean), b @ (a - mean)], atol=2e-3)
     client = testclient.TestClient(create_app(explained), base_url="http://localhost")
     assert client.get("/about").json()["explains"]
@@ -125,6 +131,17 @@ def test_the_maps_add_up_to_the_similarity(explained):
     assert part["query"] != answer["query"]
     missing = client.get("/explanation", params={"query": first, "match": "none"})
     assert missing.status_code == 404
+
+
+@pytest.mark.parametrize("vector", ["embedding", "descriptor_G"])
+def test_vectors_of_a_centered_network_are_explained(vector):
+    model = CGD(BACKBONES["resnet10"](width=4, stem="3x3"), 3, "G", 8, center="mean")
+    variables = random_variables(model, np.zeros((1, 16, 16, 3), np.float32))
+    explained, its_variables = heat._embedding_network(model, variables, vector)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    a, b = np.asarray(embed_model(model, variables, IMAGENET, 16, vector)(pixels))
+    found = explain.explain_pair(explained, its_variables, IMAGENET, pixels, 16)
+    np.testing.assert_allclose(found.maps.sum((1, 2, 3)), a @ b, atol=1e-4)
 
 
 def test_a_whitened_index_is_not_explained(explained):

@@ -152,10 +152,7 @@ class Index:
         Raises:
           As `open`.
         """
-        scale = {
-            key: np.asarray(value).tolist()
-            for key, value in network.normalization._asdict().items()
-        }
+        scale = network.normalization._asdict()
         info = IndexInfo(
             network=network.name,
             weights_hash=network.weights_hash,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cgd_jax.data import archives, photo_list
-from cgd_jax.data.decode import decode, dimensions, looks_like_photograph, resize
+from cgd_jax.data.decode import decode, dimensions, looks_like_photograph, resize, to_rgb
 
 __all__ = ["File", "Picture", "id_of", "list_files", "read", "read_image"]
 
@@ -93,11 +93,7 @@ def read_image(image: Image.Image | np.ndarray, side: int) -> Picture:
       ValueError: an array of another shape or type.
     """
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = np.asarray(image.convert("RGB"))
+        image = to_rgb(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"an image is [H, W, 3] uint8, not {list(image.shape)} {image.dtype}.")
     height, width = image.shape[:2]

@@ -70,7 +70,7 @@ def _embedding_network(model: "CGD", variables: dict, vector: str) -> tuple["CGD
     """Returns a network whose embedding is the vector, or None.
 
     A descriptor that is searched as it comes out of the pooling is the embedding of the same
-    network with an identity for its FC layer.
+    network with an identity for its FC layer, and nothing taken from it before.
     """
     if pooling.CLASS_TOKEN in model.descriptors:
         return None
@@ -80,5 +80,5 @@ def _embedding_network(model: "CGD", variables: dict, vector: str) -> tuple["CGD
         name = f"fc_{model.descriptors}"
         channels = variables["params"][name].shape[0]
         params = variables["params"] | {name: np.eye(channels, dtype=np.float32)}
-        return model.clone(embedding_dim=channels), variables | {"params": params}
+        return model.clone(embedding_dim=channels, center="none"), variables | {"params": params}
     return None
