@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.tracker",
     "eval",
 )
 
@@ -84,6 +85,7 @@ ADDED_KEYS: dict[str, Any] = {
     "loss.arcface.margin": 0.5,
     "loss.arcface.scale": 64.0,
     "optimizer.proxy_learning_rate": 1e-2,
+    "train.tracker": "",
 }
 
 
@@ -249,6 +251,9 @@ RULES: dict[str, Rule] = {
     "train.eval_every": at_least(1),
     "train.checkpoint_every": at_least(1),
     "train.keep": at_least(1),
+    "train.tracker": Rule(
+        lambda name: name in ("", "wandb", "mlflow"), "must be wandb, mlflow, or empty"
+    ),
     "eval.batch_size": at_least(1),
     "eval.ks": Rule(
         lambda ks: 1 in ks and all(isinstance(k, int) and k > 0 for k in ks),
@@ -474,6 +479,8 @@ def _branches_not_separable(config: "ConfigDict") -> str | None:
 
 def _missing_package(config: "ConfigDict") -> str | None:
     for wanted, option, module, package in (
+        (config.train.tracker == "wandb", "train.tracker=wandb", "wandb", "wandb"),
+        (config.train.tracker == "mlflow", "train.tracker=mlflow", "mlflow", "mlflow"),
         (config.eval.clustering, "eval.clustering", "sklearn", "scikit-learn"),
         (config.eval.projection == "umap", "eval.projection=umap", "umap", "umap-learn"),
     ):

@@ -130,6 +130,7 @@ def get_config() -> ConfigDict:
     train.eval_every = 500  # steps between evaluations
     train.checkpoint_every = 100  # steps between checkpoints
     train.keep = 2  # latest checkpoints kept, beside the best
+    train.tracker = ""  # "wandb", "mlflow": shows the history there too, beside TensorBoard
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 256  # images

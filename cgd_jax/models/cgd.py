@@ -292,7 +292,7 @@ def _embed(model, variables, normalization, images, image_size, vector, flip, sc
     views = []
     for scale in scales:
         side = round(scale * image_size)
-        shape = (len(images), side, side, 3)
+        shape = (images.shape[0], side, side, 3)
         view = images if side == image_size else jax.image.resize(images, shape, "linear")
         views += [view, view[:, :, ::-1]] if flip else [view]
 
