@@ -5,7 +5,9 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NewType
 
+import numpy.typing
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
@@ -14,6 +16,8 @@ from sphinx.util import logging
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
+# Signatures show the name of this type, and not the dozen that it stands for.
+numpy.typing.ArrayLike = NewType("ArrayLike", object)  # type: ignore[misc]
 
 import option_tables  # noqa: E402
 
@@ -35,7 +39,7 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["attrs_inline", "attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-myst_links_external_new_tab = False
+smartquotes = False  # --config is no –config
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"

@@ -123,5 +123,7 @@ def experiments() -> str:
         changed = {key: value for key, value in values.items() if value != defaults.get(key)}
         lines += ["", f"### {path.name}", "", (module.__doc__ or "").strip(), ""]
         lines += ["| option | value |", "| --- | --- |"]
-        lines += [f"| [`{key}`](#{place(key)}) | `{shown(value)}` |" for key, value in changed.items()]
+        lines += [
+            f"| [`{key}`](#{place(key)}) | `{shown(value)}` |" for key, value in changed.items()
+        ]
     return "\n".join(lines)
