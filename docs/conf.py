@@ -117,7 +117,7 @@ def prepare(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def mark_code(app, what, name, obj, options, lines: list[str]) -> None:
-    """Marks blocks of a docstring that are indented by four as code, which Markdown takes them for."""
+    """Marks blocks of a docstring that are indented by four as the code that they are."""
     last = ""  # line that is not empty
     for i, line in reversed(list(enumerate(lines))):
         last = next((other for other in reversed(lines[:i]) if other), " ")

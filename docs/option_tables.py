@@ -47,8 +47,7 @@ def options() -> str:
         elif remark:
             lines += ["", remark, "", *HEAD]
         meaning = comment.beside or comment.above
-        if key not in comments and key.count(".") == 2:  # of one of the losses
-            loss = losses.RANKING_LOSSES[key.split(".")[1]]
+        if not meaning and (loss := LOSSES.get(key.split(".")[-2])):
             meaning = f"of {{py:func}}`{loss.__name__} <{loss.__module__}.{loss.__name__}>`"
         lines.append(
             f"| [`{key}`]{{#{place(key)}}} | `{shown(default)}` | {described(key, meaning)} |"
@@ -56,6 +55,7 @@ def options() -> str:
     return "\n".join(lines)
 
 
+LOSSES = losses.RANKING_LOSSES | losses.PROXY_LOSSES | losses.CENTRE_LOSSES
 HEAD = ("| option | default | what it is |", "| --- | --- | --- |")
 
 

@@ -4,8 +4,8 @@
 
     install.main(["pretrained", "search"])
 
-brings requirements.txt and two extras of pyproject.toml. Colab comes with JAX and the libtpu or CUDA
-that belong to it; pip leaves them alone as long as they are new enough.
+brings requirements.txt and two extras of pyproject.toml. Colab comes with JAX and the libtpu or
+CUDA that belong to it; pip leaves them alone as long as they are new enough.
 """
 
 import importlib

@@ -123,7 +123,9 @@ def commands(text: str) -> list[str]:
 
 
 def test_commands_are_found():
-    text = "```\na=1 python main.py --mode=eval \\\n  --workdir=x &\n```\nand `python main.py --k=2`.\n"
+    text = (
+        "```\na=1 python main.py --mode=eval \\\n  --workdir=x &\n```\nor `python main.py --k=2`\n"
+    )
     assert [shlex.split(found) for found in commands(text)] == [
         ["--mode=eval", "--workdir=x"],
         ["--k=2"],
