@@ -4,11 +4,13 @@ A save is written under a temporary name and renamed when complete, so that a ru
 killed in the middle of it finds the checkpoint before.
 """
 
+import dataclasses
 import logging
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from cgd_jax.augment import Normalization
 from cgd_jax.config import ConfigError
+from cgd_jax.objective import network_of
 from cgd_jax.runtime import files, processes
 
 FOLDER = "checkpoints"
@@ -121,7 +124,7 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
         if free < needed:
             raise OSError(f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
         # A copy, since the next training step takes over the state's own buffers.
-        state = jax.tree.map(jnp.copy, state)
+        state = jax.tree.map(jnp.copy, _fields(state))
         metrics = None if recall_at_1 is None else {"recall_at_1": recall_at_1}
         checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
@@ -208,8 +211,17 @@ def restore(checkpoints: ocp.CheckpointManager, state, step: int):
       ConfigError: It was trained on another number of classes.
     """
     _check_classes(checkpoints, state, step)
-    abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, state)
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, _fields(state))
+    saved = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    return dataclasses.replace(state, **saved)
+
+
+def _fields(state) -> dict[str, Any]:
+    """Returns what is saved of a state: no memory where there is none, as before it existed."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if fields["memory"] is None:
+        del fields["memory"]
+    return fields
 
 
 def _check_classes(checkpoints: ocp.CheckpointManager, state, step: int) -> None:
@@ -240,8 +252,8 @@ def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, No
         was evaluated.
 
     Returns:
-      {"params": ..., "batch_stats": ...} of NumPy arrays, the parameters averaged if the
-      run averages them; the normalization of the pixels; the step.
+      {"params": ..., "batch_stats": ...} of NumPy arrays, the network's parameters, averaged if
+      the run averages them; the normalization of the pixels; the step.
 
     Raises:
       FileNotFoundError: There is no such checkpoint.
@@ -260,7 +272,7 @@ def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, No
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
         state = reader.restore(folder, restore_args=as_numpy)
     variables = {
-        "params": state.get("average") or state["params"],
+        "params": network_of(state.get("average") or state["params"]),
         "batch_stats": state["batch_stats"],
     }
     return variables, Normalization.of(**state["normalization"]), step

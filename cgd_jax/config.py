@@ -45,9 +45,11 @@ FREE_TO_CHANGE = (
 # it existed: a work folder of an older version is opened with them.
 ADDED_KEYS: dict[str, Any] = {
     "model.center": "none",
+    "model.fc_init": "lecun_normal",
     "model.patch_size": 0,
     "model.frozen_blocks": 0,
     "model.drop_path": 0.0,
+    "optimizer.fc_rate": 1.0,
     "optimizer.layer_decay": 1.0,
     "loss.soft_margin_triplet.scale": 1.0,
     "loss.info_nce.temperature": 0.07,
@@ -60,6 +62,28 @@ ADDED_KEYS: dict[str, Any] = {
     "loss.recall_at_k.ks": (1, 2, 4, 8, 16),
     "loss.recall_at_k.rank_temperature": 0.01,
     "loss.recall_at_k.k_temperature": 1.0,
+    "loss.recall_at_k.mixup": 0,
+    "loss.miner": "batch_all",
+    "loss.distance_weighted.cutoff": 0.5,
+    "loss.distance_weighted.nonzero_cutoff": 1.4,
+    "loss.memory": 0,
+    "loss.memory_from": 1000,
+    "loss.proxy_nca.temperature": 1 / 9,
+    "loss.proxy_anchor.margin": 0.1,
+    "loss.proxy_anchor.alpha": 32.0,
+    "loss.soft_triple.centres": 10,
+    "loss.soft_triple.scale": 20.0,
+    "loss.soft_triple.gamma": 0.1,
+    "loss.soft_triple.margin": 0.01,
+    "loss.soft_triple.regularization": 0.2,
+    "loss.classification": "softmax",
+    "loss.sub_centres": 1,
+    "loss.normalized_softmax.temperature": 0.05,
+    "loss.cosface.margin": 0.35,
+    "loss.cosface.scale": 64.0,
+    "loss.arcface.margin": 0.5,
+    "loss.arcface.scale": 64.0,
+    "optimizer.proxy_learning_rate": 1e-2,
 }
 
 
@@ -137,16 +161,28 @@ RULES: dict[str, Rule] = {
     "model.embedding_dim": at_least(1),
     "model.combination": one_of(combination.COMBINATIONS),
     "model.center": one_of(cgd.CENTERS),
+    "model.fc_init": one_of(cgd.FC_INITS),
     "model.freeze_batch_norm": _yes_or_no,
     "model.frozen_blocks": at_least(0),
     "model.drop_path": _below_1,
     "model.remat": _yes_or_no,
     "model.dtype": one_of(("auto", "float32", "bfloat16", "float16")),
     "loss.ranking": Rule(
-        lambda name: name in losses.RANKING_LOSSES,
+        lambda name: name in losses.RANKING_LOSSES or name in losses.PROXY_LOSSES,
         f"is unknown; valid names are, of pairs: {', '.join(losses.PAIR_LOSSES)}; of the batch's "
-        f"order: {', '.join(losses.LIST_LOSSES)}",
+        f"order: {', '.join(losses.LIST_LOSSES)}; with proxies: {', '.join(losses.PROXY_LOSSES)}",
     ),
+    "loss.miner": one_of(losses.MINERS),
+    "loss.distance_weighted.cutoff": Rule(lambda d: 0 < d < 2, "must be in (0, 2)"),
+    "loss.distance_weighted.nonzero_cutoff": _above_0,
+    "loss.memory": at_least(0),
+    "loss.memory_from": at_least(0),
+    "loss.classification": Rule(
+        lambda name: name == "softmax" or name in losses.CENTRE_LOSSES,
+        f"is unknown; valid names are, of the first descriptor: softmax; of the embedding, by "
+        f"angles: {', '.join(losses.CENTRE_LOSSES)}",
+    ),
+    "loss.sub_centres": at_least(1),
     "loss.ranking_weight": at_least(0),
     "loss.classification_weight": at_least(0),
     "loss.temperature": _above_0,
@@ -173,9 +209,25 @@ RULES: dict[str, Rule] = {
     ),
     "loss.recall_at_k.rank_temperature": _above_0,
     "loss.recall_at_k.k_temperature": _above_0,
+    "loss.recall_at_k.mixup": at_least(0),
+    "loss.proxy_nca.temperature": _above_0,
+    "loss.proxy_anchor.margin": at_least(0),
+    "loss.proxy_anchor.alpha": _above_0,
+    "loss.soft_triple.centres": at_least(1),
+    "loss.soft_triple.scale": _above_0,
+    "loss.soft_triple.gamma": _above_0,
+    "loss.soft_triple.margin": at_least(0),
+    "loss.soft_triple.regularization": at_least(0),
+    "loss.normalized_softmax.temperature": _above_0,
+    "loss.cosface.margin": at_least(0),
+    "loss.cosface.scale": _above_0,
+    "loss.arcface.margin": Rule(lambda angle: 0 <= angle < math.pi, "must be in [0, π) radians"),
+    "loss.arcface.scale": _above_0,
     "optimizer.name": one_of(("adam", "adamw", "sgd")),
     "optimizer.learning_rate": _above_0,
     "optimizer.backbone_rate": at_least(0),
+    "optimizer.fc_rate": at_least(0),
+    "optimizer.proxy_learning_rate": _above_0,
     "optimizer.layer_decay": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "optimizer.freeze_backbone_steps": at_least(0),
     "optimizer.weight_decay": at_least(0),
@@ -338,10 +390,44 @@ def _nothing_to_rank(config: "ConfigDict") -> str | None:
     )
     if loss.ranking_weight == 0 and loss.classification_weight == 0:
         return "loss.ranking_weight and loss.classification_weight are both 0: nothing to train."
-    if loss.ranking_weight > 0 and min(classes, images) < 2:
+    compares = loss.ranking_weight > 0 and loss.ranking in losses.RANKING_LOSSES
+    if compares and min(classes, images) < 2:
         return (
             f"train.classes_per_batch={classes}, train.images_per_class={images}: a ranking loss "
-            f"needs at least 2 of each, else no image has both a positive and a negative."
+            f"without proxies needs at least 2 of each, else no image has both a positive and a "
+            f"negative."
+        )
+    return None
+
+
+def _no_pairs_to_choose(config: "ConfigDict") -> str | None:
+    loss, steps = config.loss, config.train.steps
+    wanted = {f"loss.miner={loss.miner}": loss.miner != "batch_all"}
+    wanted[f"loss.memory={loss.memory}"] = loss.memory > 0
+    for option, given in wanted.items():
+        if given and loss.ranking_weight == 0:
+            return f"{option} is for the ranking loss, which loss.ranking_weight=0 switches off."
+        if given and loss.ranking not in losses.PAIR_LOSSES:
+            return (
+                f"{option} goes with losses of pairs and triplets, not with "
+                f"loss.ranking={loss.ranking}; those are {', '.join(losses.PAIR_LOSSES)}."
+            )
+    if loss.memory and loss.memory_from >= steps:
+        return (
+            f"loss.memory={loss.memory} begins to fill at step loss.memory_from="
+            f"{loss.memory_from}, but the run ends at train.steps={steps}."
+        )
+    return None
+
+
+def _no_centres_to_divide(config: "ConfigDict") -> str | None:
+    loss = config.loss
+    unused = loss.classification == "softmax" or loss.classification_weight == 0
+    if loss.sub_centres > 1 and unused:
+        return (
+            f"loss.sub_centres={loss.sub_centres} goes with the classifications by angles, "
+            f"{', '.join(losses.CENTRE_LOSSES)}, not with loss.classification="
+            f"{loss.classification} at loss.classification_weight={loss.classification_weight}."
         )
     return None
 
@@ -406,6 +492,8 @@ RULES_OF_SEVERAL: tuple[Callable[["ConfigDict"], str | None], ...] = (
     _crop_larger_than_image,
     _source_of_drawn_data,
     _nothing_to_rank,
+    _no_pairs_to_choose,
+    _no_centres_to_divide,
     _weight_decay_of_adam,
     _steps_to_profile,
     _unknown_vector,

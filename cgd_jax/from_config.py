@@ -16,6 +16,7 @@ from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
 from cgd_jax.models import backbones, pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model
+from cgd_jax.objective import learned_counts, network_of
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.runtime import processes
 from cgd_jax.train_step import State, create_state, shardings
@@ -54,7 +55,8 @@ def set_up(config: ConfigDict) -> Setup:
     dataset, labels = open_data(config)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone)
+    proxies = bool(learned_counts(config.loss))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone, proxies)
     state = create_state(
         model,
         optimizer,
@@ -63,6 +65,7 @@ def set_up(config: ConfigDict) -> Setup:
         replicated,
         average=config.optimizer.average > 0,
         normalization=backbones.normalization_of(config.model.backbone),
+        loss=config.loss,
     )
     return Setup(dataset, labels, model, optimizer, state, batch_sharding)
 
@@ -150,7 +153,7 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     Raises:
       ConfigError: There is no such source, or it does not fit the network.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = {"params": network_of(state.params), "batch_stats": state.batch_stats}
     source = config.pretrained
     run = Path(source).expanduser()
     try:
@@ -161,8 +164,14 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
             loaded, normalization = pretrained.load(variables, source, config.backbone)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(f"model.pretrained: {error}") from error
-    average = None if state.average is None else loaded["params"]
-    new = dataclasses.replace(state, **loaded, normalization=normalization, average=average)
+    params = {**state.params, **loaded["params"]}  # those of the losses stay
+    new = dataclasses.replace(
+        state,
+        params=params,
+        batch_stats=loaded["batch_stats"],
+        normalization=normalization,
+        average=None if state.average is None else params,
+    )
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, state)
 
 

@@ -1,7 +1,9 @@
 """Gradients of large batches in the memory of small ones."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from cgd_jax.models.cgd import CGD, Output
 
 
 def make_chunked_gradients(
-    model: CGD, measure: Callable[[jax.Array, Output], tuple[jax.Array, dict]], chunk: int
+    model: CGD, measure: Callable[[Any, jax.Array, Output], tuple[jax.Array, dict]], chunk: int
 ) -> Callable:
     """Makes a function for the gradient of a large batch in the memory of `chunk` images.
 
@@ -31,7 +33,7 @@ def make_chunked_gradients(
 
     Args:
       model: the network.
-      measure: labels, `Output` → loss, metrics.
+      measure: state, labels, `Output` → loss, metrics.
       chunk: how many images; divides the batch.
 
     Returns:
@@ -68,16 +70,17 @@ def make_chunked_gradients(
                 descriptors=descriptors,
                 mutable=["batch_stats"],
             )
-            loss, metrics = measure(labels, output)
-            return loss, (updates["batch_stats"], metrics, descriptors)
+            output = output._replace(descriptors=descriptors)
+            loss, metrics = measure(dataclasses.replace(state, params=params), labels, output)
+            return loss, (updates["batch_stats"], metrics, output)
 
         gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
         (_, found), (gradients, cotangents) = gradient(state.params, chunks)
-        batch_stats, metrics, descriptors = found
+        batch_stats, metrics, output = found
         mean = lambda *parts: sum(parts) / len(parts)
         if backbone_stats[0] is not None:
             batch_stats = {**batch_stats, "backbone": jax.tree.map(mean, *backbone_stats)}
-        return gradients, cotangents, batch_stats, metrics, descriptors
+        return gradients, cotangents, batch_stats, metrics, output
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add_gradient(total, state, images, cotangents, rngs):

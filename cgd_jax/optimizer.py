@@ -1,5 +1,6 @@
 """Optimizer and learning rates, from the `optimizer` part of an experiment's config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cgd_jax.models import backbones
+from cgd_jax.objective import LEARNED
 
 __all__ = ["learning_rate_schedule", "make_optimizer", "moving_average"]
 
@@ -40,22 +42,26 @@ def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: ConfigDict, steps: int, backbone: nn.Module | None = None
+    config: ConfigDict, steps: int, backbone: nn.Module | None = None, proxies: bool = False
 ) -> optax.GradientTransformation:
-    """The optimizer that a config names, with a learning rate of its own for the backbone.
+    """The optimizer that a config names; parts of the network and proxies have their own rates.
 
-    Layer-wise decay and frozen blocks scale what comes out of it, see `backbones.layer_factors`.
+    The rate of the FC layers, layer-wise decay and frozen blocks scale what comes out of it; for
+    the last two see `backbones.layer_factors`.
 
     Weight decay applies to arrays of two axes and more, which leaves out scales and biases of
-    norms, biases of layers, and GeM's exponents.
+    norms, biases of layers, and GeM's exponents; and not to proxies, of which only the direction
+    counts.
 
     Args:
       config: the `optimizer` part of an experiment's config.
       steps: length of the whole run.
       backbone: the module that `params["backbone"]` belongs to; None if its layers learn alike.
+      proxies: whether there are `params["loss"]`, proxies or class centres.
 
     Returns:
-      A transformation of gradients for parameters with the top-level key "backbone" and others.
+      A transformation of gradients for parameters with the top-level keys "backbone", "loss" and
+      others, of which those of the descriptors' FC layers begin with "fc_".
     """
     schedule = learning_rate_schedule(config, steps)
 
@@ -63,35 +69,40 @@ def make_optimizer(
         rate = config.backbone_rate * schedule(step)
         return jnp.where(step < config.freeze_backbone_steps, 0.0, rate)
 
+    rates = {"backbone": backbone_schedule, "new": schedule}
+    if proxies:  # else states would not be as those of runs before there were any
+        share = config.proxy_learning_rate / config.learning_rate
+        rates[LEARNED] = lambda step: share * schedule(step)
+
     def groups(params):
-        name = lambda path, _: "backbone" if path[0].key == "backbone" else "new"
+        name = lambda path, _: path[0].key if path[0].key in rates else "new"
         return jax.tree_util.tree_map_with_path(name, params)
 
     def is_kernel(params):
-        return jax.tree.map(lambda array: array.ndim > 1, params)
+        kernel = lambda path, array: array.ndim > 1 and path[0].key != LEARNED
+        return jax.tree_util.tree_map_with_path(kernel, params)
 
     parts = [
         optax.trace(config.momentum) if config.name == "sgd" else optax.scale_by_adam(),
         optax.add_decayed_weights(config.weight_decay, is_kernel),
         optax.multi_transform(
-            {
-                "backbone": optax.scale_by_learning_rate(backbone_schedule),
-                "new": optax.scale_by_learning_rate(schedule),
-            },
+            {name: optax.scale_by_learning_rate(rate) for name, rate in rates.items()},
             groups,
         ),
     ]
+    if config.fc_rate != 1:
+        parts.append(_scale(lambda part, _: config.fc_rate if part.startswith("fc_") else 1.0))
     if backbone is not None and (config.layer_decay < 1 or getattr(backbone, "frozen_blocks", 0)):
-        parts.append(_scale_layers(backbone, config.layer_decay))
+        factor_of = backbones.layer_factors(backbone, config.layer_decay)
+        parts.append(_scale(lambda part, layer: factor_of(layer) if part == "backbone" else 1.0))
     return optax.chain(*parts)
 
 
-def _scale_layers(backbone: nn.Module, decay: float) -> optax.GradientTransformation:
-    """Multiplies the updates of the backbone's layers, those of frozen ones by 0."""
-    factor_of = backbones.layer_factors(backbone, decay)
+def _scale(factor_of: Callable[[str, str], float]) -> optax.GradientTransformation:
+    """Multiplies updates by a factor of the first two keys that lead to them."""
 
     def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        return update * factor_of(path[1].key) if path[0].key == "backbone" else update
+        return update * factor_of(path[0].key, path[1].key if len(path) > 1 else "")
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 

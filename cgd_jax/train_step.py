@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from cgd_jax import geometry, losses
+from cgd_jax import geometry, losses, objective
 from cgd_jax.augment import IMAGENET, Normalization, augment
 from cgd_jax.gradient_caching import make_chunked_gradients
 from cgd_jax.models.cgd import CGD, Output
@@ -25,17 +25,18 @@ class State:
     """All that a run needs to go on; batches and random keys follow from the step."""
 
     step: jax.Array  # int32, optimizer steps done
-    params: dict
+    params: dict  # of the network and, in "loss", of the losses
     batch_stats: dict
     opt_state: optax.OptState
     normalization: Normalization  # of the pixels; it belongs to the weights
     average: dict | None  # moving average of the parameters, if the config asks for one
     skipped: jax.Array  # int32, steps in a row, up to now, whose loss was not finite
+    memory: losses.Memory | None = None  # of earlier batches, if the config asks for one
 
     def variables(self) -> dict:
-        """Returns what is evaluated: the averaged parameters if there are any."""
+        """Returns what is evaluated: the network, its averaged parameters if there are any."""
         params = self.params if self.average is None else self.average
-        return {"params": params, "batch_stats": self.batch_stats}
+        return {"params": objective.network_of(params), "batch_stats": self.batch_stats}
 
 
 def make_train_step(
@@ -60,7 +61,7 @@ def make_train_step(
       (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics); the state is
       donated.
     """
-    measure = functools.partial(measure_losses, config.loss)
+    measure = functools.partial(measure_state, config)
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     chunk = config.train.embed_chunk
     gradients_of = (
@@ -73,8 +74,9 @@ def make_train_step(
         key = step_key(config.seed, state.step)
         return augment(key, images, config.augment, config.data.image_size, state.normalization)
 
-    def update(state: State, gradients: dict, batch_stats: dict, metrics: dict):
+    def update(state, gradients, batch_stats, metrics, output, labels):
         new = apply_gradients(config, optimizer, state, gradients, batch_stats)
+        new = dataclasses.replace(new, memory=remember(config.loss, state, output, labels))
         # What is not finite does not get into the weights.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
@@ -94,9 +96,9 @@ def make_train_step(
     def train_step(state: State, images: jax.Array, labels: jax.Array):
         images = prepare(state, images)
         rngs = {"drop_path": jax.random.fold_in(step_key(config.seed, state.step), 1)}
-        gradients, batch_stats, metrics, descriptors = gradients_of(state, images, labels, rngs)
-        metrics |= describe(state, descriptors, labels)
-        return update(state, gradients, batch_stats, metrics)
+        gradients, batch_stats, metrics, output = gradients_of(state, images, labels, rngs)
+        metrics |= describe(state, output.descriptors, labels)
+        return update(state, gradients, batch_stats, metrics, output, labels)
 
     if chunk:
         return train_step
@@ -108,42 +110,29 @@ def make_train_step(
     )
 
 
-def measure_losses(
-    config: ConfigDict, labels: jax.Array, output: Output
+def measure_state(
+    config: ConfigDict, state: State, labels: jax.Array, output: Output
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a batch (paper, section 3), and what is logged of it.
+    """Computes the loss of a batch with what a state holds for it.
 
     Args:
-      config: the `loss` part of an experiment's config. A loss whose weight is 0 is not
-        computed and logged as 0.
+      config: a whole experiment's.
+      state: before the step.
       labels: [B], in [0, M).
-      output: of the network; of several ranked vectors the ranking loss is the mean.
+      output: of the network.
 
     Returns:
-      The weighted sum of both losses, a float32 scalar; {name: float32 scalar}.
+      What `objective.measure_losses` does.
     """
-    ranking = classification = jnp.zeros(())
-    if config.ranking_weight:
-        loss, options = losses.RANKING_LOSSES[config.ranking], config[config.ranking]
-        parts = [loss(vectors, labels, **options) for vectors in output.ranked]
-        ranking = sum(parts[1:], parts[0]) / len(parts)
-    if config.classification_weight:
-        classification = losses.smoothed_cross_entropy(
-            output.logits, labels, config.temperature, config.smoothing
-        )
-    total = config.ranking_weight * ranking + config.classification_weight * classification
-    return total, {
-        "loss": total,
-        "ranking_loss": ranking,
-        "classification_loss": classification,
-        "accuracy": jnp.mean(output.logits.argmax(1) == labels),
-    }
+    key = jax.random.fold_in(step_key(config.seed, state.step), 2)
+    learned = state.params.get(objective.LEARNED)
+    return objective.measure_losses(config.loss, labels, output, learned, state.memory, key)
 
 
 def describe_step(
     config: ConfigDict,
     model: CGD,
-    measure: Callable[[jax.Array, Output], tuple[jax.Array, dict]],
+    measure: Callable[[State, jax.Array, Output], tuple[jax.Array, dict]],
     state: State,
     descriptors: list[jax.Array],
     labels: jax.Array,
@@ -153,7 +142,7 @@ def describe_step(
     Args:
       config: the `loss` part of an experiment's config.
       model: the network.
-      measure: labels, `Output` → loss, metrics.
+      measure: state, labels, `Output` → loss, metrics.
       state: before the step.
       descriptors: n × [B, C], of the step.
       labels: [B], in [0, M).
@@ -169,49 +158,40 @@ def describe_step(
         output, _ = model.apply(
             variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
         )
-        _, metrics = measure(labels, output)
+        _, metrics = measure(state, labels, output)
         return (metrics["ranking_loss"], metrics["classification_loss"]), output.embedding
 
     _, pull_back, embedding = jax.vjp(losses_of, descriptors, has_aux=True)
     weights = jnp.diag(jnp.array([config.ranking_weight, config.classification_weight], float))
     ranking, classification = (optax.tree.norm(pull_back((w[0], w[1]))) for w in weights)
     return {
-        **geometry.describe_batch(embedding, labels, triplet_margin(config) or 0.0),
+        **geometry.describe_batch(embedding, labels, objective.triplet_margin(config) or 0.0),
         "ranking_gradient": ranking,
         "classification_gradient": classification,
     }
 
 
-def triplet_margin(config: ConfigDict) -> float | None:
-    """Returns the margin of a triplet loss, or None where the ranking loss is another one.
-
-    Args:
-      config: the `loss` part of an experiment's config.
-    """
-    return config[config.ranking].get("margin") if config.ranking.endswith("triplet") else None
-
-
 def direct_gradients(
     model: CGD,
-    measure: Callable[[jax.Array, Output], tuple[jax.Array, dict]],
+    measure: Callable[[State, jax.Array, Output], tuple[jax.Array, dict]],
     state: State,
     images: jax.Array,
     labels: jax.Array,
     rngs: dict[str, jax.Array] | None = None,
-) -> tuple[dict, dict, dict, list[jax.Array]]:
+) -> tuple[dict, dict, dict, Output]:
     """Computes the gradient of the loss from all images at once.
 
     Args:
       model: the network.
-      measure: labels, `Output` → loss, metrics.
+      measure: state, labels, `Output` → loss, metrics.
       state: its parameters are differentiated.
       images: [B, S, S, 3], normalized.
       labels: [B], in [0, M).
       rngs: random keys of the network, see `residual.DropPath`.
 
     Returns:
-      The gradient, as the parameters; new BatchNorm statistics; metrics; the descriptors,
-      n × [B, C].
+      The gradient, as the parameters; new BatchNorm statistics; metrics; the output, with its
+      descriptors.
     """
 
     def loss_of(params):
@@ -224,8 +204,8 @@ def direct_gradients(
             mutable=["batch_stats"],
             rngs=rngs,
         )
-        loss, metrics = measure(labels, output)
-        return loss, (updates["batch_stats"], metrics, output.descriptors)
+        loss, metrics = measure(dataclasses.replace(state, params=params), labels, output)
+        return loss, (updates["batch_stats"], metrics, output)
 
     (_, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     return gradients, *found
@@ -249,6 +229,17 @@ def apply_gradients(
     )
 
 
+def remember(
+    config: ConfigDict, state: State, output: Output, labels: jax.Array
+) -> losses.Memory | None:
+    """Returns the cross-batch memory after a step; it begins to fill at `loss.memory_from`."""
+    if state.memory is None:
+        return None
+    pushed = losses.push(state.memory, jnp.concatenate(output.ranked, 1), labels)
+    begun = state.step >= config.memory_from
+    return jax.tree.map(lambda new, old: jnp.where(begun, new, old), pushed, state.memory)
+
+
 def create_state(
     model: CGD,
     optimizer: optax.GradientTransformation,
@@ -257,8 +248,9 @@ def create_state(
     sharding: jax.sharding.Sharding,
     average: bool = False,
     normalization: Normalization = IMAGENET,
+    loss: ConfigDict | None = None,
 ) -> State:
-    """Draws the initial weights.
+    """Draws the initial weights, and those of the losses.
 
     Args:
       model: the network.
@@ -268,6 +260,7 @@ def create_state(
       sharding: how the devices hold the state.
       average: whether the parameters are averaged over the steps.
       normalization: of the pixels, the one that the backbone is published with.
+      loss: that part of an experiment's config; None for losses that learn nothing.
 
     Returns:
       The state at step 0.
@@ -277,7 +270,12 @@ def create_state(
     def init():
         images = jnp.zeros((1, image_size, image_size, 3))
         variables = model.init(jax.random.key(seed), images)
-        params = variables["params"]
+        params, memory = variables["params"], None
+        if loss is not None:
+            dim = model.embedding_dim
+            memory = objective.create_memory(loss, dim)
+            if learned := objective.create_learned(loss, seed, model.num_classes, dim):
+                params = {**params, objective.LEARNED: learned}
         return State(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -286,6 +284,7 @@ def create_state(
             normalization=jax.tree.map(jnp.asarray, normalization),
             average=params if average else None,
             skipped=jnp.zeros((), jnp.int32),
+            memory=memory,
         )
 
     return init()

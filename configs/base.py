@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
     model.center = "none"  # "mean": takes it from the descriptors, so that none collapse
+    model.fc_init = "orthogonal"  # of the descriptors' FC layers; or "lecun_normal"
     model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
     model.frozen_blocks = 0  # so many of the backbone's lowest blocks, and its stem, never learn
     model.drop_path = 0.0  # chance that training leaves the last block out, of a ConvNeXt or ViT
@@ -60,19 +61,31 @@ def get_config() -> ConfigDict:
     model.dtype = "auto"
 
     config.loss = loss = ConfigDict()
-    loss.ranking = "batch_hard_triplet"  # one of those below
+    loss.ranking = "batch_hard_triplet"  # one of those below, see docs/losses.md
     loss.ranking_weight = 1.0  # 0 switches the ranking loss off
+    # Of the losses on pairs: which pairs of a batch ("batch_hard", "semi_hard",
+    # "distance_weighted"), and how many embeddings of earlier batches they see besides.
+    loss.miner = "batch_all"
+    loss.memory = 0
+    loss.memory_from = 1000  # the step at which the memory begins to fill
+    loss.distance_weighted = ConfigDict({"cutoff": 0.5, "nonzero_cutoff": 1.4})
+    # "softmax", the paper's, of the first descriptor; "normalized_softmax", "cosface", "arcface"
+    # of the embedding.
+    loss.classification = "softmax"
     loss.classification_weight = 1.0  # 0 switches the auxiliary loss off (the paper's "Rank")
-    loss.temperature = 0.5  # τ: the logits are divided by it
-    loss.smoothing = 0.1  # ε of the label smoothing
+    loss.temperature = 0.5  # of "softmax", τ: the logits are divided by it
+    loss.smoothing = 0.1  # of "softmax", ε of the label smoothing
+    loss.sub_centres = 1  # of the others: centres a class, of which the nearest counts
+    # Options of every loss. Margins are in units of distance, or of cosine where vectors are
+    # compared by it; arcface's is in radians.
     loss.batch_hard_triplet = ConfigDict({"margin": 0.1})
     loss.batch_all_triplet = ConfigDict({"margin": 0.1})
     loss.semi_hard_triplet = ConfigDict({"margin": 0.1})
+    loss.soft_margin_triplet = ConfigDict({"scale": 1.0})
     loss.contrastive = ConfigDict({"margin": 1.0})
     loss.multi_similarity = ConfigDict(
         {"alpha": 2.0, "beta": 50.0, "base": 0.5, "mining_margin": 0.1}
     )
-    loss.soft_margin_triplet = ConfigDict({"scale": 1.0})
     loss.info_nce = ConfigDict({"temperature": 0.07})
     loss.sup_con = ConfigDict({"temperature": 0.1})
     loss.circle = ConfigDict({"margin": 0.25, "scale": 256.0})
@@ -80,13 +93,23 @@ def get_config() -> ConfigDict:
     loss.n_pair = ConfigDict({"scale": 16.0})
     loss.smooth_ap = ConfigDict({"temperature": 0.01})
     loss.recall_at_k = ConfigDict(
-        {"ks": (1, 2, 4, 8, 16), "rank_temperature": 0.01, "k_temperature": 1.0}
+        {"ks": (1, 2, 4, 8, 16), "rank_temperature": 0.01, "k_temperature": 1.0, "mixup": 0}
     )
+    loss.proxy_nca = ConfigDict({"temperature": 1 / 9})
+    loss.proxy_anchor = ConfigDict({"margin": 0.1, "alpha": 32.0})
+    loss.soft_triple = ConfigDict(
+        {"centres": 10, "scale": 20.0, "gamma": 0.1, "margin": 0.01, "regularization": 0.2}
+    )
+    loss.normalized_softmax = ConfigDict({"temperature": 0.05})
+    loss.cosface = ConfigDict({"margin": 0.35, "scale": 64.0})
+    loss.arcface = ConfigDict({"margin": 0.5, "scale": 64.0})
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # "adamw", "sgd"
     optimizer.learning_rate = 1e-4  # the highest of the schedule
-    optimizer.backbone_rate = 1.0  # the backbone's learning rate, as a factor of this one
+    optimizer.proxy_learning_rate = 1e-2  # likewise, of proxies and of class centres
+    optimizer.backbone_rate = 1.0  # the backbone's learning rate, as a factor of the first
+    optimizer.fc_rate = 1.0  # the same of the descriptors' FC layers
     optimizer.layer_decay = 1.0  # below 1: every block's rate is so much that of the one above it
     optimizer.freeze_backbone_steps = 0  # for so many steps only the new layers learn
     optimizer.weight_decay = 0.0  # decoupled, for adamw and sgd; of kernels only

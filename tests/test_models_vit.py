@@ -52,7 +52,7 @@ def state_of(variables):
 def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none():
     model, variables = network(TINY(frozen_blocks=1))
 
-    def measure(labels, output):
+    def measure(state, labels, output):
         return jnp.sum(output.embedding * output.embedding[::-1, ::-1]), {}
 
     labels, state = jnp.array([0, 0, 1, 1]), state_of(variables)

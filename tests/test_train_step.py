@@ -13,7 +13,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from cgd_jax import gradient_caching, losses, train_step
+from cgd_jax import gradient_caching, losses, objective, train_step
 from cgd_jax.models.cgd import Output, compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 def losses_of(config, vectors, logits, labels):
     """The total loss, and the ranking and the classification loss in it."""
-    total, metrics = train_step.measure_losses(config, labels, Output(None, vectors, logits, None))
+    output, key = Output(None, vectors, logits, None), jax.random.key(0)
+    total, metrics = objective.measure_losses(config, labels, output, key=key)
     return total, metrics["ranking_loss"], metrics["classification_loss"]
 
 
@@ -63,8 +64,9 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
     before = losses_of(config, [vectors], jnp.zeros((6, 3)), labels)[1]
     for option in config[name]:
         changed = ConfigDict(config)
-        value = config[name][option]
-        changed[name][option] = (1,) if option == "ks" else 1.7 * value
+        whole = {"ks": (1,), "mixup": 1}
+        value = whole[option] if option in whole else 1.7 * config[name][option]
+        changed[name][option] = value
         after = losses_of(changed, [vectors], jnp.zeros((6, 3)), labels)[1]
         if option != "mining_margin":  # may mine the same pairs
             assert before != after, f"{name}.{option} does nothing"
@@ -79,7 +81,7 @@ def problem(**values):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state = train_step.create_state(model, optax.identity(), 0, 16, device)
     labels = jnp.asarray(np.repeat(np.arange(4), 3))
-    measure = functools.partial(train_step.measure_losses, config.loss)
+    measure = functools.partial(train_step.measure_state, config)
     return model, measure, (state, images, labels)
 
 
@@ -97,15 +99,15 @@ def direct(model, measure, arguments):
 @pytest.mark.parametrize("chunk,learn_p,center", [(1, "fixed", "none"), (4, "channel", "mean")])
 def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center):
     model, measure, arguments = problem(freeze_batch_norm=True, learn_p=learn_p, center=center)
-    expected, stats, metrics, descriptors = direct(model, measure, arguments)
+    expected, stats, metrics, output = direct(model, measure, arguments)
     chunked = gradient_caching.make_chunked_gradients(model, measure, chunk)
-    found, found_stats, found_metrics, found_descriptors = chunked(*arguments)
+    found, found_stats, found_metrics, found_output = chunked(*arguments)
     assert np.abs(expected["backbone"]["conv1"]["kernel"]).max() > 0
     assert metrics["ranking_loss"] > 0 and metrics["classification_loss"] > 0
     assert_close(found, expected, 1e-5)
     assert_close(found_stats, stats, 1e-5)  # the auxiliary module saw the whole batch
     assert_close(found_metrics, metrics, 1e-5)
-    assert_close(found_descriptors, descriptors, 1e-5)  # in the order of the labels
+    assert_close(found_output, output, 1e-5)  # in the order of the labels
     assert ("center_S" in stats) == (center == "mean")
 
 
@@ -113,18 +115,18 @@ def test_a_step_tells_which_loss_pulls_how_much():
     model, _, (state, images, labels) = problem(center="mean")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     descriptors = model.apply(variables, images, return_descriptors=True).descriptors
-    config = glyphs.get_config().loss
+    config = glyphs.get_config()
 
     def described(ranking, classification):
-        config.update(ranking_weight=ranking, classification_weight=classification)
-        measure = functools.partial(train_step.measure_losses, ConfigDict(config))
-        found = train_step.describe_step(config, model, measure, state, descriptors, labels)
+        config.loss.update(ranking_weight=ranking, classification_weight=classification)
+        measure = functools.partial(train_step.measure_state, ConfigDict(config))
+        found = train_step.describe_step(config.loss, model, measure, state, descriptors, labels)
 
         def total(descriptors):
             output, _ = model.apply(
                 variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
             )
-            return measure(labels, output)[0]
+            return measure(state, labels, output)[0]
 
         return found, optax.tree.norm(jax.grad(total)(descriptors))
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp  # noqa: F401  (of the example above)
 
 from cgd_jax.losses.classification import (
     arcface_loss,
+    class_similarities,
     cosface_loss,
     normalized_softmax_loss,
     smoothed_cross_entropy,
@@ -69,6 +70,7 @@ __all__ = [
     "batch_all_triplet_loss",
     "batch_hard_triplet_loss",
     "circle_loss",
+    "class_similarities",
     "contrastive_loss",
     "cosface_loss",
     "create_proxies",

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 
 from cgd_jax.losses.pairs import check, safe_root, similarities
 
-__all__ = ["arcface_loss", "cosface_loss", "normalized_softmax_loss", "smoothed_cross_entropy"]
+__all__ = [
+    "arcface_loss",
+    "class_similarities",
+    "cosface_loss",
+    "normalized_softmax_loss",
+    "smoothed_cross_entropy",
+]
 
 
 def normalized_softmax_loss(
@@ -145,6 +151,24 @@ def smoothed_cross_entropy(
     return -jnp.mean((1 - smoothing) * true_class + smoothing * log_probabilities.mean(1))
 
 
+def class_similarities(embeddings: jax.Array, centres: jax.Array) -> jax.Array:
+    """Cosines to the nearest centre of every class.
+
+    Args:
+      embeddings: [B, D], floating point.
+      centres: [M, S, D].
+
+    Returns:
+      [B, M], float32.
+
+    >>> centres = jnp.array([[[2.0, 0.0], [0.0, 3.0]], [[-1.0, 0.0], [-1.0, 0.0]]])
+    >>> class_similarities(jnp.eye(2), centres).tolist()
+    [[1.0, -1.0], [1.0, 0.0]]
+    """
+    classes, subs, dim = centres.shape
+    return similarities(embeddings, centres.reshape(-1, dim)).reshape(-1, classes, subs).max(2)
+
+
 def _cosines(
     embeddings: jax.Array, labels: jax.Array, centres: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -155,9 +179,7 @@ def _cosines(
             f"centres must have shape [M, S, D] with the embeddings' D; got {centres.shape} for "
             f"embeddings {embeddings.shape}."
         )
-    classes, subs, dim = centres.shape
-    cosines = similarities(embeddings, centres.reshape(-1, dim)).reshape(-1, classes, subs).max(2)
-    return cosines, labels[:, None] == jnp.arange(classes)
+    return class_similarities(embeddings, centres), labels[:, None] == jnp.arange(len(centres))
 
 
 def _cross_entropy(logits: jax.Array, true: jax.Array) -> jax.Array:

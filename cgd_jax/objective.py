@@ -1,0 +1,158 @@
+"""What training minimizes: the losses that a config names, and what they learn or remember.
+
+Proxies and class centres are parameters beside the network's, in `params["loss"]`, and a
+cross-batch memory is a part of the training state.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cgd_jax import losses
+from cgd_jax.models.cgd import Output
+
+__all__ = [
+    "LEARNED",
+    "create_learned",
+    "create_memory",
+    "learned_counts",
+    "measure_losses",
+    "network_of",
+    "triplet_margin",
+]
+
+LEARNED = "loss"  # where the parameters hold those of the losses, if there are any
+
+
+def measure_losses(
+    config: ConfigDict,
+    labels: jax.Array,
+    output: Output,
+    learned: dict[str, jax.Array] | None = None,
+    memory: losses.Memory | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes the loss of a batch (paper, section 3), and what is logged of it.
+
+    Args:
+      config: the `loss` part of an experiment's config. A loss whose weight is 0 is not
+        computed and logged as 0.
+      labels: [B], in [0, M).
+      output: of the network; of several ranked vectors the ranking loss is the mean.
+      learned: from `create_learned`, for losses with proxies or centres.
+      memory: from `create_memory`, of the ranked vectors side by side.
+      key: of what the miner or the mixup draws.
+
+    Returns:
+      The weighted sum of both losses, a float32 scalar; {name: float32 scalar}.
+    """
+    ranking = classification = jnp.zeros(())
+    logits = output.logits
+    if config.ranking_weight:
+        ranking = _ranking_loss(config, labels, output.ranked, learned, memory, key)
+    if config.classification_weight and config.classification != "softmax":
+        loss, options = losses.CENTRE_LOSSES[config.classification], config[config.classification]
+        assert learned is not None
+        classification = loss(output.embedding, labels, learned["centres"], **options)
+        logits = losses.class_similarities(output.embedding, learned["centres"])
+    elif config.classification_weight:
+        classification = losses.smoothed_cross_entropy(
+            logits, labels, config.temperature, config.smoothing
+        )
+    total = config.ranking_weight * ranking + config.classification_weight * classification
+    return total, {
+        "loss": total,
+        "ranking_loss": ranking,
+        "classification_loss": classification,
+        "accuracy": jnp.mean(logits.argmax(1) == labels),
+    }
+
+
+def _ranking_loss(
+    config: ConfigDict,
+    labels: jax.Array,
+    ranked: list[jax.Array],
+    learned: dict[str, jax.Array] | None,
+    memory: losses.Memory | None,
+    key: jax.Array | None,
+) -> jax.Array:
+    """The mean over the ranked vectors; each has its own part of proxies and memory."""
+    loss = (losses.RANKING_LOSSES | losses.PROXY_LOSSES)[config.ranking]
+    options: dict[str, Any] = dict(config[config.ranking])
+    options.pop("centres", None)  # the proxies are that many
+    if options.get("mixup"):
+        options["key"] = key
+    if config.miner == "distance_weighted":
+        drawn = dict(config.distance_weighted, key=key, dim=ranked[0].shape[1])
+        options["miner"] = functools.partial(losses.MINERS[config.miner], **drawn)
+    elif config.miner != "batch_all":
+        options["miner"] = losses.MINERS[config.miner]
+    parts = []
+    for i, vectors in enumerate(ranked):
+        own = lambda array, i=i: jnp.split(array, len(ranked), -1)[i]
+        if memory is not None:
+            options["memory"] = memory._replace(vectors=own(memory.vectors))
+        if learned and config.ranking in losses.PROXY_LOSSES:
+            options["proxies"] = own(learned["proxies"])
+        parts.append(loss(vectors, labels, **options))
+    return sum(parts[1:], parts[0]) / len(parts)
+
+
+def learned_counts(config: ConfigDict) -> dict[str, int]:
+    """Returns how many vectors a class the losses of a config learn.
+
+    Args:
+      config: the `loss` part of an experiment's config.
+
+    Returns:
+      "proxies" of the ranking loss and "centres" of the classification, as far as they have any.
+    """
+    counts = {}
+    if config.ranking_weight and config.ranking in losses.PROXY_LOSSES:
+        counts["proxies"] = config[config.ranking].get("centres", 1)
+    if config.classification_weight and config.classification != "softmax":
+        counts["centres"] = config.sub_centres
+    return counts
+
+
+def create_learned(config: ConfigDict, seed: int, classes: int, dim: int) -> dict[str, jax.Array]:
+    """Draws what the losses of a config learn.
+
+    Args:
+      config: the `loss` part of an experiment's config.
+      seed: of the run.
+      classes: M, in training.
+      dim: D, of the embedding.
+
+    Returns:
+      An array [M, count, D] float32 for every name in `learned_counts`.
+    """
+    # No step has this number, see `train_step.step_key`.
+    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+    keys = dict(zip(("proxies", "centres"), jax.random.split(key), strict=True))
+    return {
+        name: losses.create_proxies(keys[name], classes, count, dim)
+        for name, count in learned_counts(config).items()
+    }
+
+
+def create_memory(config: ConfigDict, dim: int) -> losses.Memory | None:
+    """Returns the empty cross-batch memory of a config (its `loss` part), if it has one."""
+    return losses.empty_memory(config.memory, dim) if config.memory else None
+
+
+def network_of(params: dict) -> dict:
+    """Returns the parameters without those of the losses."""
+    return {name: part for name, part in params.items() if name != LEARNED}
+
+
+def triplet_margin(config: ConfigDict) -> float | None:
+    """Returns the margin of a triplet loss, or None where the ranking loss is another one.
+
+    Args:
+      config: the `loss` part of an experiment's config.
+    """
+    return config[config.ranking].get("margin") if config.ranking.endswith("triplet") else None
