@@ -17,16 +17,16 @@ from configs import base
 __all__ = ["experiments", "options"]
 
 CONFIGS = Path(base.__file__).parent
-SKIPPED_RULES = ("must be a text", "must be True or False")  # the default shows as much
+SAID_BY_DEFAULT = ("a text", "True or False")
 LONG = 160  # letters of a rule that is left to the page which lists the names
 
 
 class Comment(NamedTuple):
-    """What base.py says of a key, or of the keys that follow."""
+    """What base.py says of a key."""
 
     key: str
-    above: str  # the lines of comment before it
-    beside: str  # the comment on its line
+    remark: str  # on it and those that follow
+    meaning: str  # of itself
 
 
 def options() -> str:
@@ -35,19 +35,22 @@ def options() -> str:
     comments = {comment.key: comment for comment in read_comments(Path(base.__file__))}
     lines: list[str] = []
     part = None
-    for key, default in defaults.items():
-        group = key.partition(".")[0] if "." in key else ""
-        comment = comments.get(key) or comments.get(key.rpartition(".")[0]) or Comment(key, "", "")
-        remark = comment.above if comment.beside and key in comments else ""
-        if group != part:
-            part = group
-            remark = remark or comments.get(group, Comment("", "", "")).above
-            lines += ["", f"### {group or 'The run'}", ""]
+    order = list(comments)  # that of the file; the keys of a loss stand where the loss does
+    place_of = lambda key: order.index(key if key in comments else key.rpartition(".")[0])
+    for key, default in sorted(defaults.items(), key=lambda item: place_of(item[0])):
+        group, _, _ = key.rpartition(".")
+        section = key.partition(".")[0] if group else ""
+        comment = comments.get(key, Comment(key, "", ""))
+        own = comments.pop(group, Comment(group, "", ""))  # of the loss, say, once
+        remark = comment.remark or own.remark
+        if section != part:
+            part = section
+            lines += ["", f"### {section or 'The run'}", ""]
             lines += [remark, ""] * bool(remark) + list(HEAD)
         elif remark:
             lines += ["", remark, "", *HEAD]
-        meaning = comment.beside or comment.above
-        if not meaning and (loss := LOSSES.get(key.split(".")[-2])):
+        meaning = comment.meaning
+        if not meaning and (loss := LOSSES.get(group.rpartition(".")[2])):
             meaning = f"of {{py:func}}`{loss.__name__} <{loss.__module__}.{loss.__name__}>`"
         lines.append(
             f"| [`{key}`]{{#{place(key)}}} | `{shown(default)}` | {described(key, meaning)} |"
@@ -55,7 +58,12 @@ def options() -> str:
     return "\n".join(lines)
 
 
-LOSSES = losses.RANKING_LOSSES | losses.PROXY_LOSSES | losses.CENTRE_LOSSES
+LOSSES = {
+    **losses.RANKING_LOSSES,
+    **losses.PROXY_LOSSES,
+    **losses.CENTRE_LOSSES,
+    **losses.MINERS,
+}
 HEAD = ("| option | default | what it is |", "| --- | --- | --- |")
 
 
@@ -67,10 +75,12 @@ def place(key: str) -> str:
 def described(key: str, meaning: str) -> str:
     """Returns a meaning with the values that are allowed."""
     rule = config.RULES[key].otherwise
-    rule = rule.replace("is unknown; valid names are ", "one of ").removeprefix("must be ")
-    if rule in [skipped.removeprefix("must be ") for skipped in SKIPPED_RULES] or len(rule) > LONG:
+    rule = rule.replace("is unknown; valid names are", "one of").replace("one of, ", "one, ")
+    rule = rule.removeprefix("must be ")
+    if rule in SAID_BY_DEFAULT or len(rule) > LONG:
         return cell(meaning)
-    return cell(f"{meaning}. *{rule[0].upper()}{rule[1:]}.*" if meaning else f"*{rule}*")
+    rule = f"*{rule[0].upper()}{rule[1:]}.*"
+    return cell(f"{meaning.rstrip('.')}. {rule}" if meaning else rule)
 
 
 def cell(text: str) -> str:
@@ -94,6 +104,7 @@ def read_comments(path: Path) -> Iterator[Comment]:
     tree = ast.parse(path.read_bytes())
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
     names = {"config": ""}  # name of a variable → the path that it stands for
+    shared = ""
     for node in function.body:
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Attribute):
             continue
@@ -107,8 +118,17 @@ def read_comments(path: Path) -> Iterator[Comment]:
         while line in comments and comments[line][1]:
             above.insert(0, comments[line][0])
             line -= 1
-        beside = comments.get(node.end_lineno or node.lineno, ("", True))
-        yield Comment(key, " ".join(above), "" if beside[1] else beside[0])
+        beside, alone = comments.get(node.end_lineno or node.lineno, ("", True))
+        text = " ".join(above)
+        if isinstance(node.value, ast.Call):  # of several keys
+            yield Comment(key, text, "")
+            shared = ""
+        elif not alone:
+            yield Comment(key, text, beside)
+            shared = ""
+        else:  # the text is of this key, and of the next if that has none
+            shared = text or shared
+            yield Comment(key, "", shared)
 
 
 def experiments() -> str:

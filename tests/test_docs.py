@@ -48,7 +48,7 @@ def test_page_of_options_has_every_key_with_its_default_and_a_meaning(tables):
 def test_page_of_options_has_every_comment_of_the_base_config(tables):
     text = tables.options()
     source = Path(base.__file__).read_text(encoding="utf-8")
-    comments = re.findall(r"(?:^\s*|  )# (.*)$", source, re.MULTILINE)
+    comments = re.findall(r"(?:^ *|  )# (.*)$", source, re.MULTILINE)
     assert len(comments) > 50
     for comment in comments:
         assert tables.cell(comment) in text, comment
@@ -63,13 +63,20 @@ def test_comments_belong_to_their_keys(tables, tmp_path):
         "    # in two lines.\n"
         "    config.data = data = ConfigDict()\n"
         "    data.size = 3  # pixels\n"
-        "    # Alone.\n"
+        "    # Both.\n"
         "    data.name = 'a # b'\n"
+        "    data.path = ''\n"
+        "    # What follows:\n"
+        "    data.crop = 2  # more pixels\n"
+        "    data.flip = True\n"
     )
     assert list(tables.read_comments(path)) == [
         ("data", "Of the whole group, in two lines.", ""),
         ("data.size", "", "pixels"),
-        ("data.name", "Alone.", ""),
+        ("data.name", "", "Both."),
+        ("data.path", "", "Both."),
+        ("data.crop", "What follows:", "more pixels"),
+        ("data.flip", "", ""),
     ]
 
 
