@@ -39,6 +39,7 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["attrs_inline", "attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
+highlight_language = "none"  # of code without a language: commands and layouts
 smartquotes = False  # --config is no –config
 copybutton_exclude = ".linenos, .gp, .go"
 
