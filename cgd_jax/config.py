@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.tracker",
     "eval",
 )
 
@@ -45,9 +46,11 @@ FREE_TO_CHANGE = (
 # it existed: a work folder of an older version is opened with them.
 ADDED_KEYS: dict[str, Any] = {
     "model.center": "none",
+    "model.fc_init": "lecun_normal",
     "model.patch_size": 0,
     "model.frozen_blocks": 0,
     "model.drop_path": 0.0,
+    "optimizer.fc_rate": 1.0,
     "optimizer.layer_decay": 1.0,
     "loss.soft_margin_triplet.scale": 1.0,
     "loss.info_nce.temperature": 0.07,
@@ -82,6 +85,7 @@ ADDED_KEYS: dict[str, Any] = {
     "loss.arcface.margin": 0.5,
     "loss.arcface.scale": 64.0,
     "optimizer.proxy_learning_rate": 1e-2,
+    "train.tracker": "",
 }
 
 
@@ -159,6 +163,7 @@ RULES: dict[str, Rule] = {
     "model.embedding_dim": at_least(1),
     "model.combination": one_of(combination.COMBINATIONS),
     "model.center": one_of(cgd.CENTERS),
+    "model.fc_init": one_of(cgd.FC_INITS),
     "model.freeze_batch_norm": _yes_or_no,
     "model.frozen_blocks": at_least(0),
     "model.drop_path": _below_1,
@@ -223,6 +228,7 @@ RULES: dict[str, Rule] = {
     "optimizer.name": one_of(("adam", "adamw", "sgd")),
     "optimizer.learning_rate": _above_0,
     "optimizer.backbone_rate": at_least(0),
+    "optimizer.fc_rate": at_least(0),
     "optimizer.proxy_learning_rate": _above_0,
     "optimizer.layer_decay": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "optimizer.freeze_backbone_steps": at_least(0),
@@ -245,6 +251,9 @@ RULES: dict[str, Rule] = {
     "train.eval_every": at_least(1),
     "train.checkpoint_every": at_least(1),
     "train.keep": at_least(1),
+    "train.tracker": Rule(
+        lambda name: name in ("", "wandb", "mlflow"), "must be wandb, mlflow, or empty"
+    ),
     "eval.batch_size": at_least(1),
     "eval.ks": Rule(
         lambda ks: 1 in ks and all(isinstance(k, int) and k > 0 for k in ks),
@@ -470,6 +479,8 @@ def _branches_not_separable(config: "ConfigDict") -> str | None:
 
 def _missing_package(config: "ConfigDict") -> str | None:
     for wanted, option, module, package in (
+        (config.train.tracker == "wandb", "train.tracker=wandb", "wandb", "wandb"),
+        (config.train.tracker == "mlflow", "train.tracker=mlflow", "mlflow", "mlflow"),
         (config.eval.clustering, "eval.clustering", "sklearn", "scikit-learn"),
         (config.eval.projection == "umap", "eval.projection=umap", "umap", "umap-learn"),
     ):

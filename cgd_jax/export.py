@@ -1,6 +1,6 @@
 """A trained network to take away: one file that holds all it needs, and a card that describes it.
 
-python main.py --mode=export --workdir=runs/glyphs
+cgd_jax --mode=export --workdir=runs/glyphs
 
 embed = export.open_model("runs/glyphs/export").embed
 vectors = embed(images)  # [B, S, S, 3] uint8 → [B, D]
@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,9 +22,14 @@ from cgd_jax.config import fill_added_keys
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, embed_model
 
-__all__ = ["Model", "export_run", "open_model", "push_to_hub", "read_network"]
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+__all__ = ["Model", "export_run", "open_model", "push_to_hub", "read_network", "write_program"]
 
 FOLDER = "export"
+# What `write_program` compiles for.
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 class Model(NamedTuple):
@@ -36,14 +42,16 @@ class Model(NamedTuple):
     normalization: Normalization  # what `embed` does to the pixels
 
 
-def open_model(source: str | Path, vector: str = "embedding") -> Model:
+def open_model(source: str | Path, vector: str = "embedding", revision: str | None = None) -> Model:
     """Opens what `export_run` wrote; neither the data set nor the run is needed.
 
     Needs JAX, Flax and safetensors only; of this package, what computes.
 
     Args:
-      source: the file, its folder, or the Hugging Face repository that it was pushed to.
+      source: the file, its folder, or the Hugging Face repository that it was pushed to,
+        "owner/name".
       vector: which of the network's vectors is computed, see `models.cgd.select_vector`.
+      revision: of the repository: a branch, a tag or a commit; None for its main branch.
 
     Returns:
       The network and its config.
@@ -52,6 +60,10 @@ def open_model(source: str | Path, vector: str = "embedding") -> Model:
       FileNotFoundError: There is no such source.
       ValueError: It is damaged, or was not exported from a run.
     """
+    if revision is not None:
+        if Path(source).exists():
+            raise ValueError(f"revision={revision!r} is of a repository, and {source} lies here.")
+        source = f"{source}@{revision}"
     model, variables, normalization, config = read_network(source)
     size = config["data"]["image_size"]
     embed_pixels = embed_model(model, variables, normalization, size, vector)
@@ -154,8 +166,9 @@ def export_run(workdir: str, step: int | None = None) -> Path:
 
     model.safetensors holds the whole network, with its config, the normalization and the
     measured metrics in the metadata; backbone.safetensors the backbone under the names of
-    torchvision (of efficientnet-lite-pytorch for an EfficientNet-Lite); README.md says
-    what was trained on what, and how well it retrieves.
+    torchvision (of efficientnet-lite-pytorch for an EfficientNet-Lite); embed.stablehlo the
+    compiled function, see `write_program`; README.md says what was trained on what, how well
+    it retrieves, and how to use each file.
 
     Args:
       workdir: folder of the run.
@@ -171,8 +184,11 @@ def export_run(workdir: str, step: int | None = None) -> Path:
     from cgd_jax import checkpoint
     from cgd_jax.config import to_dict
     from cgd_jax.reports.model_card import model_card
-    from cgd_jax.runtime import files
+    from cgd_jax.reports.torch_code import torch_code
+    from cgd_jax.runtime import files, packages
     from cgd_jax.workdir import read_config
+
+    packages.require("--mode=export", "train", "flatbuffers")
 
     config = read_config(workdir)
     variables, normalization, step = checkpoint.read_weights(workdir, step)
@@ -188,8 +204,53 @@ def export_run(workdir: str, step: int | None = None) -> Path:
     pretrained.save(folder / "model.safetensors", variables, normalization, metadata)
     backbone = pretrained.to_torchvision(variables, config.model.backbone)
     pretrained.save(folder / "backbone.safetensors", backbone, normalization)
-    files.write_atomically(folder / "README.md", model_card(config, result))
+    model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
+    write_program(folder / "embed.stablehlo", model, variables, normalization, config)
+    shape = feature_map(model, variables, config.data.image_size)
+    files.write_atomically(
+        folder / "README.md", model_card(config, result, torch_code(config, normalization, shape))
+    )
     return folder
+
+
+def write_program(
+    path: str | Path,
+    model: CGD,
+    variables: dict,
+    normalization: Normalization,
+    config: "ConfigDict",
+) -> None:
+    """Writes the network as a function of pixels that JAX runs without this package.
+
+    It is what `jax.export` makes: StableHLO with the weights in it, for the CPU, CUDA and TPUs
+    in one file, of batches of any size. It computes in float32, whatever the config says.
+
+    Args:
+      path: of the file.
+      model: the network.
+      variables: its weights and BatchNorm statistics.
+      normalization: of the pixels.
+      config: of the run: how large the images are.
+    """
+    from cgd_jax.runtime import files
+
+    size = config.data.image_size
+    side = config.data.resize if config.eval.center_crop else size
+    in_float32 = create_model(
+        SimpleNamespace(**config.model.to_dict() | {"dtype": "float32"}), model.num_classes
+    )
+    embed = jax.jit(embed_model(in_float32, variables, normalization, size))
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8)
+    exported = jax.export.export(embed, platforms=PLATFORMS)(images)
+    files.write_atomically(path, bytes(exported.serialize()))
+
+
+def feature_map(model: CGD, variables: dict, size: int) -> tuple[int, int]:
+    """Returns the height and width of what the backbone makes of a square of `size` pixels."""
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    features = jax.eval_shape(lambda x: model.bind(variables).backbone(x, False), images)
+    return getattr(features, "map", features).shape[1:3]
 
 
 def _measured(workdir: str, step: int) -> dict:
@@ -202,7 +263,7 @@ def _measured(workdir: str, step: int) -> dict:
                 return result
     raise FileNotFoundError(
         f"Step {step} of {workdir} was not evaluated, and a network whose quality nobody knows is "
-        f"not exported: python main.py --mode=eval --workdir={workdir} --step={step} first."
+        f"not exported: --mode=eval --workdir={workdir} --step={step} first."
     )
 
 

@@ -1,5 +1,6 @@
 """Optimizer and learning rates, from the `optimizer` part of an experiment's config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,9 +44,10 @@ def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: ConfigDict, steps: int, backbone: nn.Module | None = None, proxies: bool = False
 ) -> optax.GradientTransformation:
-    """The optimizer that a config names; backbone and proxies have learning rates of their own.
+    """The optimizer that a config names; parts of the network and proxies have their own rates.
 
-    Layer-wise decay and frozen blocks scale what comes out of it, see `backbones.layer_factors`.
+    The rate of the FC layers, layer-wise decay and frozen blocks scale what comes out of it; for
+    the last two see `backbones.layer_factors`.
 
     Weight decay applies to arrays of two axes and more, which leaves out scales and biases of
     norms, biases of layers, and GeM's exponents; and not to proxies, of which only the direction
@@ -59,7 +61,7 @@ def make_optimizer(
 
     Returns:
       A transformation of gradients for parameters with the top-level keys "backbone", "loss" and
-      others.
+      others, of which those of the descriptors' FC layers begin with "fc_".
     """
     schedule = learning_rate_schedule(config, steps)
 
@@ -88,17 +90,19 @@ def make_optimizer(
             groups,
         ),
     ]
+    if config.fc_rate != 1:
+        parts.append(_scale(lambda part, _: config.fc_rate if part.startswith("fc_") else 1.0))
     if backbone is not None and (config.layer_decay < 1 or getattr(backbone, "frozen_blocks", 0)):
-        parts.append(_scale_layers(backbone, config.layer_decay))
+        factor_of = backbones.layer_factors(backbone, config.layer_decay)
+        parts.append(_scale(lambda part, layer: factor_of(layer) if part == "backbone" else 1.0))
     return optax.chain(*parts)
 
 
-def _scale_layers(backbone: nn.Module, decay: float) -> optax.GradientTransformation:
-    """Multiplies the updates of the backbone's layers, those of frozen ones by 0."""
-    factor_of = backbones.layer_factors(backbone, decay)
+def _scale(factor_of: Callable[[str, str], float]) -> optax.GradientTransformation:
+    """Multiplies updates by a factor of the first two keys that lead to them."""
 
     def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        return update * factor_of(path[1].key) if path[0].key == "backbone" else update
+        return update * factor_of(path[0].key, path[1].key if len(path) > 1 else "")
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 

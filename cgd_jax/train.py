@@ -20,7 +20,7 @@ from cgd_jax.evaluate import (
 )
 from cgd_jax.from_config import Setup, load_pretrained, name_backbone, set_up
 from cgd_jax.objective import network_of, triplet_margin
-from cgd_jax.reports import collapse, plots, tables
+from cgd_jax.reports import collapse, plots, tables, trackers
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
 from cgd_jax.runtime import console, files, interrupts, locks, processes
@@ -83,7 +83,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         if saved:
             console.say(f"Resumed from the checkpoint of step {int(saved.step)}.")
         state = saved or setup.state
-        with History(folder, int(state.step)) as history:
+        with (
+            trackers.tracking(config.train.tracker, folder, to_dict(config)) as track,
+            History(folder, int(state.step), track) as history,
+        ):
             state, stopped = train(
                 config, folder, setup, state, flops, checkpoints, history, started
             )

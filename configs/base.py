@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
     model.center = "none"  # "mean": takes it from the descriptors, so that none collapse
+    model.fc_init = "orthogonal"  # of the descriptors' FC layers; or "lecun_normal"
     model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
     model.frozen_blocks = 0  # so many of the backbone's lowest blocks, and its stem, never learn
     model.drop_path = 0.0  # chance that training leaves the last block out, of a ConvNeXt or ViT
@@ -108,6 +109,7 @@ def get_config() -> ConfigDict:
     optimizer.learning_rate = 1e-4  # the highest of the schedule
     optimizer.proxy_learning_rate = 1e-2  # likewise, of proxies and of class centres
     optimizer.backbone_rate = 1.0  # the backbone's learning rate, as a factor of the first
+    optimizer.fc_rate = 1.0  # the same of the descriptors' FC layers
     optimizer.layer_decay = 1.0  # below 1: every block's rate is so much that of the one above it
     optimizer.freeze_backbone_steps = 0  # for so many steps only the new layers learn
     optimizer.weight_decay = 0.0  # decoupled, for adamw and sgd; of kernels only
@@ -128,6 +130,7 @@ def get_config() -> ConfigDict:
     train.eval_every = 500  # steps between evaluations
     train.checkpoint_every = 100  # steps between checkpoints
     train.keep = 2  # latest checkpoints kept, beside the best
+    train.tracker = ""  # "wandb", "mlflow": shows the history there too, beside TensorBoard
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 256  # images

@@ -18,10 +18,10 @@ def get_config(descriptors: str = "SG"):
     config.model.last_stride = 2  # as it was trained; 6 × 6 positions
     config.model.freeze_batch_norm = True
     config.model.descriptors = descriptors
-    config.model.embedding_dim = 516  # shared evenly by 1, 2, 3 or 4 descriptors
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.backbone_rate = 0.2
+    config.optimizer.fc_rate = 0.1  # faster they learn the training classes by heart
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 20
 

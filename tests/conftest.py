@@ -13,12 +13,16 @@ import pytest
 from cgd_jax import train
 from tests import tiny
 
-# Many tests compile the same tiny networks; the commands they start share this too.
-_CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# Many tests compile the same tiny networks; the test processes, which inherit the folder from the
+# first one, and the commands that they start share this too.
+if "CGD_JAX_TEST_CACHE" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["CGD_JAX_TEST_CACHE"] = _CACHE.name
+_FOLDER = os.environ["CGD_JAX_TEST_CACHE"]
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _FOLDER
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_compilation_cache_dir", _FOLDER)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import re
 import subprocess
 import sys
 import types
@@ -137,20 +138,77 @@ def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
 def test_the_card_claims_only_what_is_so(finished_run):
     config, _, result = finished_run
     config = config.copy_and_resolve_references()
-    card = model_card.model_card(config, result)
+    card = model_card.model_card(config, result, "")
     assert "classes never seen in training" in card and "batch_hard_triplet (weight 1)" in card
     assert "cross-entropy (weight 1, temperature 0.5, smoothing 0.1)" in card
     changed = {**result, "classes": {"tested": 9, "trained on": 2}}
     changed["metrics"] = {**result["metrics"], "excluded": 3}
     config.loss.update(ranking_weight=0.0, smoothing=0.0)
     config.model.pretrained = "a_*folder*_/b"
-    card = model_card.model_card(config, changed)
+    card = model_card.model_card(config, changed, "")
     assert "(classes, 2 of 9 seen in training)" in card and "never" not in card
     assert "triplet" not in card and "smoothing 0)" in card
     assert r"the weights of a\_\*folder\*\_/b:" in card.replace("\n", " ")
     assert "3 without a true match were left out." in card
     older = {key: value for key, value in result.items() if key != "classes"}
-    assert "On the test images of blobs, per cent:" in model_card.model_card(config, older)
+    assert "On the test images of blobs, per cent:" in model_card.model_card(config, older, "")
+
+
+def test_the_program_runs_without_this_package(finished_run, tmp_path):
+    """The card's own lines, in a process that knows JAX only; batches of any size."""
+    _, workdir, _ = finished_run
+    folder = export.export_run(str(workdir))
+    (code,) = re.findall(
+        r"```python\n(from jax import .*?)```", (folder / "README.md").read_text(), re.S
+    )
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    program = (
+        "import numpy, sys\nimages = numpy.load('images.npy')\n"
+        + code
+        + "one = embed(images[:1])\n"
+        "numpy.savez('vectors', all=vectors, one=one)\n"
+        "print('cgd_jax' in sys.modules, 'flax' in sys.modules)\n"
+    )
+    (tmp_path / "embed.stablehlo").write_bytes((folder / "embed.stablehlo").read_bytes())
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["False", "False"]
+    expected = export.open_model(folder).embed(images)
+    found = np.load(tmp_path / "vectors.npz")
+    np.testing.assert_allclose(found["all"], expected, atol=1e-5)
+    np.testing.assert_allclose(found["one"], expected[:1], atol=1e-5)
+    program = jax.export.deserialize(bytearray((folder / "embed.stablehlo").read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu") and program.in_avals[0].dtype == np.uint8
+
+
+def test_the_metadata_that_hugging_face_reads(finished_run):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    _, workdir, result = finished_run
+    card = hub.ModelCard.load(export.export_run(str(workdir)) / "README.md").data
+    assert (card.library_name, card.pipeline_tag) == ("cgd_jax", "image-feature-extraction")
+    assert card.datasets == ["blobs"] and card.metrics == ["recall"]
+    measured = {row.metric_name: row.metric_value for row in card.eval_results}
+    assert list(measured) == ["R@1", "R@2", "R@4", "R@8", "MAP@R"]
+    assert measured["MAP@R"] == round(100 * result["metrics"]["map@r"], 2)
+
+
+def test_a_revision_of_a_repository(finished_run, monkeypatch, tmp_path):
+    _, workdir, _ = finished_run
+    folder, asked = export.export_run(str(workdir)), []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        return str(folder)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    export.open_model("owner/name", revision="v1.0")
+    export.open_model("owner/name")
+    assert asked == [("owner/name", "v1.0"), ("owner/name", None)]
+    with pytest.raises(ValueError, match="revision='v1.0' is of a repository, and .* lies here"):
+        export.open_model(folder, revision="v1.0")
 
 
 def test_what_cannot_be_exported(finished_run, tmp_path):

@@ -6,16 +6,15 @@ import json
 import logging
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
-from absl import flags
+
+from cgd_jax import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,30 +39,24 @@ def run(*arguments):
 def run_here(*arguments):
     """What `run` returns, from this process, in which JAX is imported and has compiled already.
 
-    Flags, log handlers and signal handlers are left as they were.
+    Log handlers and signal handlers are left as they were.
     """
     output, errors, status = io.StringIO(), io.StringIO(), 0
     loggers = [(log, log.handlers, log.level) for log in map(logging.getLogger, ("", "cgd_jax"))]
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         with (
-            mock.patch.object(sys, "argv", ["main.py", *arguments]),
             contextlib.chdir(ROOT),
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
         ):
-            runpy.run_path("main.py", run_name="__main__")
+            cli.main(["main.py", *arguments])
     except SystemExit as end:
         status = end.code or 0
         if isinstance(end.code, str):  # which Python itself would print
             status = 1
             print(end.code, file=errors)
     finally:
-        # Not those of libraries, which are imported, and define them, only once.
-        defined = {flag.name for flag in flags.FLAGS.get_key_flags_for_module("main.py")}
-        defined.update(name for name in flags.FLAGS if name.startswith("config."))
-        for name in defined:
-            delattr(flags.FLAGS, name)
         for log, handlers, level in loggers:
             log.handlers, log.propagate = handlers, True
             log.setLevel(level)
@@ -79,7 +72,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ([], "error: say what to run: --config=configs/glyphs.py, for example."),
+        ([], "error: say what to run: python main.py --config=glyphs, for example; --help lists"),
         (
             ["--config=configs/glyphs.py", "--config.train.step=4"],
             "error: --config.train.step: the config has no key 'step'; configs/base.py explains "
@@ -96,11 +89,11 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/nowhere.py"],
-            "error: --config=configs/nowhere.py: there is no such file; there are configs/base.py",
+            "error: --config=configs/nowhere.py: there is no such config or file; there are base,",
         ),
         (
             ["--config", "configs/nowhere.py:SG", "--config.train.steps=4"],
-            "error: --config=configs/nowhere.py: there is no such file; there are configs/base.py",
+            "error: --config=configs/nowhere.py: there is no such config or file; there are base,",
         ),
         (["--config=README.md"], "error: --config=README.md cannot be used: "),
         (
@@ -113,14 +106,14 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py", "--mode=tain"],
-            "should be one of <train|eval|data|export|study|explain|index|search|serve>",
+            "should be one of <train|eval|data|explain|export|study|index|search|serve>",
         ),
         (["--config=configs/glyphs.py", "--config.train.steps=many"], "'many'"),
         (
             ["--config=configs/glyphs.py", "--config.train=many"],
             "error: flag --config.train=many: Failed to parse 'many' as a ConfigDict",
         ),
-        (["--config=configs/glyphs.py", "train"], "error: 'train' is no flag"),
+        (["--config=configs/glyphs.py", "eval"], "'eval' is no flag; flags look like --mode=eval."),
         (["--mode=eval", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
         (["--mode=export", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
         (["--mode=explain", "--workdir=/nowhere"], "error: There is no run in /nowhere"),
@@ -128,7 +121,7 @@ def data(tmp_path_factory):
             ["--mode=explain", "--workdir=a", "--query=b.png"],
             "error: --query and --match go togeth",
         ),
-        (["--mode=eval", "--match=b.png"], "error: --query and --match go with --mode=explain"),
+        (["--mode=eval", "--match=b.png"], "error: --match goes with --mode=explain."),
         (
             ["--mode=explain", "--workdir=/nowhere", "--query=main.py", "--match=b.png"],
             "error: --match=b.png: there is no such file.",

@@ -157,6 +157,27 @@ def test_an_efficientnet_is_a_backbone():
     assert variables["params"]["fc_S"].shape == (1280, 4)
 
 
+@pytest.mark.parametrize("combination_, shape", [("concat", (1280, 4)), ("sum", (1280, 1500))])
+def test_fc_layers_begin_with_orthogonal_columns_or_rows(combination_, shape):
+    config = base.get_config().model
+    dim = shape[1] * (2 if combination_ == "concat" else 1)
+    config.update(backbone="efficientnet_lite0", embedding_dim=dim, combination=combination_)
+
+    def first_kernel(fc_init):
+        config.fc_init = fc_init
+        descriptors = [jnp.zeros((2, 1280))] * 2
+        variables = create_model(config, 3).init(jax.random.key(0), None, descriptors=descriptors)
+        assert variables["params"]["fc_G"].shape == shape
+        return variables["params"]["fc_G"]
+
+    kernel = first_kernel("orthogonal")
+    gram = kernel.T @ kernel if shape[1] < shape[0] else kernel @ kernel.T
+    np.testing.assert_allclose(gram, np.eye(min(shape)), atol=1e-4)
+    drawn = first_kernel("lecun_normal")
+    assert abs(np.std(drawn) * 1280**0.5 - 1) < 0.1
+    assert not np.allclose(drawn.T @ drawn, np.eye(shape[1]), atol=1e-2)
+
+
 def center(momentum=0.5):
     layer = Center(momentum)
     return layer, layer.init(jax.random.key(0), jnp.zeros((1, 3)), True)

@@ -67,6 +67,19 @@ def test_learning_rates_of_backbone_and_new_layers():
         np.testing.assert_allclose(updates["backbone"]["kernel"], expected, rtol=1e-4)
 
 
+def test_the_learning_rate_of_the_fc_layers():
+    config = base.get_config().optimizer
+    config.update(schedule="constant", learning_rate=0.1, backbone_rate=0.25, fc_rate=0.5)
+    optimizer = make_optimizer(config, 10)
+    names = ("backbone", "fc_S", "fc_raw", "auxiliary_fc")
+    params = {name: {"kernel": jnp.ones((1, 1))} for name in names}
+    params["gem_p_learned"] = jnp.ones(())
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    steps = {name: -float(jax.tree.leaves(update)[0].sum()) for name, update in updates.items()}
+    expected = [0.025, 0.05, 0.05, 0.1, 0.1]
+    np.testing.assert_allclose([steps[name] for name in params], expected, rtol=1e-4)
+
+
 def test_proxies_have_a_learning_rate_of_their_own_and_no_weight_decay():
     config = base.get_config().optimizer
     config.update(name="adamw", learning_rate=1e-3, proxy_learning_rate=0.5, weight_decay=0.9)

@@ -143,7 +143,7 @@ def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
         Index.create(tmp_path / "index", stand_in())
 
 
-def test_batches_are_padded_and_cut(monkeypatch):
+def test_batches_are_of_sizes_that_are_compiled_and_not_padded(monkeypatch):
     monkeypatch.setattr(indexes, "BATCHES", (1, 4))
     sizes = []
     network = stand_in()
@@ -155,7 +155,7 @@ def test_batches_are_padded_and_cut(monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
     found = indexes.embed_pixels(network._replace(embed=embed), pixels)
     np.testing.assert_allclose(found, network.embed(pixels), atol=1e-6)
-    assert sizes == [4, 4, 4]
+    assert sizes == [4, 4, 1, 1]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert indexes.batch_size() == 128
 

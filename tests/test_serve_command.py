@@ -74,7 +74,7 @@ def test_to_others_with_a_token(address, started, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--query=a"], "--query goes with --mode=search."),
+        (["--query=a"], "--query goes with --mode=explain and --mode=search."),
         (["--images=a"], "--images goes with --mode=index."),
         (["--host=203.0.113.7"], "--host=203.0.113.7 --port=8000 cannot be listened at: "),
         (["--index=/nowhere", "--port=0"], "--index=/nowhere: there is no index."),

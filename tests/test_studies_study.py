@@ -10,7 +10,7 @@ from cgd_jax.studies.study import FOLDER, Study, load, plan, with_base_config
 from configs import glyphs
 
 ROOT = Path(__file__).parents[1]
-STUDIES = sorted(path.stem for path in (ROOT / FOLDER).glob("*.py"))
+STUDIES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 VARIANTS = {"rank": {"loss.classification_weight": 0.0}, "both": {}}
@@ -19,14 +19,14 @@ TWO = Study("two", "Which?", "configs/glyphs.py", "both", VARIANTS, (0, 1))
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_that_come_along_can_be_run(name, tmp_path):
-    loaded = load(name, ROOT)
+    loaded = load(name)
     runs = plan(loaded, glyphs.get_config(), {}, str(tmp_path))
     assert len(runs) == len(loaded.variants) * len(loaded.seeds) and len(loaded.seeds) >= 3
     assert len(loaded.question) > 20 and Path(loaded.config).exists()
 
 
 def test_the_papers_descriptor_sets():
-    sets = set(load("descriptors", ROOT).variants)
+    sets = set(load("descriptors").variants)
     assert sets - {"R"} == set("S M G SM MS SG GS MG GM SMG MSG GSM".split())
 
 
@@ -51,7 +51,7 @@ def test_plan(tmp_path):
 
 def test_studies_share_runs(tmp_path):
     folders = [
-        {run.folder for run in plan(load(name, ROOT), glyphs.get_config(), {}, str(tmp_path))}
+        {run.folder for run in plan(load(name), glyphs.get_config(), {}, str(tmp_path))}
         for name in ("descriptors", "losses", "auxiliary", "combination")
     ]
     assert len(set.intersection(*folders)) == 3, "the reference of all of them"
@@ -96,7 +96,7 @@ def test_files_that_are_no_studies(tmp_path, text, message):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load(str(path), ROOT)
+        load(str(path))
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
@@ -119,7 +119,7 @@ def test_long_values_make_folders_of_their_own(tmp_path):
 @pytest.mark.parametrize("flags", [["--study=losses"], ["--study", "losses"], ["-study=losses"]])
 def test_a_study_brings_its_config(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it is found from anywhere
-    whole = with_base_config(["main.py", "--mode=study", *flags], ROOT)
+    whole = with_base_config(["main.py", "--mode=study", *flags])
     added = [flag for flag in whole if flag.startswith("--config=")]
     assert added == [f"--config={ROOT}/configs/glyphs.py"]
     assert [flag for flag in whole if flag not in added] == ["main.py", "--mode=study", *flags]
@@ -128,10 +128,10 @@ def test_a_study_brings_its_config(flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", [["--config=a.py"], ["--config", "a.py"], ["-config=a.py"]])
 def test_a_config_that_is_given_is_taken(config):
     given = ["main.py", *config, "--study=losses", "--config.train.steps=9"]
-    assert with_base_config(given, ROOT) == given
-    assert with_base_config(given[:2], ROOT) == given[:2]
+    assert with_base_config(given) == given
+    assert with_base_config(given[:2]) == given[:2]
 
 
 def test_a_study_that_is_not_there():
-    with pytest.raises(SystemExit, match="error: --study=other: there is no file .*descriptors"):
-        with_base_config(["main.py", "--study", "other"], ROOT)
+    with pytest.raises(SystemExit, match="error: --study=other: there is no such .*descriptors"):
+        with_base_config(["main.py", "--study", "other"])

@@ -25,8 +25,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-import pooch
-
 from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.files import describe_impostor
@@ -331,6 +329,8 @@ def download(wanted: Download, folder: Path) -> Path:
       OSError: the server cannot be reached or broke off.
       ValueError: the checksum differs.
     """
+    import pooch  # here: indexes read archives, and download none
+
     pooch.get_logger().setLevel(logging.WARNING)  # else it says what the progress bar says
     try:
         with progress(1, f"downloading {wanted.filename}", unit="B") as bar:

@@ -17,6 +17,7 @@ from cgd_jax.models.family import Features
 __all__ = [
     "CENTERS",
     "CGD",
+    "FC_INITS",
     "LEARN_P",
     "Center",
     "Output",
@@ -33,6 +34,14 @@ LEARN_P = ("fixed", "scalar", "channel")
 
 # What is taken from the descriptors before their FC layers: nothing, or their mean.
 CENTERS = ("none", "mean")
+
+# Initial kernels of the FC layers [C, k]. Orthogonal columns (or rows, if k > C) with equal norms
+# keep the distances of the descriptors as far as k numbers can; independent random entries of the
+# same variance do not: they stretch some directions and shrink others.
+FC_INITS = {
+    "orthogonal": nn.initializers.orthogonal(),
+    "lecun_normal": nn.initializers.lecun_normal(),
+}
 
 
 class Output(NamedTuple):
@@ -102,6 +111,7 @@ class CGD(nn.Module):
       gem_p: GeM's exponent, or its initial value when it is learned.
       learn_p: one of `LEARN_P`.
       center: one of `CENTERS`; the paper's is "none".
+      fc_init: one of `FC_INITS`; the paper does not say which.
       freeze_batch_norm: whether the backbone normalizes by its stored statistics in
         training too, and leaves them as they are.
       dtype: of the projections' inputs; norms and logits are float32.
@@ -115,6 +125,7 @@ class CGD(nn.Module):
     gem_p: float = 3.0
     learn_p: str = "fixed"
     center: str = "none"
+    fc_init: str = "orthogonal"
     freeze_batch_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -136,7 +147,7 @@ class CGD(nn.Module):
         )
         names = ["raw"] if self.combination == "raw" else self.descriptors
         kernels = [
-            self.param(f"fc_{name}", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+            self.param(f"fc_{name}", FC_INITS[self.fc_init], shape).astype(self.dtype)
             for name, shape in zip(names, shapes, strict=True)
         ]
         centered = descriptors
@@ -201,6 +212,7 @@ def create_model(config: Any, num_classes: int) -> CGD:
         gem_p=config.gem_p,
         learn_p=config.learn_p,
         center=config.center,
+        fc_init=config.fc_init,
         freeze_batch_norm=config.freeze_batch_norm,
         dtype=dtype,
     )
@@ -280,7 +292,7 @@ def _embed(model, variables, normalization, images, image_size, vector, flip, sc
     views = []
     for scale in scales:
         side = round(scale * image_size)
-        shape = (len(images), side, side, 3)
+        shape = (images.shape[0], side, side, 3)
         view = images if side == image_size else jax.image.resize(images, shape, "linear")
         views += [view, view[:, :, ::-1]] if flip else [view]
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -17,13 +18,20 @@ from cgd_jax.runtime import console, files
 class History:
     """One row for each step that was logged or evaluated: history.csv, and TensorBoard's events."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        track: Callable[[int, dict[str, float]], object] = lambda step, values: None,
+    ):
         """Opens the history of a run.
 
         Args:
           folder: of the run; need not hold a history.
           step: where the run goes on; later rows are dropped.
+          track: is given what is added as well, see `trackers.tracking`.
         """
+        self.track = track
         self.path = folder / "history.csv"
         self.rows = [row for row in read_history(self.path) if row["step"] <= step]
         self._write()
@@ -53,6 +61,7 @@ class History:
             self.events.flush()
         with files.warn_on_write_error(self.path.name):
             self._write()
+        self.track(step, values)
 
     def _write(self) -> None:
         columns = dict.fromkeys(["step", *(key for row in self.rows for key in row)])

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,11 @@ def say(text: str) -> None:
             return
     encoding = sys.stdout.encoding or "utf-8"
     tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def columns() -> int:
+    """Returns how many characters a line of the terminal has; 80 where there is none."""
+    return shutil.get_terminal_size().columns
 
 
 def show_log() -> None:

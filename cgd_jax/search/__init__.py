@@ -4,7 +4,11 @@ index = search.Index.open("runs/index")
 hits = index.search("query.jpg", k=5)
 """
 
-from cgd_jax.search.index import Index, IndexInfo, Record
-from cgd_jax.search.stores import Hit, StoreError
+from cgd_jax.runtime import packages
+
+packages.require("cgd_jax.search", "search", "PIL", "cv2", "simplejpeg", "pyarrow", "tqdm")
+
+from cgd_jax.search.index import Index, IndexInfo, Record  # noqa: E402
+from cgd_jax.search.stores import Hit, StoreError  # noqa: E402
 
 __all__ = ["Hit", "Index", "IndexInfo", "Record", "StoreError"]

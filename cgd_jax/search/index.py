@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Index", "IndexInfo", "Query", "Record"]
 
-# Images are embedded in batches of one of these sizes, each of which is compiled once.
-BATCHES = (1, 16)
+# Images are embedded in batches of these sizes, each of which is compiled once. Any number is a
+# sum of them: on a CPU, where an image takes as long alone as among others, padding would be paid.
+BATCHES = (1, 4, 16)
 BATCH_OF_ACCELERATOR = 128
 
 # A file, an image, its pixels [H, W, 3] uint8, or a vector [D] of floats.
@@ -488,13 +489,12 @@ def batch_size() -> int:
 
 def embed_pixels(network: Network, pixels: np.ndarray) -> np.ndarray:
     """Embeds any number of images [B, resize, resize, 3] uint8: [B, D] float32."""
-    sizes = (*BATCHES, batch_size())
-    vectors = []
-    for at in range(0, len(pixels), sizes[-1]):
-        some = pixels[at : at + sizes[-1]]
-        size = next(size for size in sizes if size >= len(some))
-        padded = np.pad(some, ((0, size - len(some)), (0, 0), (0, 0), (0, 0)))
-        vectors.append(np.asarray(network.embed(padded), np.float32)[: len(some)])
+    sizes = {*BATCHES, batch_size()}
+    vectors, at = [], 0
+    while at < len(pixels):
+        size = max(size for size in sizes if size <= len(pixels) - at)
+        vectors.append(np.asarray(network.embed(pixels[at : at + size]), np.float32))
+        at += size
     return np.concatenate(vectors)
 
 

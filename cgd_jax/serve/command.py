@@ -3,7 +3,7 @@
 import os
 import socket
 
-from cgd_jax.runtime import console
+from cgd_jax.runtime import console, packages
 from cgd_jax.search import Index
 from cgd_jax.search.commands import keep_compiled
 
@@ -37,15 +37,11 @@ def serve(
       ValueError: the index is of another network, or the token is short.
     """
     keep_compiled(address)  # before JAX is imported, which reads it then
-    try:
-        import uvicorn
+    packages.require("--mode=serve", "serve", "fastapi", "uvicorn")
+    import uvicorn
 
-        from cgd_jax.serve import app, guard
-    except ImportError as error:
-        raise ImportError(
-            f"--mode=serve needs {error.name}, which is not installed: pip install "
-            f"'cgd_jax[search]', or in a clone pip install fastapi uvicorn."
-        ) from error
+    from cgd_jax.serve import app, guard
+
     token = os.environ.get(TOKEN) or None
     if token is None and host not in guard.LOOPBACK:
         token = guard.new_token()

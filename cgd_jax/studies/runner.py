@@ -1,6 +1,6 @@
 """Trains the runs of a study, each in a process of its own.
 
-python main.py --config=configs/glyphs.py --mode=study --study=descriptors
+cgd_jax --mode=study --study=descriptors
 
 On a CPU several runs can share the cores. With accelerators one run at a time has them all;
 `--dry_run` prints the command of every run, to be started on a device of its own.
@@ -247,11 +247,11 @@ def show_plan(
     """
     path = Path(workdir, "first_steps.json")
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rows, total = [], 0.0
+    rows, total, is_flag = [], 0.0, lambda argument: argument.startswith("--")
     for run in tqdm(runs, desc="first steps", unit="run", leave=False, disable=None):
         state, left = "finished", 0.0
         if run in waiting:
-            flags = {*command[2:], *flags_of(run)} - {f"--config.seed={run.seed}"}
+            flags = {*filter(is_flag, command), *flags_of(run)} - {f"--config.seed={run.seed}"}
             key = shlex.join(sorted(flags))
             if key not in known:
                 known[key] = time_first_steps(run, command, workdir, places[0])

@@ -9,12 +9,13 @@ from typing import NamedTuple
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from cgd_jax import config_files
 from cgd_jax.config import ConfigError, validate
 from cgd_jax.workdir import check_workdir
 
 __all__ = ["Run", "Study", "load", "plan", "with_base_config"]
 
-FOLDER = "configs/studies"  # in the clone
+FOLDER = config_files.FOLDER / "studies"
 
 # Recall is taken at the last step, not at the step where the test classes liked it best:
 # choosing by what is reported favours the variant that is evaluated or jumps the most (Musgrave
@@ -51,21 +52,22 @@ class Run(NamedTuple):
         return f"{self.variant}, seed {self.seed}"
 
 
-def load(name: str, clone: Path) -> Study:
+def load(name: str) -> Study:
     """Reads a study.
 
     Args:
-      name: of a file in configs/studies without its .py, or the path of a file.
-      clone: the folder that holds configs/; the study's CONFIG is relative to it.
+      name: of a file in configs/studies without its .py, or the path of a file; its CONFIG is
+        found as --config is.
 
     Raises:
       ConfigError: there is none, or it is not as it should be.
     """
-    folder = clone / FOLDER
-    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("[!_]*.py")))
-        raise ConfigError(f"--study={name}: there is no file {path}; there are {known}.")
+    path = config_files.find(name, FOLDER)
+    if path is None:
+        raise ConfigError(
+            f"--study={name}: there is no such study or file; there are "
+            f"{config_files.listed(FOLDER)}."
+        )
     spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
@@ -73,7 +75,7 @@ def load(name: str, clone: Path) -> Study:
         spec.loader.exec_module(module)
         question = " ".join((module.__doc__ or "").split())
         variants, seeds = dict(module.VARIANTS), tuple(module.SEEDS)
-        config, reference = str(clone / module.CONFIG), module.REFERENCE
+        config, reference = str(config_files.find(module.CONFIG) or ""), module.REFERENCE
     except Exception as error:
         raise ConfigError(
             f"{path} is not a study: {type(error).__name__}: {error}. It needs CONFIG, VARIANTS "
@@ -85,15 +87,16 @@ def load(name: str, clone: Path) -> Study:
         raise ConfigError(
             f"{path}: REFERENCE={reference!r} is none of VARIANTS, {', '.join(variants)}."
         )
+    if not config:
+        raise ConfigError(f"{path}: there is no file CONFIG={module.CONFIG!r}.")
     return Study(path.stem, question, config, reference, variants, seeds)
 
 
-def with_base_config(argv: list[str], clone: Path) -> list[str]:
+def with_base_config(argv: list[str]) -> list[str]:
     """Adds --config of a study to a command line that has --study, but no --config.
 
     Args:
       argv: the command line, flags written as `--flag=value` or `--flag value`.
-      clone: as for `load`.
 
     Raises:
       SystemExit: there is no such study.
@@ -106,7 +109,7 @@ def with_base_config(argv: list[str], clone: Path) -> list[str]:
     if "study" not in given or "config" in given:
         return argv
     try:
-        return [argv[0], f"--config={load(given['study'], clone).config}", *argv[1:]]
+        return [argv[0], f"--config={load(given['study']).config}", *argv[1:]]
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,0 +1,30 @@
+"""Packages that only some parts of the project need."""
+
+import importlib.util
+
+__all__ = ["missing", "require"]
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Checks that packages are installed, before anything imports them.
+
+    Args:
+      what: needs them.
+      extra: of this project's pyproject.toml, which brings them.
+      modules: as they are imported.
+
+    Raises:
+      ModuleNotFoundError: Names the first that is missing, and the extra.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise missing(what, extra, module)
+
+
+def missing(what: str, extra: str, module: str | None) -> ModuleNotFoundError:
+    """Returns the error that `require` raises."""
+    return ModuleNotFoundError(
+        f"{what} needs the package {module}, which is not installed. Install all that it needs "
+        f"with pip install 'cgd_jax[{extra}]', or in a clone pip install '.[{extra}]'.",
+        name=module,
+    )

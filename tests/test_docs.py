@@ -1,0 +1,145 @@
+"""The pages of docs/ say what the program has: its options, its flags, its files."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cgd_jax import cli, config, config_files
+from configs import base
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")])
+# The others tell of what somebody might add, and of what was.
+TRUE_TODAY = [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "CHANGELOG.md")]
+GROUPS = sorted({key.partition(".")[0] for key in config.RULES if "." in key})
+OPTION = re.compile(rf"\b(?:{'|'.join(GROUPS)})(?:\.[a-z_0-9]+)+\b")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    path = ROOT / "docs" / "option_tables.py"
+    spec = importlib.util.spec_from_file_location("option_tables", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_of_options_has_every_key_with_its_default_and_a_meaning(tables):
+    rows = re.findall(
+        r"^\| \[`([\w.]+)`\]\{#([\w-]+)\} \| `(.*?)` \| (.*) \|$", tables.options(), re.M
+    )
+    found = {key: (default, meaning) for key, _, default, meaning in rows}
+    defaults = config.flatten(base.get_config().to_dict())
+    assert found.keys() == config.RULES.keys() == defaults.keys()
+    assert len({anchor for _, anchor, _, _ in rows}) == len(rows)
+    for key, (default, meaning) in found.items():
+        assert default.strip('"') == ("" if defaults[key] == "" else repr(defaults[key])), key
+        # A few names say all there is to say.
+        assert meaning.strip() or key in ("train.steps",), key
+
+
+def test_page_of_options_has_every_comment_of_the_base_config(tables):
+    text = tables.options()
+    source = Path(base.__file__).read_text(encoding="utf-8")
+    comments = re.findall(r"(?:^ *|  )# (.*)$", source, re.MULTILINE)
+    assert len(comments) > 50
+    for comment in comments:
+        assert tables.cell(comment) in text, comment
+
+
+def test_comments_belong_to_their_keys(tables, tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(
+        "def get_config():\n"
+        "    config = ConfigDict()\n"
+        "    # Of the whole group,\n"
+        "    # in two lines.\n"
+        "    config.data = data = ConfigDict()\n"
+        "    data.size = 3  # pixels\n"
+        "    # Both.\n"
+        "    data.name = 'a # b'\n"
+        "    data.path = ''\n"
+        "    # What follows:\n"
+        "    data.crop = 2  # more pixels\n"
+        "    data.flip = True\n"
+    )
+    assert list(tables.read_comments(path)) == [
+        ("data", "Of the whole group, in two lines.", ""),
+        ("data.size", "", "pixels"),
+        ("data.name", "", "Both."),
+        ("data.path", "", "Both."),
+        ("data.crop", "What follows:", "more pixels"),
+        ("data.flip", "", ""),
+    ]
+
+
+def test_page_of_experiments_says_what_each_file_changes(tables):
+    text = tables.experiments()
+    for path in (ROOT / "configs").glob("*.py"):
+        assert path.stem == "base" or f"### {path.name}\n" in text
+    glyphs = text[text.index("### glyphs.py") : text.index("### grocery.py")]
+    assert "| [`model.width`](#model-width) | `32` |" in glyphs
+    assert "`model.gem_p`" not in glyphs  # as in base.py
+
+
+@pytest.mark.parametrize("page", TRUE_TODAY, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_pages_name_options_that_exist(page):
+    known = {*config.RULES, *(key.rpartition(".")[0] for key in config.RULES)}
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    named = {option for code in re.findall(r"`([^`\n]+)`", text) for option in OPTION.findall(code)}
+    files = re.compile(r"\.(py|csv|json|md|png|npz|safetensors)$")
+    assert {name for name in named - known if not files.search(name)} == set()
+
+
+@pytest.mark.parametrize("page", TRUE_TODAY, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_have_flags_and_options_that_exist(page):
+    known = cli.define_flags(["main.py"])
+    for text in commands(page.read_text(encoding="utf-8")):
+        for word in shlex.split(text, comments=True):
+            flag, _, value = word.lstrip("-").partition("=")
+            if not word.startswith("--"):
+                continue
+            if flag.startswith("config."):
+                assert flag.removeprefix("config.") in config.RULES, word
+            else:
+                assert flag in known or flag.removeprefix("no") in known, word
+            if flag == "config":
+                name = value.partition(":")[0]
+                a_users = re.fullmatch(r"\w+\.py", name)  # of no folder: a file one has written
+                assert a_users or config_files.find(name), word
+            if flag == "mode":
+                known["mode"].parser.parse(value)
+
+
+def commands(text: str) -> list[str]:
+    """Returns the commands of this project in the code blocks of a page and in its lines."""
+    found = []
+    for _, block in FENCE.findall(text):
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [line for line in lines if "main.py" in line or line.startswith("cgd_jax ")]
+    found += re.findall(r"`((?:python main\.py|cgd_jax) [^`]*)`", FENCE.sub("", text))
+    calls = [re.split(r"(?:^|\s)\S*(?:main\.py|cgd_jax) ", line, maxsplit=1) for line in found]
+    return [re.sub(r'["&]*\s*&?$', "", call[1]) for call in calls if len(call) > 1]
+
+
+def test_commands_are_found():
+    text = (
+        "```\na=1 python main.py --mode=eval \\\n  --workdir=x &\n```\nor `python main.py --k=2`\n"
+    )
+    assert [shlex.split(found) for found in commands(text)] == [
+        ["--mode=eval", "--workdir=x"],
+        ["--k=2"],
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_of_the_repository(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), target

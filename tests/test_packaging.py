@@ -1,0 +1,82 @@
+"""What pip installs, and what is said where something is missing."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from cgd_jax import cli
+from cgd_jax.runtime import packages
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+
+def requirements_of(extra):
+    """Everything that an extra brings, by name."""
+    found = {}
+    for requirement in map(Requirement, EXTRAS[extra]):
+        if requirement.name == "cgd_jax":
+            for included in requirement.extras:
+                found |= requirements_of(included)
+        else:
+            found[requirement.name.lower()] = requirement
+    return found
+
+
+def test_base_and_train_are_the_complete_set():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    complete = [line.partition("#")[0].strip() for line in lines]
+    complete = sorted(str(Requirement(line)) for line in complete if line)
+    installed = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
+    assert sorted(map(str, [*installed, *requirements_of("train").values()])) == complete
+
+
+def test_all_is_all_and_an_extra_says_the_same_as_another():
+    stated = {}
+    for requirement in (r for extra in EXTRAS for r in requirements_of(extra).values()):
+        assert stated.setdefault(requirement.name, requirement) == requirement
+    assert requirements_of("all").keys() == {name.lower() for name in stated}
+
+
+def test_every_package_of_the_clone_is_installed():
+    listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
+    folders = {path.parent for path in (ROOT / "cgd_jax").rglob("*.py")}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert listed == found | {"cgd_jax.configs", "cgd_jax.configs.studies"}
+
+
+def test_every_mode_says_which_extra_it_needs():
+    assert {mode.extra for mode in cli.MODES.values()} <= EXTRAS.keys()
+
+
+def test_a_package_that_is_missing():
+    packages.require("This", "train", "jax", "numpy")
+    with pytest.raises(ModuleNotFoundError) as caught:
+        packages.require("This", "train", "jax", "no_such_package", "neither")
+    assert str(caught.value).startswith("This needs the package no_such_package, which is not")
+    assert "pip install 'cgd_jax[train]'" in str(caught.value)
+
+
+def test_modes_and_modules_say_what_they_lack():
+    """As somebody sees it who installed JAX, NumPy and SciPy only."""
+    code = """
+import importlib.util
+find_spec, absent = importlib.util.find_spec, ("flax", "pyarrow", "absl")
+importlib.util.find_spec = lambda name: None if name in absent else find_spec(name)
+for name in ("cgd_jax.models", "cgd_jax.search"):
+    try: __import__(name)
+    except ModuleNotFoundError as error: print(error)
+from cgd_jax.__main__ import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    models, search = run.stdout.splitlines()
+    assert "cgd_jax.models needs the package flax" in models and "cgd_jax[models]" in models
+    assert "cgd_jax.search needs the package pyarrow" in search and "cgd_jax[search]" in search
+    assert run.returncode == 1 and "jax" not in run.stderr.partition("cgd_jax[")[0]
+    assert run.stderr.startswith("error: The command line needs the package absl")
