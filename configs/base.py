@@ -63,15 +63,11 @@ def get_config() -> ConfigDict:
     config.loss = loss = ConfigDict()
     loss.ranking = "batch_hard_triplet"  # one of those below, see docs/losses.md
     loss.ranking_weight = 1.0  # 0 switches the ranking loss off
-    # Of the losses on pairs: which pairs of a batch ("batch_hard", "semi_hard",
-    # "distance_weighted"), and how many embeddings of earlier batches they see besides.
-    loss.miner = "batch_all"
-    loss.memory = 0
+    loss.miner = "batch_all"  # which pairs losses on pairs and triplets see
+    loss.memory = 0  # so many embeddings of earlier batches they see besides
     loss.memory_from = 1000  # the step at which the memory begins to fill
     loss.distance_weighted = ConfigDict({"cutoff": 0.5, "nonzero_cutoff": 1.4})
-    # "softmax", the paper's, of the first descriptor; "normalized_softmax", "cosface", "arcface"
-    # of the embedding.
-    loss.classification = "softmax"
+    loss.classification = "softmax"  # of the first descriptor; the others are of the embedding
     loss.classification_weight = 1.0  # 0 switches the auxiliary loss off (the paper's "Rank")
     loss.temperature = 0.5  # of "softmax", τ: the logits are divided by it
     loss.smoothing = 0.1  # of "softmax", ε of the label smoothing
