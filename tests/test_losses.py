@@ -20,6 +20,13 @@ def batch(seed=0, size=12, dim=5, classes=4):
     return embeddings.astype(np.float32), rng.integers(0, classes, size).astype(np.int32)
 
 
+@jax.jit
+def all_losses(embeddings, labels):
+    """The value and the gradient of every ranking loss: one program for all tests."""
+    gradients = {name: jax.value_and_grad(loss) for name, loss in RANKING_LOSSES.items()}
+    return {name: value_and_grad(embeddings, labels) for name, value_and_grad in gradients.items()}
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -106,15 +113,17 @@ def by_loops(name, embeddings, labels, margin=0.1, alpha=2.0, beta=50.0, base=0.
     return sum(terms) / len(terms) if terms else 0.0
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from(sorted(RANKING_LOSSES)))
-def test_ranking_losses_against_loops(seed, classes, name):
+MARGIN = {"contrastive": {"margin": 1.0}}  # of the defaults, what `by_loops` has otherwise
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_ranking_losses_against_loops(seed, classes):
     embeddings, labels = batch(seed, classes=classes)
-    margin = {"margin": 0.3} if name.endswith("_triplet") or name == "contrastive" else {}
-    margin = {} if name == "soft_margin_triplet" else margin
-    value = RANKING_LOSSES[name](jnp.asarray(embeddings), jnp.asarray(labels), **margin)
-    assert value.dtype == jnp.float32 and value.shape == ()
-    np.testing.assert_allclose(value, by_loops(name, embeddings, labels, **margin), 2e-4, 1e-5)
+    for name, (value, _) in all_losses(embeddings, labels).items():
+        assert value.dtype == jnp.float32 and value.shape == ()
+        expected = by_loops(name, embeddings, labels, **MARGIN.get(name, {}))
+        np.testing.assert_allclose(value, expected, 2e-4, 1e-5, err_msg=name)
 
 
 def test_worked_by_hand():
@@ -130,27 +139,36 @@ def test_worked_by_hand():
     np.testing.assert_allclose(losses.contrastive_loss(x, y, margin=2.0), contrastive / 4, 1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(RANKING_LOSSES))
-def test_anchors_without_positive_or_negative_are_left_out(name):
-    loss = RANKING_LOSSES[name]
-    embeddings, labels = batch(1, size=8, classes=3)
+def test_anchors_without_positive_or_negative_are_left_out():
+    embeddings, labels = batch(1, classes=3)
     labels[-1] = 99  # alone in its class
-    value = float(loss(jnp.asarray(embeddings), jnp.asarray(labels)))
-    kwargs = {"margin": 1.0} if name == "contrastive" else {}
-    assert value == pytest.approx(by_loops(name, embeddings, labels, **kwargs), rel=1e-4)
-    for labels in (np.arange(8), np.zeros(8, np.int32)):  # no positives; no negatives
-        value, gradient = jax.value_and_grad(loss)(jnp.asarray(embeddings), jnp.asarray(labels))
-        assert value == 0 and np.all(gradient == 0)
+    for name, (value, _) in all_losses(embeddings, labels).items():
+        expected = by_loops(name, embeddings, labels, **MARGIN.get(name, {}))
+        assert float(value) == pytest.approx(expected, rel=1e-4), name
+    for labels in (
+        np.arange(12, dtype=np.int32),
+        np.zeros(12, np.int32),
+    ):  # no positives; no negatives
+        for name, (value, gradient) in all_losses(embeddings, labels).items():
+            assert value == 0 and np.all(gradient == 0), name
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", sorted(RANKING_LOSSES))
-def test_gradients_are_finite_for_identical_embeddings(name, dtype):
-    labels = jnp.array([0, 0, 1, 1, 2, 2])
-    for embeddings in (jnp.ones((6, 4), dtype) / 2, jnp.zeros((6, 4), dtype)):
-        value, gradient = jax.value_and_grad(RANKING_LOSSES[name])(embeddings, labels)
-        assert np.isfinite(value) and np.all(np.isfinite(gradient.astype(jnp.float32)))
-        assert value > 0, "a collapsed batch must cost something"
+def test_gradients_are_finite_for_identical_embeddings():
+    labels = np.repeat(np.arange(4, dtype=np.int32), 3)
+    for embeddings in (np.full((12, 5), 0.5, np.float32), np.zeros((12, 5), np.float32)):
+        for name, (value, gradient) in all_losses(embeddings, labels).items():
+            assert np.isfinite(value) and np.all(np.isfinite(gradient)), name
+            assert value > 0, f"{name}: a collapsed batch must cost something"
+
+
+def test_half_precision_is_computed_in_float32():
+    embeddings, labels = batch(3)
+    half = jnp.asarray(embeddings, jnp.bfloat16)
+    expected = all_losses(half.astype(jnp.float32), labels)
+    for name in ("batch_hard_triplet", "multi_similarity", "smooth_ap"):
+        value, gradient = jax.jit(jax.value_and_grad(RANKING_LOSSES[name]))(half, labels)
+        assert value.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
+        np.testing.assert_allclose(value, expected[name][0], rtol=1e-5)
 
 
 def circle_with_fixed_weights(fixed, embeddings, labels):
@@ -165,47 +183,42 @@ def circle_with_fixed_weights(fixed, embeddings, labels):
     return jnp.mean(jax.nn.softplus(over(pull, positive) + over(push, negative))[valid])
 
 
-@pytest.mark.parametrize("name", sorted(RANKING_LOSSES))
-def test_ranking_gradients_against_finite_differences(name):
-    embeddings, labels = batch(5, size=8, classes=3)
-    embeddings, labels = jnp.asarray(embeddings), jnp.asarray(labels)
-    loss = RANKING_LOSSES[name]
-    if name == "circle":  # whose weights pass no gradient: the differences see them
-        loss = functools.partial(circle_with_fixed_weights, embeddings)
-    gradient = jax.grad(RANKING_LOSSES[name])(embeddings, labels)
-    direction = np.random.default_rng(0).normal(size=embeddings.shape)
-    direction = jnp.asarray(direction / np.linalg.norm(direction), jnp.float32)
+def test_ranking_gradients_against_finite_differences():
+    embeddings, labels = batch(5, classes=3)
+    direction = np.random.default_rng(0).normal(size=embeddings.shape).astype(np.float32)
+    direction /= np.linalg.norm(direction)
     h = 1e-3
-    numeric = loss(embeddings + h * direction, labels) - loss(embeddings - h * direction, labels)
-    np.testing.assert_allclose(jnp.vdot(gradient, direction), numeric / (2 * h), 0.05, 2e-3)
-    assert float(jnp.abs(gradient).max()) > 1e-3
+    ahead, behind = (all_losses(embeddings + s * h * direction, labels) for s in (1, -1))
+    for name, (_, gradient) in all_losses(embeddings, labels).items():
+        difference = ahead[name][0] - behind[name][0]
+        if name == "circle":  # whose weights pass no gradient: the differences see them
+            fixed = functools.partial(circle_with_fixed_weights, embeddings)
+            difference = fixed(embeddings + h * direction, labels)
+            difference -= fixed(embeddings - h * direction, labels)
+        numeric = difference / (2 * h)
+        np.testing.assert_allclose(np.vdot(gradient, direction), numeric, 0.05, 2e-3, err_msg=name)
+        assert np.abs(gradient).max() > 1e-3
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.integers(0, 1000), st.sampled_from(sorted(RANKING_LOSSES.keys() - {"n_pair"})))
-def test_order_of_the_batch_and_names_of_classes_do_not_matter(seed, name):
+@given(st.integers(0, 1000))
+def test_order_of_the_batch_and_names_of_classes_do_not_matter(seed):
     embeddings, labels = batch(seed)
     order = np.random.default_rng(seed).permutation(len(labels))
-    loss = RANKING_LOSSES[name]
-    value = loss(jnp.asarray(embeddings), jnp.asarray(labels))
-    shuffled = loss(jnp.asarray(embeddings[order]), jnp.asarray(1000 - labels[order]))
-    np.testing.assert_allclose(value, shuffled, rtol=1e-4, atol=1e-6)
+    plain, shuffled = (
+        all_losses(embeddings, labels),
+        all_losses(embeddings[order], 1000 - labels[order]),
+    )
+    for name in RANKING_LOSSES.keys() - {"n_pair"}:  # which takes the first two of a class
+        value, other = plain[name][0], shuffled[name][0]
+        np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_separated_classes_cost_nothing():
-    embeddings = jnp.repeat(jnp.eye(4), 3, 0)
-    labels = jnp.repeat(jnp.arange(4), 3)
-    for name in ("batch_hard_triplet", "batch_all_triplet", "semi_hard_triplet", "contrastive"):
-        assert RANKING_LOSSES[name](embeddings, labels) == 0
-    assert losses.multi_similarity_loss(embeddings, labels) == 0
-
-
-def test_under_jit():
-    embeddings, labels = (jnp.asarray(a) for a in batch(2))
-    for loss in RANKING_LOSSES.values():
-        np.testing.assert_allclose(
-            jax.jit(loss)(embeddings, labels), loss(embeddings, labels), rtol=1e-5
-        )
+    found = all_losses(np.repeat(np.eye(5, dtype=np.float32)[:4], 3, 0), np.repeat(np.arange(4), 3))
+    triplets = ("batch_hard_triplet", "batch_all_triplet", "semi_hard_triplet")
+    for name in (*triplets, "contrastive", "multi_similarity"):
+        assert found[name][0] == 0, name
 
 
 def test_batch_all_memory_grows_with_the_square_of_the_batch():
