@@ -6,7 +6,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -112,7 +112,7 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
       argv: the command line, in which --config.KEY is looked for.
     """
     given = flags.FlagValues()
-    known = {"flag_values": given}
+    known: dict[str, Any] = {"flag_values": given}
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -246,7 +246,7 @@ def help_text(argv: list[str]) -> str:
 
 
 def _wrapped(first: str, text: str, width: int) -> list[str]:
-    options = {"subsequent_indent": " " * len(first), "break_on_hyphens": False}
+    options: dict[str, Any] = {"subsequent_indent": " " * len(first), "break_on_hyphens": False}
     return textwrap.wrap(text, width, initial_indent=first, **options)
 
 
@@ -276,7 +276,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     except flags.Error as error:
         sys.exit(f"error: {error}")
     except Exception as error:  # whatever the user's file raises
-        text = error
+        text: Any = error
         while isinstance(text, AttributeError | KeyError) and text.args:  # one wraps the other
             text = text.args[0]
         text = " ".join(str(text).split())
@@ -287,8 +287,8 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
                         f"error: {flag}: the config has no key {absent[0]}; configs/base.py "
                         f"explains those it has.{text[absent.end() :]}"
                     )
-        given = re.search(r"^--?config[=\n]([^:\n]*)", "\n".join(argv), re.MULTILINE)
-        file = given[1] if given else ""
+        named = re.search(r"^--?config[=\n]([^:\n]*)", "\n".join(argv), re.MULTILINE)
+        file = named[1] if named else ""
         sys.exit(f"error: --config={file} cannot be used: {type(error).__name__}: {text}")
 
 
@@ -368,7 +368,7 @@ def run_mode(given: flags.FlagValues) -> None:
     from cgd_jax.studies import runner, study
     from cgd_jax.workdir import default_workdir
 
-    workdir, config_file = given.workdir, None
+    workdir, config_file = given.workdir, ""
     if given.config:
         config_file = config_flags.get_config_filename(given["config"])
     if not workdir:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cgd_jax import checkpoint, complementarity, geometry, metrics, rerank
 from cgd_jax.config import validate
@@ -315,7 +314,7 @@ def embed_images(
         return (images[np.resize(chosen, batch_size)[rows]],)
 
     parts = []
-    with tqdm(total=count, desc=title, unit="image", leave=False, disable=None) as bar:
+    with console.progress(count, title, log_every=None) as bar:
         for (batch,) in prefetch(make_batch, range(-(-count // batch_size)), sharding):
             parts.append(processes.to_host(embed(batch)))
             bar.update(min(batch_size, count - bar.n))

@@ -106,8 +106,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         results = {**result, "baselines": baselines}
         files.write_json(folder / "results.json", results)
     say_results(config, results)
-    seconds = time.time() - started
-    console.say(f"\n{seconds:.0f} s in all. Look at curves.png and retrievals.png in {workdir}.")
+    took = console.duration(time.time() - started)
+    console.say(f"\n{took} in all. Look at curves.png and retrievals.png in {workdir}.")
     return results
 
 
@@ -175,7 +175,7 @@ def train(
             progress.update()
             if step == first + 1:
                 jax.block_until_ready(metrics)
-                console.say(f"First step after {time.time() - started:.0f} s.")
+                console.say(f"First step after {console.duration(time.time() - started)}.")
                 meter.restart()
 
             row, recalls = {}, {}
@@ -267,8 +267,8 @@ def run_facts(config: ConfigDict, workdir: str, setup: Setup, flops: float) -> d
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "network": f"{config.model.backbone}, descriptors "
         f"{config.model.descriptors}, embedding {config.model.embedding_dim}",
-        "parameters": f"{parameters:,}",
-        "FLOPs per image": f"{flops:,.0f}",
+        "parameters": console.quantity(parameters),
+        "FLOPs per image": console.quantity(flops),
         "batch": f"{train.classes_per_batch} classes × {train.images_per_class} images = {images}",
         "steps": f"{train.steps:,}",
         "work folder": workdir,

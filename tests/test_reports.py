@@ -288,6 +288,16 @@ def test_progress_prints_lines_where_there_is_no_terminal(capsys):
     with Progress(10, 200) as progress:
         progress.update()
         progress.log(20, {"loss": 0.5, "images_per_second": 99.6, "recall@1": 0.5, "accuracy": 1})
-    line = capsys.readouterr().out
-    assert line.startswith("step  20/200  loss 0.5000  images/s 100  R@1 50.00 %")
-    assert line.rstrip().endswith("left")
+    losses, recalls = capsys.readouterr().out.splitlines()
+    assert losses.startswith("step  20/200  loss 0.500  100 img/s  ") and losses.endswith("left")
+    assert recalls == "step  20/200  R@1 50.00 %"
+
+
+def test_lines_of_training_fit_a_terminal(capsys):
+    row = {"loss": 2.23721, "ranking_loss": 0.4433, "classification_loss": 1.7940}
+    row |= {f"recall@{k}": 1.0 for k in (1, 2, 4, 8)} | {"images_per_second": 1234.5}
+    with Progress(0, 1500) as progress:
+        progress.started -= 600
+        progress.log(1000, row)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 80, lines

@@ -42,7 +42,12 @@ class FakeWandb:
             yield
 
         opened = run()
-        opened.id, opened.url, opened.step = id, f"https://wandb/{id}", max(rows, default=0)
+        opened.offline, opened.id, opened.url, opened.step = (
+            False,
+            id,
+            f"https://wandb/{id}",
+            max(rows, default=0),
+        )
         opened.log = lambda values, step: rows.setdefault(step, {}).update(values)
         return opened
 

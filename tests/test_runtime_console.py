@@ -37,3 +37,31 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(caplog):
     assert [line.partition(" in ")[0] for line in lines if "labels" in line] == [
         "reading labels: 50 of 50"
     ]
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [
+        *((0, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s")),
+        *((3599.4, "59 min 59 s"), (3599.6, "1 h 00 min"), (90_000, "25 h 00 min")),
+    ],
+)
+def test_durations(seconds, shown):
+    assert console.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    "number, shown",
+    [
+        *((0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (10_612, "10.6 kB"), (57.47e9, "57.5 GB")),
+        *((999_499, "999 kB"), (999_501, "1 MB"), (3.5e15, "3.5e+03 TB")),
+    ],
+)
+def test_quantities(number, shown):
+    assert console.quantity(number, "B") == shown
+
+
+def test_a_bar_that_is_for_a_terminal_only(capsys, caplog):
+    with caplog.at_level(logging.INFO):
+        assert list(console.counted("abc", "reading", "letter")) == ["a", "b", "c"]
+    assert capsys.readouterr() == ("", "") and not caplog.records

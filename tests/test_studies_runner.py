@@ -32,7 +32,7 @@ def test_whole_study(tiny_config, tmp_path):
     status, output, errors = test_main.run(*flags, "--seeds=5", "--jobs=2")
     assert status == 0 and errors == "", errors + output
     assert "2 runs, 0 of them finished; 2 at a time." in output
-    assert re.search(r"rank, seed 5: R@1 \d+\.\d\d %, \d+ s; \d of 2, about \d+ min left", output)
+    assert re.search(r"rank, seed 5: R@1 \d+\.\d\d %, .+ s; \d of 2, about .+ s left", output)
     assert "12 steps, seeds 5; 2 of 2 runs are finished" in output
     assert "**Warning:** there are variants with 1 seed." in output
     for name in ("tiny_study.md", "tiny_study.csv", "tiny_study.png"):
@@ -143,7 +143,7 @@ def dry_run(study, workdir, command, capsys):
 def test_a_dry_run_prints_commands_that_train(tmp_path, command, capsys):
     workdir = tmp_path / "a folder"
     output = dry_run(TWO, workdir, command, capsys)
-    assert re.search(r"About \d+ min, 1 at a time. No run was started.", output)
+    assert re.search(r"About [\d.]+ (min \d\d )?s, 1 at a time. No run was started.", output)
     assert not [path for path in workdir.iterdir() if path.is_dir()]
     commands = [line for line in output.splitlines() if line.startswith(command[0])]
     assert len(commands) == 4
@@ -151,7 +151,7 @@ def test_a_dry_run_prints_commands_that_train(tmp_path, command, capsys):
         workdir.joinpath(shlex.split(one)[-1].partition("=")[2]).mkdir()
         subprocess.run(one, shell=True, check=True)
     output = dry_run(TWO, workdir, command, capsys)
-    assert output.count("finished") == 4 and "About 0 min" in output and command[0] not in output
+    assert output.count("finished") == 4 and "About 0.0 s" in output and command[0] not in output
     runner.run_study(TWO, plan(TWO, glyphs.get_config(), {}, str(workdir)), command, str(workdir))
     output = capsys.readouterr().out
     assert "4 runs, 4 of them finished" in output and "4 of 4 runs are finished" in output

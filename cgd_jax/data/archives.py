@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from cgd_jax.data.dataset import listed
-from cgd_jax.runtime.console import progress
+from cgd_jax.runtime.console import progress, quantity
 from cgd_jax.runtime.files import describe_impostor
 
 log = logging.getLogger(__name__)
@@ -169,10 +169,11 @@ def extract(archive: Path, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:  # Photographs hardly compress, so this is nearly what it unpacks to.
         raise OSError(
-            f"Unpacking {archive} takes at least {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
-            f"are free at {folder}. Free some disk, or let --config.data.dir point elsewhere."
+            f"Unpacking {archive} takes at least {quantity(size, 'B')}, but only "
+            f"{quantity(free, 'B')} are free at {folder}. Free some disk, or let "
+            f"--config.data.dir point elsewhere."
         )
-    log.info("Unpacking %s (%.2f GB) into %s", archive, size / 1e9, folder)
+    log.info("Unpacking %s (%s) into %s", archive, quantity(size, "B"), folder)
     read = _read_zip if archive.name.lower().endswith(".zip") else _read_tar
     links, failed = {}, []
     try:

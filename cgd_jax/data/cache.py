@@ -23,7 +23,7 @@ import numpy as np
 
 from cgd_jax.data import Split
 from cgd_jax.data.decode import decode, may_be_float
-from cgd_jax.runtime.console import progress
+from cgd_jax.runtime.console import progress, quantity
 from cgd_jax.runtime.files import replacing
 from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
@@ -229,8 +229,8 @@ def _build(source: Source, folder: Path, key: dict[str, Any]) -> None:
     row = size * size * 3
     needed, free = count * row, shutil.disk_usage(folder).free
     announcement = (
-        f"the cache of {count:,} images of {size}x{size} pixels takes {needed / 1e9:.2f} GB in "
-        f"{folder.parent}, where {free / 1e9:.2f} GB are free"
+        f"the cache of {count:,} images of {size}x{size} pixels takes {quantity(needed, 'B')} "
+        f"in {folder.parent}, where {quantity(free, 'B')} are free"
     )
     if needed * 1.01 + (16 << 20) > free:
         raise OSError(

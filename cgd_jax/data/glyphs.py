@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from cgd_jax.data.builder import build_once
+from cgd_jax.runtime import console
 
 IMAGE_SIZE = 32  # pixels
 FONT_SIZE = 20  # pixels; leaves room for accents above and tails below
@@ -112,7 +112,7 @@ def glyph_classes() -> list[list[Rendering]]:
         return character
 
     renderings = []
-    for face in tqdm(faces, desc="glyphs: rendering faces", unit="face", leave=False, disable=None):
+    for face in console.counted(faces, "glyphs: rendering faces", "face"):
         # The basic layout engine is in every build of Pillow; the other is not.
         font = ImageFont.truetype(str(face), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
         first_with = {}

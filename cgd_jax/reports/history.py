@@ -9,7 +9,6 @@ from pathlib import Path
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
 
 from cgd_jax.reports.tables import metric_name
 from cgd_jax.runtime import console, files
@@ -91,39 +90,43 @@ class Progress:
     def __init__(self, step: int, steps: int):
         """Starts at `step` of `steps`."""
         self.steps, self.width = steps, len(str(steps))
-        self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=None)
+        self.opened = console.progress(steps, "training", "step", log_every=None, initial=step)
         self.first, self.started = step, time.time()
 
     def __enter__(self):
+        self.bar = self.opened.__enter__()
         return self
 
     def __exit__(self, *exception):
-        self.bar.close()
+        self.opened.__exit__(*exception)
 
     def update(self) -> None:
         """Counts one step."""
         self.bar.update()
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Shows a row of the history: in the bar, or as a line."""
-        parts = [f"{label} {row[key]:.{digits}f}" for key, label, digits in _SHOWN if key in row]
-        parts += [
+        """Shows a row of the history: losses in the bar or as a line, recalls as a line."""
+        losses = [f"{label} {row[key]:.3f}" for key, label in _LOSSES if key in row]
+        if "images_per_second" in row:
+            losses.append(f"{row['images_per_second']:.0f} img/s")
+        recalls = [
             f"{metric_name(key)} {100 * row[key]:.2f} %" for key in row if key.startswith("recall@")
         ]
-        if self.bar.disable or "recall@1" in row:
-            left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
-            minutes, seconds = divmod(round(left), 60)
-            console.say(
-                f"step {step:{self.width}}/{self.steps}  {'  '.join(parts)}  "
-                f"{minutes}:{seconds:02} left"
-            )
-        else:
-            self.bar.set_postfix_str(", ".join(parts))
+        left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(", ".join(losses))
+        elif losses:
+            self.say(step, [*losses, f"{minutes}:{seconds:02} left"])
+        if recalls:
+            self.say(step, recalls)
+
+    def say(self, step: int, parts: list[str]) -> None:
+        console.say(f"step {step:{self.width}}/{self.steps}  {'  '.join(parts)}")
 
 
-_SHOWN = (
-    ("loss", "loss", 4),
-    ("ranking_loss", "ranking", 4),
-    ("classification_loss", "classification", 4),
-    ("images_per_second", "images/s", 0),
+_LOSSES = (
+    ("loss", "loss"),
+    ("ranking_loss", "ranking"),
+    ("classification_loss", "class"),
 )

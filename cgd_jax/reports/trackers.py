@@ -44,13 +44,15 @@ def _wandb(name: str, identity: str | None, config: dict, folder: Path) -> Itera
             run.log(values, step=step)
 
     with run:
-        yield run.id, run.url or f"{run.dir}, offline", track
+        # Asked for the address of an offline run, wandb warns.
+        yield run.id, f"{run.dir}, offline" if run.offline else run.url, track
 
 
 @contextlib.contextmanager
 def _mlflow(name: str, identity: str | None, config: dict, folder: Path) -> Iterator[tuple]:
     import mlflow
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it tells how it makes its tables
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
 
     def track(step: int, values: dict[str, float]) -> None:
@@ -94,9 +96,9 @@ def tracking(tracker: str, folder: Path, config: dict[str, Any]) -> Iterator[Tra
             opened = TRACKERS[tracker](folder.name, known.get(tracker), config, folder)
             identity, place, track = stack.enter_context(opened)
         except Exception as error:  # each library has its own
-            text = " ".join(str(error).split())
+            text = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(
-                f"train.tracker={tracker!r} does not take the run: {text} Set it up, or leave it "
+                f"train.tracker={tracker!r} does not take the run: {text}. Set it up, or leave it "
                 f"out; history.csv and TensorBoard's events are written in any case."
             ) from error
         files.write_json(path, known | {tracker: identity})

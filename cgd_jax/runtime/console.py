@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +24,34 @@ def say(text: str) -> None:
             return
     encoding = sys.stdout.encoding or "utf-8"
     tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as people say it: "0.4 s", "12 s", "2 min 43 s", "3 h 05 min".
+
+    >>> duration(0.41), duration(163.4), duration(11_100)
+    ('0.4 s', '2 min 43 s', '3 h 05 min')
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def quantity(number: float, unit: str = "") -> str:
+    """Returns three digits of a large number, with the prefix of a thousand, a million, ...
+
+    >>> quantity(4_089_184_256), quantity(1_130_000, "B"), quantity(252), quantity(999_999, "B")
+    ('4.09 G', '1.13 MB', '252', '1 MB')
+    """
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or prefix == "T":
+            break
+        number /= 1000
+    return f"{number:.3g} {prefix}{unit}".strip()
 
 
 def columns() -> int:
@@ -56,19 +84,28 @@ class _LogLines:
 
 
 @contextlib.contextmanager
-def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0) -> Iterator[tqdm]:
-    """Yields a progress bar; where there is no terminal, it is a log line now and then.
+def progress(
+    total: int,
+    what: str,
+    unit: str = "image",
+    log_every: float | None = 10.0,
+    initial: int = 0,
+) -> Iterator[tqdm]:
+    """Yields a progress bar, which goes when it is done; without a terminal, log lines.
 
     Args:
       total: number of units of work; 0 if it is not known.
       what: is being done, such as "resizing images".
       unit: name of one unit; "B" counts bytes in kB, MB and GB.
-      log_every: seconds between two log lines.
+      log_every: seconds between two log lines; None for none.
+      initial: units that were done before.
     """
     options: dict[str, Any]
     options = {"total": total or None, "desc": what, "unit": unit, "unit_scale": unit == "B"}
-    if sys.stderr.isatty():
-        options["smoothing"] = 0.1
+    options["initial"] = initial
+    if sys.stderr.isatty() or log_every is None:
+        # "disable": where there is no terminal.
+        options |= {"disable": None, "leave": False, "dynamic_ncols": True, "smoothing": 0.1}
     else:
         options |= {
             "file": _LogLines(),
@@ -79,3 +116,11 @@ def progress(total: int, what: str, unit: str = "image", log_every: float = 10.0
         }
     with tqdm(**options) as bar:
         yield bar
+
+
+def counted(things: Collection, what: str, unit: str) -> Iterator:
+    """Yields things one by one, with the progress bar of `progress` on a terminal."""
+    with progress(len(things), what, unit, log_every=None) as bar:
+        for thing in things:
+            yield thing
+            bar.update()

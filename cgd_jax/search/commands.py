@@ -51,7 +51,7 @@ def fill_index(
     console.say(
         f"{address}: {changes.added:,} pictures added, {changes.changed:,} changed, "
         f"{changes.removed:,} removed, {changes.unchanged:,} unchanged, {len(changes.skipped):,} "
-        f"files left out{mine}, in {time.monotonic() - begin:.1f} s."
+        f"files left out{mine}, in {console.duration(time.monotonic() - begin)}."
     )
 
 

@@ -129,6 +129,6 @@ def quoted(text: str) -> str:
 def no_index(address: str) -> NoIndexError:
     """Returns the error for an index that is not there."""
     return NoIndexError(
-        f"--index={address}: there is no index. Make one first: python main.py --mode=index "
+        f"--index={address}: there is no index. Make one first: --mode=index "
         f"--images=PHOTOS --index={address}."
     )

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from cgd_jax.config import ConfigError
 from cgd_jax.reports.history import read_history
@@ -154,7 +153,7 @@ def train_all(
     with (
         contextlib.ExitStack() as at_exit,
         interrupts.stop_signals() as stopped_by,
-        tqdm(total=len(waiting), desc="study", unit="run", disable=None) as bar,
+        console.progress(len(waiting), "study", "run", log_every=None) as bar,
     ):
         # A second Ctrl-C, or an error of this loop, leaves nobody to wait for them.
         at_exit.callback(lambda: [job.process.kill() for job in active])
@@ -174,11 +173,11 @@ def train_all(
                 ended += 1
                 name, status = job.run.name(), job.process.returncode
                 if status == 0:
-                    left = (time.time() - started) / ended * (len(waiting) - ended) / 60
+                    left = (time.time() - started) / ended * (len(waiting) - ended)
                     recall = 100 * read_result(job.run)["metrics"]["recall@1"]
                     console.say(
-                        f"{name}: R@1 {recall:.2f} %, {time.time() - job.since:.0f} s; "
-                        f"{ended} of {len(waiting)}, about {left:.0f} min left"
+                        f"{name}: R@1 {recall:.2f} %, {console.duration(time.time() - job.since)}; "
+                        f"{ended} of {len(waiting)}, about {console.duration(left)} left"
                     )
                     finished()
                 elif not stopped_by:
@@ -248,7 +247,7 @@ def show_plan(
     path = Path(workdir, "first_steps.json")
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows, total, is_flag = [], 0.0, lambda argument: argument.startswith("--")
-    for run in tqdm(runs, desc="first steps", unit="run", leave=False, disable=None):
+    for run in console.counted(runs, "first steps", "run"):
         state, left = "finished", 0.0
         if run in waiting:
             flags = {*filter(is_flag, command), *flags_of(run)} - {f"--config.seed={run.seed}"}
@@ -262,10 +261,11 @@ def show_plan(
             left = fixed + per_step * (steps - done)
             state = f"step {done} of {steps}" if done else "not begun"
         total += left
-        rows.append([run.variant, str(run.seed), state, f"{left / 60:.1f} min", str(run.folder)])
+        rows.append([run.variant, str(run.seed), state, console.duration(left), str(run.folder)])
     console.say(table(["variant", "seed", "state", "time left", "folder"], rows))
     console.say(
-        f"\nAbout {total / len(places) / 60:.0f} min, {len(places)} at a time. No run was started."
+        f"\nAbout {console.duration(total / len(places))}, {len(places)} at a time. No run was "
+        f"started."
     )
     if waiting:
         console.say(
