@@ -198,7 +198,7 @@ def _update(
     skipped, added, changed, touched = [], 0, 0, []
     writer = _Writer(index, wanted)
     task = partial(_read_if_changed, known=known, resize=index.info.resize)
-    with progress(len(todo), "indexing") as bar:
+    with progress(len(todo), "indexing") if todo else contextlib.nullcontext() as bar:
         for file, outcome in parallel(task, todo, READ_AHEAD // CORES):
             if isinstance(outcome, Picture):
                 writer.add(file, outcome)
