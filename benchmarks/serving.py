@@ -49,6 +49,13 @@ def make_index(address: str, count: int, dimension: int) -> None:
     index.store.finish()
 
 
+def rows(address: str) -> int:
+    """Reads an index to its end; returns how many pictures it has."""
+    from cgd_jax.search import Index
+
+    return len(Index.open(address).vectors()[0])
+
+
 def photograph(seed: int) -> bytes:
     """Draws a JPEG of 500 x 375 pixels with as much detail as a photograph has."""
     import cv2
@@ -105,8 +112,9 @@ def main() -> None:
                 found = re.search(r"http://(127\.0\.0\.1:\d+)/", line)
             measure(found[1], server.pid, given.clients, given.seconds)
         finally:
-            server.terminate()
+            server.kill()
             server.wait()
+        print(f"killed (SIGKILL): {rows(address):,} of {given.count:,} pictures are there")
 
 
 def measure(address: str, pid: int, clients: int, seconds: float) -> None:

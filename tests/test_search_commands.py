@@ -35,6 +35,7 @@ def test_index_then_search(filled, tmp_path):
     status, output, errors = run_here("--mode=index", f"--images={filled}/photos", *flags)
     assert (status, errors) == (0, "")
     assert "0 pictures added, 0 changed, 0 removed, 13 unchanged, 0 files left out" in output
+    assert output.count("\n") == 1  # no progress where there is nothing to do
     flags += ["--mode=search", f"--query={filled}/photos/hats/000.png"]
     picture = f"--picture={tmp_path}/found.png"
     status, output, errors = run_here(*flags, "--k=3", "--where=label = 'hats'", picture)
@@ -65,6 +66,8 @@ def test_duplicates(filled, tmp_path):
     status, output, _ = run_here(*flags, "--json")
     paths = [hit["path"] for hit in json.loads(output)["groups"][0]["pictures"]]
     assert paths == [f"{filled}/photos/hats/copy.png", f"{filled}/photos/shoes/001.png"]
+    status, output, _ = run_here(*flags, "--where=label = 'hats'")
+    assert (status, output) == (0, "No two pictures have a similarity of 0.999 or more.\n")
 
 
 def test_a_part_of_the_query(filled):

@@ -1,9 +1,10 @@
-"""The page in Chromium: needs `pip install playwright` and a Chromium, such as Debian's."""
+"""The page in Chromium: Debian's, Chrome, or that of `playwright install chromium`."""
 
 import re
 import shutil
 import threading
 import time
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
@@ -17,10 +18,7 @@ from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.serve import app, command  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in  # noqa: E402
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")
+CHROMIUM = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,10 @@ def url(photos):
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        path = next(CHROMIUM, started.chromium.executable_path)
+        if not Path(path).exists():
+            pytest.skip("there is no Chromium; playwright install chromium brings one")
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -192,3 +193,12 @@ def test_at_the_width_of_a_telephone(page, photos):
     assert len({round(tile["width"]) for tile in tiles}) == 1
     page.keyboard.press("Tab")
     assert page.evaluate("() => document.activeElement.matches(':focus-visible')")
+
+
+def test_dark_where_the_system_is(page):
+    grounds = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.goto("/")
+        grounds.append(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+    assert grounds == ["rgb(255, 255, 255)", "rgb(22, 24, 27)"]

@@ -91,9 +91,13 @@ def search_index(
 
     if asked is None:
         groups = find_duplicates(index, duplicates or 0.97, where, exact)
-        print(report.groups_as_json(groups) if as_json else report.groups_as_text(groups))
-        if groups and not as_json:
+        if as_json:
+            print(report.groups_as_json(groups))
+        elif groups:
+            print(report.groups_as_text(groups))
             report.draw_groups(Path(picture), index, groups)
+        else:
+            print(f"No two pictures have a similarity of {duplicates or 0.97:g} or more.")
     else:
         found = queries.ask(index, asked, k, where, exact, box)
         print(report.as_json(found) if as_json else report.as_text(found))

@@ -198,19 +198,20 @@ def _update(
     skipped, added, changed, touched = [], 0, 0, []
     writer = _Writer(index, wanted)
     task = partial(_read_if_changed, known=known, resize=index.info.resize)
-    with progress(len(todo), "indexing") as bar:
-        for file, outcome in parallel(task, todo, READ_AHEAD // CORES):
-            if isinstance(outcome, Picture):
-                writer.add(file, outcome)
-                added += file.id not in known
-                changed += file.id in known
-            elif outcome is None:
-                touched.append(file)
-            else:
-                skipped.append((file.path, outcome))
-                gone += [file.id] if file.id in known else []
-            bar.update()
-        writer.finish()
+    if todo:
+        with progress(len(todo), "indexing") as bar:
+            for file, outcome in parallel(task, todo, READ_AHEAD // CORES):
+                if isinstance(outcome, Picture):
+                    writer.add(file, outcome)
+                    added += file.id not in known
+                    changed += file.id in known
+                elif outcome is None:
+                    touched.append(file)
+                else:
+                    skipped.append((file.path, outcome))
+                    gone += [file.id] if file.id in known else []
+                bar.update()
+            writer.finish()
     _touch(index, touched, wanted)
     if gone:
         index.store.delete(gone)
