@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 # Installed package → the extra of JAX that brings it. Their versions belong to that of JAX.
 ACCELERATORS = {"libtpu": "tpu", "jax-cuda12-plugin": "cuda12", "jax-cuda13-plugin": "cuda13"}
+READS_DATA_SETS = "import tensorflow_metadata.proto.v0.schema_pb2"
 Versions = Mapping[str, str]
 
 __all__ = ["main"]
@@ -33,12 +34,9 @@ def main(extras: list[str]) -> None:
     pip("--requirement", "requirements.txt", *requirements(extras))
     if needed := accelerator(before, installed()):
         pip(needed)
-    try:
-        import tensorflow_metadata.proto.v0.schema_pb2  # noqa: F401
-    except ImportError:
-        pass  # no data sets are needed
-    except Exception:  # made for a newer protobuf than the runtime has, which others there need
-        pip("tensorflow-metadata<1.18")
+    # In a process of its own, as what is imported here cannot be replaced any more.
+    if subprocess.run([sys.executable, "-c", READS_DATA_SETS], capture_output=True).returncode:
+        pip("tensorflow-metadata<1.18")  # the last for the protobuf that others in Colab need
     importlib.invalidate_caches()
     if stale := outdated(before, installed(), imported()):
         raise RuntimeError(

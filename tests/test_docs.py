@@ -1,5 +1,6 @@
 """The pages of docs/ say what the program has: its options, its flags, its files."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -143,3 +144,23 @@ def test_links_lead_to_files_of_the_repository(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), target
+
+
+def test_troubleshooting_quotes_what_the_program_says():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"(?:^ *> .*\n)+", text, re.MULTILINE)
+    assert len(quotes) > 6
+    said = "\n".join(
+        " ".join(node.value.split())
+        for path in ROOT.glob("cgd_jax/**/*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    for quote in quotes:
+        words = re.sub(r"^ *> ", "", quote, flags=re.MULTILINE).replace("…", "").split()
+        known = set()
+        for i in range(len(words) - 2):
+            if " ".join(words[i : i + 3]) in said:
+                known |= {i, i + 1, i + 2}
+        # What is between are numbers and names.
+        assert len(known) >= 0.5 * len(words), " ".join(words)
