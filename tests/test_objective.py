@@ -29,7 +29,7 @@ def config_of(**values):
     return config
 
 
-@pytest.mark.parametrize("name", losses.PROXY_LOSSES.keys() | losses.CENTRE_LOSSES)
+@pytest.mark.parametrize("name", [*losses.PROXY_LOSSES, *losses.CENTRE_LOSSES])
 def test_options_of_the_config_are_those_of_the_loss(name):
     loss = (losses.PROXY_LOSSES | losses.CENTRE_LOSSES)[name]
     options = set(inspect.signature(loss).parameters) - {"embeddings", "labels"}
