@@ -29,6 +29,7 @@ def initial_weights(backbone: str) -> dict[str, dict]:
     """Returns the shape of every variable of a network, and a number of some of the kernels."""
     config = base.get_config().model
     config.update(backbone=backbone, embedding_dim=8, dtype="float32", **NETWORKS[backbone])
+    config.fc_init = "lecun_normal"  # as version 0.1.0 drew them
     model = create_model(config, 5)
 
     def draw():
