@@ -37,6 +37,7 @@ def trainer(keep: bool, size: int, batch: int):
         from configs import lite0
 
         config = lite0.get_config()
+        config.model.frozen_blocks = 0  # all layers need memory for their gradients
         config.data.image_size, config.data.resize, config.train.steps = size, size + 24, 100
         model = create_model(config.model, CLASSES)
         mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
