@@ -35,7 +35,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(last_stride):
-    """images [B, 3, H, W] → feature map; and its channels."""
+    """Returns images [B, 3, H, W] → feature map, and its channels."""
     stem = [convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     blocks, inner = [], 64
     for stage, (count, stride) in enumerate(zip((3, 4, 6, 3), (1, 2, 2, last_stride), strict=True)):
@@ -60,7 +60,7 @@ class InvertedResidual(nn.Module):
 
 
 def efficientnet_lite0(last_stride):
-    """images [B, 3, H, W] → feature map; and its channels."""
+    """Returns images [B, 3, H, W] → feature map, and its channels."""
     norm, inner = {"eps": 1e-3, "momentum": 0.01}, 32
     layers = [convolution(3, inner, 3, 2, **norm), nn.ReLU6(inplace=True)]
     for stage, (count, side, stride, expansion, outer) in enumerate(STAGES):
