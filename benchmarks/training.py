@@ -9,7 +9,7 @@
 
 `step` trains on the same batch again and again: augmentation, both losses, BatchNorm, Adam.
 PyTorch does the same (benchmarks/pytorch.py has ResNet-50 and EfficientNet-Lite0): eager, with
-channels last, and compiled; without torch, or with --alone, only ours is timed. `embed` makes the
+channels last, and compiled; without torch, or with --against and nothing behind it, only ours is timed. `embed` makes the
 embeddings of a batch. Every contender has a process of its own, and ours keeps freed memory on a
 CPU, as main.py does.
 
@@ -40,6 +40,7 @@ from cgd_jax.runtime.memory import keep_freed_memory
 from configs import base, glyphs
 
 CLASSES = 100
+PYTORCH = ("eager", "eager, channels last", "compiled, channels last")
 WRITTEN_IN_TORCH = ("resnet50", "efficientnet_lite0")
 
 
@@ -90,13 +91,9 @@ def step(args, training=True):
     config.data.image_size, config.data.resize = args.size, args.size + args.size // 8
     config.train.embed_chunk = args.chunk
     contenders = {"cgd_jax": partial(ours, config, args.batch, training)}
-    if args.backbone in WRITTEN_IN_TORCH and not args.alone:
-        for name, *how in (
-            ("PyTorch, eager", False, False),
-            ("PyTorch, eager, channels last", False, True),
-            ("PyTorch, compiled, channels last", True, True),
-        ):
-            contenders[name] = partial(pytorch, config, args.batch, *how, training)
+    for name in args.against if args.backbone in WRITTEN_IN_TORCH else ():
+        how = "compiled" in name, "channels last" in name
+        contenders[f"PyTorch, {name}"] = partial(pytorch, config, args.batch, *how, training)
     timed = clock.compare(contenders, args.rounds)
     flops, peak, memory = timed["cgd_jax"].value
     rows = []
@@ -151,7 +148,8 @@ if __name__ == "__main__":
     parser.add_argument("--chunk", type=int, default=0, help="train.embed_chunk")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="without PyTorch")
+    parser.add_argument("--against", nargs="*", default=PYTORCH, choices=PYTORCH, metavar="HOW",
+                        help=f"of PyTorch: {', '.join(PYTORCH)}; none for ours alone")  # fmt: skip
     parser.add_argument("--cores", type=int, help="how many to use; all by default")
     arguments = parser.parse_args()
     clock.use_cores(arguments.cores)
