@@ -222,16 +222,23 @@ def check_rows(name: str, rows: np.ndarray | jax.Array, start: int = 0) -> np.nd
         raise ValueError(f"{name} must be real numbers, not {rows.dtype}")
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32, copy=False)
-    if isinstance(rows, np.ndarray):
+    if isinstance(rows, jax.Array):
+        finite = np.asarray(_finite(rows))
+    else:
         # One pass of the processor's fastest kind. A sum that is not finite may still be of
         # numbers that are, only large.
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(rows @ np.ones(rows.shape[1], np.float32)).all():
                 return rows
-    is_finite = jnp.isfinite if isinstance(rows, jax.Array) else np.isfinite
-    for at in range(0, len(rows), 4096):  # a mask of everything is a quarter of the size
-        finite = np.asarray(is_finite(rows[at : at + 4096]).all(1))
-        if not finite.all():
-            row = start + at + int(finite.argmin())
-            raise ValueError(f"row {row} of {name} is NaN or infinite in float32")
+        # A mask of everything is a quarter of the size.
+        parts = (rows[at : at + 4096] for at in range(0, len(rows), 4096))
+        finite = np.concatenate([np.isfinite(part).all(1) for part in parts])
+    if not finite.all():
+        row = start + int(finite.argmin())
+        raise ValueError(f"row {row} of {name} is NaN or infinite in float32")
     return rows
+
+
+@jax.jit
+def _finite(rows):
+    return jnp.isfinite(rows).all(1)
