@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tracemalloc
-from functools import partial
 from pathlib import Path
 
 import jax
