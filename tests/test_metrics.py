@@ -204,6 +204,7 @@ def test_every_product_that_ranks_is_in_full_float32(monkeypatch):
     asked, bind = [], dot_general_p.bind
     record = lambda *args, **options: asked.append(options["precision"]) or bind(*args, **options)
     monkeypatch.setattr(dot_general_p, "bind", record)
+    monkeypatch.setattr(retrieval, "_is_one_cpu", lambda mesh: False)
     # 14 dimensions are in no other test: a program that is cached would not be traced.
     x, labels = np.random.default_rng(0).normal(size=(13, 14)), np.arange(13) // 4
     metrics.evaluate(x, labels)
