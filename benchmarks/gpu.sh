@@ -34,7 +34,7 @@ if [ "$1" = --small ]; then
   wait
   part 600 benchmarks/training.py step $tiny
   part 600 benchmarks/training.py embed $tiny
-  part 600 benchmarks/training.py memory --batches 8 --rounds=1
+  part 600 benchmarks/training.py memory --batches 256 --rounds=1
   part 600 benchmarks/on_device.py --items=2000 --dim=16 --queries=200 --rounds=1
   part 600 benchmarks/input_pipeline.py --images=256 --rounds=1
   [ "$JAX_PLATFORMS" = cpu ] || XLA_FLAGS="$XLA_FLAGS $deterministic" part 600 benchmarks/training.py step $tiny
@@ -55,14 +55,14 @@ XLA_FLAGS="$XLA_FLAGS $deterministic" compile benchmarks/training.py step $resne
 wait
 echo "### compiled after $SECONDS s"
 part 110 benchmarks/training.py step $resnet
-part 60 benchmarks/training.py step --batch=128 --against "eager, channels last"
 part 110 benchmarks/training.py step $lite
+part 80 benchmarks/on_device.py --items=60502 --dim=1536 --queries=60502
 part 80 benchmarks/training.py embed --batch=256 --dtype=bfloat16
 part 80 benchmarks/training.py embed $lite --batch=256
+part 60 benchmarks/training.py step --batch=128 --against "eager, channels last"
 # What determinism costs, beside the first table.
 XLA_FLAGS="$XLA_FLAGS $deterministic" part 50 benchmarks/training.py step $resnet --against
-part 80 benchmarks/training.py step $chunked --against
-part 70 benchmarks/on_device.py --items=60502 --dim=1536 --queries=60502
 part 90 benchmarks/on_device.py --items=1000000 --dim=512 --queries=10000
+part 80 benchmarks/training.py step $chunked --against
 part 60 benchmarks/input_pipeline.py
 exit $failed
