@@ -163,7 +163,8 @@ def describe_step(
 
     _, pull_back, embedding = jax.vjp(losses_of, descriptors, has_aux=True)
     weights = jnp.diag(jnp.array([config.ranking_weight, config.classification_weight], float))
-    ranking, classification = (optax.tree.norm(pull_back((w[0], w[1]))) for w in weights)
+    gradients = (optax.tree.cast(pull_back((w[0], w[1])), jnp.float32) for w in weights)
+    ranking, classification = map(optax.tree.norm, gradients)
     return {
         **geometry.describe_batch(embedding, labels, objective.triplet_margin(config) or 0.0),
         "ranking_gradient": ranking,

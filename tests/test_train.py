@@ -195,6 +195,18 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
         evaluate.evaluate_run(str(tmp_path), config=tiny_config)
 
 
+def test_a_run_in_bfloat16_measures_itself_in_float32(tiny_config, tmp_path):
+    tiny_config.model.dtype = "bfloat16"  # what "auto" is on a GPU and a TPU
+    tiny_config.train.update(steps=2, log_every=1, eval_every=2)
+    tiny_config.eval.baselines = False
+    folder = tmp_path / "run"
+    train.train_and_evaluate(tiny_config, str(folder))
+    rows = read_history(folder / "history.csv")
+    norms = np.float32([[row["ranking_gradient"], row["classification_gradient"]] for row in rows])
+    # A number of bfloat16 has 16 bits of zeros behind it.
+    assert norms.shape == (2, 2) and np.all(norms.view(np.uint32) & 0xFFFF)
+
+
 def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
     kernels, positions, keys = [], [], []
     for seed in (0, 0, 1):
