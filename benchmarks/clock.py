@@ -13,6 +13,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,24 @@ def peak_mb(call: Callable[[], Any]) -> float:
     before = resident_mb()
     call()
     return resident_mb("VmHWM") - before
+
+
+def peak_anonymous_mb(call: Callable[[], Any]) -> float:
+    """Returns the same without pages of files, which the system takes back as it likes."""
+    before, seen, done = resident_mb("RssAnon"), [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            seen.append(resident_mb("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        call()
+    finally:
+        done.set()
+        thread.join()
+    return max(seen) - before
 
 
 def resident_mb(field: str = "VmRSS") -> float:

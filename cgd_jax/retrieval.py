@@ -112,19 +112,7 @@ def _is_one_cpu(mesh):
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def _search_on_devices(
-    query,
-    gallery,
-    k,
-    exclude,
-    query_block,
-    gallery_block,
-    mesh,
-    *,
-    approx,
-    recall_target,
-    precision,
-):
+def _search_on_devices(query, gallery, k, exclude, query_block, gallery_block, *, mesh, **options):
     """`top_k` of this process's queries, by the devices of its mesh."""
     divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
     block = min(query_block, len(query))
