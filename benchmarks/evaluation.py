@@ -223,6 +223,17 @@ def memory(args):
     print(tabulate(rows, ["", "MB above the embeddings, libraries among them"], floatfmt=".0f"))
 
 
+def first_call_measured(prepare, peak=clock.peak_mb):
+    """A contender that returns the MB that its first call took, and what each call returns."""
+
+    def prepared():
+        call = prepare()
+        megabytes = peak(call)
+        return lambda: (megabytes, call())
+
+    return prepared
+
+
 def growth(args):
     rows = []
     for size in (15_000, 30_000, 60_000, 120_000):
@@ -231,12 +242,10 @@ def growth(args):
             name: partial(WAYS[name], x, labels, np.arange(args.queries))
             for name in ("metrics.recall_at_k", "metrics.evaluate")
         }
-        timed = clock.compare({n: lambda c=c: c for n, c in calls.items()}, args.rounds, warm=1)
-        peaks = {n: lambda c=c: partial(clock.peak_mb, c) for n, c in calls.items()}
-        peaks = clock.compare(peaks, 1, warm=0)
-        for name, found in timed.items():
+        contenders = {n: first_call_measured(lambda c=c: c) for n, c in calls.items()}
+        for name, found in clock.compare(contenders, args.rounds, warm=0).items():
             ms = 1000 * found.median / args.queries
-            rows.append([size, name, ms, ms / size * 1e4, peaks[name].value])
+            rows.append([size, name, ms, ms / size * 1e4, found.value[0]])
     headers = ["gallery", "", "ms/query", "per 10 k items", "peak MB above the embeddings"]
     print(tabulate(rows, headers, floatfmt=(",", "", ".3f", ".4f", ".0f")))
 
@@ -290,13 +299,14 @@ def disk(args):
         gallery = on_disk(Path(folder, "x.npy"), round(1e6 * args.scale))
         query = np.array(gallery[:256])
         for k in (10, 100):
-            contenders = searchers(query, gallery, k)
-            timed = clock.compare(contenders, args.rounds, warm=1)
-            peaks = {
-                n: lambda c=c: partial(clock.peak_anonymous_mb, c()) for n, c in contenders.items()
+            contenders = {
+                name: first_call_measured(prepare, clock.peak_anonymous_mb)
+                for name, prepare in searchers(query, gallery, k).items()
             }
-            peaks = clock.compare(peaks, 1, warm=0)
-            rows += [[*row, peaks[row[1]].value] for row in compared(timed, k)]
+            timed = clock.compare(contenders, args.rounds, warm=0)
+            peaks = [found.value[0] for found in timed.values()]
+            timed = {n: clock.Timed(t.seconds, t.value[1]) for n, t in timed.items()}
+            rows += [[*r, mb] for r, mb in zip(compared(timed, k), peaks, strict=True)]
     print(f"256 queries × {len(gallery):,} items in a memory map, 512 dimensions; faiss.knn")
     headers = ["k", *COMPARED, "peak MB"]
     print(tabulate(rows, headers, floatfmt=("", "", ".3f", ".0f", ".2f", ".5f", ".0f")))

@@ -10,6 +10,7 @@ NumPy multiplies, with its BLAS, in blocks that stay in the cache until they are
 Similarity is the dot product: cosine for normalized embeddings.
 """
 
+import collections
 import itertools
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
-from cgd_jax.runtime import processes
+from cgd_jax.runtime import processes, threads
 
 __all__ = ["PRECISIONS", "check_matrix", "check_rows", "top_k"]
 
@@ -223,50 +224,70 @@ def _search_in_cache(query, gallery, k, exclude, query_block, gallery_block):
     query, gallery = (np.asarray(x) if isinstance(x, jax.Array) else x for x in (query, gallery))
     query = check_rows("query", query)
     best = np.zeros((len(query), k), np.uint64)
-    size = min(gallery_block, max(TILE // min(query_block, len(query)), 4 * k))
+    most = min(query_block, len(query))
+    size = min(gallery_block, len(gallery), max(TILE // most, 4 * k))
+    memory = np.empty(most * size, np.float32)  # new memory for every product costs page faults
     for start in range(0, len(gallery), gallery_block):
         block = _as_float32("gallery", gallery[start : start + gallery_block])
         for at in range(0, len(query), query_block):
             rows = slice(at, at + query_block)
+            some = query[rows]
             for begin in range(0, len(block), size):
                 items = block[begin : begin + size]
-                with np.errstate(over="ignore", invalid="ignore"):
-                    product = query[rows] @ items.T
+                product = memory[: len(items) * len(some)].reshape(len(items), len(some))
+                _multiply(items, some, product)
                 # A row that is not finite makes all products with it so, which costs no pass
                 # over the gallery.
-                if not np.isfinite(product[0]).all():
+                if not np.isfinite(product[:, 0]).all():
                     check_rows("gallery", items, start + begin)
                 own = exclude[rows] - start - begin
                 inside = np.flatnonzero((own >= 0) & (own < len(items)))
-                product[inside, own[inside]] = -np.inf
+                product[own[inside], inside] = -np.inf
                 _keep_best(best[rows], product, start + begin)
     best = np.sort(best, 1)[:, ::-1]
     return _similarity(best), (LAST - (best & LAST)).astype(np.uint32).view(np.int32)
 
 
+def _multiply(items, query, product):
+    """Writes items @ query.T; for few queries by dot products, which read the items faster."""
+
+    def dot(part):
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.vecdot(items[part, None], query, out=product[part])
+
+    if len(query) < 8:
+        size = -(-len(items) // threads.CORES)
+        parts = [slice(at, at + size) for at in range(0, len(items), size)]
+        collections.deque(threads.parallel(dot, parts), 0)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.matmul(items, query.T, out=product)
+
+
 def _keep_best(best, product, start):
-    """Merges products [B, N] with the items from ``start`` on into keys [B, k], in place.
+    """Merges products [N, B] with the items from ``start`` on into keys [B, k], in place.
 
     Keys are kept in no order but for the least, which comes first.
     """
-    rows, size = product.shape
-    k = best.shape[1]
+    queries, k = best.shape
     limit = _similarity(best[:, 0])
-    if start == 0 and size > k:
-        limit = np.nextafter(np.partition(product, size - k, 1)[:, size - k], np.float32(-np.inf))
+    half = product[: len(product) // 2].T
+    if start == 0 and half.shape[1] > k:
+        limit = np.partition(half, half.shape[1] - k, 1)[:, -k]
+        limit = np.nextafter(limit, np.float32(-np.inf))
     # Not "greater", because NaN, of sums that overflow, counts as the largest.
-    above = np.less_equal(product, limit[:, None])
-    row, column = np.divmod(np.flatnonzero(np.logical_not(above, out=above)), size)
-    count = np.bincount(row, minlength=rows)
+    above = np.less_equal(product, limit)
+    above = np.flatnonzero(np.logical_not(above, out=above))
+    row = (above % queries).astype(np.min_scalar_type(queries))  # which sorts in linear time
+    above = above[np.argsort(row, kind="stable")]
+    count = np.bincount(row, minlength=queries)
     some = np.flatnonzero(count)
     if not len(some):
         return
-    place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     keys = np.zeros((len(some), k + count.max()), np.uint64)
     keys[:, :k] = best[some]
-    keys[np.repeat(np.arange(len(some)), count[some]), k + place] = _keys(
-        product[row, column], column + start
-    )
+    within = np.arange(count.max()) < count[some, None]
+    keys[:, k:][within] = _keys(product.ravel()[above], start + above // queries)
     best[some] = np.partition(keys, keys.shape[1] - k, 1)[:, -k:]
 
 
