@@ -474,6 +474,7 @@ def main(argv: list[str]) -> None:
     if not given.json:
         console.show_log()
     memory.keep_freed_memory()
+    memory.collect_garbage_rarely()
     try:
         if given.distributed or given.coordinator:
             from cgd_jax.runtime import processes

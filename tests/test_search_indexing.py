@@ -231,7 +231,7 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
     from cgd_jax.search.lancedb_store import LanceStore
 
     address = str(tmp_path / "index")
-    monkeypatch.setattr(indexes, "BATCHES", (1, 2))
+    monkeypatch.setattr(indexes, "enough", lambda: 2)
     monkeypatch.setattr(indexing, "WRITE_EVERY", 2)
     upsert = LanceStore.upsert
     counts = []
@@ -266,7 +266,7 @@ network = stand_in()
 def embed(images):
     time.sleep(0.02)
     return network.embed(images)
-index.BATCHES, indexing.WRITE_EVERY = (1,), 1
+index.enough, indexing.WRITE_EVERY = lambda: 1, 1
 indexing.update(sys.argv[1], [sys.argv[2]], network._replace(embed=embed))
 """
 
