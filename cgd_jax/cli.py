@@ -184,7 +184,7 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "duplicates", False, "Lists groups of pictures that are nearly the same.", **known
     )
     flags.DEFINE_float(
-        "similarity", 0.97, "With --duplicates: the cosine from which they are; else 0.97.", **known
+        "similarity", None, "With --duplicates: the cosine from which they are; else 0.94.", **known
     )
     flags.DEFINE_bool("json", False, "Prints JSON, and nothing else.", **known)
     flags.DEFINE_string(
