@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -159,7 +160,8 @@ def _failures(address: str, done: str, where: str | None = None) -> Iterator[Non
     except (StoreError, stores.NoIndexError):
         raise
     except (RuntimeError, ValueError, OSError) as error:
-        text = " ".join(str(error).split(", /")[0].split())
+        text = re.sub(r"lance error: |LanceError\(\w+\): ", "", str(error).split(", /")[0])
+        text = " ".join(text.split())
         if where and isinstance(error, ValueError):
             raise ValueError(f"--where={where!r} is not understood: {text}") from error
         remedy = (
