@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -57,6 +58,11 @@ def quantity(number: float, unit: str = "") -> str:
 def columns() -> int:
     """Returns how many characters a line of the terminal has; 80 where there is none."""
     return shutil.get_terminal_size().columns
+
+
+def fold(text: str) -> str:
+    """Breaks a paragraph into lines of the terminal, at spaces."""
+    return textwrap.fill(text, columns(), break_long_words=False, break_on_hyphens=False)
 
 
 def show_log() -> None:
