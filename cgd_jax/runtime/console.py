@@ -61,8 +61,9 @@ def columns() -> int:
 
 
 def fold(text: str) -> str:
-    """Breaks a paragraph into lines of the terminal, at spaces."""
-    return textwrap.fill(text, columns(), break_long_words=False, break_on_hyphens=False)
+    """Breaks lines that are longer than those of the terminal, at spaces."""
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, columns(), **options) for line in text.splitlines())
 
 
 def show_log() -> None:
@@ -70,7 +71,8 @@ def show_log() -> None:
 
     class Say(logging.Handler):
         def emit(self, record):
-            say(record.getMessage())
+            text = record.getMessage()
+            say(fold(text) if sys.stdout.isatty() else text)
 
     logger = logging.getLogger("cgd_jax")
     logger.setLevel(logging.INFO)
@@ -107,8 +109,8 @@ def progress(
       initial: units that were done before.
     """
     options: dict[str, Any]
-    options = {"total": total or None, "desc": what, "unit": unit, "unit_scale": unit == "B"}
-    options["initial"] = initial
+    options = {"total": total or None, "desc": what, "initial": initial}
+    options |= {"unit": unit, "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
     if sys.stderr.isatty() or log_every is None:
         # "disable": where there is no terminal.
         options |= {"disable": None, "leave": False, "dynamic_ncols": True, "smoothing": 0.1}
