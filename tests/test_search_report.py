@@ -11,7 +11,7 @@ from cgd_jax.search.stores import Hit
 @pytest.mark.parametrize(
     "folder, rest",
     [
-        ("in /home/a/very long/place:", ["x/1.jpg", "x/y/2.jpg"]),
+        ("in /home/a/very long/place:", ["x/1.jpg", "y/2.jpg"]),
         ("in photos:", ["1.jpg", "y/2.jpg"]),
         (None, ["/1.jpg", "/b/2.jpg"]),
         (None, ["1.jpg", "/b/2.jpg"]),
