@@ -1,10 +1,8 @@
 """The training step: losses put together, gradients in chunks, recomputation, several devices."""
 
 import functools
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,6 @@ from cgd_jax.models.cgd import Output, compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
 from configs import base, glyphs
-
-ROOT = Path(__file__).parents[1]
 
 
 def losses_of(config, vectors, logits, labels):
@@ -191,9 +187,9 @@ def test_auto_is_float32_on_a_cpu():
     assert compute_dtype("bfloat16") == jnp.bfloat16
 
 
-def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(
+    tmp_path, eight_devices
+):
     command = [sys.executable, "-m", "tests.on_eight_devices", str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True)
+    run = subprocess.run(command, env=eight_devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
