@@ -19,6 +19,7 @@ if (0, 7) <= jaxlib.version.__version_info__ < (0, 11):
 
 import jax
 import pytest
+from hypothesis import settings
 
 from cgd_jax import train
 from tests import tiny
@@ -35,6 +36,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", _FOLDER)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# The same examples every time, of which none has to be kept.
+settings.register_profile("tests", derandomize=True, database=None, deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture

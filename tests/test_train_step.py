@@ -16,6 +16,7 @@ from cgd_jax.models.cgd import Output, compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
 from configs import base, glyphs
+from tests import tiny  # noqa: F401, the backbone resnet6
 
 
 def losses_of(config, vectors, logits, labels):
@@ -71,7 +72,7 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
 def problem(loss=None, **values):
     """A tiny network with its first state, 12 images in 4 classes, and the losses of the config."""
     config = glyphs.get_config()
-    config.model.update({"width": 4, "embedding_dim": 8, **values})
+    config.model.update({"backbone": "resnet6", "width": 4, "embedding_dim": 8, **values})
     config.loss.update(loss or {})
     model = create_model(config.model, 4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(12, 16, 16, 3)), jnp.float32)
@@ -126,13 +127,15 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center, los
 def test_a_step_tells_which_loss_pulls_how_much():
     model, _, (state, images, labels) = problem(center="mean")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    descriptors = model.apply(variables, images, return_descriptors=True).descriptors
+    pool = jax.jit(lambda images: model.apply(variables, images, return_descriptors=True))
+    descriptors = pool(images).descriptors
     config = glyphs.get_config()
 
     def described(ranking, classification):
         config.loss.update(ranking_weight=ranking, classification_weight=classification)
         measure = functools.partial(train_step.measure_state, ConfigDict(config))
-        found = train_step.describe_step(config.loss, model, measure, state, descriptors, labels)
+        describe = functools.partial(train_step.describe_step, config.loss, model, measure)
+        found = jax.jit(describe)(state, descriptors, labels)
 
         def total(descriptors):
             output, _ = model.apply(
@@ -140,7 +143,7 @@ def test_a_step_tells_which_loss_pulls_how_much():
             )
             return measure(state, labels, output)[0]
 
-        return found, optax.tree.norm(jax.grad(total)(descriptors))
+        return found, optax.tree.norm(jax.jit(jax.grad(total))(descriptors))
 
     both, _ = described(2.0, 3.0)
     ranking, norm = described(2.0, 0.0)  # each alone: the gradient of the total is its own
