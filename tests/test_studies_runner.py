@@ -29,7 +29,8 @@ def test_whole_study(tiny_config, tmp_path):
     load_dataset(tiny_config.data)
     data = f"--config.data.dir={tiny_config.data.dir}"
     flags = ["--mode=study", "--study", "tests/tiny_study.py", data, f"--workdir={tmp_path}/s"]
-    status, output, errors = test_main.run(*flags, "--seeds=5", "--jobs=2")
+    flags += ["--seeds=5", "--jobs=2", "--config.eval.baselines=False"]
+    status, output, errors = test_main.run_here(*flags)
     assert status == 0 and errors == "", errors + output
     assert "2 runs, 0 of them finished; 2 at a time." in output
     assert re.search(r"rank, seed 5: R@1 \d+\.\d\d %, .+ s; \d of 2, about .+ s left", output)
