@@ -9,9 +9,9 @@
 
 `step` trains on the same batch again and again: augmentation, both losses, BatchNorm, Adam.
 PyTorch does the same (benchmarks/pytorch.py has ResNet-50 and EfficientNet-Lite0): eager, with
-channels last, and compiled; without torch, or with --against and nothing behind it, only ours is timed. `embed` makes the
-embeddings of a batch. Every contender has a process of its own, and ours keeps freed memory on a
-CPU, as main.py does.
+channels last, and compiled; without torch, or with --against and nothing behind it, only ours is
+timed. `embed` makes the embeddings of a batch. Every contender has a process of its own, and ours
+keeps freed memory on a CPU, as main.py does.
 
 `memory` makes steps of the glyphs network with batches of 256 to 2,048 images, at once and with
 train.embed_chunk=256, each in a process of its own, and prints the peak of its memory.
