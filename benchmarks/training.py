@@ -85,10 +85,15 @@ def pytorch(config, batch, compiled, channels_last, training=True):
     return make_call(config, batch, CLASSES, compiled, channels_last, training)
 
 
-def step(args, training=True):
+def config_of(backbone, size, dtype):
     config = base.get_config()
-    config.model.backbone, config.model.dtype = args.backbone, args.dtype
-    config.data.image_size, config.data.resize = args.size, args.size + args.size // 8
+    config.model.backbone, config.model.dtype = backbone, dtype
+    config.data.image_size, config.data.resize = size, size + size // 8
+    return config
+
+
+def step(args, training=True):
+    config = config_of(args.backbone, args.size, args.dtype)
     config.train.embed_chunk = args.chunk
     contenders = {"cgd_jax": partial(ours, config, args.batch, training)}
     for name in args.against if args.backbone in WRITTEN_IN_TORCH else ():

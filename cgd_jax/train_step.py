@@ -270,7 +270,7 @@ def create_state(
     """
     # On a CPU every array is drawn by code of its own, which takes long to compile and runs once.
     # Less effort compiles the same numbers in a third of the time.
-    on_cpu = all(device.platform == "cpu" for device in sharding.device_set)
+    on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
 
     @functools.partial(jax.jit, out_shardings=sharding, compiler_options=options)

@@ -1,6 +1,5 @@
 """Convolution and max-pooling written for CPUs: against loops, and against XLA's own."""
 
-import re
 from functools import partial
 
 import jax
@@ -175,10 +174,6 @@ def test_only_cpus_compile_other_forms():
         found = texts(way, jnp.zeros((1, 8, 8, 4)), kernel)
         for platform, text in found.items():
             assert ("stablehlo.convolution" in text) == (platform != "cpu")
-    gradient = jax.grad(lambda *a: (of(*a, dimension_numbers=numbers) ** 2).sum(), (0, 1))
-    for platform, text in texts(gradient, jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 4, 4))).items():
-        orders = re.findall(r"dim_numbers = (.*), window", text)
-        assert (len(orders), len(set(orders))) == (3, 1 if platform == "cpu" else 3)
     gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))).sum())
     for platform, text in texts(gradient, jnp.zeros((1, 8, 8, 4))).items():
         assert ("select_and_scatter" in text) == (platform != "cpu")

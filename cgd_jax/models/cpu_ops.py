@@ -6,9 +6,6 @@ written (benchmarks/convolutions.py has the times):
 - A 1×1 convolution is a matrix product, and one of two matrices: with more axes, the gradient
   with respect to the kernel copies the transposed gradient of the output first, which takes
   longer than the product.
-- XLA brings the two gradients of any other convolution into the order of axes that its fast
-  implementation wants, but not inside of loops (`jax.lax.scan`, `jax.lax.map`), where they are
-  up to 250 times slower. Here they are written in that order.
 - A wide 3×3 convolution takes 2.25 times fewer multiplications over tiles of 2 × 2 outputs
   (Winograd's minimal filters). Its transforms cost memory traffic, which pays from 256 channels.
 - A depthwise convolution is up to ten times faster as a sum of shifted products.
@@ -80,13 +77,14 @@ def conv_general_dilated(
     rows, columns = window_strides
     strides, pads = (rows, columns), _pads(lhs, rhs.shape[:2], window_strides, padding)
     fast: Callable[[jax.Array, jax.Array], jax.Array]
-    if rhs.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)) and feature_group_count == 1:
+    if feature_group_count > 1:
+        fast = lambda x, kernel: _depthwise(x, kernel, strides, pads)
+    elif rhs.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
         fast = partial(_pointwise, strides=strides)
     elif _is_wide(lhs, rhs, strides, pads):
         fast = lambda x, kernel: _winograd(x, kernel, pads)
     else:
-        form = _conv if feature_group_count == 1 else _depthwise
-        fast = lambda x, kernel: form(x, kernel, strides, pads)
+        return native(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=fast, default=native)
 
 
@@ -147,50 +145,6 @@ def _max_pool(x: jax.Array, window, strides: Strides, pads: Padding) -> jax.Arra
 def _pointwise(x: jax.Array, kernel: jax.Array, strides: Strides) -> jax.Array:
     x = x[:, :: strides[0], :: strides[1]]
     return jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0]).reshape(*x.shape[:-1], -1)
-
-
-# The order of axes for which XLA has fast code on a CPU.
-_native = partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Padding) -> jax.Array:
-    """XLA's convolution; its gradients are convolutions in the same order of axes."""
-    return _native(x, kernel, strides, pads)
-
-
-def _conv_forward(x, kernel, strides, pads):
-    return _conv(x, kernel, strides, pads), (x, kernel)
-
-
-def _conv_backward(strides, pads, residuals, gradient):
-    x, kernel = residuals
-    axes = range(2)
-    # How far the last tap of the kernel at the last position reaches behind x.
-    ends = [
-        strides[i] * (gradient.shape[1 + i] - 1) + kernel.shape[i] - pads[i][0] - x.shape[1 + i]
-        for i in axes
-    ]
-    # Every position of x sums over the taps that saw it: the kernel, turned around.
-    of_x = _native(
-        gradient,
-        kernel[::-1, ::-1].swapaxes(2, 3),
-        window_strides=(1, 1),
-        padding=[(kernel.shape[i] - 1 - pads[i][0], kernel.shape[i] - 1 - ends[i]) for i in axes],
-        lhs_dilation=strides,
-    )
-    # Every tap sums over the positions and images: the images take the place of channels.
-    of_kernel = _native(
-        x.transpose(3, 1, 2, 0),
-        gradient.transpose(1, 2, 0, 3),
-        window_strides=(1, 1),
-        padding=[(pads[i][0], ends[i]) for i in axes],
-        rhs_dilation=strides,
-    )
-    return of_x, of_kernel.transpose(1, 2, 0, 3)
-
-
-_conv.defvjp(_conv_forward, _conv_backward)
 
 
 # From where products outweigh the transforms of tiles, and those of the kernel.
