@@ -87,6 +87,7 @@ def top_k(
             f"exclude must be {len(query)} integers, one per query; got {exclude.dtype} "
             f"{exclude.shape}"
         )
+    exclude = exclude.astype(np.int64)  # the rows of a block may be beyond smaller numbers
     if precision not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
     if mesh is None:
@@ -227,6 +228,7 @@ def _search_in_cache(query, gallery, k, exclude, query_block, gallery_block):
     best = np.zeros((len(query), k), np.uint64)
     most = min(query_block, len(query))
     size = min(gallery_block, len(gallery), max(TILE // most, 4 * k))
+    most = min(most, max(TILE // size, 1))
     # New memory for every product would cost page faults.
     memory = itertools.cycle([np.empty(most * size, np.float32) for _ in range(2)])
     with ThreadPoolExecutor(threads.CORES) as pool:
@@ -234,8 +236,8 @@ def _search_in_cache(query, gallery, k, exclude, query_block, gallery_block):
         for block in range(0, len(gallery), gallery_block):
             loaded = _as_float32("gallery", gallery[block : block + gallery_block])
             starts = range(0, len(loaded), size)
-            for at, begin in itertools.product(range(0, len(query), query_block), starts):
-                rows, start = slice(at, at + query_block), block + begin
+            for at, begin in itertools.product(range(0, len(query), most), starts):
+                rows, start = slice(at, at + most), block + begin
                 items, some = loaded[begin : begin + size], query[rows]
                 product = next(memory)[: len(items) * len(some)].reshape(len(items), len(some))
                 _multiply(items, some, product, pool)
