@@ -1,5 +1,5 @@
 #!/bin/bash
-# Everything that a GPU is asked, in one call of less than ten minutes: speed of training,
+# Everything that a GPU is asked, in one call of about ten minutes: speed of training,
 # embedding, metrics and search beside PyTorch, memory, determinism.
 #
 #     pip install "jax[cuda12]" torch && bash benchmarks/gpu.sh | tee gpu.txt
@@ -56,13 +56,13 @@ wait
 echo "### compiled after $SECONDS s"
 part 110 benchmarks/training.py step $resnet
 part 110 benchmarks/training.py step $lite
-part 80 benchmarks/on_device.py --items=60502 --dim=1536 --queries=60502
+part 120 benchmarks/on_device.py --items=60502 --dim=1536 --queries=60502
 part 80 benchmarks/training.py embed --batch=256 --dtype=bfloat16
 part 80 benchmarks/training.py embed $lite --batch=256
 part 60 benchmarks/training.py step --batch=128 --against "eager, channels last"
 # What determinism costs, beside the first table.
 XLA_FLAGS="$XLA_FLAGS $deterministic" part 50 benchmarks/training.py step $resnet --against
-part 90 benchmarks/on_device.py --items=1000000 --dim=512 --queries=10000
+part 120 benchmarks/on_device.py --items=1000000 --dim=512 --queries=10000 --rounds=1
 part 80 benchmarks/training.py step $chunked --against
 part 60 benchmarks/input_pipeline.py
 exit $failed

@@ -97,7 +97,7 @@ def indexing(photos: str | None, count: int) -> None:
 def embed_alone(count: int) -> None:
     from cgd_jax.search import index, network
 
-    opened, size = network.open_network(), index.batch_size()
+    opened, size = network.open_network(), index.enough()
     pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), np.uint8)
     index.embed_pixels(opened, pixels)
     begin, used = time.perf_counter(), time.process_time()
@@ -112,7 +112,7 @@ def index_alone(address: str, photos: str) -> None:
     from cgd_jax.search import index, indexing, network
 
     opened = network.open_network()
-    blank = np.zeros((index.batch_size(), 224, 224, 3), np.uint8)
+    blank = np.zeros((1, 224, 224, 3), np.uint8)
     index.embed_pixels(opened, blank)  # compiles
     begin, used = time.perf_counter(), time.process_time()
     changes = indexing.update(address, [photos], opened)
@@ -188,7 +188,7 @@ def index_slowly(address: str, photos: str) -> None:
         time.sleep(0.02)
         return network.embed(images)
 
-    index.BATCHES, indexing.WRITE_EVERY = (1, 8), 8
+    index.enough, indexing.WRITE_EVERY = lambda: 8, 8
     indexing.update(address, [photos], network._replace(embed=embed))
 
 

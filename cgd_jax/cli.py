@@ -184,7 +184,7 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "duplicates", False, "Lists groups of pictures that are nearly the same.", **known
     )
     flags.DEFINE_float(
-        "similarity", 0.97, "With --duplicates: the cosine from which they are; else 0.97.", **known
+        "similarity", None, "With --duplicates: the cosine from which they are; else 0.94.", **known
     )
     flags.DEFINE_bool("json", False, "Prints JSON, and nothing else.", **known)
     flags.DEFINE_string(
@@ -474,6 +474,7 @@ def main(argv: list[str]) -> None:
     if not given.json:
         console.show_log()
     memory.keep_freed_memory()
+    memory.collect_garbage_rarely()
     try:
         if given.distributed or given.coordinator:
             from cgd_jax.runtime import processes

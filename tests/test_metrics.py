@@ -17,7 +17,6 @@ from jax.extend.core.primitives import dot_general_p
 
 from cgd_jax import complementarity, metrics, retrieval
 
-ROOT = Path(__file__).parents[1]
 GOLDENS = np.load(Path(__file__).parent / "goldens/metrics.npz")
 KINDS = ("random", "clustered", "duplicated", "collapsed", "single class")
 SEARCHED = ("itself", "gallery")
@@ -398,7 +397,7 @@ def test_bad_input_raises_and_says_why(message, args, options):
             measure(*args, **options)
 
 
-def test_any_number_of_devices_gives_the_same_ranks():
+def test_any_number_of_devices_gives_the_same_ranks(eight_devices):
     script = """
 import jax, numpy as np
 from jax.sharding import Mesh
@@ -420,9 +419,7 @@ metrics.SORTED_FROM = {"cpu": 0}
 for mesh in (None, two, eight):
     assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 """
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", script], env=eight_devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 

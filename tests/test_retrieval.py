@@ -1,9 +1,7 @@
 """Top-k against a full sort, streamed, over a mesh, with ties and with bad input."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgd_jax import retrieval
-
-ROOT = Path(__file__).parents[1]
 
 
 def grid(rng, rows, dim=6):
@@ -139,7 +135,7 @@ def test_largest_equals_lax_top_k(size, k):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_any_number_of_devices_finds_the_same():
+def test_any_number_of_devices_finds_the_same(eight_devices):
     script = """
 import jax, numpy as np
 from jax.sharding import Mesh
@@ -158,9 +154,7 @@ for k, block in ((3, 2**16), (60, 30)):
         shared = retrieval.top_k(query, gallery, k, mesh=mesh, **options)
         assert all(np.array_equal(a, b) for a, b in zip(alone, shared)), (mesh, k)
 """
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", script], env=eight_devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 

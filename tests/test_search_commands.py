@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax.search import commands, queries
+from cgd_jax.search import commands, duplicates, queries
 from cgd_jax.search import network as networks
 from tests.search_samples import folder_of_photographs, photograph, stand_in
 from tests.test_main import run_here
@@ -62,6 +62,7 @@ def test_duplicates(filled, tmp_path):
     assert (status, errors) == (0, "")
     rows = [line.split() for line in output.splitlines() if line[:1].isdigit()]
     assert [row[:3] for row in rows] == [["1", "2", "1.0000"]] * 2
+    assert f"else {duplicates.SIMILARITY}." in run_here("--help")[1]
     assert Image.open(tmp_path / "groups.png").height > 24
     status, output, _ = run_here(*flags, "--json")
     paths = [hit["path"] for hit in json.loads(output)["groups"][0]["pictures"]]
@@ -91,6 +92,7 @@ def test_a_part_of_the_query(filled):
         (["--mode=search", "--query=a", "--duplicates"], "or look for --duplicates."),
         (["--mode=search", "--duplicates", "--k=3"], "--crop and --k do not go with --dup"),
         (["--mode=search", "--query=a", "--similarity=1"], "--similarity goes with --duplicates."),
+        (["--mode=search", "--duplicates", "--similarity=0", "--index=FILLED"], "above 0 and at"),
         (["--mode=search", "--query=a", "--workdir=a", "--model=b"], "both name a network"),
         (["--mode=search", "--query=a", "--match=b"], "--match goes with --mode=explain."),
         (["--mode=train", "--images=a"], "--images goes with --mode=index."),

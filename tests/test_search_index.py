@@ -144,7 +144,6 @@ def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
 
 
 def test_batches_are_of_sizes_that_are_compiled_and_not_padded(monkeypatch):
-    monkeypatch.setattr(indexes, "BATCHES", (1, 4))
     sizes = []
     network = stand_in()
 
@@ -155,9 +154,13 @@ def test_batches_are_of_sizes_that_are_compiled_and_not_padded(monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
     found = indexes.embed_pixels(network._replace(embed=embed), pixels)
     np.testing.assert_allclose(found, network.embed(pixels), atol=1e-6)
-    assert sizes == [4, 4, 1, 1]
+    assert sizes == 10 * [1]  # on every core another one
+    sizes.clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert indexes.batch_size() == 128
+    monkeypatch.setattr(indexes, "BATCHES", (1, 4))
+    found = indexes.embed_pixels(network._replace(embed=embed), pixels)
+    np.testing.assert_allclose(found, network.embed(pixels), atol=1e-6)
+    assert sizes == [4, 4, 1, 1] and indexes.enough() == 4
 
 
 def test_duplicates_are_chained_into_groups(tmp_path):

@@ -1,13 +1,13 @@
 """An index follows its files: whatever changes, and wherever indexing is interrupted."""
 
 import csv
+import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -231,7 +231,7 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
     from cgd_jax.search.lancedb_store import LanceStore
 
     address = str(tmp_path / "index")
-    monkeypatch.setattr(indexes, "BATCHES", (1, 2))
+    monkeypatch.setattr(indexes, "enough", lambda: 2)
     monkeypatch.setattr(indexing, "WRITE_EVERY", 2)
     upsert = LanceStore.upsert
     counts = []
@@ -258,40 +258,66 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
     assert content(address) == content(undisturbed)
 
 
-SLOW = """
-import sys, time
-from cgd_jax.search import index, indexing
+SERVES_AND_INDEXES = """
+import sys, threading, time
+import uvicorn
+from cgd_jax.search import Index, index, indexing
+from cgd_jax.serve import app, command
 from tests.search_samples import stand_in
-network = stand_in()
+
+address, photos = sys.argv[1:]
+application = app.create_app(Index.open(address, stand_in()))
+listener = command.listen("127.0.0.1", 0)
+server = uvicorn.Server(uvicorn.Config(application, log_level="error"))
+threading.Thread(target=server.run, args=([listener],), daemon=True).start()
+while not server.started:
+    time.sleep(0.01)
+print(listener.getsockname()[1], flush=True)
+
 def embed(images):
     time.sleep(0.02)
-    return network.embed(images)
-index.BATCHES, indexing.WRITE_EVERY = (1,), 1
-indexing.update(sys.argv[1], [sys.argv[2]], network._replace(embed=embed))
+    return stand_in().embed(images)
+
+index.enough, indexing.WRITE_EVERY = lambda: 1, 1
+indexing.update(address, [photos], stand_in()._replace(embed=embed))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_a_killed_run_goes_on(tmp_path):
-    photos = folder_of_photographs(tmp_path / "photos", 60)
-    address = tmp_path / "index"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(address), str(photos)], cwd=ROOT, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    versions = address / "pictures.lance/_versions"
-    while not (versions.is_dir() and len(list(versions.iterdir())) > 4):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done = Index.open(address).count()
-    assert 0 < done < 60
-    changes = update(str(address), [photos], stand_in())
-    assert numbers(changes) == (60 - done, 0, 0, done, 0)
+def test_killed_while_it_serves_and_indexes(tmp_path):
+    """What was there is answered as before, and the next run writes the rest."""
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
+    from cgd_jax.serve.app import create_app
+
+    address, photos = tmp_path / "index", tmp_path / "photos"
+    for i in range(20):
+        query = photograph(photos / "old" / f"{i:03}.png", i)
+    update(str(address), [photos], stand_in())
+    for i in range(20, 60):
+        photograph(photos / "new" / f"{i:03}.png", i)
+    before = content(address)
+    search, data = "/search?label=old&k=7", query.read_bytes()
+    command = [sys.executable, "-c", SERVES_AND_INDEXES, str(address), str(photos)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            server = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+            ask = lambda: json.load(urllib.request.urlopen(server + search, data))["hits"]
+            first = ask()
+            while len(list((address / "pictures.lance/_versions").iterdir())) < 8:
+                assert ask() == first
+        finally:
+            process.kill()
+    after = content(address)
+    done = len(after)
+    assert 20 < done < 60 and before.items() <= after.items()
+    client = testclient.TestClient(create_app(Index.open(address, stand_in())))
+    again = client.post(search, content=data, headers={"Host": "localhost"})
+    assert len(first) == 7 and again.json()["hits"] == first
+    assert numbers(update(str(address), [photos], stand_in())) == (60 - done, 0, 0, done, 0)
     undisturbed = str(tmp_path / "undisturbed")
     update(undisturbed, [photos], stand_in())
-    assert content(str(address)) == content(undisturbed)
+    assert content(address) == content(undisturbed)
 
 
 def test_whitening_is_learned_and_applied(tmp_path):

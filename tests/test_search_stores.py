@@ -187,6 +187,23 @@ def test_approximate_search_finds_what_exact_search_finds(tmp_path, monkeypatch)
 
 
 @needs("lancedb")
+def test_parts_are_joined_when_there_are_many(tmp_path):
+    store = open_store(str(tmp_path / "index"), about(), DIMENSION)
+    parts = lambda: store._table.stats()["fragment_stats"]["num_fragments"]
+    for seed in range(10):
+        store.upsert(rows(3, seed))
+    store.finish()
+    assert parts() == 10
+    store.upsert(rows(3, 10))
+    store.finish()
+    assert parts() == 1 and store.count() == 33
+    store.upsert(rows(30, 11))
+    store.delete(rows(20, 11)["id"])
+    store.finish()
+    assert parts() == 1 and store.count() == 43
+
+
+@needs("lancedb")
 def test_damaged_files_are_named(tmp_path):
     address = tmp_path / "index"
     open_store(str(address), about(), DIMENSION).upsert(rows(50))

@@ -78,7 +78,7 @@ def search_index(
       where: as for `Index.search`.
       exact: likewise.
       crop: "x,y,width,height", the part of each query to search by.
-      duplicates: similarity from which pictures count as duplicates.
+      duplicates: similarity from which pictures count as duplicates; None is the default.
       as_json: whether to print JSON, and nothing else, and draw nothing.
       picture: PNG to draw.
     """
@@ -87,17 +87,18 @@ def search_index(
     index = Index.open(address, model)
     # Not at the top of the file: an index is filled without what draws.
     from cgd_jax.search import report
-    from cgd_jax.search.duplicates import find_duplicates
+    from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
 
     if asked is None:
-        groups = find_duplicates(index, duplicates or 0.97, where, exact)
+        similarity = SIMILARITY if duplicates is None else duplicates
+        groups = find_duplicates(index, similarity, where, exact)
         if as_json:
             print(report.groups_as_json(groups))
         elif groups:
             print(report.groups_as_text(groups))
             report.draw_groups(Path(picture), index, groups)
         else:
-            print(f"No two pictures have a similarity of {duplicates or 0.97:g} or more.")
+            print(f"No two pictures have a similarity of {similarity:g} or more.")
     else:
         found = queries.ask(index, asked, k, where, exact, box)
         print(report.as_json(found) if as_json else report.as_text(found))

@@ -8,8 +8,10 @@ import numpy as np
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import Hit
 
-__all__ = ["Group", "find_duplicates"]
+__all__ = ["SIMILARITY", "Group", "find_duplicates"]
 
+# Of the packaged network; docs/searching.md has the copies and the look-alikes above it.
+SIMILARITY = 0.94
 NEIGHBOURS = 16  # of every picture that are looked at; larger groups hang together by chains
 EXACT_UP_TO = 50_000  # pictures: comparing all with all takes the square of their number
 BLOCK = 256  # pictures that are searched by at a time
@@ -23,7 +25,7 @@ class Group(NamedTuple):
 
 
 def find_duplicates(
-    index: Index, similarity: float = 0.97, where: str | None = None, exact: bool = False
+    index: Index, similarity: float = SIMILARITY, where: str | None = None, exact: bool = False
 ) -> list[Group]:
     """Finds groups of pictures that are chained together by high similarities.
 

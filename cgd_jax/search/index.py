@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from cgd_jax.runtime.threads import CORES, parallel
 from cgd_jax.search import network as networks
 from cgd_jax.search import pictures, stores
 from cgd_jax.search.network import Network
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Index", "IndexInfo", "Query", "Record"]
 
-# Images are embedded in batches of these sizes, each of which is compiled once. Any number is a
-# sum of them: on a CPU, where an image takes as long alone as among others, padding would be paid.
-BATCHES = (1, 4, 16)
-BATCH_OF_ACCELERATOR = 128
+# An accelerator embeds batches of these sizes, each of which is compiled once; any number is a sum
+# of them. On a CPU every core embeds one image at a time: in a batch, an image takes longer.
+BATCHES = (1, 16, 128)
 
 # A file, an image, its pixels [H, W, 3] uint8, or a vector [D] of floats.
 Query = str | Path | Image.Image | np.ndarray
@@ -482,20 +482,25 @@ def writing(address: str) -> Iterator[None]:
         yield
 
 
-def batch_size() -> int:
-    """Returns how many images the device embeds at a time, when there are many."""
-    return BATCH_OF_ACCELERATOR if _on_accelerator() else BATCHES[-1]
+def batch_sizes() -> tuple[int, ...]:
+    """Returns how many images the device embeds at a time, each of which is compiled once."""
+    return BATCHES if _on_accelerator() else (1,)
+
+
+def enough() -> int:
+    """Returns how many images, embedded together, keep the device busy."""
+    return BATCHES[-1] if _on_accelerator() else 4 * CORES
 
 
 def embed_pixels(network: Network, pixels: np.ndarray) -> np.ndarray:
     """Embeds any number of images [B, resize, resize, 3] uint8: [B, D] float32."""
-    sizes = {*BATCHES, batch_size()}
-    vectors, at = [], 0
+    sizes, batches, at = batch_sizes(), [], 0
     while at < len(pixels):
         size = max(size for size in sizes if size <= len(pixels) - at)
-        vectors.append(np.asarray(network.embed(pixels[at : at + size]), np.float32))
+        batches.append(pixels[at : at + size])
         at += size
-    return np.concatenate(vectors)
+    each = map if _on_accelerator() else parallel
+    return np.concatenate(list(each(lambda x: np.asarray(network.embed(x), np.float32), batches)))
 
 
 def _opened(model: Network | str | Path | None, vector: str | None) -> Network:

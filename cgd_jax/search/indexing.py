@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 WRITE_EVERY = 1024
 WRITE_AFTER = 15.0
 # So many pictures are read ahead, so that the next batch is there when the device is free.
-READ_AHEAD = 2 * indexes.BATCH_OF_ACCELERATOR
+READ_AHEAD = 2 * indexes.BATCHES[-1]
 SAMPLE = 5000  # pictures that a whitening is learned from, at most
 LISTED = 20  # files that were left out, in the log; skipped.csv in the index has them all
 
@@ -171,7 +171,7 @@ def _learn_whitening(network: Network, listed: list[File], dimension: int) -> in
         read = parallel(
             partial(_read, resize=network.resize), [listed[i] for i in chosen], READ_AHEAD // CORES
         )
-        for batch in _batches(read, indexes.batch_size()):
+        for batch in _batches(read, indexes.enough()):
             pixels = [picture.pixels for picture in batch if isinstance(picture, Picture)]
             bar.update(len(batch))
             if pixels:
@@ -231,7 +231,7 @@ class _Writer:
 
     def add(self, file: File, picture: Picture) -> None:
         self._read.append((file, picture))
-        if len(self._read) == indexes.batch_size():
+        if len(self._read) == indexes.enough():
             self._embed()
             if len(self._rows) >= WRITE_EVERY or time.monotonic() > self._written + WRITE_AFTER:
                 self._write()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,9 @@ PICTURES, ABOUT = "pictures", "about"  # the tables
 # Numbers (rows × dimension) from which comparing with everything takes too long, some 100 ms.
 APPROXIMATE_FROM = 20_000_000
 INDEX_IDS_FROM = 10_000  # rows
+# Every write makes a part of the table. To join them writes all rows anew, so it waits until there
+# are more than these, or rows were deleted.
+PARTS = 10
 # Of the approximate search: clusters looked into, and candidates a neighbour that are compared
 # exactly.
 PROBES, REFINE = 80, 3
@@ -41,6 +45,7 @@ class LanceStore:
 
     def __init__(self, address: str, table, about: dict[str, str]):
         self.address, self.about, self._table = address, about, table
+        self._deleted = False
 
     @classmethod
     def open(cls, address: str, about: dict[str, str] | None, dimension: int) -> "LanceStore":
@@ -77,6 +82,7 @@ class LanceStore:
             merge.when_not_matched_insert_all().execute(pa.table(arrays))
 
     def delete(self, ids: Sequence[str]) -> None:
+        self._deleted = True
         with _failures(self.address, "written"):
             for at in range(0, len(ids), 1000):
                 some = ", ".join(map(stores.quoted, ids[at : at + 1000]))
@@ -138,7 +144,9 @@ class LanceStore:
                 wanted.pop(index.columns[0], None)
             for column, config in wanted.items():
                 self._table.create_index(column, config=config)
-            self._table.optimize(cleanup_older_than=timedelta(hours=1))
+            parts = self._table.stats()["fragment_stats"]["num_fragments"]
+            if parts > PARTS or self._deleted:
+                self._table.optimize(cleanup_older_than=timedelta(hours=1))
 
     def close(self) -> None:
         pass
@@ -152,7 +160,8 @@ def _failures(address: str, done: str, where: str | None = None) -> Iterator[Non
     except (StoreError, stores.NoIndexError):
         raise
     except (RuntimeError, ValueError, OSError) as error:
-        text = " ".join(str(error).split(", /")[0].split())
+        text = re.sub(r"lance error: |LanceError\(\w+\): ", "", str(error).split(", /")[0])
+        text = " ".join(text.split())
         if where and isinstance(error, ValueError):
             raise ValueError(f"--where={where!r} is not understood: {text}") from error
         remedy = (

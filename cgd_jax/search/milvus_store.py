@@ -8,6 +8,7 @@ import base64
 import contextlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from cgd_jax.search import stores
 from cgd_jax.search.stores import COLUMNS, Columns, Hit, StoreError
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is raised as well
 try:
     from pymilvus import DataType, MilvusClient, MilvusException
 except ImportError as error:
@@ -25,6 +27,8 @@ except ImportError as error:
         ".db: pip install 'cgd_jax[milvus]', or pip install pymilvus milvus-lite."
     ) from error
 
+# milvus-lite closes connections of clients that ask every ten seconds whether it is still there.
+NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 # Collections: of the pictures, and of texts about the index. Milvus wants vectors in the latter
 # too, of two dimensions at least.
 PICTURES, ABOUT = "cgd_pictures", "cgd_about"
@@ -44,7 +48,8 @@ class MilvusStore:
     @classmethod
     def open(cls, address: str, about: dict[str, str] | None, dimension: int) -> "MilvusStore":
         """Opens an index, or makes one; see `stores.open_store`."""
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises
+        for library in ("pymilvus", "milvus_lite"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)  # they log what they raise
         if about is not None and json.loads(about["info"])["precision"] != "float32":
             raise ValueError(
                 f"--index={address}: an index in Milvus holds vectors in float32. Leave "
@@ -55,7 +60,8 @@ class MilvusStore:
                 raise stores.no_index(address)
             Path(address).parent.mkdir(parents=True, exist_ok=True)
         with _failures(address, "opened"):
-            client = MilvusClient(address)
+            options = NO_PINGS if stores.is_local(address) else {}
+            client = MilvusClient(address, grpc_options=options)
             if not client.has_collection(PICTURES):
                 if about is None:
                     client.close()

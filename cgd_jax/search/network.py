@@ -121,7 +121,8 @@ def _packaged() -> tuple["CGD", dict, "Normalization", dict[str, Any]]:
     import jax
 
     from cgd_jax.config import fill_added_keys
-    from cgd_jax.models import pretrained
+    from cgd_jax.models import pretrained, weight_files
+    from cgd_jax.models.backbones import normalization_of
     from cgd_jax.models.cgd import create_model
 
     described = {
@@ -141,9 +142,15 @@ def _packaged() -> tuple["CGD", dict, "Normalization", dict[str, Any]]:
     images = jax.ShapeDtypeStruct((1, PACKAGED_SIZE, PACKAGED_SIZE, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     untrained = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    variables, normalization = pretrained.load(untrained, PACKAGED, PACKAGED)
+    published, _ = weight_files.read(weight_files.find(PACKAGED))
+    features = {name: a for name, a in published.items() if not name.startswith("_fc.")}
+    backbone = pretrained.backbone_of(untrained)
+    variables = pretrained.fill(
+        untrained, pretrained.convert_state_dict(features, backbone, PACKAGED)
+    )
     data = {"image_size": PACKAGED_SIZE, "resize": PACKAGED_SIZE}
-    return model, variables, normalization, {"data": data, "eval": {"center_crop": False}}
+    config = {"data": data, "eval": {"center_crop": False}}
+    return model, variables, normalization_of(PACKAGED), config
 
 
 def _read_run(workdir: str) -> tuple["CGD", dict, "Normalization", dict[str, Any]]:

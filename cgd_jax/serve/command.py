@@ -90,8 +90,8 @@ def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
     import numpy as np
 
-    from cgd_jax.search.index import BATCHES
+    from cgd_jax.search.index import batch_sizes
 
     side = index.info.resize
-    for size in BATCHES:
+    for size in batch_sizes():
         index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))

@@ -105,8 +105,9 @@ function present(answer, from) {
     $("results").replaceChildren(...tiles);
     const noun = answer.searched === 1 ? "picture" : "pictures";
     const how = answer.exact ? "exact" : "approximate";
-    $("status").textContent =
-      `${answer.searched.toLocaleString("en")} ${noun} searched in ${answer.milliseconds} ms, ${how}`;
+    const count = answer.searched.toLocaleString("en");
+    const time = Math.max(Math.round(answer.milliseconds), 1);
+    $("status").textContent = `${count} ${noun} searched in ${time}\u00a0ms, ${how}`;
   }
   offset = from + answer.hits.length;
   $("more").hidden = !answer.more;
@@ -298,7 +299,11 @@ $("frame").addEventListener("keydown", (event) => {
 
 const searchBox = () => go({ ...shown, crop: cropText(box) });
 $("whole").addEventListener("click", () => go({ ...shown, crop: undefined }));
-$("picture").addEventListener("load", () => drawBox(box));
+$("picture").addEventListener("load", () => {
+  const { naturalWidth: width, naturalHeight: height } = $("picture");
+  $("frame").style.setProperty("--shape", width / height);
+  drawBox(box);
+});
 $("picture").addEventListener("error", () => $("picture").removeAttribute("src"));
 addEventListener("resize", () => drawBox(box));
 
@@ -327,7 +332,7 @@ async function explainVisible() {
       const image = link.querySelector("img");
       const canvas = element("canvas", {});
       await image.decode().catch(() => {});
-      drawHeat(canvas, image, heat.match, heat.inset, heat);
+      drawHeat(canvas, image, heat.match, heat.inset);
       link.querySelector(".tile").append(canvas);
       if (item === $("results").firstChild) drawQueryHeat(heat);
     }
@@ -342,16 +347,16 @@ async function explainVisible() {
 const clearCanvas = (canvas) => canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
 
 function drawQueryHeat(heat) {
-  drawHeat($("queryheat"), $("picture"), heat.query, heat.inset, heat, box);
+  drawHeat($("queryheat"), $("picture"), heat.query, heat.inset, box);
 }
 
-function drawHeat(canvas, image, grid, inset, heat, part) {
-  const most = Math.max(...heat.query.flat(), ...heat.match.flat(), 1e-9);
+function drawHeat(canvas, image, grid, inset, part) {
+  const most = Math.max(...grid.flat(), 1e-9);
   const rows = grid.length;
   const columns = grid[0].length;
   const dark = new ImageData(columns, rows);
   grid.flat().forEach((value, i) => {
-    dark.data[4 * i + 3] = Math.round(190 * (1 - Math.sqrt(clamp(value / most))));
+    dark.data[4 * i + 3] = Math.round(170 * (1 - Math.sqrt(clamp(value / most))));
   });
   const small = element("canvas", { width: columns, height: rows });
   small.getContext("2d").putImageData(dark, 0, 0);
