@@ -63,6 +63,7 @@ def test_no_division_of_the_work_in_the_cache_shows(data, size, tile, gallery_bl
     np.testing.assert_array_equal(found[1], expected[1])
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20),
     st.integers(0, 2**31 - 21),
