@@ -10,8 +10,8 @@ NumPy multiplies, with its BLAS, in blocks that stay in the cache until they are
 Similarity is the dot product: cosine for normalized embeddings.
 """
 
-import collections
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,7 @@ def top_k(
             f"exclude must be {len(query)} integers, one per query; got {exclude.dtype} "
             f"{exclude.shape}"
         )
+    exclude = exclude.astype(np.int64)  # the rows of a block may be beyond smaller numbers
     if precision not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
     if mesh is None:
@@ -218,50 +219,55 @@ def _largest(x, k):
 def _search_in_cache(query, gallery, k, exclude, query_block, gallery_block):
     """`top_k` by products of NumPy.
 
-    Of every product only what exceeds the k-th best so far is looked at again. The best are
-    held as keys that order by similarity, and among equals by index, the lower one first.
+    While one product is made, a thread looks at what exceeds the k-th best so far in the last
+    one. The best are held as keys that order by similarity, and among equals by index, the
+    lower one first.
     """
     query, gallery = (np.asarray(x) if isinstance(x, jax.Array) else x for x in (query, gallery))
     query = check_rows("query", query)
     best = np.zeros((len(query), k), np.uint64)
     most = min(query_block, len(query))
     size = min(gallery_block, len(gallery), max(TILE // most, 4 * k))
-    memory = np.empty(most * size, np.float32)  # new memory for every product costs page faults
-    for start in range(0, len(gallery), gallery_block):
-        block = _as_float32("gallery", gallery[start : start + gallery_block])
-        for at in range(0, len(query), query_block):
-            rows = slice(at, at + query_block)
-            some = query[rows]
-            for begin in range(0, len(block), size):
-                items = block[begin : begin + size]
-                product = memory[: len(items) * len(some)].reshape(len(items), len(some))
-                _multiply(items, some, product)
+    most = min(most, max(TILE // size, 1))
+    # New memory for every product would cost page faults.
+    memory = itertools.cycle([np.empty(most * size, np.float32) for _ in range(2)])
+    with ThreadPoolExecutor(threads.CORES) as pool:
+        last = pool.submit(lambda: None)
+        for block in range(0, len(gallery), gallery_block):
+            loaded = _as_float32("gallery", gallery[block : block + gallery_block])
+            starts = range(0, len(loaded), size)
+            for at, begin in itertools.product(range(0, len(query), most), starts):
+                rows, start = slice(at, at + most), block + begin
+                items, some = loaded[begin : begin + size], query[rows]
+                product = next(memory)[: len(items) * len(some)].reshape(len(items), len(some))
+                _multiply(items, some, product, pool)
                 # A row that is not finite makes all products with it so, which costs no pass
                 # over the gallery.
                 if not np.isfinite(product[:, 0]).all():
-                    check_rows("gallery", items, start + begin)
-                own = exclude[rows] - start - begin
+                    check_rows("gallery", items, start)
+                own = exclude[rows] - start
                 inside = np.flatnonzero((own >= 0) & (own < len(items)))
                 product[own[inside], inside] = -np.inf
-                _keep_best(best[rows], product, start + begin)
+                last.result()
+                last = pool.submit(_keep_best, best[rows], product, start)
+        last.result()
     best = np.sort(best, 1)[:, ::-1]
     return _similarity(best), (LAST - (best & LAST)).astype(np.uint32).view(np.int32)
 
 
-def _multiply(items, query, product):
+def _multiply(items, query, product, pool):
     """Writes items @ query.T; for few queries by dot products, which read the items faster."""
+    if len(query) >= 8:
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.matmul(items, query.T, out=product)
+        return
 
     def dot(part):
         with np.errstate(over="ignore", invalid="ignore"):
             np.vecdot(items[part, None], query, out=product[part])
 
-    if len(query) < 8:
-        size = -(-len(items) // threads.CORES)
-        parts = [slice(at, at + size) for at in range(0, len(items), size)]
-        collections.deque(threads.parallel(dot, parts), 0)
-    else:
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.matmul(items, query.T, out=product)
+    size = -(-len(items) // threads.CORES)
+    list(pool.map(dot, [slice(at, at + size) for at in range(0, len(items), size)]))
 
 
 def _keep_best(best, product, start):
@@ -271,9 +277,10 @@ def _keep_best(best, product, start):
     """
     queries, k = best.shape
     limit = _similarity(best[:, 0])
-    half = product[: len(product) // 2].T
-    if start == 0 and half.shape[1] > k:
-        limit = np.partition(half, half.shape[1] - k, 1)[:, -k]
+    if start == 0 and len(product) > k:
+        # Of so many that to order them takes as long as to look at what exceeds their k-th best.
+        head = product[: int((8 * k * len(product)) ** 0.5)].T
+        limit = np.partition(head, head.shape[1] - k, 1)[:, -k]
         limit = np.nextafter(limit, np.float32(-np.inf))
     # Not "greater", because NaN, of sums that overflow, counts as the largest.
     above = np.less_equal(product, limit)
