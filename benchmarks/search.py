@@ -76,9 +76,9 @@ def indexing(photos: str | None, count: int) -> None:
             draw_photographs(folder, count)
         address = str(Path(scratch, "index"))
         # Alternating, because a machine that others use changes its speed meanwhile.
-        print("embedding alone:", in_process("embed-alone", count).strip(), flush=True)
+        print("embedding alone:", in_process("embed-alone", min(count, 1000)).strip(), flush=True)
         print("indexing:       ", in_process("index", address, folder).strip(), flush=True)
-        print("embedding alone:", in_process("embed-alone", count).strip(), flush=True)
+        print("embedding alone:", in_process("embed-alone", min(count, 1000)).strip(), flush=True)
         command = [sys.executable, str(ROOT / "main.py"), "--mode=index", f"--index={address}"]
         command += [f"--images={folder}"]
         changed = sorted(folder.rglob("*.jpg"))[7]
