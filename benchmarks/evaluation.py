@@ -6,7 +6,9 @@
     python benchmarks/evaluation.py classes    # few large to many small ones, against sorting
     python benchmarks/evaluation.py memory     # peak above the embeddings
     python benchmarks/evaluation.py growth     # gallery of 15 k to 120 k
-    python benchmarks/evaluation.py search     # top_k against faiss; 1 M on disk; single queries
+    python benchmarks/evaluation.py search     # top_k against faiss
+    python benchmarks/evaluation.py disk       # the same for 1 M in a memory map
+    python benchmarks/evaluation.py latency    # single queries of 100 k and 1 M
 
 60,502 embeddings of 1,536 dimensions in 11,316 classes of 2 to 12 images, as in the test
 split of Stanford Online Products. They are shuffled; by default the first of them query the whole
@@ -17,7 +19,6 @@ is outside.
 import argparse
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -157,26 +158,35 @@ HISTOGRAMS = {
 }
 
 
-def by_sorting(x, labels):
-    """MAP by sorting in NumPy, 512 queries at a time."""
+def by_sorting(x, labels, queries):
+    """MAP of the first queries by sorting in NumPy, 512 at a time."""
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    found = np.full(len(x), np.nan)
-    for at in range(0, len(x), 512):
-        rows = np.arange(at, min(at + 512, len(x)))
+    found = np.full(queries, np.nan)
+    for at in range(0, queries, 512):
+        rows = np.arange(at, min(at + 512, queries))
         similarity = x[rows] @ x.T
         similarity[np.arange(len(rows)), rows] = -np.inf
         hit = labels[np.argsort(-similarity, 1)[:, :-1]] == labels[rows, None]
         matches = hit.sum(1)
         precision = np.cumsum(hit, 1) / np.arange(1, len(x))
         found[rows] = np.sum(precision * hit, 1) / np.where(matches, matches, np.nan)
-    return {"map": np.nanmean(found)}
+    return np.nanmean(found)
 
 
 def classes(args):
-    def everything(x, labels):
+    def everything(x, labels, queries):
+        """All metrics are timed; MAP of some queries and the first call's memory are returned."""
         from cgd_jax import metrics
 
-        return metrics.evaluate(x, labels)
+        # The process has compiled nothing yet, as at the end of training.
+        peak = clock.peak_mb(lambda: metrics.evaluate(x, labels))
+        ids = np.arange(len(x))
+        few = metrics.evaluate(
+            *(x[:queries], labels[:queries], x, labels),
+            query_ids=ids[:queries],
+            gallery_ids=ids,
+        )
+        return lambda: metrics.evaluate(x, labels) and (few["map"], peak)
 
     rows = []
     for name, histogram in HISTOGRAMS.items():
@@ -186,16 +196,17 @@ def classes(args):
             labels = rng.choice(len(share), size, p=share / share.sum())
             x = rng.standard_normal((len(share), 32), np.float32)[labels]
             x += 1.5 * rng.standard_normal(x.shape, np.float32)
-            calls = [partial(everything, x, labels), partial(by_sorting, x, labels)]
-            us, numpy = clock.compare(
-                {str(call.func.__name__): lambda call=call: call for call in calls},
-                args.rounds,
-                warm=1,
-            ).values()
-            # In a process that has compiled nothing yet, as at the end of training.
-            peak = clock.compare({"": lambda call=calls[0]: partial(clock.peak_mb, call)}, 1, 0)
-            ratio, error = us.median / numpy.median, abs(us.value["map"] - numpy.value["map"])
-            rows.append([name, size, us.median, numpy.median, ratio, peak[""].value, error])
+            queries = min(size, args.queries)
+            contenders = {
+                "ours": partial(everything, x, labels, queries),
+                "sorting": lambda x=x, labels=labels, n=queries: partial(by_sorting, x, labels, n),
+            }
+            us, numpy = clock.compare(contenders, args.rounds, warm=0).values()
+            found, peak = us.value
+            sorting = numpy.median * size / queries
+            rows.append([name, size, us.median, sorting, us.median / sorting, peak])
+            rows[-1].append(abs(found - numpy.value))
+    print(f"sorting is timed for {args.queries:,} queries at most, and scaled")
     headers = ["", "images", "ours, s", "sorting, s", "ratio", "peak, MB", "MAP differs"]
     print(tabulate(rows, headers, floatfmt=("", ",", ".2f", ".2f", ".2f", ".0f", ".0e")))
 
@@ -212,6 +223,17 @@ def memory(args):
     print(tabulate(rows, ["", "MB above the embeddings, libraries among them"], floatfmt=".0f"))
 
 
+def first_call_measured(prepare, peak=clock.peak_mb):
+    """A contender that returns the MB that its first call took, and what each call returns."""
+
+    def prepared():
+        call = prepare()
+        megabytes = peak(call)
+        return lambda: (megabytes, call())
+
+    return prepared
+
+
 def growth(args):
     rows = []
     for size in (15_000, 30_000, 60_000, 120_000):
@@ -220,27 +242,25 @@ def growth(args):
             name: partial(WAYS[name], x, labels, np.arange(args.queries))
             for name in ("metrics.recall_at_k", "metrics.evaluate")
         }
-        timed = clock.compare({n: lambda c=c: c for n, c in calls.items()}, args.rounds, warm=1)
-        peaks = {n: lambda c=c: partial(clock.peak_mb, c) for n, c in calls.items()}
-        peaks = clock.compare(peaks, 1, warm=0)
-        for name, found in timed.items():
+        contenders = {n: first_call_measured(lambda c=c: c) for n, c in calls.items()}
+        for name, found in clock.compare(contenders, args.rounds, warm=0).items():
             ms = 1000 * found.median / args.queries
-            rows.append([size, name, ms, ms / size * 1e4, peaks[name].value])
+            rows.append([size, name, ms, ms / size * 1e4, found.value[0]])
     headers = ["gallery", "", "ms/query", "per 10 k items", "peak MB above the embeddings"]
     print(tabulate(rows, headers, floatfmt=(",", "", ".3f", ".4f", ".0f")))
 
 
-def blockwise(index, gallery, query, k, block=2**16):
-    """Searches a memory map with faiss: a flat index of each block, and the best of all."""
+def blockwise(faiss, gallery, query, k, block=2**16):
+    """The places of the k nearest in a memory map by faiss: of each block, then of all."""
     best = [np.full((len(query), 0), 0.0, np.float32), np.full((len(query), 0), 0)]
     for at in range(0, len(gallery), block):
-        index.reset()
-        index.add(np.ascontiguousarray(gallery[at : at + block]))
-        value, where = index.search(query, k)
+        value, where = faiss.knn(
+            query, gallery[at : at + block], k, metric=faiss.METRIC_INNER_PRODUCT
+        )
         value, where = np.append(best[0], value, 1), np.append(best[1], where + at, 1)
         order = np.argsort(-value, 1, kind="stable")[:, :k]
         best = [np.take_along_axis(found, order, 1) for found in (value, where)]
-    return best
+    return best[1]
 
 
 def searchers(query, gallery, k):
@@ -254,79 +274,92 @@ def searchers(query, gallery, k):
     def faiss():
         import faiss
 
-        index = faiss.IndexFlatIP(gallery.shape[1])
         if isinstance(gallery, np.memmap):
-            return lambda: blockwise(index, gallery, query, k)[1]
+            return partial(blockwise, faiss, gallery, query, k)
+        index = faiss.IndexFlatIP(gallery.shape[1])
         index.add(gallery)
         return lambda: index.search(query, k)[1]
 
-    return {"top_k": top_k, "faiss IndexFlatIP": faiss}
-
-
-def latencies(searcher, queries):
-    """Milliseconds of one query after the other, the median and the 99th percentile."""
-    call = searcher()
-    call()
-
-    def measured():
-        taken = []
-        for _ in range(queries):
-            start = time.perf_counter()
-            call()
-            taken.append(1000 * (time.perf_counter() - start))
-        return np.percentile(taken, (50, 99))
-
-    return measured
+    return {"top_k": top_k, "faiss": faiss}
 
 
 def search(args):
-    def compared(title, query, gallery, k):
-        timed = clock.compare(contenders := searchers(query, gallery, k), args.rounds, warm=1)
-        peaks = {n: lambda c=c: partial(clock.peak_mb, c()) for n, c in contenders.items()}
-        peaks = clock.compare(peaks, 1, warm=0) if isinstance(gallery, np.memmap) else {}
-        last = list(timed.values())[-1]
-        for name, found in timed.items():
-            same = (found.value == last.value).mean()
-            peak = peaks[name].value if name in peaks else None
-            ratio = found.median / last.median
-            rows.append([title, k, name, found.median, 100 * found.spread, ratio, same, peak])
-
-    rows, x = [], sop(round(60_502 * args.scale))[0]
+    x, rows = sop(round(60_502 * args.scale))[0], []
+    query = x[: args.queries]
     for k in (1, 10, 100):
-        compared(f"{args.queries:,} × {len(x):,} × {x.shape[1]}", x[: args.queries], x, k)
-    del x
-    singles = []
+        timed = clock.compare(searchers(query, x, k), args.rounds, warm=1)
+        rows += compared(timed, k)
+    print(f"{len(query):,} queries × {len(x):,} items, {x.shape[1]} dimensions; IndexFlatIP")
+    print(tabulate(rows, ["k", *COMPARED], floatfmt=("", "", ".3f", ".0f", ".2f", ".5f")))
+
+
+def disk(args):
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        big = np.lib.format.open_memmap(
-            Path(folder, "x.npy"), "w+", np.float32, (round(1e6 * args.scale), 512)
-        )
-        rng = np.random.default_rng(0)
-        for at in range(0, len(big), 2**16):
-            part = rng.standard_normal((min(2**16, len(big) - at), 512), np.float32)
-            big[at : at + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
+        gallery = on_disk(Path(folder, "x.npy"), round(1e6 * args.scale))
+        query = np.array(gallery[:256])
         for k in (10, 100):
-            compared(f"256 × {len(big):,} × 512 on disk", np.array(big[:256]), big, k)
-        for items in (len(big) // 10, len(big)):
-            one, gallery = np.array(big[:1]), np.asarray(big[:items])
             contenders = {
-                name: partial(latencies, searcher, 20 if items == len(big) else 100)
-                for name, searcher in searchers(one, gallery, 10).items()
+                name: first_call_measured(prepare, clock.peak_anonymous_mb)
+                for name, prepare in searchers(query, gallery, k).items()
             }
-            for name, found in clock.compare(contenders, 1, warm=0).items():
-                singles.append([items, name, *found.value])
-    headers = ["queries × gallery", "k", "", "s", "spread %", "ratio", "same index", "peak MB"]
-    print(tabulate(rows, headers, floatfmt=("", "", "", ".3f", ".0f", ".2f", ".5f", ".0f")))
-    print("\n" + tabulate(singles, ["items", "one query", "median ms", "99 % ms"], floatfmt=",.1f"))
+            timed = clock.compare(contenders, args.rounds, warm=0)
+            peaks = [found.value[0] for found in timed.values()]
+            timed = {n: clock.Timed(t.seconds, t.value[1]) for n, t in timed.items()}
+            rows += [[*r, mb] for r, mb in zip(compared(timed, k), peaks, strict=True)]
+    print(f"256 queries × {len(gallery):,} items in a memory map, 512 dimensions; faiss.knn")
+    headers = ["k", *COMPARED, "peak MB"]
+    print(tabulate(rows, headers, floatfmt=("", "", ".3f", ".0f", ".2f", ".5f", ".0f")))
+
+
+def latency(args):
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        gallery = on_disk(Path(folder, "x.npy"), round(1e6 * args.scale))
+        one = np.array(gallery[:1])
+        for items, rounds in ((len(gallery) // 10, 200), (len(gallery), 100)):
+            # In memory: a copy of the file's pages.
+            timed = clock.compare(searchers(one, np.array(gallery[:items]), 10), rounds)
+            for name, found in timed.items():
+                times = 1000 * np.percentile(found.seconds, (50, 99))
+                ratios = times / (1000 * np.percentile(timed["faiss"].seconds, (50, 99)))
+                rows.append([items, name, *times, *ratios])
+    headers = ["items × 512", "one query", "median ms", "99 % ms", "ratio", "ratio of 99 %"]
+    print(tabulate(rows, headers, floatfmt=(",", "", ".1f", ".1f", ".2f", ".2f")))
+
+
+COMPARED = ["", "s", "spread %", "ratio", "same index"]
+
+
+def compared(timed, k):
+    """Rows of a table: times of searches beside the last one's, and the share found alike."""
+    last = list(timed.values())[-1]
+    return [
+        [k, name, t.median, 100 * t.spread, t.median / last.median, (t.value == last.value).mean()]
+        for name, t in timed.items()
+    ]
+
+
+def on_disk(path, size):
+    """A memory map of random unit vectors [size, 512]."""
+    x = np.lib.format.open_memmap(path, "w+", np.float32, (size, 512))
+    rng = np.random.default_rng(0)
+    for at in range(0, size, 2**14):
+        part = rng.standard_normal((min(2**14, size - at), 512), np.float32)
+        x[at : at + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
+    return x
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = (speed, full, classes, memory, growth, search)
+    parts = (speed, full, classes, memory, growth, search, disk, latency)
     parser.add_argument("part", choices=[part.__name__ for part in parts])
-    parser.add_argument("--queries", type=int, default=4096)
+    parser.add_argument("--queries", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[6000, 12_000, 24_000])
-    parser.add_argument("--scale", type=float, default=1, help="of the galleries of search")
+    parser.add_argument(
+        "--scale", type=float, default=1, help="of the galleries of search, disk and latency"
+    )
     parser.add_argument("--cores", type=int, help="how many to use; all by default")
     arguments = parser.parse_args()
     clock.use_cores(arguments.cores)

@@ -1,16 +1,17 @@
-"""Training steps of a ResNet-50 CGD: time beside PyTorch's, and memory of chunked gradients.
+"""Training steps of a CGD: time beside PyTorch's, and memory of chunked gradients.
 
     pip install torch
     python benchmarks/training.py step --batch=16 --size=224              # on a CPU
     python benchmarks/training.py step --batch=128 --dtype=bfloat16       # on a GPU
     python benchmarks/training.py step --backbone=efficientnet_lite0 --batch=48 --size=192
-    python benchmarks/training.py embed                                    # inference alone
+    python benchmarks/training.py embed --backbone=efficientnet_lite0 --batch=48 --size=192
     python benchmarks/training.py memory                                   # of embed_chunk
 
 `step` trains on the same batch again and again: augmentation, both losses, BatchNorm, Adam.
-The PyTorch network is written here in plain torch with the same layers, eager, compiled, and
-with channels last; there is none of other backbones than ResNet-50, and without torch only ours
-is timed. `embed` makes the embeddings of a batch. Every contender has a process of its own.
+PyTorch does the same (benchmarks/pytorch.py has ResNet-50 and EfficientNet-Lite0): eager, with
+channels last, and compiled; without torch, or with --against and nothing behind it, only ours is
+timed. `embed` makes the embeddings of a batch. Every contender has a process of its own, and ours
+keeps freed memory on a CPU, as main.py does.
 
 `memory` makes steps of the glyphs network with batches of 256 to 2,048 images, at once and with
 train.embed_chunk=256, each in a process of its own, and prints the peak of its memory.
@@ -32,13 +33,15 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import clock
 from cgd_jax import train_step
-from cgd_jax.augment import normalize
-from cgd_jax.models.cgd import create_model
+from cgd_jax.models.cgd import create_model, embed_model
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.reports import throughput
+from cgd_jax.runtime.memory import keep_freed_memory
 from configs import base, glyphs
 
 CLASSES = 100
+PYTORCH = ("eager", "eager, channels last", "compiled, channels last")
+WRITTEN_IN_TORCH = ("resnet50", "efficientnet_lite0")
 
 
 def ours(config, batch, training=True):
@@ -47,6 +50,7 @@ def ours(config, batch, training=True):
     It returns the floating-point operations of that, the peak of the devices in FLOP/s, and the
     peak of their memory in bytes where that is known.
     """
+    keep_freed_memory()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
     replicated, divided = train_step.shardings(mesh)
     model = create_model(config.model, CLASSES)
@@ -59,16 +63,14 @@ def ours(config, batch, training=True):
     images = jax.device_put(pixels, divided)
     labels = jax.device_put(np.repeat(np.arange(batch // 2, dtype=np.int32) % CLASSES, 2), divided)
     step = train_step.make_train_step(config, model, optimizer, mesh)
-    embed = jax.jit(
-        lambda state, x: model.apply(state.variables(), normalize(x, state.normalization)).embedding
-    )
+    embed = embed_model(model, state.variables(), state.normalization, size)
     kept = [state]
 
     def run():
         if training:
             kept[0], found = step(kept[0], images, labels)
         else:
-            found = embed(kept[0], images)
+            found = embed(images)
         jax.block_until_ready(found)
         memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return flops, throughput.peak_flops(config.model.dtype), memory
@@ -78,96 +80,25 @@ def ours(config, batch, training=True):
 
 def pytorch(config, batch, compiled, channels_last, training=True):
     """The same by PyTorch."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
+    from benchmarks.pytorch import make_call
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return make_call(config, batch, CLASSES, compiled, channels_last, training)
 
-    def conv(inner, outer, side, stride=1):
-        convolution = nn.Conv2d(inner, outer, side, stride, side // 2, bias=False)
-        return nn.Sequential(convolution, nn.BatchNorm2d(outer))
 
-    class Block(nn.Module):
-        def __init__(self, inner, width, stride):
-            super().__init__()
-            self.a = conv(inner, width, 1)
-            self.b = conv(width, width, 3, stride)
-            self.c = conv(width, 4 * width, 1)
-            same = inner == 4 * width and stride == 1
-            self.side = nn.Identity() if same else conv(inner, 4 * width, 1, stride)
-
-        def forward(self, x):
-            return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))) + self.side(x))
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            layers, inner = [conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], 64
-            for stage, blocks in enumerate((3, 4, 6, 3)):
-                for block in range(blocks):
-                    stride = 2 if block == 0 and stage in (1, 2) else 1
-                    layers.append(Block(inner, 64 * 2**stage, stride))
-                    inner = 4 * 64 * 2**stage
-            self.features = nn.Sequential(*layers)
-            half = config.model.embedding_dim // 2
-            self.s, self.g = (nn.Linear(inner, half, bias=False) for _ in range(2))
-            self.classify = nn.Sequential(nn.BatchNorm1d(inner), nn.Linear(inner, CLASSES))
-
-        def forward(self, x):
-            x = self.features(x).float()
-            spoc = x.mean((2, 3))
-            gem = x.clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)
-            branches = [F.normalize(self.s(spoc)), F.normalize(self.g(gem))]
-            return F.normalize(torch.cat(branches, 1)), self.classify(spoc)
-
-    network = Network().to(device).to(memory_format=layout).train(training)
-    call = torch.compile(network) if compiled else network
-    optimizer = torch.optim.Adam(network.parameters(), config.optimizer.learning_rate)
-    size, full = config.data.image_size, config.data.resize
-    pixels = torch.randint(0, 256, (batch, 3, full, full), dtype=torch.uint8, device=device)
-    labels = torch.arange(batch // 2, device=device).remainder(CLASSES).repeat_interleave(2)
-    same = labels[:, None] == labels[None]
-    narrow = torch.autocast(device, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
-
-    def run():
-        top, left = (int(v) for v in torch.randint(0, full - size + 1, (2,)))
-        x = pixels[:, :, top : top + size, left : left + size].float().div(255).sub(0.45).div(0.23)
-        x = x.contiguous(memory_format=layout)
-        with narrow, torch.set_grad_enabled(training):
-            embedding, logits = call(x)
-        if not training:
-            return torch.cuda.synchronize() if device == "cuda" else None
-        embedding, logits = embedding.float(), logits.float()
-        distance = (2 - 2 * embedding @ embedding.T).clamp(min=1e-12).sqrt()
-        positive = distance.masked_fill(~same, -1).amax(1)
-        negative = distance.masked_fill(same, 9).amin(1)
-        loss = F.relu(positive - negative + 0.1).mean()
-        loss = loss + F.cross_entropy(logits / 0.5, labels, label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+def config_of(backbone, size, dtype):
+    config = base.get_config()
+    config.model.backbone, config.model.dtype = backbone, dtype
+    config.data.image_size, config.data.resize = size, size + size // 8
+    return config
 
 
 def step(args, training=True):
-    config = base.get_config()
-    config.model.backbone, config.model.dtype = args.backbone, args.dtype
-    config.data.image_size, config.data.resize = args.size, args.size + args.size // 8
+    config = config_of(args.backbone, args.size, args.dtype)
     config.train.embed_chunk = args.chunk
     contenders = {"cgd_jax": partial(ours, config, args.batch, training)}
-    if args.backbone == "resnet50" and not args.alone:
-        for name, *how in (
-            ("PyTorch, eager", False, False),
-            ("PyTorch, eager, channels last", False, True),
-            ("PyTorch, compiled, channels last", True, True),
-        ):
-            contenders[name] = partial(pytorch, config, args.batch, *how, training)
+    for name in args.against if args.backbone in WRITTEN_IN_TORCH else ():
+        how = "compiled" in name, "channels last" in name
+        contenders[f"PyTorch, {name}"] = partial(pytorch, config, args.batch, *how, training)
     timed = clock.compare(contenders, args.rounds)
     flops, peak, memory = timed["cgd_jax"].value
     rows = []
@@ -222,7 +153,8 @@ if __name__ == "__main__":
     parser.add_argument("--chunk", type=int, default=0, help="train.embed_chunk")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="without PyTorch")
+    parser.add_argument("--against", nargs="*", default=PYTORCH, choices=PYTORCH, metavar="HOW",
+                        help=f"of PyTorch: {', '.join(PYTORCH)}; none for ours alone")  # fmt: skip
     parser.add_argument("--cores", type=int, help="how many to use; all by default")
     arguments = parser.parse_args()
     clock.use_cores(arguments.cores)

@@ -610,9 +610,10 @@ def say_results(config: ConfigDict, results: dict) -> None:
         console.say(f"\n{tables.complementarity_text(results['complementarity'])}")
     norm = results["geometry"]["mean_embedding_norm"]
     if norm > collapse.ONE_POINT:
-        console.say(
+        text = (
             f"The mean of all test embeddings has norm {norm:.3f}: the embedding has nearly "
             f"collapsed to one point, and what it retrieves it owes to small differences."
         )
+        console.say(console.fold(text))
     if results["metrics"]["excluded"]:
         console.say(f"{results['metrics']['excluded']} queries without a true match are left out.")

@@ -1,6 +1,6 @@
 """Why two images are found alike: what every region contributes to their similarity.
 
-    python main.py --mode=explain --workdir=runs/glyphs --query=a.png --match=b.png
+    cgd_jax --mode=explain --workdir=runs/glyphs --query=a.png --match=b.png
 
 The similarity is the dot product of two embeddings. An embedding is a sum over branches, and
 each branch's descriptor is a sum over the positions of a feature map (`pooled_map`). Once

@@ -2,13 +2,15 @@
 
 The gallery comes in blocks, from host memory if it is there (a NumPy array or a memory
 map), so that only one block and one block of similarities are on a device. Over a mesh
-every device searches its share of each block and the shares' best are merged.
+every device searches its share of each block and the shares' best are merged. On one CPU
+NumPy multiplies, with its BLAS, in blocks that stay in the cache until they are searched.
 
     similarity, index = retrieval.top_k(query, gallery, k=8)
 
 Similarity is the dot product: cosine for normalized embeddings.
 """
 
+import collections
 import itertools
 from functools import partial
 from typing import Any
@@ -21,12 +23,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
-from cgd_jax.runtime import processes
+from cgd_jax.runtime import processes, threads
 
 __all__ = ["PRECISIONS", "check_matrix", "check_rows", "top_k"]
 
 PRECISIONS = ("highest", "high", "default")
 ALIGNED = 128
+# Similarities in one product on a CPU: 16 MB.
+TILE = 2**22
+LAST = np.uint64(2**32 - 1)
 
 
 def top_k(
@@ -39,7 +44,7 @@ def top_k(
     recall_target: float = 0.95,
     precision: str = "highest",
     mesh: Mesh | None = None,
-    query_block: int = 1024,
+    query_block: int = 2048,
     gallery_block: int = 2**16,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k gallery items most similar to each query.
@@ -57,8 +62,8 @@ def top_k(
       mesh: whose devices divide the gallery; None for one device. Of several processes each
         searches for some of the queries, and all must call.
       query_block: rows of queries in one product.
-      gallery_block: rows of the gallery in one product; memory is gallery_block × D +
-        query_block × gallery_block floats, over the devices of the mesh.
+      gallery_block: rows of the gallery in one product, at most; memory is gallery_block × D +
+        query_block × gallery_block floats, over the devices of the mesh, and less on a CPU.
 
     Returns:
       (similarity [Q, k] float32, index [Q, k] int32), NumPy arrays, most similar first;
@@ -89,6 +94,27 @@ def top_k(
     total, everyones = len(query), mesh
     share = processes.share_of_rows(mesh, total)
     query, exclude, mesh = query[share], exclude[share], processes.local_mesh(mesh)
+    what = (query, gallery, k, exclude, query_block, gallery_block)
+    if _is_one_cpu(mesh):
+        found = _search_in_cache(*what)
+    else:
+        options = {"approx": approx, "recall_target": recall_target, "precision": precision}
+        found = _search_on_devices(*what, mesh=mesh, **options)
+    merged = []
+    for local, least in zip(found, (-np.inf, -1), strict=True):
+        everything = np.full((total, k), least, local.dtype)
+        everything[share] = local
+        merged.append(processes.merge_rows(everything, everyones))
+    similarity, index = merged
+    return similarity, index
+
+
+def _is_one_cpu(mesh):
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def _search_on_devices(query, gallery, k, exclude, query_block, gallery_block, *, mesh, **options):
+    """`top_k` of this process's queries, by the devices of its mesh."""
     divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
     block = min(query_block, len(query))
     queries = -(-len(query) // block)
@@ -119,18 +145,9 @@ def top_k(
                 np.int32(start),
                 mesh=mesh,
                 padding=padding,
-                approx=approx,
-                recall_target=recall_target,
-                precision=precision,
+                **options,
             )
-    merged = []
-    for found, least in zip(zip(*best, strict=True), (-np.inf, -1), strict=True):
-        local = np.concatenate(found)[: len(query)]
-        everything = np.full((total, k), least, local.dtype)
-        everything[share] = local
-        merged.append(processes.merge_rows(everything, everyones))
-    similarity, index = merged
-    return similarity, index
+    return (np.concatenate(found)[: len(query)] for found in zip(*best, strict=True))
 
 
 @partial(jax.jit, static_argnames=("mesh", "padding", "approx", "recall_target", "precision"))
@@ -198,6 +215,97 @@ def _largest(x, k):
     return value, jnp.take_along_axis(chosen, at // group, 1) * group + at % group
 
 
+def _search_in_cache(query, gallery, k, exclude, query_block, gallery_block):
+    """`top_k` by products of NumPy.
+
+    Of every product only what exceeds the k-th best so far is looked at again. The best are
+    held as keys that order by similarity, and among equals by index, the lower one first.
+    """
+    query, gallery = (np.asarray(x) if isinstance(x, jax.Array) else x for x in (query, gallery))
+    query = check_rows("query", query)
+    best = np.zeros((len(query), k), np.uint64)
+    most = min(query_block, len(query))
+    size = min(gallery_block, len(gallery), max(TILE // most, 4 * k))
+    memory = np.empty(most * size, np.float32)  # new memory for every product costs page faults
+    for start in range(0, len(gallery), gallery_block):
+        block = _as_float32("gallery", gallery[start : start + gallery_block])
+        for at in range(0, len(query), query_block):
+            rows = slice(at, at + query_block)
+            some = query[rows]
+            for begin in range(0, len(block), size):
+                items = block[begin : begin + size]
+                product = memory[: len(items) * len(some)].reshape(len(items), len(some))
+                _multiply(items, some, product)
+                # A row that is not finite makes all products with it so, which costs no pass
+                # over the gallery.
+                if not np.isfinite(product[:, 0]).all():
+                    check_rows("gallery", items, start + begin)
+                own = exclude[rows] - start - begin
+                inside = np.flatnonzero((own >= 0) & (own < len(items)))
+                product[own[inside], inside] = -np.inf
+                _keep_best(best[rows], product, start + begin)
+    best = np.sort(best, 1)[:, ::-1]
+    return _similarity(best), (LAST - (best & LAST)).astype(np.uint32).view(np.int32)
+
+
+def _multiply(items, query, product):
+    """Writes items @ query.T; for few queries by dot products, which read the items faster."""
+
+    def dot(part):
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.vecdot(items[part, None], query, out=product[part])
+
+    if len(query) < 8:
+        size = -(-len(items) // threads.CORES)
+        parts = [slice(at, at + size) for at in range(0, len(items), size)]
+        collections.deque(threads.parallel(dot, parts), 0)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.matmul(items, query.T, out=product)
+
+
+def _keep_best(best, product, start):
+    """Merges products [N, B] with the items from ``start`` on into keys [B, k], in place.
+
+    Keys are kept in no order but for the least, which comes first.
+    """
+    queries, k = best.shape
+    limit = _similarity(best[:, 0])
+    half = product[: len(product) // 2].T
+    if start == 0 and half.shape[1] > k:
+        limit = np.partition(half, half.shape[1] - k, 1)[:, -k]
+        limit = np.nextafter(limit, np.float32(-np.inf))
+    # Not "greater", because NaN, of sums that overflow, counts as the largest.
+    above = np.less_equal(product, limit)
+    above = np.flatnonzero(np.logical_not(above, out=above))
+    row = (above % queries).astype(np.min_scalar_type(queries))  # which sorts in linear time
+    above = above[np.argsort(row, kind="stable")]
+    count = np.bincount(row, minlength=queries)
+    some = np.flatnonzero(count)
+    if not len(some):
+        return
+    keys = np.zeros((len(some), k + count.max()), np.uint64)
+    keys[:, :k] = best[some]
+    within = np.arange(count.max()) < count[some, None]
+    keys[:, k:][within] = _keys(product.ravel()[above], start + above // queries)
+    best[some] = np.partition(keys, keys.shape[1] - k, 1)[:, -k:]
+
+
+def _keys(similarity, index):
+    """uint64 that order as the similarities do, and among equals the lower index above."""
+    # Adding 0 makes 0 of -0. The bits of negative numbers order the wrong way round.
+    bits = (np.where(np.isnan(similarity), np.float32(np.nan), similarity) + 0).view(np.int32)
+    bits = np.where(bits < 0, ~bits, bits ^ -(2**31)).view(np.uint32)
+    return bits.astype(np.uint64) << 32 | (LAST - index.astype(np.uint64))
+
+
+def _similarity(keys):
+    """The float32 similarities in keys, -inf for those that are 0."""
+    bits = (keys >> 32).astype(np.uint32).view(np.int32)
+    found = np.where(bits < 0, bits ^ -(2**31), ~bits).view(np.float32)
+    return np.where(keys == 0, np.float32(-np.inf), found)
+
+
 def check_matrix(name: str, x: ArrayLike) -> np.ndarray | jax.Array:
     """Returns x as an array where it is, on disk or a device; ValueError if not [N, D]."""
     matrix: Any = x if hasattr(x, "shape") else np.asarray(x)
@@ -217,21 +325,32 @@ def check_rows(name: str, rows: np.ndarray | jax.Array, start: int = 0) -> np.nd
     Raises:
       ValueError: no real numbers; a row is NaN or infinite.
     """
-    rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
-    if not np.can_cast(rows.dtype, np.float32, "same_kind"):
-        raise ValueError(f"{name} must be real numbers, not {rows.dtype}")
-    with np.errstate(over="ignore"):
-        rows = rows.astype(np.float32, copy=False)
-    if isinstance(rows, np.ndarray):
+    rows = _as_float32(name, rows)
+    if isinstance(rows, jax.Array):
+        finite = np.asarray(_finite(rows))
+    else:
         # One pass of the processor's fastest kind. A sum that is not finite may still be of
         # numbers that are, only large.
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(rows @ np.ones(rows.shape[1], np.float32)).all():
                 return rows
-    is_finite = jnp.isfinite if isinstance(rows, jax.Array) else np.isfinite
-    for at in range(0, len(rows), 4096):  # a mask of everything is a quarter of the size
-        finite = np.asarray(is_finite(rows[at : at + 4096]).all(1))
-        if not finite.all():
-            row = start + at + int(finite.argmin())
-            raise ValueError(f"row {row} of {name} is NaN or infinite in float32")
+        # A mask of everything is a quarter of the size.
+        parts = (rows[at : at + 4096] for at in range(0, len(rows), 4096))
+        finite = np.concatenate([np.isfinite(part).all(1) for part in parts])
+    if not finite.all():
+        row = start + int(finite.argmin())
+        raise ValueError(f"row {row} of {name} is NaN or infinite in float32")
     return rows
+
+
+def _as_float32(name, rows):
+    rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if not np.can_cast(rows.dtype, np.float32, "same_kind"):
+        raise ValueError(f"{name} must be real numbers, not {rows.dtype}")
+    with np.errstate(over="ignore"):
+        return rows.astype(np.float32, copy=False)
+
+
+@jax.jit
+def _finite(rows):
+    return jnp.isfinite(rows).all(1)

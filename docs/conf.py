@@ -39,6 +39,10 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["attrs_inline", "attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
+myst_html_meta = {
+    "description": "Image retrieval with combined global descriptors (CGD) in JAX: training on "
+    "CPU, GPU and TPU, poolings, losses, metrics, and search of your own pictures.",
+}
 highlight_language = "none"  # of code without a language: commands and layouts
 smartquotes = False  # --config is no –config
 copybutton_exclude = ".linenos, .gp, .go"

@@ -19,12 +19,12 @@ def mesh_of(count):
 
 config = glyphs.get_config()
 # A rate at which 20 steps do not amplify what is rounded otherwise beyond 1e-5.
-config.train.steps, config.optimizer.learning_rate = 20, 1e-3
+config.train.steps, config.optimizer.learning_rate, config.data.image_size = 20, 1e-3, 16
 config.loss.batch_hard_triplet.margin = 0.5
 # A memory that begins in the middle, and class centres: all devices hold the same.
 config.loss.update(memory=48, memory_from=7, classification="normalized_softmax", sub_centres=2)
 rng = np.random.default_rng(0)
-batches = rng.integers(0, 256, (20, 32, 32, 32, 3)).astype(np.uint8)
+batches = rng.integers(0, 256, (20, 32, 16, 16, 3)).astype(np.uint8)
 labels = np.repeat(np.arange(16, dtype=np.int32), 2)
 # Two stages in place of four, which every number of devices compiles anew.
 backbone = ResNet(stage_sizes=(1, 1), bottleneck=False, width=4, stem="3x3")
@@ -47,7 +47,7 @@ def start(count):
                 checkpoint.save(checkpoints, state)
         return sequence, jax.tree.map(np.asarray, (state.params, state.memory))
 
-    return train_step.create_state(model, descent, 0, 32, replicated, loss=config.loss), go_on
+    return train_step.create_state(model, descent, 0, 16, replicated, loss=config.loss), go_on
 
 
 norm = lambda x: np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(x)))
@@ -59,16 +59,15 @@ def assert_same(found, expected):
     assert gap < 1e-5, gap
 
 
-states, go_on = zip(*map(start, (1, 2, 4, 8)), strict=True)
+states, go_on = zip(*map(start, (1, 2, 8)), strict=True)
 alone = go_on[0](jax.tree.map(jnp.copy, states[0]))
 assert alone[0][0] != alone[0][-1]
-assert_same(go_on[1](states[1]), alone)
 with checkpoint.manager(sys.argv[1], keep=1) as checkpoints:
-    assert_same(go_on[2](states[2], checkpoints), alone)
-assert_same(go_on[3](jax.tree.map(jnp.copy, states[3])), alone)
+    assert_same(go_on[1](states[1], checkpoints), alone)
+assert_same(go_on[2](jax.tree.map(jnp.copy, states[2])), alone)
 
-# What four devices have begun, one and eight bring to the same end.
-for state, resume, devices in ((states[0], go_on[0], 1), (states[3], go_on[3], 8)):
+# What two devices have begun, one and eight bring to the same end.
+for state, resume, devices in ((states[0], go_on[0], 1), (states[2], go_on[2], 8)):
     with checkpoint.manager(sys.argv[1], keep=1) as checkpoints:
         saved = checkpoint.restore_latest(checkpoints, state)
     assert len(saved.params["fc_S"].sharding.device_set) == devices

@@ -15,7 +15,7 @@ from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset, Split
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD
-from cgd_jax.models.resnet import BACKBONES
+from cgd_jax.models.resnet import ResNet
 from tests.variables import random_variables
 
 
@@ -79,14 +79,15 @@ def test_contributions_add_up_to_the_similarity(letters, how):
     ],
 )
 def test_the_explanation_is_of_what_the_network_computes(options):
-    model = CGD(BACKBONES["resnet10"](width=4, stem="3x3"), 7, embedding_dim=24, **options)
+    backbone = ResNet(stage_sizes=(1, 1), bottleneck=False, width=4, stem="3x3")
+    model = CGD(backbone, 7, embedding_dim=24, **options)
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
     variables = random_variables(model, jnp.zeros((2, 16, 16, 3)))
     normalization = Normalization.of(0.5, 0.25)
     embed = cgd.embed_model(model, variables, normalization, 16)
     expected = np.asarray(embed(images))
     found = explain.explain_pair(model, variables, normalization, images, 16)
-    assert found.maps.shape == (2, len(model.descriptors), 2, 2)
+    assert found.maps.shape == (2, len(model.descriptors), 8, 8)
     np.testing.assert_allclose(found.similarity, expected[0] @ expected[1], atol=1e-5)
     np.testing.assert_allclose(found.maps.sum((1, 2, 3)), found.similarity, atol=1e-4)
     assert found.common == 0 and abs(found.remainder) < 1e-4

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core.primitives import dot_general_p
 
-from cgd_jax import metrics, retrieval
+from cgd_jax import complementarity, metrics, retrieval
 
-ROOT = Path(__file__).parents[1]
 GOLDENS = np.load(Path(__file__).parent / "goldens/metrics.npz")
 KINDS = ("random", "clustered", "duplicated", "collapsed", "single class")
 SEARCHED = ("itself", "gallery")
@@ -196,6 +196,23 @@ def test_similarity_and_not_its_copy_in_lower_precision_decides():
     x = np.stack([np.cos(angle), np.sin(angle)], 1)
     assert metrics.recall_at_k(x[:1], [0], x[1:], [0, 1], ks=(1,)) == {1: 1.0}
     assert metrics.recall_at_k(x[:1], [0], x[1:], [1, 0], ks=(1,)) == {1: 0.0}
+
+
+def test_every_product_that_ranks_is_in_full_float32(monkeypatch):
+    # On a GPU the default is TF32, of 10 bits; on a CPU it is float32 and nothing would show.
+    asked, bind = [], dot_general_p.bind
+    record = lambda *args, **options: asked.append(options["precision"]) or bind(*args, **options)
+    monkeypatch.setattr(dot_general_p, "bind", record)
+    monkeypatch.setattr(retrieval, "_is_one_cpu", lambda mesh: False)
+    # 14 dimensions are in no other test: a program that is cached would not be traced.
+    x, labels = np.random.default_rng(0).normal(size=(13, 14)), np.arange(13) // 4
+    metrics.evaluate(x, labels)
+    retrieval.top_k(x, x, 2)
+    complementarity.measure(x, labels, names=("a", "b"), bootstrap=1)
+    assert len(asked) > 4
+    assert set(asked) == {(jax.lax.Precision.HIGHEST,) * 2}
+    retrieval.top_k(x, x, 2, precision="default")
+    assert asked[-1] == (jax.lax.Precision.DEFAULT,) * 2
 
 
 def test_self_is_removed_by_identity():
@@ -380,7 +397,7 @@ def test_bad_input_raises_and_says_why(message, args, options):
             measure(*args, **options)
 
 
-def test_any_number_of_devices_gives_the_same_ranks():
+def test_any_number_of_devices_gives_the_same_ranks(eight_devices):
     script = """
 import jax, numpy as np
 from jax.sharding import Mesh
@@ -402,9 +419,7 @@ metrics.SORTED_FROM = {"cpu": 0}
 for mesh in (None, two, eight):
     assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 """
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", script], env=eight_devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 

@@ -42,6 +42,22 @@ def test_tables_line_up():
     ]
 
 
+@pytest.mark.parametrize("columns", [28, 40, 80])
+def test_columns_that_do_not_fit_follow_below(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    header = ["", *(f"R@{10**i}" for i in range(12))]
+    rows = [["raw pixels", *range(12)], ["CGD", *range(100, 112)]]
+    text = tables.table(header, rows)
+    assert max(map(len, text.splitlines())) <= columns
+    parts = [part.splitlines() for part in text.split("\n\n")]
+    for number, row in ((2, rows[0]), (3, rows[1])):
+        cells = [cell for part in parts for cell in part[number].removeprefix(row[0]).split()]
+        assert cells == [*map(str, row[1:])]
+        assert all(part[number].startswith(row[0]) for part in parts)
+    assert [name for part in parts for name in part[0].split()] == header[1:]
+    assert len(tables.table(header, rows, "github").splitlines()) == 4
+
+
 def test_history_goes_on_where_the_run_does(tmp_path):
     with History(tmp_path, 0) as history:
         history.add(1, {"loss": 0.5})
@@ -246,9 +262,8 @@ def test_the_best_branch_is_the_best(of_g, said):
         "gain": {"total": 0.25, "confidence": [0.1, 0.4], "won": 2, "lost": 0},
         "outcomes": [{"right": [], "queries": 4, "combined_right": 2, "gain": 2}],
     }
-    assert f"{said} the combination wins 2 queries and loses 0: +25.00" in (
-        tables.complementarity_text(found)
-    )
+    text = " ".join(tables.complementarity_text(found).split())
+    assert f"{said} the combination wins 2 queries and loses 0: +25.00" in text
 
 
 def test_tables_show_names_as_they_are():

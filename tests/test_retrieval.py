@@ -1,9 +1,7 @@
 """Top-k against a full sort, streamed, over a mesh, with ties and with bad input."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgd_jax import retrieval
-
-ROOT = Path(__file__).parents[1]
 
 
 def grid(rng, rows, dim=6):
@@ -33,13 +29,16 @@ def by_sorting(query, gallery, k, exclude=None):
     return np.take_along_axis(product, index, 1), index
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (5, 3), (130, 7), (300, 300), (2049, 2)])
-)
-def test_equals_a_stable_sort(seed, shape):
-    rng = np.random.default_rng(seed)
-    size, k = shape
+@pytest.fixture(params=["in the cache", "on devices"])
+def either_way(request, monkeypatch):
+    """Searches as on one CPU, and there as elsewhere."""
+    if request.param == "on devices":
+        monkeypatch.setattr(retrieval, "_is_one_cpu", lambda mesh: False)
+
+
+@pytest.mark.parametrize("size, k", [(1, 1), (5, 3), (130, 7), (300, 300), (2049, 2)])
+def test_equals_a_stable_sort(size, k, either_way):
+    rng = np.random.default_rng(size)
     query, gallery = grid(rng, 9), grid(rng, size)
     for found, expected in zip(
         retrieval.top_k(query, gallery, k), by_sorting(query, gallery, k), strict=True
@@ -47,9 +46,40 @@ def test_equals_a_stable_sort(seed, shape):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("gallery_block", [1, 7, 64, 300, 1000])
+@settings(max_examples=50, deadline=None)
+@given(st.data(), st.integers(1, 40), st.integers(1, 2**9), st.sampled_from([1, 8, 33, 2**16]))
+def test_no_division_of_the_work_in_the_cache_shows(data, size, tile, gallery_block):
+    k = data.draw(st.integers(1, size))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    query, gallery = grid(rng, 5, 2), grid(rng, size, 2)
+    exclude = rng.integers(-1, size, 5) if k < size else None
+    expected = by_sorting(query, gallery, k, exclude)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "TILE", tile)
+        found = retrieval.top_k(
+            query, gallery, k, exclude=exclude, gallery_block=gallery_block, query_block=3
+        )
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20),
+    st.integers(0, 2**31 - 21),
+)
+def test_keys_order_as_similarity_and_index(values, start):
+    values = np.array(values, np.float32)
+    index = start + np.arange(len(values))
+    keys = retrieval._keys(values, index)
+    order = np.argsort(-values, kind="stable")
+    np.testing.assert_array_equal(np.argsort(keys)[::-1], order)
+    np.testing.assert_array_equal(retrieval._similarity(keys), values)
+    assert keys.min() > 0  # what is in a place that nothing has taken
+
+
+@pytest.mark.parametrize("gallery_block", [7, 64, 300, 1000])
 @pytest.mark.parametrize("excluding", [False, True])
-def test_blocks_do_not_show(gallery_block, excluding):
+def test_blocks_do_not_show(gallery_block, excluding, either_way):
     rng = np.random.default_rng(0)
     query, gallery = grid(rng, 23), grid(rng, 300)
     exclude = np.concatenate([[-1, 0, 299, 299], rng.integers(0, 300, 19)]) if excluding else None
@@ -69,7 +99,7 @@ def test_excluding_itself_leaves_copies():
     np.testing.assert_array_equal(index, [[1, 2], [0, 2], [0, 1]])
 
 
-def test_gallery_from_disk_device_and_list(tmp_path):
+def test_gallery_from_disk_device_and_list(tmp_path, either_way):
     rng = np.random.default_rng(1)
     query, gallery = grid(rng, 4), grid(rng, 50)
     expected = by_sorting(query, gallery, 5)[1]
@@ -97,7 +127,7 @@ def test_largest_equals_lax_top_k(size, k):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_any_number_of_devices_finds_the_same():
+def test_any_number_of_devices_finds_the_same(eight_devices):
     script = """
 import jax, numpy as np
 from jax.sharding import Mesh
@@ -116,9 +146,7 @@ for k, block in ((3, 2**16), (60, 30)):
         shared = retrieval.top_k(query, gallery, k, mesh=mesh, **options)
         assert all(np.array_equal(a, b) for a, b in zip(alone, shared)), (mesh, k)
 """
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", script], env=eight_devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
 
 
@@ -147,11 +175,29 @@ def test_bad_input_raises_and_says_why(message, args, options):
         retrieval.top_k(*args, **options)
 
 
-def test_items_behind_the_last_aligned_one_are_found_with_their_ties():
+def test_items_behind_the_last_aligned_one_are_found_with_their_ties(either_way):
     gallery = np.eye(3, dtype=np.float32)[np.arange(300) % 3]  # 100 equals, on both sides of 256
     similarity, index = retrieval.top_k(gallery[:3], gallery, 100)
     np.testing.assert_array_equal(index, np.arange(3)[:, None] + np.arange(0, 300, 3))
     assert (similarity == 1).all()
+
+
+def test_a_bad_row_is_named_wherever_it_is(either_way):
+    gallery = np.ones((50, 3), np.float32)
+    for row in (0, 16, 49):
+        for bad in (np.inf, -np.inf, np.nan):
+            gallery[row, 1] = bad
+            with pytest.raises(ValueError, match=f"row {row} of gallery is NaN or infinite"):
+                retrieval.top_k(np.eye(3)[:2], gallery, 2, gallery_block=16)
+            gallery[row] = 1
+
+
+def test_sums_that_overflow_are_found_first(either_way):
+    query = np.array([[3e38, 3e38], [1, 1]], np.float32)
+    gallery = np.array([[1, 1], [3, 3], [2, 2], [0, 0]], np.float32)
+    similarity, index = retrieval.top_k(query, gallery, 3)
+    np.testing.assert_array_equal(index, [[0, 1, 2], [1, 2, 0]])
+    np.testing.assert_array_equal(similarity, [[np.inf] * 3, [6, 4, 2]])
 
 
 def test_large_finite_numbers_whose_sum_is_infinite_pass():

@@ -25,6 +25,27 @@ def test_characters_that_a_terminal_does_not_have_are_escaped(monkeypatch, encod
     assert terminal.buffer.getvalue().decode(encoding).rstrip() == shown
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_log_lines_break_at_spaces_on_a_terminal(is_terminal, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "30")
+    logger = logging.getLogger("cgd_jax")
+    before = logger.level, logger.propagate, logger.handlers
+    text = "The embedding has collapsed:\n  train again with --config.model.center=mean-of-a-batch."
+    try:
+        console.show_log()
+        logging.getLogger("cgd_jax.train").warning(text)
+    finally:
+        logger.level, logger.propagate, logger.handlers = before
+    shown = terminal.getvalue().splitlines()
+    assert " ".join(shown).split() == text.split()
+    if is_terminal:
+        text = text.replace("with ", "with\n")
+    assert shown == text.splitlines()
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(caplog):
     with caplog.at_level(logging.INFO):
         with console.progress(50, "resizing images", log_every=0) as bar:

@@ -60,7 +60,7 @@ def test_only_shared_seeds_are_compared():
 
 def test_table_and_csv():
     metrics = {"recall@1": TOGETHER, "map@r": {name: {0: 0.25} for name in TOGETHER}}
-    table = comparison.markdown_table(metrics, "reference", {"size": {"better": "64"}})
+    table = comparison.comparison_table(metrics, "reference", {"size": {"better": "64"}}, "github")
     header, _, reference, better, noise = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
     ]

@@ -24,7 +24,8 @@ def report(folder, study=TWO, seeds=(0, 1), step=1000, classes=UNSEEN):
         if of_run:
             result["classes"] = of_run
         (run.folder / "results.json").write_text(json.dumps(result))
-    return write_report(study, runs, str(folder))
+    write_report(study, runs, str(folder))
+    return (folder / f"{study.name}.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,9 @@ def test_norms_of_the_mean_embedding(tmp_path):
         result["geometry"] = {"mean_embedding_norm": 0.1 * (i + 1)}
         result["with options"] = {"first_descriptor": result["metrics"]}
         path.write_text(json.dumps(result))
-    text = write_report(TWO, runs, str(tmp_path))
+    on_a_terminal = write_report(TWO, runs, str(tmp_path))
+    assert "0.200" in on_a_terminal and max(map(len, on_a_terminal.splitlines())) <= 80
+    text = (tmp_path / f"{TWO.name}.md").read_text()
     first, second = text.split("## Vector: first_descriptor")
     assert "mean norm" in first and "0.200 |" in first and "0.300 |" in first
     assert "mean norm" not in second

@@ -56,13 +56,8 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     tiny_config.loss.update(memory=30, memory_from=1, classification="cosface", sub_centres=2)
     before = signal.getsignal(signal.SIGINT)
     results = train.train_and_evaluate(tiny_config, whole)
-    # Not steps at which a checkpoint is due; and while the steps 6 and 12 are evaluated.
-    for step, number in [
-        (2, signal.SIGTERM),
-        (6, signal.SIGTERM),
-        (10, signal.SIGINT),
-        (12, signal.SIGINT),
-    ]:
+    # At a step at which no checkpoint is due; and while the steps 6 and 12 are evaluated.
+    for step, number in [(6, signal.SIGINT), (10, signal.SIGTERM), (12, signal.SIGTERM)]:
         with monkeypatch.context() as patch:
             if step % 6:
                 interrupt_at(patch, step, number)
@@ -75,11 +70,13 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
         output = capsys.readouterr().out
         assert f"Stopped at step {step} of 12; the same command goes on from " in output
         assert f"from the checkpoint of step {step} in {parts}" in output
-        assert state_of(tiny_config, parts).step == step
+        with checkpoint.manager(parts) as checkpoints:
+            assert checkpoints.latest_step() == step
     resumed = train.train_and_evaluate(tiny_config, parts)
     assert "Resumed from the checkpoint of step 12" in capsys.readouterr().out
     assert resumed == results
-    assert_same(state_of(tiny_config, whole), state_of(tiny_config, parts))
+    state = state_of(tiny_config, whole)
+    assert_same(state, state_of(tiny_config, parts))
     histories = [read_history(Path(w, "history.csv")) for w in (whole, parts)]
     assert [row["step"] for row in histories[1]] == [2, 4, 6, 8, 10, 12]
     for ours, theirs in zip(*histories, strict=True):
@@ -88,7 +85,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
             del ours[name], theirs[name]
         assert ours == theirs
 
-    state, first = state_of(tiny_config, whole), from_config.set_up(tiny_config).state
+    first = from_config.set_up(tiny_config).state
     assert state.memory.vectors.shape == (30, 8) and np.all(np.asarray(state.memory.labels) >= 0)
     np.testing.assert_allclose(np.linalg.norm(state.memory.vectors, axis=1), 1, rtol=1e-5)
     moved = np.abs(state.params["loss"]["centres"] - first.params["loss"]["centres"])
@@ -193,6 +190,18 @@ def test_inference_options_are_measured_beside_the_plain_embedding(tiny_config, 
     tiny_config.model.embedding_dim = 16
     with pytest.raises(ConfigError, match="model.embedding_dim: 8 → 16"):
         evaluate.evaluate_run(str(tmp_path), config=tiny_config)
+
+
+def test_a_run_in_bfloat16_measures_itself_in_float32(tiny_config, tmp_path):
+    tiny_config.model.dtype = "bfloat16"  # what "auto" is on a GPU and a TPU
+    tiny_config.train.update(steps=2, log_every=1, eval_every=2)
+    tiny_config.eval.baselines = False
+    folder = tmp_path / "run"
+    train.train_and_evaluate(tiny_config, str(folder))
+    rows = read_history(folder / "history.csv")
+    norms = np.float32([[row["ranking_gradient"], row["classification_gradient"]] for row in rows])
+    # A number of bfloat16 has 16 bits of zeros behind it.
+    assert norms.shape == (2, 2) and np.all(norms.view(np.uint32) & 0xFFFF)
 
 
 def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):

@@ -1,10 +1,8 @@
 """The training step: losses put together, gradients in chunks, recomputation, several devices."""
 
 import functools
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +16,7 @@ from cgd_jax.models.cgd import Output, compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
 from configs import base, glyphs
-
-ROOT = Path(__file__).parents[1]
+from tests import tiny  # noqa: F401, the backbone resnet6
 
 
 def losses_of(config, vectors, logits, labels):
@@ -75,7 +72,7 @@ def test_every_ranking_loss_takes_the_options_of_the_config(name):
 def problem(loss=None, **values):
     """A tiny network with its first state, 12 images in 4 classes, and the losses of the config."""
     config = glyphs.get_config()
-    config.model.update({"width": 4, "embedding_dim": 8, **values})
+    config.model.update({"backbone": "resnet6", "width": 4, "embedding_dim": 8, **values})
     config.loss.update(loss or {})
     model = create_model(config.model, 4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(12, 16, 16, 3)), jnp.float32)
@@ -130,13 +127,15 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center, los
 def test_a_step_tells_which_loss_pulls_how_much():
     model, _, (state, images, labels) = problem(center="mean")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    descriptors = model.apply(variables, images, return_descriptors=True).descriptors
+    pool = jax.jit(lambda images: model.apply(variables, images, return_descriptors=True))
+    descriptors = pool(images).descriptors
     config = glyphs.get_config()
 
     def described(ranking, classification):
         config.loss.update(ranking_weight=ranking, classification_weight=classification)
         measure = functools.partial(train_step.measure_state, ConfigDict(config))
-        found = train_step.describe_step(config.loss, model, measure, state, descriptors, labels)
+        describe = functools.partial(train_step.describe_step, config.loss, model, measure)
+        found = jax.jit(describe)(state, descriptors, labels)
 
         def total(descriptors):
             output, _ = model.apply(
@@ -144,7 +143,7 @@ def test_a_step_tells_which_loss_pulls_how_much():
             )
             return measure(state, labels, output)[0]
 
-        return found, optax.tree.norm(jax.grad(total)(descriptors))
+        return found, optax.tree.norm(jax.jit(jax.grad(total))(descriptors))
 
     both, _ = described(2.0, 3.0)
     ranking, norm = described(2.0, 0.0)  # each alone: the gradient of the total is its own
@@ -191,9 +190,9 @@ def test_auto_is_float32_on_a_cpu():
     assert compute_dtype("bfloat16") == jnp.bfloat16
 
 
-def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(
+    tmp_path, eight_devices
+):
     command = [sys.executable, "-m", "tests.on_eight_devices", str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True)
+    run = subprocess.run(command, env=eight_devices, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()

@@ -62,7 +62,7 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     _warn_of_classes(dataset)
     for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
         names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
-        log.info("%s %s %d classes: %s", config.name, purpose, len(names), listed(names))
+        log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
     return dataset
 
 

@@ -115,7 +115,8 @@ class Progress:
         left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
         minutes, seconds = divmod(round(left), 60)
         if not self.bar.disable:
-            self.bar.set_postfix_str(", ".join(losses))
+            shown = losses if console.columns() > 110 else losses[:1]
+            self.bar.set_postfix_str(", ".join(shown))
         elif losses:
             self.say(step, [*losses, f"{minutes}:{seconds:02} left"])
         if recalls:

@@ -7,6 +7,7 @@ from tabulate import tabulate
 
 from cgd_jax.data import Dataset
 from cgd_jax.reports.names import literal, markdown
+from cgd_jax.runtime import console
 
 __all__ = [
     "complementarity_text",
@@ -44,15 +45,39 @@ def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple"
     Args:
       header: of every column; names are shown as they are, whatever they contain.
       rows: as long as the header; the first of each is a name too.
-      style: "simple" for a terminal, "github" for Markdown.
+      style: "simple" for a terminal, where columns that do not fit beside the others follow below
+        them, behind the first one again; "github" for Markdown.
     """
     show = markdown if style == "github" else literal
     header = [show(name) for name in header]
-    rows = [[show(name), *cells] for name, *cells in rows]
-    align = ["left"] + ["right"] * (len(header) - 1)
-    return tabulate(
-        rows, header, style, colalign=align, disable_numparse=True, preserve_whitespace=True
+    rows = [[show(name), *map(str, cells)] for name, *cells in rows]
+    parts = [range(1, len(header))] if style == "github" else _parts(header, rows)
+    return "\n\n".join(
+        tabulate(
+            [[row[0], *(row[i] for i in part)] for row in rows],
+            [header[0], *(header[i] for i in part)],
+            style,
+            colalign=["left"] + ["right"] * len(part),
+            disable_numparse=True,
+            preserve_whitespace=True,
+        )
+        for part in parts
     )
+
+
+def _parts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Divides the columns behind the first among tables that are no wider than the terminal."""
+    wide = [f"{name}  " for name in header]  # tabulate makes a column wider than its name
+    first, *widths = (max(map(len, column)) for column in zip(wide, *rows, strict=True))
+    parts: list[list[int]] = [[]]
+    width = first
+    for i, column in enumerate(widths, 1):
+        if parts[-1] and width + 2 + column > console.columns():
+            parts.append([])
+            width = first
+        parts[-1].append(i)
+        width += 2 + column
+    return parts
 
 
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
@@ -116,17 +141,22 @@ def complementarity_text(found: dict, style: str = "simple") -> str:
     points = f"points over {best}"
     is_alone = list(found["branches"].values()).count(found["branches"][best]) == 1
     which = "the best branch" if is_alone else "one of the best branches"
+    fold = console.fold if style == "simple" else str
     return "\n\n".join(
         [
-            f"What every branch finds alone, of {queries:,} queries, in per cent:",
+            fold(f"What every branch finds alone, of {queries:,} queries, in per cent:"),
             table(["", metric_name("recall@1")], alone, style),
-            f"Mean share of common ones among the {found['k']} nearest neighbours, in per cent, "
-            f"and the correlation (phi)\nof having a wrong first neighbour:",
+            fold(
+                f"Mean share of common ones among the {found['k']} nearest neighbours, in per "
+                f"cent, and the correlation (phi) of having a wrong first neighbour:"
+            ),
             table(["branches", "common neighbours", "correlated errors"], pairs, style),
-            f"Against {best}, {which}, the combination wins {gain['won']:,} queries and "
-            f"loses {gain['lost']:,}: {100 * gain['total']:+.2f} points of "
-            f"{metric_name('recall@1')}\n(95 % interval, bootstrapped over classes: {low:+.2f} to "
-            f"{high:+.2f}). Where these points come from, in numbers of queries:",
+            fold(
+                f"Against {best}, {which}, the combination wins {gain['won']:,} queries and "
+                f"loses {gain['lost']:,}: {100 * gain['total']:+.2f} points of "
+                f"{metric_name('recall@1')} (95 % interval, bootstrapped over classes: {low:+.2f} "
+                f"to {high:+.2f}). Where these points come from, in numbers of queries:"
+            ),
             table(["right alone", "queries", "combined right", "wrong", points], outcomes, style),
         ]
     )

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -59,12 +60,19 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
+def fold(text: str) -> str:
+    """Breaks lines that are longer than those of the terminal, at spaces."""
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, columns(), **options) for line in text.splitlines())
+
+
 def show_log() -> None:
     """Prints what the modules of this package log: what is built, skipped or repaired."""
 
     class Say(logging.Handler):
         def emit(self, record):
-            say(record.getMessage())
+            text = record.getMessage()
+            say(fold(text) if sys.stdout.isatty() else text)
 
     logger = logging.getLogger("cgd_jax")
     logger.setLevel(logging.INFO)
@@ -101,8 +109,8 @@ def progress(
       initial: units that were done before.
     """
     options: dict[str, Any]
-    options = {"total": total or None, "desc": what, "unit": unit, "unit_scale": unit == "B"}
-    options["initial"] = initial
+    options = {"total": total or None, "desc": what, "initial": initial}
+    options |= {"unit": unit, "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
     if sys.stderr.isatty() or log_every is None:
         # "disable": where there is no terminal.
         options |= {"disable": None, "leave": False, "dynamic_ncols": True, "smoothing": 0.1}

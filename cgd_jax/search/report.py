@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def as_text(found: Found) -> str:
             (rank, f"{hit.similarity:.4f}", literal(hit.label or ""), literal(hit.path))
             for rank, hit in enumerate(answer.hits, 1)
         ]
-        table = tabulate(rows, ["rank", "similarity", "label", "path"], disable_numparse=True)
+        table = _table(["rank", "similarity", "label", "path"], rows)
         tables.append(f"{literal(answer.query)}\n{table}")
     tables += [f"Left out: {literal(path)}: {reason}." for path, reason in found.skipped]
     count = len(found.answers)
@@ -59,13 +60,28 @@ def as_json(found: Found) -> str:
 def groups_as_text(groups: list[Group]) -> str:
     """Writes a table of groups of duplicates."""
     rows = [
-        (number, len(group.members), f"{hit.similarity:.4f}", literal(hit.label or ""), hit.path)
+        (
+            *(number, len(group.members), f"{hit.similarity:.4f}"),
+            *(literal(hit.label or ""), literal(hit.path)),
+        )
         for number, group in enumerate(groups, 1)
         for hit in group.members
     ]
-    rows = [(*row[:-1], literal(row[-1])) for row in rows]
-    header = ["group", "pictures", "similarity", "label", "path"]
-    return tabulate(rows, header, disable_numparse=True)
+    return _table(["group", "pictures", "similarity", "label", "path"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Lays out rows that end with a path; names the folder that all paths are in only once."""
+    try:
+        folder = os.path.commonpath([os.path.dirname(row[-1]) for row in rows])
+    except ValueError:  # no rows, or paths of which only some begin at the root
+        folder = ""
+    if folder.strip("/"):
+        rows = [(*row[:-1], os.path.relpath(row[-1], folder)) for row in rows]
+        above = f"in {folder}:\n"
+    else:
+        above = ""
+    return above + tabulate(rows, header, disable_numparse=True)
 
 
 def groups_as_json(groups: list[Group]) -> str:

@@ -21,7 +21,7 @@ __all__ = [
     "COLUMNS",
     "Row",
     "compare",
-    "markdown_table",
+    "comparison_table",
     "mean_interval",
     "plot",
     "to_csv",
@@ -75,10 +75,11 @@ def compare(measured: dict[str, dict[int, float]], reference: str) -> dict[str, 
     return rows
 
 
-def markdown_table(
+def comparison_table(
     metrics: dict[str, dict[str, dict[int, float]]],
     reference: str,
     facts: dict[str, dict[str, str]],
+    style: str,
 ) -> str:
     """Shows every metric of every variant in per cent, differences for the first metric.
 
@@ -86,9 +87,10 @@ def markdown_table(
       metrics: name, such as "recall@1" → variant → seed → between 0 and 1.
       reference: the variant that the others are compared with.
       facts: name of a column → variant → what stands there, on the right.
+      style: as for `tables.table`.
 
     Returns:
-      The table in Markdown. A star marks a difference whose 95 % interval excludes zero.
+      The table. A star marks a difference whose 95 % interval excludes zero.
     """
     compared = {metric_name(name): compare(found, reference) for name, found in metrics.items()}
     first, *others = compared
@@ -104,7 +106,7 @@ def markdown_table(
             + [_per_cent(other.mean, other.half) for other in rest]
             + [column.get(variant, "") for column in facts.values()]
         )
-    return table(header, cells, "github")
+    return table(header, cells, style)
 
 
 def _per_cent(value: float, half: float, sign: str = "") -> str:
@@ -118,7 +120,7 @@ def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vect
     """Writes the same for programs: a line a metric and variant, without a header.
 
     Args:
-      metrics: as for `markdown_table`.
+      metrics: as for `comparison_table`.
       reference: likewise.
       vector: which of the network's vectors was measured.
 

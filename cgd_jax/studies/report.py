@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from cgd_jax.reports.history import read_history
-from cgd_jax.reports.names import markdown
+from cgd_jax.reports.names import literal, markdown
 from cgd_jax.reports.tables import describe_classes, metric_name
-from cgd_jax.runtime import files
-from cgd_jax.studies.comparison import COLUMNS, compare, markdown_table, plot, to_csv
+from cgd_jax.runtime import console, files
+from cgd_jax.studies.comparison import COLUMNS, compare, comparison_table, plot, to_csv
 from cgd_jax.studies.study import Run, Study
 
 __all__ = ["read_result", "write_report"]
@@ -49,7 +49,7 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     """Writes the comparison of what is finished: NAME.md, NAME.csv, NAME.png in `workdir`.
 
     Returns:
-      The text of NAME.md; "" if nothing is finished.
+      What NAME.md says, laid out for the terminal; "" if nothing is finished.
     """
     finished = [run for run in runs if run.finished()]
     if not finished:
@@ -74,28 +74,32 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     # Near 1 the embedding has collapsed, whatever its recall is.
     norm = {"mean norm": {name: f"{np.mean(values):.3f}" for name, values in norms.items()}}
     config = runs[0].config
+    recalls = measured["embedding"]["recall@1"]
     seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
-    lines = [
-        f"# {markdown(study.name)}, {markdown(config.data.name)}",
+    begin = [
         study.question,
         f"{config.train.steps:,} steps, seeds {seeds}; {len(finished)} of {len(runs)} runs are "
         f"finished. {describe_measurement(results)}",
     ]
-    for vector, metrics in measured.items():
-        if len(measured) > 1:
-            lines.append(f"## Vector: {markdown(vector)}")
-        known = facts | norm if norms and vector == "embedding" else facts
-        lines.append(markdown_table(metrics, study.reference, known))
-    lines.append(explain_intervals(study, runs, measured))
-    recalls = measured["embedding"]["recall@1"]
+    end = [explain_intervals(study, runs, measured)]
     fewest = min(len(values) for values in recalls.values())
     if fewest < FEW_SEEDS:
-        lines.append(
+        end.append(
             f"**Warning:** there are variants with {fewest} seed{'s' * (fewest > 1)}. Fewer than "
             f"{FEW_SEEDS} leave next to nothing to judge the noise by."
         )
-    text = "\n\n".join(lines) + "\n"
-    files.write_atomically(Path(workdir, f"{study.name}.md"), text)
+
+    def text(style: str) -> str:
+        show, fold = (markdown, str) if style == "github" else (literal, console.fold)
+        blocks = [f"# {show(study.name)}, {show(config.data.name)}", *map(fold, begin)]
+        for vector, metrics in measured.items():
+            if len(measured) > 1:
+                blocks.append(f"## Vector: {show(vector)}")
+            known = facts | norm if norms and vector == "embedding" else facts
+            blocks.append(comparison_table(metrics, study.reference, known, style))
+        return "\n\n".join([*blocks, *map(fold, end)]) + "\n"
+
+    files.write_atomically(Path(workdir, f"{study.name}.md"), text("github"))
     table = [",".join(COLUMNS) + "\n"]
     table += [to_csv(found, study.reference, vector) for vector, found in measured.items()]
     files.write_atomically(Path(workdir, f"{study.name}.csv"), "".join(table))
@@ -103,7 +107,7 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     rows = compare(recalls, study.reference)
     path = Path(workdir, f"{study.name}.png")
     plot(path, rows, study.reference, metric_name("recall@1"), title)
-    return text
+    return text("simple")
 
 
 def describe_measurement(results: list[dict]) -> str:

@@ -261,17 +261,18 @@ def show_plan(
             left = fixed + per_step * (steps - done)
             state = f"step {done} of {steps}" if done else "not begun"
         total += left
-        rows.append([run.variant, str(run.seed), state, console.duration(left), str(run.folder)])
-    console.say(table(["variant", "seed", "state", "time left", "folder"], rows))
-    console.say(
-        f"\nAbout {console.duration(total / len(places))}, {len(places)} at a time. No run was "
+        rows.append([run.variant, str(run.seed), state, console.duration(left)])
+    console.say(table(["variant", "seed", "state", "time left"], rows))
+    text = (
+        f"About {console.duration(total / len(places))}, {len(places)} at a time. No run was "
         f"started."
     )
     if waiting:
-        console.say(
-            "To train them elsewhere, each on a device of its own, start these from this folder; "
-            "the study compares what is finished.\n"
+        text += (
+            " To train them elsewhere, each on a device of its own, start these from this folder; "
+            "the study compares what is finished."
         )
+    console.say(f"\n{console.fold(text)}\n")
     for run in waiting:
         console.say(shlex.join([*command, *flags_of(run), f"--workdir={run.folder}"]))
 
