@@ -76,9 +76,9 @@ def indexing(photos: str | None, count: int) -> None:
             draw_photographs(folder, count)
         address = str(Path(scratch, "index"))
         # Alternating, because a machine that others use changes its speed meanwhile.
-        print("embedding alone:", in_process("embed-alone", count).strip(), flush=True)
+        print("embedding alone:", in_process("embed-alone", min(count, 1000)).strip(), flush=True)
         print("indexing:       ", in_process("index", address, folder).strip(), flush=True)
-        print("embedding alone:", in_process("embed-alone", count).strip(), flush=True)
+        print("embedding alone:", in_process("embed-alone", min(count, 1000)).strip(), flush=True)
         command = [sys.executable, str(ROOT / "main.py"), "--mode=index", f"--index={address}"]
         command += [f"--images={folder}"]
         changed = sorted(folder.rglob("*.jpg"))[7]
@@ -109,8 +109,9 @@ def embed_alone(count: int) -> None:
 
 
 def index_alone(address: str, photos: str) -> None:
-    from cgd_jax.search import index, indexing, network
+    from cgd_jax.search import commands, index, indexing, network
 
+    commands.keep_compiled(address)
     opened = network.open_network()
     blank = np.zeros((1, 224, 224, 3), np.uint8)
     index.embed_pixels(opened, blank)  # compiles

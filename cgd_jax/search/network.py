@@ -149,8 +149,8 @@ def _packaged() -> tuple["CGD", dict, "Normalization", dict[str, Any]]:
         untrained, pretrained.convert_state_dict(features, backbone, PACKAGED)
     )
     data = {"image_size": PACKAGED_SIZE, "resize": PACKAGED_SIZE}
-    config = {"data": data, "eval": {"center_crop": False}}
-    return model, variables, normalization_of(PACKAGED), config
+    rest = {"data": data, "eval": {"center_crop": False}}
+    return model, variables, normalization_of(PACKAGED), rest
 
 
 def _read_run(workdir: str) -> tuple["CGD", dict, "Normalization", dict[str, Any]]:

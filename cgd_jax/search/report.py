@@ -9,7 +9,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
-from cgd_jax.reports import lettering
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import files
 from cgd_jax.search.duplicates import Group
@@ -134,6 +133,9 @@ def _draw(path: Path, rows: Sequence[Sequence[Cell | None]], behind_first: int =
       rows: each of at least one cell; None stays empty.
       behind_first: pixels between the first cell of a row and the others.
     """
+    # Not at the top of the file: tables and JSON do without Matplotlib, where the fonts are.
+    from cgd_jax.reports import lettering
+
     pictures = [[cell and Image.open(io.BytesIO(cell[2])) for cell in row] for row in rows]
     heights = [max(picture.height for picture in row if picture) for row in pictures]
     width = GAP + behind_first + max(map(len, rows)) * (THUMBNAIL + GAP)
