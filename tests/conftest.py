@@ -44,7 +44,7 @@ settings.load_profile("tests")
 
 @pytest.fixture
 def fully_optimized():
-    """Compiles as outside of the tests: for those that compare results bit for bit."""
+    """Optimizes programs as outside of the tests: for those that compare results bit for bit."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield

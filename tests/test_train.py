@@ -51,6 +51,8 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     tiny_config, tmp_path, monkeypatch, capsys, fully_optimized
 ):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    tiny_config.eval.baselines = False
+    monkeypatch.setattr(train.plots, "plot_curves", lambda *_: None)
     # What the losses draw, learn and remember is resumed too.
     tiny_config.loss.update(ranking="contrastive", miner="distance_weighted")
     tiny_config.loss.update(memory=30, memory_from=1, classification="cosface", sub_centres=2)

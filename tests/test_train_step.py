@@ -19,6 +19,14 @@ from configs import base, glyphs
 from tests import tiny  # noqa: F401, the backbone resnet6
 
 
+def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(
+    tmp_path, eight_devices
+):
+    command = [sys.executable, "-m", "tests.on_eight_devices", str(tmp_path)]
+    run = subprocess.run(command, env=eight_devices, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+
+
 def losses_of(config, vectors, logits, labels):
     """The total loss, and the ranking and the classification loss in it."""
     output, key = Output(None, vectors, logits, None), jax.random.key(0)
@@ -188,11 +196,3 @@ def test_every_backbone_recomputes_when_told_to(backbone, remat):
 def test_auto_is_float32_on_a_cpu():
     assert compute_dtype("auto") == jnp.float32
     assert compute_dtype("bfloat16") == jnp.bfloat16
-
-
-def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(
-    tmp_path, eight_devices
-):
-    command = [sys.executable, "-m", "tests.on_eight_devices", str(tmp_path)]
-    run = subprocess.run(command, env=eight_devices, capture_output=True)
-    assert run.returncode == 0, run.stderr.decode()
