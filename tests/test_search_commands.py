@@ -41,7 +41,8 @@ def test_index_then_search(filled, tmp_path):
     status, output, errors = run_here(*flags, "--k=3", "--where=label = 'hats'", picture)
     assert (status, errors) == (0, "")
     rows = [line.split() for line in output.splitlines() if line[:1].isdigit()]
-    assert rows[0] == ["1", "1.0000", "hats", f"{filled}/photos/hats/000.png"]
+    assert f"\nin {filled}/photos/hats:\n" in output
+    assert rows[0] == ["1", "1.0000", "hats", "000.png"]
     assert len(rows) == 3 and {row[2] for row in rows} == {"hats"}
     assert "Searched 7 pictures by 1 query in" in output and "Look at" in output
     drawn = np.asarray(Image.open(tmp_path / "found.png"))
