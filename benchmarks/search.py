@@ -363,7 +363,7 @@ def main() -> None:
         case "queries":
             searching(given.count or 100_000, 512)
         case "compression":
-            compression(given.images, given.count or 300)
+            compression(given.images, given.count or 1000)
         case "embed-alone":
             embed_alone(int(given.arguments[0]))
         case "index":
