@@ -88,12 +88,12 @@ def compare(
 def _turn(name, running, found):
     """Lets a contender prepare itself, or make one call."""
     process, pipe = running[name]
-    if name in found:
-        os.kill(process.pid, signal.SIGCONT)
-        pipe.send(None)
     try:
+        if name in found:
+            os.kill(process.pid, signal.SIGCONT)
+            pipe.send(None)
         answer = pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):  # it died while it prepared itself, or between turns
         process.join()
         answer = f"its process ended with status {process.exitcode}"
     if isinstance(answer, str):

@@ -70,10 +70,13 @@ def make_train_step(
         else functools.partial(direct_gradients, model, measure)
     )
 
+    # The names are those of a profile.
+    @jax.named_scope("augmentation")
     def prepare(state: State, images: jax.Array) -> jax.Array:
         key = step_key(config.seed, state.step)
         return augment(key, images, config.augment, config.data.image_size, state.normalization)
 
+    @jax.named_scope("optimizer")
     def update(state, gradients, batch_stats, metrics, output, labels):
         new = apply_gradients(config, optimizer, state, gradients, batch_stats)
         new = dataclasses.replace(new, memory=remember(config.loss, state, output, labels))
@@ -84,6 +87,7 @@ def make_train_step(
         metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
         return dataclasses.replace(new, step=state.step + 1, skipped=skipped), metrics
 
+    @jax.named_scope("signs_of_collapse")
     def describe(state, descriptors, labels):
         return describe_step(config.loss, model, measure, state, descriptors, labels)
 
