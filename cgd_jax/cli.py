@@ -1,5 +1,6 @@
 """The command line: `cgd_jax --config=glyphs`, in a clone `python main.py --config=glyphs`."""
 
+import os
 import re
 import signal
 import sys
@@ -481,6 +482,10 @@ def main(argv: list[str]) -> None:
 
             processes.start(given.coordinator, given.num_processes, given.process_id)
         run_mode(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ModuleNotFoundError as error:
         ours = (error.name or "cgd_jax").startswith("cgd_jax") or "pip install" in str(error)
         what = f"--mode={given.mode}"

@@ -1,11 +1,14 @@
 """The modes index and search, as they are used, and what they print and draw."""
 
+import contextlib
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cgd_jax import cli
 from cgd_jax.search import commands, duplicates, queries
 from cgd_jax.search import network as networks
 from tests.search_samples import folder_of_photographs, photograph, stand_in
@@ -70,6 +73,17 @@ def test_duplicates(filled, tmp_path):
     assert paths == [f"{filled}/photos/hats/copy.png", f"{filled}/photos/shoes/001.png"]
     status, output, _ = run_here(*flags, "--where=label = 'hats'")
     assert (status, output) == (0, "No two pictures have a similarity of 0.999 or more.\n")
+
+
+def test_an_answer_that_nobody_reads_on(filled, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = ["main.py", "--mode=search", f"--index={filled}/index", "--duplicates", "--json"]
+    with open(writing, "w") as nobody, pytest.raises(SystemExit) as ended:
+        with contextlib.redirect_stdout(nobody):
+            cli.main(command)
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_a_part_of_the_query(filled):

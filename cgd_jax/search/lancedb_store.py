@@ -147,6 +147,7 @@ class LanceStore:
             parts = self._table.stats()["fragment_stats"]["num_fragments"]
             if parts > PARTS or self._deleted:
                 self._table.optimize(cleanup_older_than=timedelta(hours=1))
+                self._deleted = False
 
     def close(self) -> None:
         pass
