@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -199,3 +200,24 @@ def test_what_is_not_a_number_stays_visible():
     x = jnp.zeros((1, 6, 6, 1)).at[0, 2, 3, 0].set(jnp.nan)
     arguments = (x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     np.testing.assert_array_equal(max_pool(*arguments), nn.max_pool(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "groups"), [(1, 8, 1), (3, 8, 8), (3, cpu_ops.WIDE_CHANNELS, 1)]
+)
+def test_a_program_for_any_batch_can_be_exported(side, channels, groups):
+    # A wide convolution chose its form by the size of the batch, which has none here.
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((3, 20, 20, channels), np.float32)
+    kernel = draw.standard_normal((side, side, channels // groups, channels), np.float32)
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    @jax.jit
+    def convolve(x):
+        return conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(convolve)(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype))
+    np.testing.assert_allclose(exported.call(x), convolve(x), rtol=1e-3, atol=1e-3)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -163,6 +164,7 @@ def _is_wide(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Padding) -
         and max(map(max, pads)) <= 2
         and x.dtype == kernel.dtype == jnp.float32  # sums of tiles need the digits
         and min(kernel.shape[2:]) >= WIDE_CHANNELS
+        and not jax.export.is_symbolic_dim(x.shape[0])  # of an exported program, for any batch
         and x.shape[0] * math.prod(_tile_counts(x, pads)) >= MANY_TILES
     )
 
