@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-from flax import linen as nn
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,10 +27,6 @@ from benchmarks import clock, training
 from cgd_jax.models import cpu_ops
 
 xla = partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def xla_max_pool(x, window, strides, pads):
-    return nn.max_pool(x, window, strides, pads)
 
 
 def xla_depthwise(x, kernel, strides, pads):
@@ -47,12 +42,10 @@ FORMS = {
     "pointwise": ("_pointwise", xla_pointwise),  # 1×1 as products of matrices
     "tiles": ("WIDE_CHANNELS", math.inf),  # wide 3×3 by minimal filters
     "depthwise": ("_depthwise", xla_depthwise),  # as a sum of shifted products
-    "max_pool": ("_max_pool", xla_max_pool),  # its gradient by the tap that won
 }
 OF = {
-    "resnet50": ("pointwise", "tiles", "max_pool"),
+    "resnet50": ("pointwise", "tiles"),
     "efficientnet_lite0": ("pointwise", "depthwise"),
-    "bninception": ("pointwise", "max_pool"),
 }
 INSTEAD = {
     "bfloat16": {"dtype": "bfloat16"},

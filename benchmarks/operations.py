@@ -126,7 +126,7 @@ def kind_of(name: str, program: Program) -> tuple[str, str]:
         module = re.search(CONVOLUTION, text)
     if module:
         return f"{program.kernels[module[1]]} convolutions", where
-    if "backbone/cond/" in text:  # a form of cpu_ops that is no convolution's
+    if "reduce_window" in text or "select_and_scatter" in text:
         return MAX_POOLING, where
     if "backbone" in where:
         return ELEMENTWISE, where

@@ -1,4 +1,4 @@
-"""Convolution and max-pooling written for CPUs: against loops, and against XLA's own."""
+"""Convolution written for CPUs: against loops, and against XLA's own."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgd_jax.models import cpu_ops
-from cgd_jax.models.cpu_ops import Conv, conv_general_dilated, max_pool
+from cgd_jax.models.cpu_ops import Conv, conv_general_dilated
 
 PADDINGS = ["SAME", "VALID", ((1, 1), (1, 1)), ((0, 1), (2, 1)), ((3, 3), (3, 3))]
 
@@ -175,31 +175,6 @@ def test_only_cpus_compile_other_forms():
         found = texts(way, jnp.zeros((1, 8, 8, 4)), kernel)
         for platform, text in found.items():
             assert ("stablehlo.convolution" in text) == (platform != "cpu")
-    gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))).sum())
-    for platform, text in texts(gradient, jnp.zeros((1, 8, 8, 4))).items():
-        assert ("select_and_scatter" in text) == (platform != "cpu")
-
-
-@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 5)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("strides,padding", [((2, 2), ((1, 1), (1, 1))), ((1, 3), "SAME")])
-def test_values_and_gradients_of_max_pooling(size, dtype, strides, padding):
-    # Behind a ReLU many windows have several maxima.
-    x = jax.nn.relu(jax.random.normal(jax.random.key(0), (2, *size, 3), dtype))
-    (y, gradient), expected = (
-        value_and_gradients(lambda x, way=way: way(x, (3, 3), strides, padding), x)
-        for way in (max_pool, nn.max_pool)
-    )
-    assert y.dtype == gradient.dtype == dtype
-    np.testing.assert_array_equal(np.float32(y), np.float32(expected[0]))
-    tolerance = 6 * float(jnp.finfo(dtype).eps)  # where windows overlap, gradients are added
-    np.testing.assert_allclose(np.float32(gradient), np.float32(expected[1]), atol=tolerance)
-
-
-def test_what_is_not_a_number_stays_visible():
-    x = jnp.zeros((1, 6, 6, 1)).at[0, 2, 3, 0].set(jnp.nan)
-    arguments = (x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    np.testing.assert_array_equal(max_pool(*arguments), nn.max_pool(*arguments))
 
 
 @pytest.mark.parametrize(

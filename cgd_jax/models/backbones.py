@@ -47,11 +47,6 @@ FAMILIES: tuple[Family, ...] = (
 # The family of every name under which configs select a backbone.
 BACKBONES: dict[str, Family] = {name: family for family in FAMILIES for name in family.members}
 
-# Backbones are written with flax's own convolution and pooling. Those of XLA are slow on a CPU,
-# their gradients most of all, and inside of loops by a factor of 250; so what a backbone has as
-# an attribute of one of these names is replaced. On other platforms nothing changes.
-OPERATIONS: dict[str, Any] = {"conv": cpu_ops.Conv, "max_pool": cpu_ops.max_pool}
-
 
 def create(config: Any, dtype: jnp.dtype) -> nn.Module:
     """Makes the backbone that a config names.
@@ -69,10 +64,9 @@ def create(config: Any, dtype: jnp.dtype) -> nn.Module:
     if family.downsamples:
         options["last_stride"] = config.last_stride
     backbone = family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
-    replaced: dict[str, Any] = {
-        name: operation for name, operation in OPERATIONS.items() if hasattr(backbone, name)
-    }
-    return backbone.clone(**replaced)
+    # Backbones are written with flax's own convolution, which is slow on a CPU, its gradients most
+    # of all. On other platforms nothing changes.
+    return backbone.clone(conv=cpu_ops.Conv) if hasattr(backbone, "conv") else backbone
 
 
 def normalization_of(name: str) -> Normalization:

@@ -38,10 +38,10 @@ BLOCKS = {
 LAST_DOWNSAMPLING, MAXIMUM = "4e", "5b"
 
 
-def _over_the_edge(max_pool, x: jax.Array) -> jax.Array:
+def _over_the_edge(x: jax.Array) -> jax.Array:
     """Max-pooling 3×3 of stride 2, whose last windows may be cut off by the edge."""
     ends = [(0, max(0, 2 * -(-(side - 3) // 2) + 3 - side)) for side in x.shape[1:3]]
-    return max_pool(x, (3, 3), (2, 2), tuple(ends))
+    return nn.max_pool(x, (3, 3), (2, 2), tuple(ends))
 
 
 class Block(nn.Module):
@@ -52,7 +52,6 @@ class Block(nn.Module):
     maximum: bool  # whether it pools the maximum
     conv: ModuleDef
     norm: ModuleDef
-    max_pool: Callable[..., jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,9 +67,9 @@ class Block(nn.Module):
         y = layer(y, double_out, 3, "double_3x3_1")
         outputs.append(layer(y, double_out, 3, "double_3x3_2", self.stride))
         if self.stride == 2:
-            y = _over_the_edge(self.max_pool, x)
+            y = _over_the_edge(x)
         elif self.maximum:
-            y = self.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
+            y = nn.max_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
         else:
             y = nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
         outputs.append(layer(y, projected, 1, "pool_proj") if projected else y)
@@ -87,7 +86,6 @@ class BNInception(nn.Module):
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
       conv: the convolution, for `backbones.create` to replace.
-      max_pool: the max-pooling, likewise.
     """
 
     divisor: int = 1
@@ -96,7 +94,6 @@ class BNInception(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
-    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
@@ -124,9 +121,9 @@ class BNInception(nn.Module):
             return nn.relu(norm(name=f"{name}_bn")(x))
 
         x = layer(x[..., ::-1], 64, 7, "conv1_7x7_s2", 2)  # blue, green, red
-        x = _over_the_edge(self.max_pool, x)
+        x = _over_the_edge(x)
         x = layer(layer(x, 64, 1, "conv2_3x3_reduce"), 192, 3, "conv2_3x3")
-        x = _over_the_edge(self.max_pool, x)
+        x = _over_the_edge(x)
         block_of = nn.remat(Block) if self.remat else Block
         for number, (block, channels) in enumerate(BLOCKS.items(), 1):
             last = block == LAST_DOWNSAMPLING
@@ -136,7 +133,6 @@ class BNInception(nn.Module):
                 maximum=block == MAXIMUM or last,
                 conv=conv,
                 norm=norm,
-                max_pool=self.max_pool,
                 name=f"inception_{block}",
             )(x)
             if self.frozen_blocks == number:

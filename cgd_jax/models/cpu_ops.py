@@ -1,6 +1,6 @@
-"""Convolution and max-pooling in forms that are fast on a CPU, with the signatures of JAX and Flax.
+"""Convolution in forms that are fast on a CPU, with the signatures of JAX and Flax.
 
-On GPUs and TPUs both are XLA's own. What XLA makes of them on a CPU depends on how they are
+On GPUs and TPUs it is XLA's own. What XLA makes of it on a CPU depends on how it is
 written (benchmarks/convolutions.py has the times):
 
 - A 1×1 convolution is a matrix product, and one of two matrices: with more axes, the gradient
@@ -9,10 +9,6 @@ written (benchmarks/convolutions.py has the times):
 - A wide 3×3 convolution takes 2.25 times fewer multiplications over tiles of 2 × 2 outputs
   (Winograd's minimal filters). Its transforms cost memory traffic, which pays from 256 channels.
 - A depthwise convolution is up to ten times faster as a sum of shifted products.
-- Max-pooling carries an index beside every value through the search for the maximum, once for
-  each axis, and its gradient adds to one place at a time. Here the number of the tap that won
-  chooses among shifted copies, and the gradient that JAX derives is a sum of shifted choices,
-  which XLA fuses into one loop: about four times faster.
 """
 
 import math
@@ -25,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-__all__ = ["Conv", "conv_general_dilated", "max_pool"]
+__all__ = ["Conv", "conv_general_dilated"]
 
 # Of rows and of columns.
 Strides = tuple[int, int]
@@ -93,25 +89,6 @@ def conv_general_dilated(
 Conv = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
-def max_pool(
-    inputs: jax.Array,
-    window_shape: tuple[int, int],
-    strides: Strides | None = None,
-    padding: str | Sequence[tuple[int, int]] = "VALID",
-) -> jax.Array:
-    """Does what `flax.linen.max_pool` does with [B, H, W, C] of a floating dtype.
-
-    Where several positions of a window have its maximum, the first one gets the gradient.
-    """
-    strides = strides or (1, 1)
-    pads = _pads(inputs, window_shape, strides, padding)
-    return jax.lax.platform_dependent(
-        inputs,
-        cpu=partial(_max_pool, window=window_shape, strides=strides, pads=pads),
-        default=partial(nn.max_pool, window_shape=window_shape, strides=strides, padding=padding),
-    )
-
-
 def _pads(x: jax.Array, window, strides, padding) -> Padding:
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
@@ -119,9 +96,9 @@ def _pads(x: jax.Array, window, strides, padding) -> Padding:
     return (top, bottom), (left, right)
 
 
-def _taps(x: jax.Array, window, strides: Strides, pads: Padding, fill: float = 0.0) -> list:
+def _taps(x: jax.Array, window, strides: Strides, pads: Padding) -> list:
     """Returns, for each place in a window, what all windows see there: [B, H', W', C]."""
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows, columns = (
         stride * ((padded.shape[1 + i] - window[i]) // stride) + 1
         for i, stride in enumerate(strides)
@@ -131,16 +108,6 @@ def _taps(x: jax.Array, window, strides: Strides, pads: Padding, fill: float = 0
         for i in range(window[0])
         for j in range(window[1])
     ]
-
-
-def _max_pool(x: jax.Array, window, strides: Strides, pads: Padding) -> jax.Array:
-    taps = _taps(x, window, strides, pads, -jnp.inf)
-    best, winner = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
-    for number, tap in enumerate(taps[1:], 1):
-        wins = (tap > best) | jnp.isnan(tap)
-        best, winner = jnp.where(wins, tap, best), jnp.where(wins, jnp.int8(number), winner)
-    chosen = [jnp.where(winner == number, tap, 0) for number, tap in enumerate(taps)]
-    return sum(chosen[1:], chosen[0])
 
 
 def _pointwise(x: jax.Array, kernel: jax.Array, strides: Strides) -> jax.Array:

@@ -40,8 +40,8 @@ class Family(NamedTuple):
 
     A member is called with `options` from the config, with `remat` and `dtype`, and with
     `last_stride` if there is a last downsampling. It returns a module that maps images
-    [B, H, W, 3] and `train` to a feature map [B, H', W', C], or to `Features`. What
-    `backbones.OPERATIONS` lists is replaced in a module that has it.
+    [B, H, W, 3] and `train` to a feature map [B, H', W', C], or to `Features`. Where the module has
+    an attribute `conv`, `backbones.create` sets it.
     """
 
     title: str  # for messages

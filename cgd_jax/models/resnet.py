@@ -7,7 +7,7 @@ order of operations are those under which ImageNet weights are published.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,7 +93,6 @@ class ResNet(nn.Module):
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
       conv: the convolution, for `backbones.create` to replace.
-      max_pool: the max-pooling, likewise.
     """
 
     stage_sizes: tuple[int, ...]
@@ -109,7 +108,6 @@ class ResNet(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
-    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
@@ -134,7 +132,7 @@ class ResNet(nn.Module):
         x = conv(self.width, (side, side), self.stem_stride, side // 2, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x))
         if self.stem == "7x7":
-            x = self.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         block_of = nn.remat(Block) if self.remat else Block
         for stage, blocks in enumerate(self.stage_sizes):
             planes = self.width * 2**stage

@@ -66,7 +66,6 @@ class ShuffleNet(nn.Module):
       remat: computes the inside of every block once more in the backward pass.
       dtype: of the computation; parameters and statistics stay float32.
       conv: the convolution, for `backbones.create` to replace.
-      max_pool: the max-pooling, likewise.
     """
 
     widths: tuple[int, ...]
@@ -76,7 +75,6 @@ class ShuffleNet(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
-    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
@@ -99,7 +97,7 @@ class ShuffleNet(nn.Module):
         )
         x = conv(self.widths[0], (3, 3), 2, padding=1, name="conv1_0")(x)
         x = nn.relu(norm(name="conv1_1")(x))
-        x = self.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         block_of = nn.remat(Block) if self.remat else Block
         last = len(self.stage_sizes) + 1
         for stage, (count, width) in enumerate(
