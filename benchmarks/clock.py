@@ -163,15 +163,20 @@ def use_cores(count: int | None) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
+def gpus() -> list[str]:
+    """Returns the names of NVIDIA's GPUs here, without starting anything on them."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+
+
 def machine() -> str:
     """Returns a line on the processor, the cores in use, and the versions of libraries."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     named = re.search(r"model name\s*:\s*(.+)", info)
     what = named[1].strip() if named else platform.machine()
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
-        what += ", " + " + ".join(filter(None, gpus))
+    what = ", ".join([what, *gpus()])
     versions = []
     for package in PACKAGES:
         try:

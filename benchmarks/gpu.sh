@@ -52,7 +52,7 @@ case $1 in
 esac
 resnet="--batch=128 --dtype=bfloat16"
 lite="--backbone=efficientnet_lite0 --batch=128 --dtype=bfloat16"
-chunked="--batch=4096 --chunk=128 --dtype=bfloat16 --rounds=2"
+chunked="--batch=4096 --chunk=128 --dtype=bfloat16 --rounds=2 --queued=1"
 nvidia-smi
 compile 1 benchmarks/training.py step $resnet
 compile 2 benchmarks/training.py step $lite

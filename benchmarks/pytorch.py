@@ -98,8 +98,8 @@ class CGD(nn.Module):
         return F.normalize(torch.cat(branches, 1)), self.classify(spoc)
 
 
-def make_call(config, batch, classes, compiled, channels_last, training):
-    """Returns a function that makes one training step, or embeds one batch, and waits for it."""
+def make_call(config, batch, classes, compiled, channels_last, training, queued=1):
+    """Returns a function that makes training steps, or embeds a batch as often, and then waits."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -140,7 +140,8 @@ def make_call(config, batch, classes, compiled, channels_last, training):
         return loss
 
     def call():
-        (step if training else embed)()
+        for _ in range(queued):
+            (step if training else embed)()
         if device == "cuda":
             torch.cuda.synchronize()
 

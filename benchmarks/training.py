@@ -11,7 +11,8 @@
 PyTorch does the same (benchmarks/pytorch.py has ResNet-50 and EfficientNet-Lite0): eager, with
 channels last, and compiled; without torch, or with --against and nothing behind it, only ours is
 timed. `embed` makes the embeddings of a batch. Every contender has a process of its own, and ours
-keeps freed memory on a CPU, as main.py does.
+keeps freed memory on a CPU, as main.py does. On a GPU everybody queues ten steps before waiting,
+as training does, which hides the time it takes to launch one; --queued=1 waits for each.
 
 `memory` makes steps of the glyphs network with batches of 256 to 2,048 images, at once and with
 train.embed_chunk=256, each in a process of its own, and prints the peak of its memory.
@@ -44,10 +45,10 @@ PYTORCH = ("eager", "eager, channels last", "compiled, channels last")
 WRITTEN_IN_TORCH = ("resnet50", "efficientnet_lite0")
 
 
-def ours(config, batch, training=True):
-    """A function that makes one step, or embeds one batch.
+def ours(config, batch, training=True, queued=1):
+    """A function that makes `queued` steps, or embeds as many batches, and waits for the last.
 
-    It returns the floating-point operations of that, the peak of the devices in FLOP/s, and the
+    It returns the floating-point operations of one, the peak of the devices in FLOP/s, and the
     peak of their memory in bytes where that is known.
     """
     keep_freed_memory()
@@ -67,10 +68,11 @@ def ours(config, batch, training=True):
     kept = [state]
 
     def run():
-        if training:
-            kept[0], found = step(kept[0], images, labels)
-        else:
-            found = embed(images)
+        for _ in range(queued):
+            if training:
+                kept[0], found = step(kept[0], images, labels)
+            else:
+                found = embed(images)
         jax.block_until_ready(found)
         memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return flops, throughput.peak_flops(config.model.dtype), memory
@@ -78,11 +80,11 @@ def ours(config, batch, training=True):
     return run
 
 
-def pytorch(config, batch, compiled, channels_last, training=True):
+def pytorch(config, batch, compiled, channels_last, training, queued):
     """The same by PyTorch."""
     from benchmarks.pytorch import make_call
 
-    return make_call(config, batch, CLASSES, compiled, channels_last, training)
+    return make_call(config, batch, CLASSES, compiled, channels_last, training, queued)
 
 
 def config_of(backbone, size, dtype):
@@ -95,20 +97,24 @@ def config_of(backbone, size, dtype):
 def step(args, training=True):
     config = config_of(args.backbone, args.size, args.dtype)
     config.train.embed_chunk = args.chunk
-    contenders = {"cgd_jax": partial(ours, config, args.batch, training)}
+    queued = args.queued or (10 if clock.gpus() else 1)
+    contenders = {"cgd_jax": partial(ours, config, args.batch, training, queued)}
     for name in args.against if args.backbone in WRITTEN_IN_TORCH else ():
         how = "compiled" in name, "channels last" in name
-        contenders[f"PyTorch, {name}"] = partial(pytorch, config, args.batch, *how, training)
+        contenders[f"PyTorch, {name}"] = partial(
+            pytorch, config, args.batch, *how, training, queued
+        )
     timed = clock.compare(contenders, args.rounds)
     flops, peak, memory = timed["cgd_jax"].value
     rows = []
     for name, found in timed.items():
-        rate, ratio = flops / found.median, timed["cgd_jax"].median / found.median
-        row = [name, 1000 * found.median, 100 * found.spread, ratio, args.batch / found.median]
+        seconds, ratio = found.median / queued, timed["cgd_jax"].median / found.median
+        rate = flops / seconds
+        row = [name, 1000 * seconds, 100 * found.spread, ratio, args.batch / seconds]
         rows.append([*row, rate / 1e12, 100 * rate / peak])
     print(
         f"{args.backbone}, {'a step of' if training else 'embedding'} {args.batch} images of "
-        f"{args.size} × {args.size}, {args.dtype}"
+        f"{args.size} × {args.size}, {args.dtype}, {queued} in a row"
         + (f", peak {memory / 2**20:,.0f} MB on the device" if memory else "")
     )
     headers = ["", "ms", "spread %", "ours / its", "images/s", "TFLOP/s", "% of peak"]
@@ -151,6 +157,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--chunk", type=int, default=0, help="train.embed_chunk")
+    parser.add_argument("--queued", type=int, help="steps in a row; 1 on a CPU, 10 on a GPU")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", nargs="*", default=PYTORCH, choices=PYTORCH, metavar="HOW",
