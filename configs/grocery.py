@@ -11,6 +11,6 @@ def get_config(descriptors: str = "SG"):
     """Fine-tunes EfficientNet-Lite0 at 192 pixels; not a setting of the paper."""
     config = lite0.get_config(descriptors)
     config.data.name = "grocery"
-    config.train.steps = 240
-    config.train.eval_every = 120
+    config.train.steps = 480
+    config.train.eval_every = 240
     return config
