@@ -168,7 +168,8 @@ def gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    found = subprocess.run(command, capture_output=True, text=True)
+    return [] if found.returncode else found.stdout.splitlines()  # without a driver it complains
 
 
 def machine() -> str:
