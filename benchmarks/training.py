@@ -105,6 +105,8 @@ def step(args, training=True):
             pytorch, config, args.batch, *how, training, queued
         )
     timed = clock.compare(contenders, args.rounds)
+    if "cgd_jax" not in timed:
+        sys.exit("error: there is nothing to compare with, since cgd_jax was left out; see above.")
     flops, peak, memory = timed["cgd_jax"].value
     rows = []
     for name, found in timed.items():
