@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, combination, evaluate, from_config, pooling, retrieval
 from cgd_jax.augment import Normalization, center_crop, normalize
+from cgd_jax.combination import EPS
 from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
@@ -154,6 +155,7 @@ def contributions(
     p: float | jax.Array = 3.0,
     reference: float | jax.Array = 0.0,
     centers: jax.Array | None = None,
+    unit: bool = False,
 ) -> jax.Array:
     """Takes the similarity of two images apart: what every branch and position contributes.
 
@@ -167,6 +169,7 @@ def contributions(
       centers: [n, C], the mean descriptors that a network with `model.center` subtracts.
         Every position bears an even share of them: it contributes by what it has more than
         the average image.
+      unit: whether descriptors are scaled to unit length before the centers are subtracted.
 
     Returns:
       [2, n, H, W] float32. Of each image, the sum over all but the first axis is the
@@ -177,6 +180,9 @@ def contributions(
     """
     with jax.default_matmul_precision("highest"):
         pooled = jnp.stack([jnp.stack([pooled_map(s, f, p) for s in letters]) for f in features])
+        if unit:
+            squared = jnp.sum(pooled.sum((2, 3)) ** 2, -1)
+            pooled *= jax.lax.rsqrt(jnp.maximum(squared, EPS))[:, :, None, None, None]
         if centers is not None:
             height, width = features.shape[1:3]
             pooled -= centers[:, None, None] / (height * width)
@@ -223,11 +229,18 @@ def explain_pair(
     kernels = [params[f"fc_{name}"] for name in names]
     p = params.get("gem_p_learned", model.gem_p)
     centers = None
-    if model.center == "mean":
+    if model.center != "none":
         stats = [variables["batch_stats"][f"center_{letter}"] for letter in model.descriptors]
         centers = jnp.stack([running_mean(s["mean"], s["weight"]) for s in stats])
     maps = contributions(
-        features, kernels, model.descriptors, model.combination, p, reference, centers
+        features,
+        kernels,
+        model.descriptors,
+        model.combination,
+        p,
+        reference,
+        centers,
+        unit=model.center == "direction",
     )
     shares = maps.sum((2, 3)).mean(0)
     with jax.default_matmul_precision("highest"):

@@ -50,7 +50,9 @@ def get_config() -> ConfigDict:
     model.learn_p = "fixed"  # "scalar": one exponent is learned; "channel": one a channel
     model.embedding_dim = 1536  # of all branches together
     model.combination = "concat"  # "sum", "separate" (rival A), "raw" (rival B)
-    model.center = "none"  # "mean": takes it from the descriptors, so that none collapse
+    # "mean": takes it from the descriptors, so that none collapse; "direction": likewise, of
+    # descriptors of unit length, which keeps networks trained from scratch apart as well.
+    model.center = "none"
     model.fc_init = "orthogonal"  # of the descriptors' FC layers; or "lecun_normal"
     model.freeze_batch_norm = False  # keeps the backbone's statistics; the paper updates them
     model.frozen_blocks = 0  # so many of the backbone's lowest blocks, and its stem, never learn

@@ -75,6 +75,7 @@ def test_contributions_add_up_to_the_similarity(letters, how):
     [
         {"descriptors": "GMRS", "learn_p": "channel", "gem_p": 2.5},
         {"descriptors": "GMRS", "center": "mean"},
+        {"descriptors": "GMS", "center": "direction"},
         {"descriptors": "SG", "combination": "raw", "learn_p": "scalar", "center": "mean"},
     ],
 )

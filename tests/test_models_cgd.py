@@ -178,8 +178,8 @@ def test_fc_layers_begin_with_orthogonal_columns_or_rows(combination_, shape):
     assert not np.allclose(drawn.T @ drawn, np.eye(shape[1]), atol=1e-2)
 
 
-def center(momentum=0.5):
-    layer = Center(momentum)
+def center(momentum=0.5, unit=False):
+    layer = Center(unit, momentum)
     return layer, layer.init(jax.random.key(0), jnp.zeros((1, 3)), True)
 
 
@@ -192,6 +192,25 @@ def test_a_batch_is_centered_on_its_own_mean_and_no_embedding_can_be_one_point()
     length = jnp.linalg.norm(centered @ kernel, axis=1, keepdims=True)
     unit, _ = combination.combine([centered], [kernel])
     np.testing.assert_allclose((length * unit).sum(0), 0, atol=1e-5)
+
+
+def test_of_directions_an_image_far_longer_than_the_others_counts_as_one():
+    x = np.random.default_rng(0).gamma(9.0, size=(64, 3)).astype(np.float32)
+    x[0] *= 1000
+    norms = []
+    for unit in (False, True):
+        layer, variables = center(unit=unit)
+        centered, _ = layer.apply(variables, x, True, mutable=["batch_stats"])
+        directions = x / np.linalg.norm(x, axis=1, keepdims=True) if unit else x
+        np.testing.assert_allclose(centered, directions - directions.mean(0), rtol=1e-4, atol=1e-6)
+        (embedding,) = combination.combine([centered], [jnp.eye(3)])[1]
+        norms.append(float(jnp.linalg.norm(embedding.mean(0))))
+    assert norms[0] > 0.95, "the one long descriptor decides on the mean of all"
+    assert norms[1] < 0.3
+    # Of a zero descriptor, which has no direction, nothing but the mean is left.
+    layer, variables = center(unit=True)
+    gradient = jax.grad(lambda x: layer.apply(variables, x, False).sum())(jnp.zeros((2, 3)))
+    assert np.isfinite(gradient).all()
 
 
 def test_the_mean_of_evaluation_is_that_of_the_batches_without_the_first_zero():
@@ -214,15 +233,17 @@ def test_the_gradient_passes_through_the_mean():
     np.testing.assert_allclose(gradient, weights - weights.mean(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("combination_", ["concat", "raw"])
-def test_a_centered_network_keeps_its_raw_descriptors(combination_):
-    model, variables, images = tiny(combination=combination_, center="mean")
+@pytest.mark.parametrize("combination_,how", [("concat", "mean"), ("raw", "direction")])
+def test_a_centered_network_keeps_its_raw_descriptors(combination_, how):
+    model, variables, images = tiny(combination=combination_, center=how)
     output, updates = model.apply(
         variables, images, True, return_descriptors=True, mutable=["batch_stats"]
     )
     for letter, descriptor in zip("SG", output.descriptors, strict=True):
         before = variables["batch_stats"][f"center_{letter}"]["mean"]
         mean = updates["batch_stats"][f"center_{letter}"]["mean"]
+        if how == "direction":
+            descriptor = descriptor / jnp.linalg.norm(descriptor, axis=1, keepdims=True)
         np.testing.assert_allclose(mean - 0.9 * before, 0.1 * descriptor.mean(0), atol=1e-5)
     assert output.descriptors[0].min() >= 0, "what the auxiliary module sees is not centered"
     _, plain, _ = tiny(combination=combination_)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cgd_jax.models.cgd import CENTERS
 from cgd_jax.reports import collapse
 
 MARGIN = 0.1
@@ -45,6 +46,12 @@ def test_all_images_in_one_point():
     (said,) = warnings(history(FALLING, 0.5, norms), MARGIN)
     assert "norm 0.980" in said and collapse.REMEDIES["none"] in said
     assert len(warnings(history(STUCK, 1.0, norms), MARGIN)) == 2
+
+
+@pytest.mark.parametrize("center", CENTERS)
+def test_the_remedy_is_not_what_the_run_has(center):
+    (said,) = warnings(history(FALLING, 0.5, 0.99), MARGIN, center)
+    assert f"center={center}" not in said and said.endswith(f"{collapse.REMEDIES[center]}.")
 
 
 @pytest.mark.parametrize("distance,is_near", [(0.04, True), (-0.04, True), (0.06, False)])

@@ -18,6 +18,7 @@ NARROW = {"width": 4, "stem": "3x3", "stem_stride": 1}
 NETWORKS = {
     "all poolings": {"backbone": "resnet10", "descriptors": "SMGR"} | NARROW,
     "centered": {"backbone": "resnet10", "descriptors": "GM", "center": "mean"} | NARROW,
+    "centered directions": {"backbone": "resnet10", "center": "direction"} | NARROW,
     "bottleneck, one exponent a channel": {
         **{"backbone": "resnet50", "width": 2, "descriptors": "G", "learn_p": "channel"},
         **{"last_stride": 2, "combination": "raw"},

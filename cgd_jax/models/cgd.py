@@ -32,8 +32,9 @@ __all__ = [
 # How GeM's exponent is learned: not at all, one for all channels, one a channel.
 LEARN_P = ("fixed", "scalar", "channel")
 
-# What is taken from the descriptors before their FC layers: nothing, or their mean.
-CENTERS = ("none", "mean")
+# What is taken from the descriptors before their FC layers: nothing, their mean, or their mean
+# direction, which is the mean of the descriptors scaled to unit length.
+CENTERS = ("none", "mean", "direction")
 
 # Initial kernels of the FC layers [C, k]. Orthogonal columns (or rows, if k > C) with equal norms
 # keep the distances of the descriptors as far as k numbers can; independent random entries of the
@@ -66,16 +67,24 @@ class Center(nn.Module):
     half of the sphere, let alone in a point. The gradient passes through the mean, else the
     backbone would be pushed along it. In evaluation this is an FC layer with a bias.
 
+    One image whose descriptor is far longer than the others' holds the sum at zero by itself, and
+    lets the others lie together after all: a ResNet-50 trained from scratch learns that. With
+    `unit`, descriptors are scaled to unit length before, which changes nothing in the paper's
+    embedding, where an FC layer without a bias and a normalization follow.
+
     Attributes:
+      unit: whether the descriptors are scaled to unit length first.
       momentum: share of the old running mean in the new one, as BatchNorm's.
     """
 
+    unit: bool = False
     momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, C] → [B, C], float32."""
         x = x.astype(jnp.float32)
+        x = l2_normalize(x) if self.unit else x
         # The running mean begins as 0; `weight` is the share that batches have had in it.
         running = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
         weight = self.variable("batch_stats", "weight", jnp.zeros, ())
@@ -151,9 +160,10 @@ class CGD(nn.Module):
             for name, shape in zip(names, shapes, strict=True)
         ]
         centered = descriptors
-        if self.center == "mean":
+        if self.center != "none":
+            unit = self.center == "direction"
             centered = [
-                Center(name=f"center_{letter}")(descriptor, train)
+                Center(unit, name=f"center_{letter}")(descriptor, train)
                 for letter, descriptor in zip(self.descriptors, descriptors, strict=True)
             ]
         embedding, ranked = combination.combine(centered, kernels, self.combination)

@@ -14,10 +14,11 @@ NEAR_MARGIN = 0.05  # of the margin: how near the ranking loss is when it sits t
 ALL_ACTIVE = 0.95  # share of active triplets
 ONE_POINT = 0.95  # norm of the mean of unit vectors
 
-# By `model.center`: what keeps the embedding apart.
+# By `model.center`: what keeps the embedding apart. See docs/collapse.md for what was measured.
 REMEDIES = {
-    "none": "train again with --config.model.center=mean, which no embedding can collapse with",
-    "mean": "try a lower --config.optimizer.learning_rate, or more steps",
+    "none": "train again with --config.model.center=direction, which keeps embeddings apart",
+    "mean": "train again with --config.model.center=direction, which long descriptors cannot evade",
+    "direction": "try a lower --config.optimizer.learning_rate, or more steps",
 }
 
 

@@ -97,11 +97,13 @@ def torch_code(
         lines += _rmac(pooling.rmac_regions(*feature_map))
     pooled = [_pooled(letter, model.learn_p) for letter in model.descriptors]
     lines += ["    pooled = [", *(f"        {code}," for code in pooled), "    ]"]
-    if model.center == "mean":
+    if model.center != "none":
+        x = "F.normalize(pooled[i], eps=1e-6)" if model.center == "direction" else "pooled[i]"
         lines += [
             f'    for i, letter in enumerate("{model.descriptors}"):',
             '        center = f"batch_stats/center_{letter}/"',
-            '        pooled[i] = pooled[i] - weights[center + "mean"] / weights[center + "weight"]',
+            '        mean = weights[center + "mean"] / weights[center + "weight"]',
+            f"        pooled[i] = {x} - mean",
         ]
     if model.combination == "raw":
         lines += ['    vectors = torch.cat(pooled, 1) @ weights["params/fc_raw"]']

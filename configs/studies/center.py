@@ -3,4 +3,4 @@
 CONFIG = "configs/cars196_lite0.py"
 SEEDS = (0, 1, 2)
 REFERENCE = "none"
-VARIANTS = {center: {"model.center": center} for center in ("none", "mean")}
+VARIANTS = {center: {"model.center": center} for center in ("none", "mean", "direction")}
