@@ -207,7 +207,7 @@ def test_of_directions_an_image_far_longer_than_the_others_counts_as_one():
         norms.append(float(jnp.linalg.norm(embedding.mean(0))))
     assert norms[0] > 0.95, "the one long descriptor decides on the mean of all"
     assert norms[1] < 0.3
-    # Of a zero descriptor, which has no direction, nothing but the mean is left.
+    # A zero descriptor has no direction, but a finite gradient.
     layer, variables = center(unit=True)
     gradient = jax.grad(lambda x: layer.apply(variables, x, False).sum())(jnp.zeros((2, 3)))
     assert np.isfinite(gradient).all()
