@@ -20,7 +20,10 @@ from cgd_jax import augment, checkpoint, evaluate, export, from_config
 from cgd_jax.augment import IMAGENET, Normalization
 from cgd_jax.data.decode import decode
 from cgd_jax.models import pretrained, weight_files
+from cgd_jax.models.cgd import create_model, embed_model
 from cgd_jax.reports import model_card
+from tests import tiny
+from tests.variables import random_variables
 
 
 def test_an_exported_network_computes_the_same(finished_run, tmp_path):
@@ -66,6 +69,20 @@ def small_network(finished_run, tmp_path, monkeypatch):
     read = lambda *_: (variables, Normalization.of(0.5, 0.25), step)
     monkeypatch.setattr(checkpoint, "read_weights", read)
     return variables, export.export_run(str(workdir))
+
+
+@pytest.mark.parametrize("center", ["mean", "direction"])
+def test_a_centered_network_is_opened(tmp_path, center):
+    """Its statistics have a weight without axes, which a file must keep so."""
+    config = tiny.get_config()
+    config.model.center = center
+    model = create_model(config.model, 5)
+    variables = random_variables(model, jnp.zeros((2, 8, 8, 3)))
+    path, metadata = tmp_path / "model.safetensors", {"config": json.dumps(config.to_dict())}
+    pretrained.save(path, variables, IMAGENET, metadata)
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    expected = embed_model(model, variables, IMAGENET, 8)(images)
+    np.testing.assert_allclose(export.open_model(path).embed(images), expected, atol=1e-6)
 
 
 # Of the size of a picture of Pillow, everything; of arrays, the one size.

@@ -132,7 +132,8 @@ def save(
       metadata: further texts by name.
     """
     arrays = {
-        name: np.ascontiguousarray(array)
+        # Not ascontiguousarray, which makes [1] of the shape [].
+        name: np.asarray(array, order="C")
         for name, array in flatten_dict(dict(variables), sep="/").items()
     }
     values = {name: value.tolist() for name, value in normalization._asdict().items()}
