@@ -26,3 +26,14 @@ for name in {METHOD}:
         others = set(modules) - {"cgd_jax", "jax", "jaxlib", "numpy"} - sys.stdlib_module_names
         assert not others - ({"scipy"} if name == "rerank" else set()), line
     assert [line.split()[0] for line in run.stdout.splitlines()] == METHOD
+
+
+def test_a_heat_map_needs_neither_a_data_set_nor_a_run():
+    """The page is installed without TFDS, orbax and optax: `pip install 'cgd_jax[serve]'`."""
+    script = """
+import sys
+from cgd_jax import attribution
+print(sorted({"tensorflow_datasets", "orbax", "optax", "matplotlib"} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr

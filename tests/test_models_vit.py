@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import explain, from_config
+from cgd_jax import attribution, combination, from_config
 from cgd_jax.augment import Normalization
 from cgd_jax.config import ConfigError, validate
 from cgd_jax.gradient_caching import make_chunked_gradients
@@ -216,13 +216,13 @@ def test_the_class_token_is_not_explained_and_signed_features_are():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2, 3, 3, 8)).astype(np.float32)
     kernels = [rng.normal(size=(8, 4)).astype(np.float32) for _ in "SMG"]
-    maps = explain.contributions(features, kernels, "SMG")
+    maps = attribution.contributions(features, kernels, "SMG")
     model = CGD(None, num_classes=1, descriptors="SMG", embedding_dim=12)
     descriptors = [CGD.pool(model, letter, features) for letter in "SMG"]
-    embedding, _ = explain.combination.combine(descriptors, kernels)
+    embedding, _ = combination.combine(descriptors, kernels)
     np.testing.assert_allclose(maps.sum((1, 2, 3)), embedding[0] @ embedding[1], atol=1e-5)
     with pytest.raises(ValueError, match="C, the class token, is no sum over the positions"):
-        explain.pooled_map("C", features[0])
+        attribution.pooled_map("C", features[0])
 
 
 @pytest.mark.parametrize("antialias", [False, True])

@@ -12,7 +12,7 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 
 import uvicorn  # noqa: E402
 
-from cgd_jax import explain  # noqa: E402
+from cgd_jax import attribution  # noqa: E402
 from cgd_jax.augment import IMAGENET  # noqa: E402
 from cgd_jax.models.cgd import CGD, embed_model  # noqa: E402
 from cgd_jax.models.resnet import BACKBONES  # noqa: E402
@@ -140,7 +140,7 @@ def test_vectors_of_a_centered_network_are_explained(vector):
     explained, its_variables = heat._embedding_network(model, variables, vector)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     a, b = np.asarray(embed_model(model, variables, IMAGENET, 16, vector)(pixels))
-    found = explain.explain_pair(explained, its_variables, IMAGENET, pixels, 16)
+    found = attribution.explain_pair(explained, its_variables, IMAGENET, pixels, 16)
     np.testing.assert_allclose(found.maps.sum((1, 2, 3)), a @ b, atol=1e-4)
 
 

@@ -230,7 +230,7 @@ def plot_explanations(path: str | Path, rows: list[tuple], letters: str, title: 
     Args:
       path: of the PNG.
       rows: of each pair: images [2, S, S, 3] uint8 as the network sees them, their two
-        names, whether the match is right (None: unknown), an `explain.Explanation`.
+        names, whether the match is right (None: unknown), an `attribution.Explanation`.
       letters: the descriptor set.
       title: of the picture.
     """
@@ -272,7 +272,7 @@ def _draw_pair(
 
 
 def _draw_shares(axes: Axes, letters: str, found) -> None:
-    """Draws what each branch adds to the similarity in an `explain.Explanation`."""
+    """Draws what each branch adds to the similarity in an `attribution.Explanation`."""
     colors = [RED if share > 0 else BLUE for share in found.shares]
     bars = axes.barh(list(letters), found.shares, height=0.5, color=colors)
     axes.bar_label(bars, fmt="%.2g", padding=3, fontsize=9)

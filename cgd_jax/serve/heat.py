@@ -1,10 +1,10 @@
-"""Where in two pictures the network finds what they have in common; see `cgd_jax.explain`."""
+"""Where in two pictures the network finds what they have in common; see `cgd_jax.attribution`."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cgd_jax import pooling
+from cgd_jax import attribution, pooling
 from cgd_jax.search import Index
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Heat:
 
     Attributes:
       possible: whether the index's vectors can be taken apart. They cannot where they were
-        whitened, or are not what `explain.explain_pair` takes apart.
+        whitened, or are not what `attribution.explain_pair` takes apart.
       inset: the side of the square that the network sees, as a part of the whole picture's.
     """
 
@@ -41,12 +41,10 @@ class Heat:
         Args:
           pixels: [2, resize, resize, 3] uint8.
         """
-        from cgd_jax import explain
-
         assert self._explained is not None
         if self._reference is None:
             self._reference = self._mean_vector()
-        found = explain.explain_pair(
+        found = attribution.explain_pair(
             *self._explained,
             self._index.network.normalization,
             pixels,
