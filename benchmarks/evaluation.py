@@ -40,11 +40,11 @@ def sop(size=60_502, dim=1536, per_class=60_502 / 11_316, seed=0):
         c, step = rng.integers(classes), np.sign(size - sizes.sum())
         sizes[c] = np.clip(sizes[c] + step, 2, 12)
     labels = rng.permutation(np.repeat(np.arange(classes), sizes))
-    centres = rng.standard_normal((classes, dim), np.float32)
+    centers = rng.standard_normal((classes, dim), np.float32)
     x = np.empty((size, dim), np.float32)
     for at in range(0, size, 4096):
         some = labels[at : at + 4096]
-        part = centres[some] + 2.5 * rng.standard_normal((len(some), dim), np.float32)
+        part = centers[some] + 2.5 * rng.standard_normal((len(some), dim), np.float32)
         x[at : at + 4096] = part / np.linalg.norm(part, axis=1, keepdims=True)
     return x, labels
 

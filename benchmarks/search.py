@@ -194,12 +194,12 @@ def index_slowly(address: str, photos: str) -> None:
 
 
 def clusters(count: int, dimension: int, seed: int) -> np.ndarray:
-    """Draws unit vectors around 10,000 centres."""
-    centres = np.random.default_rng(0).standard_normal((10_000, dimension), np.float32)
+    """Draws unit vectors around 10,000 centers."""
+    centers = np.random.default_rng(0).standard_normal((10_000, dimension), np.float32)
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((count, dimension), np.float32)
     x *= 0.7
-    x += centres[rng.integers(len(centres), size=count)]
+    x += centers[rng.integers(len(centers), size=count)]
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     return x
 

@@ -36,10 +36,10 @@ def make_index(address: str, count: int, dimension: int) -> None:
     basis = np.linalg.qr(rng.standard_normal((network.dimension, dimension)))[0]
     whitening = np.zeros(network.dimension, np.float32), basis.astype(np.float32)
     index = Index.create(address, network, whitening=whitening)
-    centres = rng.standard_normal((1000, dimension), np.float32)
+    centers = rng.standard_normal((1000, dimension), np.float32)
     for at in range(0, count, 10_000):
         size = min(10_000, count - at)
-        vectors = centres[rng.integers(1000, size=size)]
+        vectors = centers[rng.integers(1000, size=size)]
         vectors += 0.7 * rng.standard_normal((size, dimension), np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         empty = {str: "", int: 0, bytes: b""}

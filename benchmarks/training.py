@@ -5,7 +5,7 @@
     python benchmarks/training.py step --batch=128 --dtype=bfloat16       # on a GPU
     python benchmarks/training.py step --backbone=efficientnet_lite0 --batch=48 --size=192
     python benchmarks/training.py embed --backbone=efficientnet_lite0 --batch=48 --size=192
-    python benchmarks/training.py memory                                   # of embed_chunk
+    python benchmarks/training.py memory                                   # of gradient_cache_chunk
 
 `step` trains on the same batch again and again: augmentation, both losses, BatchNorm, Adam.
 PyTorch does the same (benchmarks/pytorch.py has ResNet-50 and EfficientNet-Lite0): eager, with
@@ -15,7 +15,7 @@ keeps freed memory on a CPU, as main.py does. On a GPU everybody queues ten step
 as training does, which hides the time it takes to launch one; --queued=1 waits for each.
 
 `memory` makes steps of the glyphs network with batches of 256 to 2,048 images, at once and with
-train.embed_chunk=256, each in a process of its own, and prints the peak of its memory.
+train.gradient_cache_chunk=256, each in a process of its own, and prints the peak of its memory.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def config_of(backbone, size, dtype):
 
 def step(args, training=True):
     config = config_of(args.backbone, args.size, args.dtype)
-    config.train.embed_chunk = args.chunk
+    config.train.gradient_cache_chunk = args.chunk
     queued = args.queued or (10 if clock.gpus() else 1)
     contenders = {"cgd_jax": partial(ours, config, args.batch, training, queued)}
     for name in args.against if args.backbone in WRITTEN_IN_TORCH else ():
@@ -130,7 +130,7 @@ def embed(args):
 def memory(args):
     def peak(batch, chunk):
         config = glyphs.get_config()
-        config.train.embed_chunk = chunk
+        config.train.gradient_cache_chunk = chunk
         run = ours(config, batch)
 
         def measure():
@@ -158,7 +158,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--chunk", type=int, default=0, help="train.embed_chunk")
+    parser.add_argument("--chunk", type=int, default=0, help="train.gradient_cache_chunk")
     parser.add_argument("--queued", type=int, help="steps in a row; 1 on a CPU, 10 on a GPU")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)

@@ -195,7 +195,7 @@ def explain_pair(
       variables: its weights and BatchNorm statistics.
       normalization: of the pixels; it belongs to the weights.
       images: [2, S, S, 3] uint8.
-      image_size: what the network sees, of larger images the centre.
+      image_size: what the network sees, of larger images the center.
       reference: as for `contributions`.
 
     Returns:

@@ -386,12 +386,12 @@ def run_mode(given: flags.FlagValues) -> None:
         case "explain":
             query = (given.query or [None])[0]
             pictures = explain.explain_run(workdir, given.step, query, given.match)
-            console.say(f"Look at {' and '.join(map(str, pictures))}.")
+            console.log(f"Look at {' and '.join(map(str, pictures))}.")
         case "export":
             folder = export.export_run(workdir, given.step)
-            console.say(f"{folder} holds the network; its README.md says how to open it.")
+            console.log(f"{folder} holds the network; its README.md says how to open it.")
             if given.push_to_hub:
-                console.say(f"Uploaded to {export.push_to_hub(folder, given.push_to_hub)}")
+                console.log(f"Uploaded to {export.push_to_hub(folder, given.push_to_hub)}")
         case "study":
             chosen = study.load(given.study)
             changed = config_flags.get_override_values(given["config"])

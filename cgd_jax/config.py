@@ -50,7 +50,7 @@ ADDED_KEYS: dict[str, Any] = {
     "model.patch_size": 0,
     "model.frozen_blocks": 0,
     "model.drop_path": 0.0,
-    "optimizer.fc_rate": 1.0,
+    "optimizer.fc_lr_scale": 1.0,
     "optimizer.layer_decay": 1.0,
     "loss.soft_margin_triplet.scale": 1.0,
     "loss.info_nce.temperature": 0.07,
@@ -72,13 +72,13 @@ ADDED_KEYS: dict[str, Any] = {
     "loss.proxy_nca.temperature": 1 / 9,
     "loss.proxy_anchor.margin": 0.1,
     "loss.proxy_anchor.alpha": 32.0,
-    "loss.soft_triple.centres": 10,
+    "loss.soft_triple.centers": 10,
     "loss.soft_triple.scale": 20.0,
     "loss.soft_triple.gamma": 0.1,
     "loss.soft_triple.margin": 0.01,
     "loss.soft_triple.regularization": 0.2,
     "loss.classification": "softmax",
-    "loss.sub_centres": 1,
+    "loss.sub_centers": 1,
     "loss.normalized_softmax.temperature": 0.05,
     "loss.cosface.margin": 0.35,
     "loss.cosface.scale": 64.0,
@@ -86,6 +86,15 @@ ADDED_KEYS: dict[str, Any] = {
     "loss.arcface.scale": 64.0,
     "optimizer.proxy_learning_rate": 1e-2,
     "train.tracker": "",
+}
+
+# Keys that had another name in 0.1.0.
+RENAMED_KEYS = {
+    "optimizer.average": "optimizer.ema_decay",
+    "optimizer.backbone_rate": "optimizer.backbone_lr_scale",
+    "train.embed_chunk": "train.gradient_cache_chunk",
+    "eval.alpha": "eval.query_expansion_alpha",
+    "eval.precision": "eval.matmul_precision",
 }
 
 
@@ -180,11 +189,11 @@ RULES: dict[str, Rule] = {
     "loss.memory": at_least(0),
     "loss.memory_from": at_least(0),
     "loss.classification": Rule(
-        lambda name: name == "softmax" or name in losses.CENTRE_LOSSES,
+        lambda name: name == "softmax" or name in losses.CENTER_LOSSES,
         f"is unknown; valid names are, of the first descriptor: softmax; of the embedding, by "
-        f"angles: {', '.join(losses.CENTRE_LOSSES)}",
+        f"angles: {', '.join(losses.CENTER_LOSSES)}",
     ),
-    "loss.sub_centres": at_least(1),
+    "loss.sub_centers": at_least(1),
     "loss.ranking_weight": at_least(0),
     "loss.classification_weight": at_least(0),
     "loss.temperature": _above_0,
@@ -215,7 +224,7 @@ RULES: dict[str, Rule] = {
     "loss.proxy_nca.temperature": _above_0,
     "loss.proxy_anchor.margin": at_least(0),
     "loss.proxy_anchor.alpha": _above_0,
-    "loss.soft_triple.centres": at_least(1),
+    "loss.soft_triple.centers": at_least(1),
     "loss.soft_triple.scale": _above_0,
     "loss.soft_triple.gamma": _above_0,
     "loss.soft_triple.margin": at_least(0),
@@ -227,8 +236,8 @@ RULES: dict[str, Rule] = {
     "loss.arcface.scale": _above_0,
     "optimizer.name": one_of(("adam", "adamw", "sgd")),
     "optimizer.learning_rate": _above_0,
-    "optimizer.backbone_rate": at_least(0),
-    "optimizer.fc_rate": at_least(0),
+    "optimizer.backbone_lr_scale": at_least(0),
+    "optimizer.fc_lr_scale": at_least(0),
     "optimizer.proxy_learning_rate": _above_0,
     "optimizer.layer_decay": Rule(lambda share: 0 < share <= 1, "must be in (0, 1]"),
     "optimizer.freeze_backbone_steps": at_least(0),
@@ -241,11 +250,11 @@ RULES: dict[str, Rule] = {
     ),
     "optimizer.decay_factor": _above_0,
     "optimizer.warmup_steps": at_least(0),
-    "optimizer.average": _below_1,
+    "optimizer.ema_decay": _below_1,
     "train.steps": at_least(1),
     "train.classes_per_batch": at_least(1),
     "train.images_per_class": at_least(1),
-    "train.embed_chunk": at_least(0),
+    "train.gradient_cache_chunk": at_least(0),
     "train.skip_nonfinite": at_least(0),
     "train.log_every": at_least(1),
     "train.eval_every": at_least(1),
@@ -261,7 +270,7 @@ RULES: dict[str, Rule] = {
     ),
     "eval.baselines": _yes_or_no,
     "eval.center_crop": _yes_or_no,
-    "eval.precision": one_of(metrics.PRECISIONS),
+    "eval.matmul_precision": one_of(metrics.PRECISIONS),
     "eval.bootstrap": at_least(1),
     "eval.clustering": _yes_or_no,
     "eval.save_embeddings": _yes_or_no,
@@ -279,7 +288,7 @@ RULES: dict[str, Rule] = {
     "eval.whitening_dim": at_least(0),
     "eval.database_augmentation": at_least(0),
     "eval.query_expansion": at_least(0),
-    "eval.alpha": at_least(0),
+    "eval.query_expansion_alpha": at_least(0),
     "eval.rerank": _yes_or_no,
 }
 
@@ -425,13 +434,13 @@ def _no_pairs_to_choose(config: "ConfigDict") -> str | None:
     return None
 
 
-def _no_centres_to_divide(config: "ConfigDict") -> str | None:
+def _no_centers_to_divide(config: "ConfigDict") -> str | None:
     loss = config.loss
     unused = loss.classification == "softmax" or loss.classification_weight == 0
-    if loss.sub_centres > 1 and unused:
+    if loss.sub_centers > 1 and unused:
         return (
-            f"loss.sub_centres={loss.sub_centres} goes with the classifications by angles, "
-            f"{', '.join(losses.CENTRE_LOSSES)}, not with loss.classification="
+            f"loss.sub_centers={loss.sub_centers} goes with the classifications by angles, "
+            f"{', '.join(losses.CENTER_LOSSES)}, not with loss.classification="
             f"{loss.classification} at loss.classification_weight={loss.classification_weight}."
         )
     return None
@@ -500,7 +509,7 @@ RULES_OF_SEVERAL: tuple[Callable[["ConfigDict"], str | None], ...] = (
     _source_of_drawn_data,
     _nothing_to_rank,
     _no_pairs_to_choose,
-    _no_centres_to_divide,
+    _no_centers_to_divide,
     _weight_decay_of_adam,
     _steps_to_profile,
     _unknown_vector,
@@ -549,6 +558,10 @@ def fill_added_keys(values: dict) -> dict:
         return tuple(value) if isinstance(value, list) else value
 
     values = copy(values)
+    for old, new in RENAMED_KEYS.items():
+        part, _, name = old.partition(".")
+        if name in values.get(part, {}):
+            values[part][new.partition(".")[2]] = values[part].pop(name)
     for path, value in ADDED_KEYS.items():
         *groups, name = path.split(".")
         group = values

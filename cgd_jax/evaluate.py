@@ -64,11 +64,11 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
     keep_compiled(workdir)
     setup = set_up(config)
     for change in data_changes(workdir, setup.dataset):
-        console.say(f"The data set is not the one that the run was trained on: {change}.")
+        console.log(f"The data set is not the one that the run was trained on: {change}.")
     folder = processes.report_folder(workdir)
     result = evaluate_checkpoint(config, workdir, folder, setup, step, "-{step}")
     files.write_json(folder / f"eval-{result['step']}.json", result)
-    say_results(config, {**result, "baselines": {}})
+    log_results(config, {**result, "baselines": {}})
     return result
 
 
@@ -157,7 +157,7 @@ def evaluate_step(config: ConfigDict, setup: Setup, state: State, stopped_by: li
             embed_test(config, setup, state),
             setup.dataset,
             config.eval.ks,
-            precision=config.eval.precision,
+            precision=config.eval.matmul_precision,
             mesh=setup.mesh,
         )
     return {}
@@ -244,12 +244,12 @@ def measure_options(
             embeddings = postprocess(embeddings, training, own, wanted, mesh)
             measured[name] = measure(embeddings, dataset, wanted, mesh=mesh)
         except ValueError as error:  # it must not cost the results without options
-            console.say(f"Not measured, {name}: {error}")
+            console.log(f"Not measured, {name}: {error}")
     if wanted.rerank:
         try:
             measured["re-ranked"] = reranked_recall(embeddings, dataset, wanted.ks, mesh)
         except ValueError as error:
-            console.say(f"Not measured, re-ranked: {error}")
+            console.log(f"Not measured, re-ranked: {error}")
     return measured
 
 
@@ -374,7 +374,7 @@ def postprocess(
         mean, projection = rerank.learn_whitening(training, config.whitening_dim)
         query = rerank.whiten(query, mean, projection)
         gallery = None if gallery is None else rerank.whiten(gallery, mean, projection)
-    k, alpha = config.database_augmentation, config.alpha
+    k, alpha = config.database_augmentation, config.query_expansion_alpha
     if k and gallery is not None:
         gallery = rerank.augment_database(gallery, k, alpha, mesh=mesh)
     elif k:  # the queries are the database
@@ -422,7 +422,7 @@ def measure(embeddings: Embeddings, dataset: Dataset, config: ConfigDict, **opti
       The dict of `metrics.evaluate`.
     """
     arrays = _for_metrics(embeddings, dataset)
-    return metrics.evaluate(**arrays, ks=config.ks, precision=config.precision, **options)
+    return metrics.evaluate(**arrays, ks=config.ks, precision=config.matmul_precision, **options)
 
 
 def measure_branches(
@@ -445,7 +445,7 @@ def measure_branches(
         **_for_metrics(embeddings, dataset),
         names=descriptors,
         bootstrap=config.bootstrap,
-        precision=config.precision,
+        precision=config.matmul_precision,
         **options,
     )
 
@@ -563,14 +563,14 @@ def draw_embeddings(
     sample = projection.sample_test(embeddings, dataset, config.seed)
     title = f"{config.data.name}, CGD {config.model.descriptors}, step {step}"
     if len(sample.labels) < sample.total:
-        console.say(f"Projecting {len(sample.labels):,} of {sample.total:,} images, at random.")
+        console.log(f"Projecting {len(sample.labels):,} of {sample.total:,} images, at random.")
     if kind:
         points, explained = projection.project(sample.vectors, kind, config.seed)
         path = folder / f"embeddings{suffix}.png"
         projection.draw_map(path, points, sample, dataset, f"{title}: {explained}", config.seed)
     if config.eval.projector:
         projection.write_projector(folder / "tensorboard", sample, dataset, title)
-        console.say(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
+        console.log(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
 
 
 def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:
@@ -593,27 +593,27 @@ def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) 
         np.savez(part, **arrays)
 
 
-def say_results(config: ConfigDict, results: dict) -> None:
+def log_results(config: ConfigDict, results: dict) -> None:
     """Prints the table of metrics, baselines first."""
     name = f"CGD {config.model.descriptors}, step {results['step']}"
     rows = {**results["baselines"], name: results["metrics"]}
     for label, measured in results.get("with options", {}).items():
         rows[f"  {label}"] = measured
     seen = tables.describe_classes(results["classes"]["tested"], results["classes"]["trained on"])
-    console.say(f"\n{seen[0].upper()}{seen[1:]}, per cent:\n")
-    console.say(tables.metrics_table(rows))
+    console.log(f"\n{seen[0].upper()}{seen[1:]}, per cent:\n")
+    console.log(tables.metrics_table(rows))
     low, high = results["metrics"]["confidence"]["recall@1"]
-    console.say(
+    console.log(
         f"\n95 % interval of R@1, bootstrapped over classes: {100 * low:.2f} to {100 * high:.2f}"
     )
     if "complementarity" in results:
-        console.say(f"\n{tables.complementarity_text(results['complementarity'])}")
+        console.log(f"\n{tables.complementarity_text(results['complementarity'])}")
     norm = results["geometry"]["mean_embedding_norm"]
     if norm > collapse.ONE_POINT:
         text = (
             f"The mean of all test embeddings has norm {norm:.3f}: the embedding has nearly "
             f"collapsed to one point, and what it retrieves it owes to small differences."
         )
-        console.say(console.fold(text))
+        console.log(console.fold(text))
     if results["metrics"]["excluded"]:
-        console.say(f"{results['metrics']['excluded']} queries without a true match are left out.")
+        console.log(f"{results['metrics']['excluded']} queries without a true match are left out.")

@@ -16,7 +16,7 @@ from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
 from cgd_jax.models import backbones, pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model
-from cgd_jax.objective import learned_counts, network_of
+from cgd_jax.objective import loss_param_counts, network_of
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.runtime import processes
 from cgd_jax.train_step import State, create_state, shardings
@@ -55,7 +55,7 @@ def set_up(config: ConfigDict) -> Setup:
     dataset, labels = open_data(config)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
-    proxies = bool(learned_counts(config.loss))
+    proxies = bool(loss_param_counts(config.loss))
     optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone, proxies)
     state = create_state(
         model,
@@ -63,7 +63,7 @@ def set_up(config: ConfigDict) -> Setup:
         config.seed,
         config.data.image_size,
         replicated,
-        average=config.optimizer.average > 0,
+        average=config.optimizer.ema_decay > 0,
         normalization=backbones.normalization_of(config.model.backbone),
         loss=config.loss,
     )
@@ -99,7 +99,7 @@ def check_batch(config: ConfigDict, devices: int) -> None:
       ConfigError: They cannot; it names sizes that can.
     """
     classes, per_class = config.classes_per_batch, config.images_per_class
-    chunk, images = config.embed_chunk, classes * per_class
+    chunk, images = config.gradient_cache_chunk, classes * per_class
     if images % devices:
         step = devices // math.gcd(devices, per_class)  # of the number of classes
         fitting = [n for n in (classes // step * step, (classes // step + 1) * step) if n > 1]
@@ -111,8 +111,8 @@ def check_batch(config: ConfigDict, devices: int) -> None:
     if chunk % devices or (chunk and images % chunk):
         fitting = [str(n) for n in range(devices, images, devices) if images % n == 0]
         raise ConfigError(
-            f"train.embed_chunk={chunk} must divide the batch of {images} images and be a multiple "
-            f"of the {devices} devices; {', '.join(['0', *fitting])} are such numbers."
+            f"train.gradient_cache_chunk={chunk} must divide the batch of {images} images and "
+            f"be a multiple of the {devices} devices: {', '.join(['0', *fitting])} are."
         )
 
 

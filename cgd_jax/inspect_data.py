@@ -28,7 +28,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     """
     validate(config)
     dataset, labels = open_data(config)
-    console.say(tables.dataset_table(dataset))
+    console.log(tables.dataset_table(dataset))
     images, _ = make_batches(batch_positions(config, labels), dataset, labels)(0)
     key = step_key(config.seed, 0)
     images = jax.jit(augment, static_argnums=(2, 3))(
@@ -39,4 +39,4 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     per_class = config.train.images_per_class
     columns = per_class * max(1, 12 // per_class)
     plots.plot_samples(path, np.asarray(images), columns, IMAGENET)
-    console.say(f"\nLook at {path}: the first batch, {per_class} images of a class side by side.")
+    console.log(f"\nLook at {path}: the first batch, {per_class} images of a class side by side.")

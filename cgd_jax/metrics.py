@@ -332,7 +332,7 @@ def cluster_agreement(embeddings: ArrayLike, labels: ArrayLike, seed: int = 0) -
     """Agreement of k-means clusters, as many as classes, with the labels.
 
     Hours rather than minutes for ten thousand classes: k-means computes all distances to
-    all centres many times over.
+    all centers many times over.
 
     Args:
       embeddings: [N, D], L2-normalized here.

@@ -1,6 +1,6 @@
 """What training minimizes: the losses that a config names, and what they learn or remember.
 
-Proxies and class centres are parameters beside the network's, in `params["loss"]`, and a
+Proxies and class centers are parameters beside the network's, in `params["loss"]`, and a
 cross-batch memory is a part of the training state.
 """
 
@@ -15,16 +15,16 @@ from cgd_jax import losses
 from cgd_jax.models.cgd import Output
 
 __all__ = [
-    "LEARNED",
-    "create_learned",
+    "LOSS_PARAMS",
+    "create_loss_params",
     "create_memory",
-    "learned_counts",
+    "loss_param_counts",
     "measure_losses",
     "network_of",
     "triplet_margin",
 ]
 
-LEARNED = "loss"  # where the parameters hold those of the losses, if there are any
+LOSS_PARAMS = "loss"  # where the parameters hold those of the losses, if there are any
 
 
 def measure_losses(
@@ -42,7 +42,7 @@ def measure_losses(
         computed and logged as 0.
       labels: [B], in [0, M).
       output: of the network; of several ranked vectors the ranking loss is the mean.
-      learned: from `create_learned`, for losses with proxies or centres.
+      learned: from `create_loss_params`, for losses with proxies or centers.
       memory: from `create_memory`, of the ranked vectors side by side.
       key: of what the miner or the mixup draws.
 
@@ -54,10 +54,10 @@ def measure_losses(
     if config.ranking_weight:
         ranking = _ranking_loss(config, labels, output.ranked, learned, memory, key)
     if config.classification_weight and config.classification != "softmax":
-        loss, options = losses.CENTRE_LOSSES[config.classification], config[config.classification]
+        loss, options = losses.CENTER_LOSSES[config.classification], config[config.classification]
         assert learned is not None
-        classification = loss(output.embedding, labels, learned["centres"], **options)
-        logits = losses.class_similarities(output.embedding, learned["centres"])
+        classification = loss(output.embedding, labels, learned["centers"], **options)
+        logits = losses.class_similarities(output.embedding, learned["centers"])
     elif config.classification_weight:
         classification = losses.smoothed_cross_entropy(
             logits, labels, config.temperature, config.smoothing
@@ -82,7 +82,7 @@ def _ranking_loss(
     """The mean over the ranked vectors; each has its own part of proxies and memory."""
     loss = (losses.RANKING_LOSSES | losses.PROXY_LOSSES)[config.ranking]
     options: dict[str, Any] = dict(config[config.ranking])
-    options.pop("centres", None)  # the proxies are that many
+    options.pop("centers", None)  # the proxies are that many
     if options.get("mixup"):
         options["key"] = key
     if config.miner == "distance_weighted":
@@ -101,24 +101,26 @@ def _ranking_loss(
     return sum(parts[1:], parts[0]) / len(parts)
 
 
-def learned_counts(config: ConfigDict) -> dict[str, int]:
+def loss_param_counts(config: ConfigDict) -> dict[str, int]:
     """Returns how many vectors a class the losses of a config learn.
 
     Args:
       config: the `loss` part of an experiment's config.
 
     Returns:
-      "proxies" of the ranking loss and "centres" of the classification, as far as they have any.
+      "proxies" of the ranking loss and "centers" of the classification, as far as they have any.
     """
     counts = {}
     if config.ranking_weight and config.ranking in losses.PROXY_LOSSES:
-        counts["proxies"] = config[config.ranking].get("centres", 1)
+        counts["proxies"] = config[config.ranking].get("centers", 1)
     if config.classification_weight and config.classification != "softmax":
-        counts["centres"] = config.sub_centres
+        counts["centers"] = config.sub_centers
     return counts
 
 
-def create_learned(config: ConfigDict, seed: int, classes: int, dim: int) -> dict[str, jax.Array]:
+def create_loss_params(
+    config: ConfigDict, seed: int, classes: int, dim: int
+) -> dict[str, jax.Array]:
     """Draws what the losses of a config learn.
 
     Args:
@@ -128,14 +130,14 @@ def create_learned(config: ConfigDict, seed: int, classes: int, dim: int) -> dic
       dim: D, of the embedding.
 
     Returns:
-      An array [M, count, D] float32 for every name in `learned_counts`.
+      An array [M, count, D] float32 for every name in `loss_param_counts`.
     """
     # No step has this number, see `train_step.step_key`.
     key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
-    keys = dict(zip(("proxies", "centres"), jax.random.split(key), strict=True))
+    keys = dict(zip(("proxies", "centers"), jax.random.split(key), strict=True))
     return {
         name: losses.create_proxies(keys[name], classes, count, dim)
-        for name, count in learned_counts(config).items()
+        for name, count in loss_param_counts(config).items()
     }
 
 
@@ -146,7 +148,7 @@ def create_memory(config: ConfigDict, dim: int) -> losses.Memory | None:
 
 def network_of(params: dict) -> dict:
     """Returns the parameters without those of the losses."""
-    return {name: part for name, part in params.items() if name != LEARNED}
+    return {name: part for name, part in params.items() if name != LOSS_PARAMS}
 
 
 def triplet_margin(config: ConfigDict) -> float | None:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cgd_jax.models import backbones
-from cgd_jax.objective import LEARNED
+from cgd_jax.objective import LOSS_PARAMS
 
 __all__ = ["learning_rate_schedule", "make_optimizer", "moving_average"]
 
@@ -57,7 +57,7 @@ def make_optimizer(
       config: the `optimizer` part of an experiment's config.
       steps: length of the whole run.
       backbone: the module that `params["backbone"]` belongs to; None if its layers learn alike.
-      proxies: whether there are `params["loss"]`, proxies or class centres.
+      proxies: whether there are `params["loss"]`, proxies or class centers.
 
     Returns:
       A transformation of gradients for parameters with the top-level keys "backbone", "loss" and
@@ -66,20 +66,20 @@ def make_optimizer(
     schedule = learning_rate_schedule(config, steps)
 
     def backbone_schedule(step):
-        rate = config.backbone_rate * schedule(step)
+        rate = config.backbone_lr_scale * schedule(step)
         return jnp.where(step < config.freeze_backbone_steps, 0.0, rate)
 
     rates = {"backbone": backbone_schedule, "new": schedule}
     if proxies:  # else states would not be as those of runs before there were any
         share = config.proxy_learning_rate / config.learning_rate
-        rates[LEARNED] = lambda step: share * schedule(step)
+        rates[LOSS_PARAMS] = lambda step: share * schedule(step)
 
     def groups(params):
         name = lambda path, _: path[0].key if path[0].key in rates else "new"
         return jax.tree_util.tree_map_with_path(name, params)
 
     def is_kernel(params):
-        kernel = lambda path, array: array.ndim > 1 and path[0].key != LEARNED
+        kernel = lambda path, array: array.ndim > 1 and path[0].key != LOSS_PARAMS
         return jax.tree_util.tree_map_with_path(kernel, params)
 
     parts = [
@@ -90,8 +90,8 @@ def make_optimizer(
             groups,
         ),
     ]
-    if config.fc_rate != 1:
-        parts.append(_scale(lambda part, _: config.fc_rate if part.startswith("fc_") else 1.0))
+    if config.fc_lr_scale != 1:
+        parts.append(_scale(lambda part, _: config.fc_lr_scale if part.startswith("fc_") else 1.0))
     if backbone is not None and (config.layer_decay < 1 or getattr(backbone, "frozen_blocks", 0)):
         factor_of = backbones.layer_factors(backbone, config.layer_decay)
         parts.append(_scale(lambda part, layer: factor_of(layer) if part == "backbone" else 1.0))

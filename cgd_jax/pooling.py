@@ -33,7 +33,7 @@ def spoc(features: jax.Array) -> jax.Array:
     """SPoC: the mean over all positions.
 
     Babenko & Lempitsky, ICCV 2015, https://arxiv.org/abs/1510.07493 (without the
-    centre prior, as CGD uses it).
+    center prior, as CGD uses it).
 
     Args:
       features: [..., H, W, C], floating point.

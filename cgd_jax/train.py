@@ -15,8 +15,8 @@ from cgd_jax.data.batches import batch_positions, make_batches, prefetch
 from cgd_jax.evaluate import (
     evaluate_checkpoint,
     evaluate_step,
+    log_results,
     measure_baselines,
-    say_results,
 )
 from cgd_jax.from_config import Setup, load_pretrained, name_backbone, set_up
 from cgd_jax.objective import network_of, triplet_margin
@@ -74,14 +74,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         files.write_json(folder / "config.json", to_dict(config))
         if saved is None:  # else it is not known what a run without data.json was trained on
             record_data(folder, setup.dataset)
-        console.say(tables.dataset_table(setup.dataset) + "\n")
+        console.log(tables.dataset_table(setup.dataset) + "\n")
         flops = flops_per_image(setup.model, setup.state, config.data.image_size)
-        console.say(tables.run_table(run_facts(config, workdir, setup, flops)) + "\n")
+        console.log(tables.run_table(run_facts(config, workdir, setup, flops)) + "\n")
         baselines = {}
         if config.eval.baselines:
             baselines = measure_baselines(config, workdir, folder, setup)
         if saved:
-            console.say(f"Resumed from the checkpoint of step {int(saved.step)}.")
+            console.log(f"Resumed from the checkpoint of step {int(saved.step)}.")
         state = saved or setup.state
         with (
             trackers.tracking(config.train.tracker, folder, to_dict(config)) as track,
@@ -95,9 +95,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         with files.warn_on_write_error("curves.png"):
             plots.plot_curves(folder / "curves.png", history.rows, baselines, margin, seen)
         for warning in collapse.warnings(history.rows, margin, config.model.center):
-            console.say(f"Warning: {warning}")
+            console.log(f"Warning: {warning}")
         if stopped:
-            console.say(
+            console.log(
                 f"Stopped at step {int(state.step)} of {config.train.steps}; the same command goes "
                 f"on from the checkpoint of step {checkpoints.latest_step()} in {workdir}."
             )
@@ -105,9 +105,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         result = evaluate_checkpoint(config, workdir, folder, setup, None, "")
         results = {**result, "baselines": baselines}
         files.write_json(folder / "results.json", results)
-    say_results(config, results)
+    log_results(config, results)
     took = console.duration(time.time() - started)
-    console.say(f"\n{took} in all. Look at curves.png and retrievals.png in {workdir}.")
+    console.log(f"\n{took} in all. Look at curves.png and retrievals.png in {workdir}.")
     return results
 
 
@@ -175,7 +175,7 @@ def train(
             progress.update()
             if step == first + 1:
                 jax.block_until_ready(metrics)
-                console.say(f"First step after {console.duration(time.time() - started)}.")
+                console.log(f"First step after {console.duration(time.time() - started)}.")
                 meter.restart()
 
             row, recalls = {}, {}
@@ -224,7 +224,7 @@ def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) ->
     if step == end:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
-        console.say(f"Look at the profile: tensorboard --logdir={folder / 'profile'}")
+        console.log(f"Look at the profile: tensorboard --logdir={folder / 'profile'}")
 
 
 def stop_if_not_finite(

@@ -63,7 +63,7 @@ def make_train_step(
     """
     measure = functools.partial(measure_state, config)
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-    chunk = config.train.embed_chunk
+    chunk = config.train.gradient_cache_chunk
     gradients_of = (
         make_chunked_gradients(model, measure, chunk)
         if chunk
@@ -129,7 +129,7 @@ def measure_state(
       What `objective.measure_losses` does.
     """
     key = jax.random.fold_in(step_key(config.seed, state.step), 2)
-    learned = state.params.get(objective.LEARNED)
+    learned = state.params.get(objective.LOSS_PARAMS)
     return objective.measure_losses(config.loss, labels, output, learned, state.memory, key)
 
 
@@ -230,7 +230,7 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:
-        average = moving_average(average, params, state.step, config.optimizer.average)
+        average = moving_average(average, params, state.step, config.optimizer.ema_decay)
     return dataclasses.replace(
         state, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
     )
@@ -285,8 +285,8 @@ def create_state(
         if loss is not None:
             dim = model.embedding_dim
             memory = objective.create_memory(loss, dim)
-            if learned := objective.create_learned(loss, seed, model.num_classes, dim):
-                params = {**params, objective.LEARNED: learned}
+            if learned := objective.create_loss_params(loss, seed, model.num_classes, dim):
+                params = {**params, objective.LOSS_PARAMS: learned}
         return State(
             step=jnp.zeros((), jnp.int32),
             params=params,

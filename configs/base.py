@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
     loss.classification_weight = 1.0  # 0 switches the auxiliary loss off (the paper's "Rank")
     loss.temperature = 0.5  # of "softmax", τ: the logits are divided by it
     loss.smoothing = 0.1  # of "softmax", ε of the label smoothing
-    loss.sub_centres = 1  # of the others: centres a class, of which the nearest counts
+    loss.sub_centers = 1  # of the others: centers a class, of which the nearest counts
     # Options of every loss. Margins are in units of distance, or of cosine where vectors are
     # compared by it; arcface's is in radians.
     loss.batch_hard_triplet = ConfigDict({"margin": 0.1})
@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     loss.proxy_nca = ConfigDict({"temperature": 1 / 9})
     loss.proxy_anchor = ConfigDict({"margin": 0.1, "alpha": 32.0})
     loss.soft_triple = ConfigDict(
-        {"centres": 10, "scale": 20.0, "gamma": 0.1, "margin": 0.01, "regularization": 0.2}
+        {"centers": 10, "scale": 20.0, "gamma": 0.1, "margin": 0.01, "regularization": 0.2}
     )
     loss.normalized_softmax = ConfigDict({"temperature": 0.05})
     loss.cosface = ConfigDict({"margin": 0.35, "scale": 64.0})
@@ -105,9 +105,9 @@ def get_config() -> ConfigDict:
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # "adamw", "sgd"
     optimizer.learning_rate = 1e-4  # the highest of the schedule
-    optimizer.proxy_learning_rate = 1e-2  # likewise, of proxies and of class centres
-    optimizer.backbone_rate = 1.0  # the backbone's learning rate, as a factor of the first
-    optimizer.fc_rate = 1.0  # the same of the descriptors' FC layers
+    optimizer.proxy_learning_rate = 1e-2  # likewise, of proxies and of class centers
+    optimizer.backbone_lr_scale = 1.0  # the backbone's learning rate, as a factor of the first
+    optimizer.fc_lr_scale = 1.0  # the same of the descriptors' FC layers
     optimizer.layer_decay = 1.0  # below 1: every block's rate is so much that of the one above it
     optimizer.freeze_backbone_steps = 0  # for so many steps only the new layers learn
     optimizer.weight_decay = 0.0  # decoupled, for adamw and sgd; of kernels only
@@ -116,13 +116,13 @@ def get_config() -> ConfigDict:
     optimizer.decay_at = (0.5, 0.75)  # of "step": when, as shares of all steps
     optimizer.decay_factor = 0.1  # of "step": by what
     optimizer.warmup_steps = 0  # linear from 0, for every schedule
-    optimizer.average = 0.0  # above 0: evaluates a moving average of the weights, of this decay
+    optimizer.ema_decay = 0.0  # above 0: evaluates a moving average of the weights, of this decay
 
     config.train = train = ConfigDict()
     train.steps = 1500
     train.classes_per_batch = 32  # P
     train.images_per_class = 4  # K; the batch has P × K images
-    train.embed_chunk = 0  # above 0: activations of so many images at a time are held
+    train.gradient_cache_chunk = 0  # above 0: activations of so many images at a time are held
     train.skip_nonfinite = 0  # steps in a row with a loss that is not finite to pass over
     train.log_every = 20  # steps between lines in history.csv
     train.eval_every = 500  # steps between evaluations
@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     evaluation.ks = (1, 2, 4, 8)  # the K of Recall@K
     evaluation.baselines = True  # also measures raw pixels and the untrained network
     evaluation.center_crop = False  # of images resized as for training; else straight to size
-    evaluation.precision = "highest"  # of the products; "default" is the device's fastest
+    evaluation.matmul_precision = "highest"  # of the products; "default" is the device's fastest
     evaluation.bootstrap = 1000  # resamplings of the classes for 95 % intervals
     evaluation.clustering = False  # also NMI and AMI by k-means (needs scikit-learn; slow)
     evaluation.save_embeddings = False  # writes embeddings.npz: vectors, ids, labels
@@ -150,6 +150,7 @@ def get_config() -> ConfigDict:
     evaluation.whitening_dim = 0  # PCA-whitening learned on the training images; 0: none
     evaluation.database_augmentation = 0  # nearest neighbours added to every gallery item
     evaluation.query_expansion = 0  # nearest gallery items added to every query
-    evaluation.alpha = 3.0  # of both: a neighbour's weight is its similarity to this power
+    # Of both: a neighbour's weight is its similarity to this power.
+    evaluation.query_expansion_alpha = 3.0
     evaluation.rerank = False  # k-reciprocal re-ranking
     return config

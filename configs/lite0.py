@@ -21,8 +21,8 @@ def get_config(descriptors: str = "SG"):
     config.model.descriptors = descriptors
 
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.backbone_rate = 0.2
-    config.optimizer.fc_rate = 0.1  # faster they learn the training classes by heart
+    config.optimizer.backbone_lr_scale = 0.2
+    config.optimizer.fc_lr_scale = 0.1  # faster they learn the training classes by heart
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 20
 

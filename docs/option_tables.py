@@ -61,7 +61,7 @@ def options() -> str:
 LOSSES = {
     **losses.RANKING_LOSSES,
     **losses.PROXY_LOSSES,
-    **losses.CENTRE_LOSSES,
+    **losses.CENTER_LOSSES,
     **losses.MINERS,
 }
 HEAD = ("| option | default | what it is |", "| --- | --- | --- |")

@@ -21,8 +21,8 @@ config = glyphs.get_config()
 # A rate at which 20 steps do not amplify what is rounded otherwise beyond 1e-5.
 config.train.steps, config.optimizer.learning_rate, config.data.image_size = 20, 1e-3, 16
 config.loss.batch_hard_triplet.margin = 0.5
-# A memory that begins in the middle, and class centres: all devices hold the same.
-config.loss.update(memory=48, memory_from=7, classification="normalized_softmax", sub_centres=2)
+# A memory that begins in the middle, and class centers: all devices hold the same.
+config.loss.update(memory=48, memory_from=7, classification="normalized_softmax", sub_centers=2)
 rng = np.random.default_rng(0)
 batches = rng.integers(0, 256, (20, 32, 16, 16, 3)).astype(np.uint8)
 labels = np.repeat(np.arange(16, dtype=np.int32), 2)
@@ -96,8 +96,8 @@ sharded = jax.device_put((vectors, labels), train_step.shardings(mesh_of(2))[1])
 loss = jax.jit(losses.batch_hard_triplet_loss, static_argnums=2)(*sharded, 0.5)
 np.testing.assert_allclose(loss, hinge(every).mean(), rtol=1e-5)
 
-# Proxies and centres are on every device, images on one.
+# Proxies and centers are on every device, images on one.
 proxies = losses.create_proxies(jax.random.key(0), 4, 1, 2)
-for name, loss in (losses.PROXY_LOSSES | losses.CENTRE_LOSSES).items():
+for name, loss in (losses.PROXY_LOSSES | losses.CENTER_LOSSES).items():
     found = jax.jit(loss)(*sharded, proxies)
     np.testing.assert_allclose(found, loss(vectors, labels, proxies), rtol=1e-5, err_msg=name)

@@ -35,9 +35,9 @@ def brute_force(query, labels, gallery, gallery_labels, own, names, k):
     for a, b in itertools.combinations(names, 2):
         common = [len(x & y) / k for x, y in zip(found[a][1], found[b][1], strict=True)]
         wrong = [1 - np.array(found[n][0], float) for n in (a, b)]
-        centred = [w - w.mean() for w in wrong]
-        norm = np.sqrt(np.prod([c @ c for c in centred]))
-        pairs[a, b] = np.mean(common), centred[0] @ centred[1] / norm if norm else None
+        centerd = [w - w.mean() for w in wrong]
+        norm = np.sqrt(np.prod([c @ c for c in centerd]))
+        pairs[a, b] = np.mean(common), centerd[0] @ centerd[1] / norm if norm else None
     sets = {}
     for i, is_right in enumerate(combined):
         alone = tuple(n for n in names if found[n][0][i])

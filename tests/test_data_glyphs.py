@@ -44,7 +44,7 @@ def test_lookalikes_are_one_class(classes):
     assert {unicodedata.category(c)[0] for c in class_of} == set("LSNP")
 
 
-def test_images_are_centred_and_not_cut_off(classes):
+def test_images_are_centerd_and_not_cut_off(classes):
     rows_off, columns_off, cut = [], [], 0
     for images in classes:
         for _, _, pixels in images:

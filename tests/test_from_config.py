@@ -25,11 +25,11 @@ def test_the_error_says_which_batches_fit(classes, per_class, devices, fitting):
 
 def test_the_error_says_which_chunks_fit():
     config = glyphs.get_config().train
-    config.update(classes_per_batch=8, images_per_class=3, embed_chunk=6)
-    with pytest.raises(ConfigError, match=r"embed_chunk=6 .*; 0, 4, 8, 12 are such numbers"):
+    config.update(classes_per_batch=8, images_per_class=3, gradient_cache_chunk=6)
+    with pytest.raises(ConfigError, match=r"gradient_cache_chunk=6 .*; 0, 4, 8, 12 are"):
         check_batch(config, 4)
     for chunk in (0, 4, 8, 12):
-        config.embed_chunk = chunk
+        config.gradient_cache_chunk = chunk
         check_batch(config, 4)
 
 

@@ -1,4 +1,4 @@
-"""Miners, the cross-batch memory, mixup, proxies and centres: against loops, and at the corners."""
+"""Miners, the cross-batch memory, mixup, proxies and centers: against loops, and at the corners."""
 
 import functools
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from cgd_jax import losses
-from cgd_jax.losses import CENTRE_LOSSES, MINERS, PAIR_LOSSES, PROXY_LOSSES
+from cgd_jax.losses import CENTER_LOSSES, MINERS, PAIR_LOSSES, PROXY_LOSSES
 from cgd_jax.losses.pairs import pairs_of
 from tests.test_losses import batch, by_loops
 
-LEARNED = {**PROXY_LOSSES, **CENTRE_LOSSES}
+LOSS_PARAMS = {**PROXY_LOSSES, **CENTER_LOSSES}
 
 
 def pairs(seed, anchors=7, columns=11):
@@ -174,7 +174,7 @@ def test_mixup_of_recall_at_k_against_a_batch_that_has_the_virtual_images():
 
 
 def learned_by_loops(name, x, labels, vectors):
-    """Every loss with proxies or centres once more, in float64; vectors [M, S, D]."""
+    """Every loss with proxies or centers once more, in float64; vectors [M, S, D]."""
     unit = lambda v: v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-6)
     s = np.einsum("bd,msd->bms", unit(x.astype(np.float64)), unit(vectors.astype(np.float64)))
     terms = []
@@ -221,12 +221,14 @@ def count_of(name):
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=(0, 2), has_aux=True)
 def all_learned(x, labels, vectors):
-    """All losses with proxies or centres, [M, 3, D]; those with one a class take the first."""
-    values = {name: loss(x, labels, vectors[:, : count_of(name)]) for name, loss in LEARNED.items()}
+    """All losses with proxies or centers, [M, 3, D]; those with one a class take the first."""
+    values = {
+        name: loss(x, labels, vectors[:, : count_of(name)]) for name, loss in LOSS_PARAMS.items()
+    }
     return sum(values.values()), values
 
 
-def test_losses_with_proxies_and_centres_against_loops():
+def test_losses_with_proxies_and_centers_against_loops():
     for seed in range(5):
         x, labels = batch(seed, size=9, classes=5)
         vectors = np.random.default_rng(seed).normal(size=(6, 3, 5)).astype(np.float32)
@@ -237,7 +239,7 @@ def test_losses_with_proxies_and_centres_against_loops():
             np.testing.assert_allclose(value, expected, rtol=1e-4, err_msg=name)
 
 
-def test_proxies_and_centres_at_the_corners():
+def test_proxies_and_centers_at_the_corners():
     proxies = np.asarray(losses.create_proxies(jax.random.key(0), 4, 3, 5))
     embeddings, _ = batch(0, size=4)
     one_class, one_each = np.zeros(4, np.int32), np.arange(4, dtype=np.int32)
@@ -249,17 +251,17 @@ def test_proxies_and_centres_at_the_corners():
                 assert all(np.all(np.isfinite(slope)) for slope in slopes)
 
 
-@pytest.mark.parametrize("name", sorted(LEARNED))
-def test_proxies_and_centres_of_a_wrong_shape(name):
+@pytest.mark.parametrize("name", sorted(LOSS_PARAMS))
+def test_proxies_and_centers_of_a_wrong_shape(name):
     for shape in ((4, 5), (4, 1, 6)):
         with pytest.raises(
             ValueError, match=r"must have shape \[M, [KS], D\].*embeddings \(2, 5\)"
         ):
-            LEARNED[name](jnp.ones((2, 5)), jnp.zeros(2, int), jnp.ones(shape))
+            LOSS_PARAMS[name](jnp.ones((2, 5)), jnp.zeros(2, int), jnp.ones(shape))
 
 
-def test_the_nearest_centre_of_a_class_counts():
+def test_the_nearest_center_of_a_class_counts():
     x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-    centres = jnp.array([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]])
-    near, far = (losses.cosface_loss(x, jnp.array(labels), centres) for labels in ([0, 0], [1, 1]))
+    centers = jnp.array([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]])
+    near, far = (losses.cosface_loss(x, jnp.array(labels), centers) for labels in ([0, 0], [1, 1]))
     assert near < 1e-4 < 10 < far

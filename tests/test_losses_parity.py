@@ -11,37 +11,37 @@ from cgd_jax import losses
 from cgd_jax.combination import l2_normalize
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "losses.npz"))
-WITH_CENTRES = {
+WITH_CENTERS = {
     **losses.PROXY_LOSSES,
-    **losses.CENTRE_LOSSES,
+    **losses.CENTER_LOSSES,
     "soft_triple": partial(losses.soft_triple_loss, regularization=0.0),  # theirs has none
     "arcface_3": losses.arcface_loss,
 }
 
 
-SEVERAL = ("soft_triple", "arcface_3")  # centres a class
+SEVERAL = ("soft_triple", "arcface_3")  # centers a class
 
 
 @jax.jit
-def value_and_gradients(x, labels, centres):
-    """Of every loss: its value, and its gradients by the embeddings and the centres."""
+def value_and_gradients(x, labels, centers):
+    """Of every loss: its value, and its gradients by the embeddings and the centers."""
     found = []
     for name in GOLDENS["names"].tolist():
-        if name in WITH_CENTRES:
+        if name in WITH_CENTERS:
             count = 3 if name in SEVERAL else 1
-            loss = lambda x, c, n=name, k=count: WITH_CENTRES[n](x, labels, c[:, :k])
+            loss = lambda x, c, n=name, k=count: WITH_CENTERS[n](x, labels, c[:, :k])
         else:
             # Theirs normalizes also where distances are compared, which the gradient passes.
             loss = lambda x, c, n=name: losses.RANKING_LOSSES[n](l2_normalize(x), labels)
-        found.append(jax.value_and_grad(loss, (0, 1))(x, centres))
+        found.append(jax.value_and_grad(loss, (0, 1))(x, centers))
     return found
 
 
 @pytest.mark.parametrize("batch", range(3))
 def test_value_and_gradients(batch):
     golden = lambda part: GOLDENS[f"{part}{batch}"]
-    found = value_and_gradients(golden("embeddings"), golden("labels"), golden("centres"))
-    theirs = (golden(part) for part in ("values", "gradients", "centres_gradients"))
+    found = value_and_gradients(golden("embeddings"), golden("labels"), golden("centers"))
+    theirs = (golden(part) for part in ("values", "gradients", "centers_gradients"))
     for name, (value, gradients), expected, *others in zip(
         GOLDENS["names"], found, *theirs, strict=True
     ):

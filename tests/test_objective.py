@@ -1,4 +1,4 @@
-"""The loss that a config names: proxies, centres, miners, memory and mixup put together."""
+"""The loss that a config names: proxies, centers, miners, memory and mixup put together."""
 
 import functools
 import inspect
@@ -29,47 +29,49 @@ def config_of(**values):
     return config
 
 
-@pytest.mark.parametrize("name", [*losses.PROXY_LOSSES, *losses.CENTRE_LOSSES])
+@pytest.mark.parametrize("name", [*losses.PROXY_LOSSES, *losses.CENTER_LOSSES])
 def test_options_of_the_config_are_those_of_the_loss(name):
-    loss = (losses.PROXY_LOSSES | losses.CENTRE_LOSSES)[name]
+    loss = (losses.PROXY_LOSSES | losses.CENTER_LOSSES)[name]
     options = set(inspect.signature(loss).parameters) - {"embeddings", "labels"}
-    assert set(config_of()[name]) - {"centres"} == options - {"proxies", "centres"}
+    assert set(config_of()[name]) - {"centers"} == options - {"proxies", "centers"}
 
 
 def test_every_branch_has_its_own_part_of_the_proxies():
     config = config_of(ranking="proxy_nca", classification_weight=0.0)
-    learned = objective.create_learned(config, 0, 3, 8)
+    learned = objective.create_loss_params(config, 0, 3, 8)
     assert learned.keys() == {"proxies"} and learned["proxies"].shape == (3, 1, 8)
     found = measured(config, learned=learned)["ranking_loss"]
     parts = jnp.split(learned["proxies"], 2, 2)
     each = [losses.proxy_nca_loss(*x) for x in zip(BRANCHES, [LABELS] * 2, parts, strict=True)]
     np.testing.assert_allclose(found, sum(each) / 2, rtol=1e-6)
-    again, other = (objective.create_learned(config, seed, 3, 8)["proxies"] for seed in (0, 1))
+    again, other = (objective.create_loss_params(config, seed, 3, 8)["proxies"] for seed in (0, 1))
     assert np.all(again == learned["proxies"]) and not np.any(again == other)
 
 
 def test_classification_by_angles_sees_the_embedding():
-    config = config_of(classification="cosface", ranking_weight=0.0, sub_centres=2)
-    learned = objective.create_learned(config, 0, 3, 8)
-    assert learned["centres"].shape == (3, 2, 8) and learned.keys() == {"centres"}
-    # One of two centres lies where the images are: the accuracy is that of the nearest.
-    centres = learned["centres"].at[:, 1].set(EMBEDDING[::2])
-    found = measured(config, learned={"centres": centres})
-    expected = losses.cosface_loss(EMBEDDING, LABELS, centres)
+    config = config_of(classification="cosface", ranking_weight=0.0, sub_centers=2)
+    learned = objective.create_loss_params(config, 0, 3, 8)
+    assert learned["centers"].shape == (3, 2, 8) and learned.keys() == {"centers"}
+    # One of two centers lies where the images are: the accuracy is that of the nearest.
+    centers = learned["centers"].at[:, 1].set(EMBEDDING[::2])
+    found = measured(config, learned={"centers": centers})
+    expected = losses.cosface_loss(EMBEDDING, LABELS, centers)
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-6)
     assert found["accuracy"] >= 0.5
     config.cosface.margin = 0.7
-    assert measured(config, learned={"centres": centres})["loss"] != found["loss"]
+    assert measured(config, learned={"centers": centers})["loss"] != found["loss"]
 
 
 def test_both_losses_may_learn_and_neither_must():
     config = config_of(ranking="soft_triple", classification="arcface")
-    learned = objective.create_learned(config, 0, 3, 8)
-    assert learned["centres"].shape == (3, 1, 8) and learned["proxies"].shape == (3, 10, 8)
-    assert not np.any(learned["centres"] == learned["proxies"][:, :1])
+    learned = objective.create_loss_params(config, 0, 3, 8)
+    assert learned["centers"].shape == (3, 1, 8) and learned["proxies"].shape == (3, 10, 8)
+    assert not np.any(learned["centers"] == learned["proxies"][:, :1])
     config.update(ranking_weight=0.0, classification_weight=0.0)
-    assert objective.create_learned(config, 0, 3, 8) == {} == objective.learned_counts(config)
-    assert objective.create_learned(config_of(), 0, 3, 8) == {}
+    assert (
+        objective.create_loss_params(config, 0, 3, 8) == {} == objective.loss_param_counts(config)
+    )
+    assert objective.create_loss_params(config_of(), 0, 3, 8) == {}
     assert objective.create_memory(config_of(), 8) is None
 
 

@@ -55,7 +55,7 @@ def test_first_updates_by_hand(name):
 
 def test_learning_rates_of_backbone_and_new_layers():
     config = base.get_config().optimizer
-    config.update(schedule="constant", learning_rate=0.1, backbone_rate=0.25)
+    config.update(schedule="constant", learning_rate=0.1, backbone_lr_scale=0.25)
     config.freeze_backbone_steps = 2
     optimizer = make_optimizer(config, 10)
     params = {"backbone": {"kernel": jnp.ones((1, 1))}, "fc_S": jnp.ones((1, 1))}
@@ -69,7 +69,7 @@ def test_learning_rates_of_backbone_and_new_layers():
 
 def test_the_learning_rate_of_the_fc_layers():
     config = base.get_config().optimizer
-    config.update(schedule="constant", learning_rate=0.1, backbone_rate=0.25, fc_rate=0.5)
+    config.update(schedule="constant", learning_rate=0.1, backbone_lr_scale=0.25, fc_lr_scale=0.5)
     optimizer = make_optimizer(config, 10)
     names = ("backbone", "fc_S", "fc_raw", "auxiliary_fc")
     params = {name: {"kernel": jnp.ones((1, 1))} for name in names}

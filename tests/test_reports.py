@@ -149,10 +149,10 @@ def test_frames_tell_right_from_wrong(tmp_path):
             corner = picture[80 + line * step, 16 + i * step]
             np.testing.assert_array_equal(corner, color)
     # The pictures themselves: the query of label 2, its first neighbour of label 2.
-    centre = 80 + cell // 2
-    assert np.all(picture[centre, 8 + cell // 2] == 20)
-    assert np.all(picture[centre, 16 + step + cell // 2] == 20)
-    assert np.all(picture[centre, 16 + 2 * step + cell // 2] == 10)
+    center = 80 + cell // 2
+    assert np.all(picture[center, 8 + cell // 2] == 20)
+    assert np.all(picture[center, 16 + step + cell // 2] == 20)
+    assert np.all(picture[center, 16 + 2 * step + cell // 2] == 10)
 
 
 def test_failing_queries_get_a_part_of_their_own(tmp_path):

@@ -31,12 +31,12 @@ def test_pca_is_that_of_numpy(shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape) * np.linspace(3, 1, shape[1]) + 5
     points, shares = projection.pca(x.astype(np.float32))
-    centred = x - x.mean(0)
-    left, values, _ = np.linalg.svd(centred, full_matrices=False)
+    centerd = x - x.mean(0)
+    left, values, _ = np.linalg.svd(centerd, full_matrices=False)
     expected = left[:, :2] * values[:2]
     signs = np.sign(np.sum(expected * points, 0))
     np.testing.assert_allclose(points, expected * signs, atol=1e-4)
-    np.testing.assert_allclose(shares, values[:2] ** 2 / np.sum(centred**2), rtol=1e-4)
+    np.testing.assert_allclose(shares, values[:2] ** 2 / np.sum(centerd**2), rtol=1e-4)
     np.testing.assert_allclose(np.cov(points.T)[0, 1], 0, atol=1e-4)
 
 

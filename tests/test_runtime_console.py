@@ -20,7 +20,7 @@ from cgd_jax.runtime import console
 def test_characters_that_a_terminal_does_not_have_are_escaped(monkeypatch, encoding, shown):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr(sys, "stdout", terminal)
-    console.say("1 → 2 \udcff")
+    console.log("1 → 2 \udcff")
     terminal.flush()
     assert terminal.buffer.getvalue().decode(encoding).rstrip() == shown
 

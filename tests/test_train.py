@@ -55,7 +55,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     monkeypatch.setattr(train.plots, "plot_curves", lambda *_: None)
     # What the losses draw, learn and remember is resumed too.
     tiny_config.loss.update(ranking="contrastive", miner="distance_weighted")
-    tiny_config.loss.update(memory=30, memory_from=1, classification="cosface", sub_centres=2)
+    tiny_config.loss.update(memory=30, memory_from=1, classification="cosface", sub_centers=2)
     before = signal.getsignal(signal.SIGINT)
     results = train.train_and_evaluate(tiny_config, whole)
     # At a step at which no checkpoint is due; and while the steps 6 and 12 are evaluated.
@@ -90,7 +90,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     first = from_config.set_up(tiny_config).state
     assert state.memory.vectors.shape == (30, 8) and np.all(np.asarray(state.memory.labels) >= 0)
     np.testing.assert_allclose(np.linalg.norm(state.memory.vectors, axis=1), 1, rtol=1e-5)
-    moved = np.abs(state.params["loss"]["centres"] - first.params["loss"]["centres"])
+    moved = np.abs(state.params["loss"]["centers"] - first.params["loss"]["centers"])
     assert moved.shape == (6, 2, 8) and moved.max() > 1e-3
     # They are no part of the network, with which another run may begin.
     weights, _, _ = checkpoint.read_weights(whole, 12)
@@ -282,7 +282,7 @@ def test_evaluating_a_folder_without_a_run(tmp_path):
 
 
 def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
-    tiny_config.optimizer.average = 0.5
+    tiny_config.optimizer.ema_decay = 0.5
     tiny_config.eval.baselines = False
     tiny_config.train.steps = 6
     result = train.train_and_evaluate(tiny_config, str(tmp_path))

@@ -102,10 +102,10 @@ def direct(model, measure, arguments):
     return jax.jit(functools.partial(train_step.direct_gradients, model, measure))(*arguments)
 
 
-# With a memory and centres of classes, which have a gradient too.
+# With a memory and centers of classes, which have a gradient too.
 REMEMBERED = {
     "ranking": "contrastive", "miner": "distance_weighted", "memory": 24,
-    "classification": "cosface", "sub_centres": 2, "classification_weight": 1.0,
+    "classification": "cosface", "sub_centers": 2, "classification_weight": 1.0,
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def glyph_classes() -> list[list[Rendering]]:
 
 
 def render(character: str, font: ImageFont.FreeTypeFont) -> bytes:
-    """Draws one character, white on black, its box centred.
+    """Draws one character, white on black, its box centerd.
 
     The box is the font's own: it takes in the baseline and the advance beside the
     ink, so that a comma stays lower than an apostrophe.

@@ -20,7 +20,7 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
 
     Training images have the side `config.resize`, out of which training crops the network's
     input at random. Test images have the side `config.image_size`, as in the paper; or
-    `config.resize` too, if evaluation cuts out their centre.
+    `config.resize` too, if evaluation cuts out their center.
 
     Args:
       config: the `data` part of an experiment's config.

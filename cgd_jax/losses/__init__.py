@@ -59,7 +59,7 @@ from cgd_jax.losses.ranking import (
 )
 
 __all__ = [
-    "CENTRE_LOSSES",
+    "CENTER_LOSSES",
     "LIST_LOSSES",
     "MINERS",
     "PAIR_LOSSES",
@@ -123,8 +123,8 @@ PROXY_LOSSES: dict[str, Loss] = {
     "proxy_anchor": proxy_anchor_loss,
     "soft_triple": soft_triple_loss,
 }
-# Classification by the embedding; they take centres [M, S, D].
-CENTRE_LOSSES: dict[str, Loss] = {
+# Classification by the embedding; they take centers [M, S, D].
+CENTER_LOSSES: dict[str, Loss] = {
     "normalized_softmax": normalized_softmax_loss,
     "cosface": cosface_loss,
     "arcface": arcface_loss,

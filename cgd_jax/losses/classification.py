@@ -1,7 +1,7 @@
-"""Classification losses: the paper's on logits, and those on angles to the centres of classes.
+"""Classification losses: the paper's on logits, and those on angles to the centers of classes.
 
-The ones on angles compare `embeddings [B, D]` by cosine with `centres [M, S, D]`, which are
-trained with the network. S, above 1, are sub-centres: the class is as near as its nearest one
+The ones on angles compare `embeddings [B, D]` by cosine with `centers [M, S, D]`, which are
+trained with the network. S, above 1, are sub-centers: the class is as near as its nearest one
 (Deng et al., ECCV 2020, "Sub-center ArcFace").
 """
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def normalized_softmax_loss(
-    embeddings: jax.Array, labels: jax.Array, centres: jax.Array, temperature: float = 0.05
+    embeddings: jax.Array, labels: jax.Array, centers: jax.Array, temperature: float = 0.05
 ) -> jax.Array:
     """Cross-entropy of cosines.
 
@@ -29,7 +29,7 @@ def normalized_softmax_loss(
     Args:
       embeddings: [B, D], floating point.
       labels: [B], integers in [0, M).
-      centres: [M, S, D], floating point.
+      centers: [M, S, D], floating point.
       temperature: by which the cosines are divided.
 
     Returns:
@@ -38,18 +38,18 @@ def normalized_softmax_loss(
     Raises:
       ValueError: wrong ranks, lengths or dtypes.
 
-    >>> x, centres = jnp.eye(2), jnp.eye(2)[:, None]
-    >>> print(f"{normalized_softmax_loss(x, jnp.array([0, 1]), centres, 1.0):.4f}")  # log(1 + 1/e)
+    >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
+    >>> print(f"{normalized_softmax_loss(x, jnp.array([0, 1]), centers, 1.0):.4f}")  # log(1 + 1/e)
     0.3133
     """
-    cosines, true = _cosines(embeddings, labels, centres)
+    cosines, true = _cosines(embeddings, labels, centers)
     return _cross_entropy(cosines / temperature, true)
 
 
 def cosface_loss(
     embeddings: jax.Array,
     labels: jax.Array,
-    centres: jax.Array,
+    centers: jax.Array,
     margin: float = 0.35,
     scale: float = 64.0,
 ) -> jax.Array:
@@ -60,7 +60,7 @@ def cosface_loss(
     Args:
       embeddings: [B, D], floating point.
       labels: [B], integers in [0, M).
-      centres: [M, S, D], floating point.
+      centers: [M, S, D], floating point.
       margin: in units of cosine.
       scale: of the cosines.
 
@@ -70,18 +70,18 @@ def cosface_loss(
     Raises:
       ValueError: wrong ranks, lengths or dtypes.
 
-    >>> x, centres = jnp.eye(2), jnp.eye(2)[:, None]
-    >>> print(f"{cosface_loss(x, jnp.array([0, 1]), centres, 1.0, 1.0):.4f}")  # log 2
+    >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
+    >>> print(f"{cosface_loss(x, jnp.array([0, 1]), centers, 1.0, 1.0):.4f}")  # log 2
     0.6931
     """
-    cosines, true = _cosines(embeddings, labels, centres)
+    cosines, true = _cosines(embeddings, labels, centers)
     return _cross_entropy(scale * (cosines - margin * true), true)
 
 
 def arcface_loss(
     embeddings: jax.Array,
     labels: jax.Array,
-    centres: jax.Array,
+    centers: jax.Array,
     margin: float = 0.5,
     scale: float = 64.0,
 ) -> jax.Array:
@@ -94,7 +94,7 @@ def arcface_loss(
     Args:
       embeddings: [B, D], floating point.
       labels: [B], integers in [0, M).
-      centres: [M, S, D], floating point.
+      centers: [M, S, D], floating point.
       margin: in radians, in [0, π).
       scale: of the cosines.
 
@@ -104,11 +104,11 @@ def arcface_loss(
     Raises:
       ValueError: wrong ranks, lengths or dtypes.
 
-    >>> x, centres = jnp.eye(2), jnp.eye(2)[:, None]
-    >>> print(f"{arcface_loss(x, jnp.array([0, 1]), centres, jnp.pi / 2, 1.0):.3f}")  # log 2
+    >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
+    >>> print(f"{arcface_loss(x, jnp.array([0, 1]), centers, jnp.pi / 2, 1.0):.3f}")  # log 2
     0.693
     """
-    cosines, true = _cosines(embeddings, labels, centres)
+    cosines, true = _cosines(embeddings, labels, centers)
     moved = cosines * jnp.cos(margin) - safe_root(1 - cosines**2) * jnp.sin(margin)
     moved = jnp.where(cosines > -jnp.cos(margin), moved, cosines - margin * jnp.sin(margin))
     return _cross_entropy(scale * jnp.where(true, moved, cosines), true)
@@ -151,35 +151,35 @@ def smoothed_cross_entropy(
     return -jnp.mean((1 - smoothing) * true_class + smoothing * log_probabilities.mean(1))
 
 
-def class_similarities(embeddings: jax.Array, centres: jax.Array) -> jax.Array:
-    """Cosines to the nearest centre of every class.
+def class_similarities(embeddings: jax.Array, centers: jax.Array) -> jax.Array:
+    """Cosines to the nearest center of every class.
 
     Args:
       embeddings: [B, D], floating point.
-      centres: [M, S, D].
+      centers: [M, S, D].
 
     Returns:
       [B, M], float32.
 
-    >>> centres = jnp.array([[[2.0, 0.0], [0.0, 3.0]], [[-1.0, 0.0], [-1.0, 0.0]]])
-    >>> class_similarities(jnp.eye(2), centres).tolist()
+    >>> centers = jnp.array([[[2.0, 0.0], [0.0, 3.0]], [[-1.0, 0.0], [-1.0, 0.0]]])
+    >>> class_similarities(jnp.eye(2), centers).tolist()
     [[1.0, -1.0], [1.0, 0.0]]
     """
-    classes, subs, dim = centres.shape
-    return similarities(embeddings, centres.reshape(-1, dim)).reshape(-1, classes, subs).max(2)
+    classes, subs, dim = centers.shape
+    return similarities(embeddings, centers.reshape(-1, dim)).reshape(-1, classes, subs).max(2)
 
 
 def _cosines(
-    embeddings: jax.Array, labels: jax.Array, centres: jax.Array
+    embeddings: jax.Array, labels: jax.Array, centers: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """[B, M]: the cosine of every image to every class; whether the image is of that class."""
     check(embeddings, labels, "embeddings")
-    if centres.ndim != 3 or centres.shape[2] != embeddings.shape[1]:
+    if centers.ndim != 3 or centers.shape[2] != embeddings.shape[1]:
         raise ValueError(
-            f"centres must have shape [M, S, D] with the embeddings' D; got {centres.shape} for "
+            f"centers must have shape [M, S, D] with the embeddings' D; got {centers.shape} for "
             f"embeddings {embeddings.shape}."
         )
-    return class_similarities(embeddings, centres), labels[:, None] == jnp.arange(len(centres))
+    return class_similarities(embeddings, centers), labels[:, None] == jnp.arange(len(centers))
 
 
 def _cross_entropy(logits: jax.Array, true: jax.Array) -> jax.Array:

@@ -100,20 +100,20 @@ def soft_triple_loss(
     margin: float = 0.01,
     regularization: float = 0.2,
 ) -> jax.Array:
-    """Cross-entropy over classes with several centres each, which merge where they can.
+    """Cross-entropy over classes with several centers each, which merge where they can.
 
     Qian et al., ICCV 2019, https://arxiv.org/abs/1909.05235, equations 7 to 10. The similarity to
-    a class is that to its centres, weighted by their softmax. pytorch-metric-learning has no
+    a class is that to its centers, weighted by their softmax. pytorch-metric-learning has no
     regularizer, which here is as published.
 
     Args:
       embeddings: [B, D], floating point.
       labels: [B], integers in [0, M).
-      proxies: [M, K, D], the centres.
+      proxies: [M, K, D], the centers.
       scale: λ, of the similarities.
-      gamma: entropy of the choice of a centre, by which similarities are divided there.
+      gamma: entropy of the choice of a center, by which similarities are divided there.
       margin: δ, in units of cosine.
-      regularization: τ, weight of the mean distance between centres of one class.
+      regularization: τ, weight of the mean distance between centers of one class.
 
     Returns:
       A float32 scalar.
@@ -131,7 +131,7 @@ def soft_triple_loss(
         return loss
     first, second = jnp.triu_indices(count, 1)
     cosines = jax.vmap(similarities)(proxies)[:, first, second]
-    # Rounding makes 1 - cos of equal centres anything below 1e-6, and the root steep there.
+    # Rounding makes 1 - cos of equal centers anything below 1e-6, and the root steep there.
     squared = 2 - 2 * cosines
     apart = safe_root(jnp.where(squared > 1e-5, squared, 0.0)).sum()
     return loss + regularization * apart / (classes * count * (count - 1))

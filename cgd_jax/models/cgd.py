@@ -283,7 +283,7 @@ def embed_model(
       model: the network.
       variables: its weights and BatchNorm statistics.
       normalization: of the pixels, which belongs to the weights.
-      image_size: what the network sees; of larger images it is the centre.
+      image_size: what the network sees; of larger images it is the center.
       vector: which of its vectors is compared, see `select_vector`.
       flip: whether the vector of the mirrored image is added.
       scales: factors of `image_size`; the vectors of all of them are added.

@@ -264,7 +264,7 @@ class ViT(nn.Module):
 def positions(embedding: jax.Array, rows: int, columns: int, antialias: bool) -> jax.Array:
     """Interpolates learned positions to another grid, as Hugging Face's networks do.
 
-    That is torch's bicubic interpolation of the centres of the patches, which needs another
+    That is torch's bicubic interpolation of the centers of the patches, which needs another
     cubic (a = -0.5, not -0.75) where it is to be without aliasing. timm always interpolates
     without aliasing; the networks that do so at Hugging Face are those with registers.
 
@@ -297,15 +297,15 @@ def resampling(old: int, new: int, antialias: bool) -> np.ndarray:
     stretch = max(scale, 1.0) if antialias else 1.0
     matrix = np.zeros((new, old))
     for i in range(new):
-        centre = (i + 0.5) * scale
+        center = (i + 0.5) * scale
         if antialias:
             taps = range(
-                max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), old)
+                max(int(center - 2 * stretch + 0.5), 0), min(int(center + 2 * stretch + 0.5), old)
             )
         else:
-            taps = range(int(np.floor(centre - 0.5)) - 1, int(np.floor(centre - 0.5)) + 3)
+            taps = range(int(np.floor(center - 0.5)) - 1, int(np.floor(center - 0.5)) + 3)
         for tap in taps:
-            distance = abs(tap + 0.5 - centre) / stretch
+            distance = abs(tap + 0.5 - center) / stretch
             near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
             far = ((distance - 5) * distance + 8) * distance * a - 4 * a
             weight = near if distance <= 1 else far if distance < 2 else 0.0

@@ -123,7 +123,7 @@ class Progress:
             self.say(step, recalls)
 
     def say(self, step: int, parts: list[str]) -> None:
-        console.say(f"step {step:{self.width}}/{self.steps}  {'  '.join(parts)}")
+        console.log(f"step {step:{self.width}}/{self.steps}  {'  '.join(parts)}")
 
 
 _LOSSES = (

@@ -102,7 +102,7 @@ def tracking(tracker: str, folder: Path, config: dict[str, Any]) -> Iterator[Tra
                 f"out; history.csv and TensorBoard's events are written in any case."
             ) from error
         files.write_json(path, known | {tracker: identity})
-        console.say(f"The history is also in {tracker}: {place}\n")
+        console.log(f"The history is also in {tracker}: {place}\n")
 
         def track_if_possible(step: int, values: dict[str, float]) -> None:
             try:

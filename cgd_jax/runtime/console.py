@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints without tearing a progress bar apart; of several processes only the first does.
 
     Characters that the terminal does not have, such as bytes of file names, are escaped.
@@ -72,7 +72,7 @@ def show_log() -> None:
     class Say(logging.Handler):
         def emit(self, record):
             text = record.getMessage()
-            say(fold(text) if sys.stdout.isatty() else text)
+            log(fold(text) if sys.stdout.isatty() else text)
 
     logger = logging.getLogger("cgd_jax")
     logger.setLevel(logging.INFO)
@@ -85,7 +85,7 @@ class _LogLines:
 
     def write(self, text: str) -> None:
         if text := text.strip():
-            log.info(text)
+            logger.info(text)
 
     def flush(self) -> None:
         pass

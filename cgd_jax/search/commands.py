@@ -48,7 +48,7 @@ def fill_index(
         share=share,
     )
     mine = f" (by process {share[0]} of {share[1]})" if share[1] > 1 else ""
-    console.say(
+    console.log(
         f"{address}: {changes.added:,} pictures added, {changes.changed:,} changed, "
         f"{changes.removed:,} removed, {changes.unchanged:,} unchanged, {len(changes.skipped):,} "
         f"files left out{mine}, in {console.duration(time.monotonic() - begin)}."
@@ -106,4 +106,4 @@ def search_index(
         if not as_json:
             report.draw(Path(picture), index, found.answers)
     if not as_json and (asked or groups):
-        console.say(f"Look at {picture}.")
+        console.log(f"Look at {picture}.")

@@ -49,7 +49,7 @@ class IndexInfo(NamedTuple):
     vector: str  # which of the network's vectors, see `models.cgd.select_vector`
     dimension: int  # of the vectors in the index
     image_size: int  # pixels, what the network sees
-    resize: int  # pixels: images are resized to this square, of which it sees the centre
+    resize: int  # pixels: images are resized to this square, of which it sees the center
     normalization: dict[str, list[float]]  # of the pixels
     precision: str  # of the vectors in the index: float32 or float16
     whitened_from: int | None  # dimension of the network's vectors, where these are whitened

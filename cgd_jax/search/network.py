@@ -31,7 +31,7 @@ class Network(NamedTuple):
     vector: str  # which of its vectors, see `models.cgd.select_vector`
     dimension: int  # D
     image_size: int  # S: what it sees
-    resize: int  # pixels: images are resized to this square, of which it sees the centre
+    resize: int  # pixels: images are resized to this square, of which it sees the center
     embed: Callable[[Any], Any]  # [B, resize, resize, 3] uint8 → [B, D], unit length
     model: "CGD"
     variables: dict[str, Any]

@@ -53,7 +53,7 @@ def serve(
         application = app.create_app(index, token=token, show_paths=show_paths)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}/"
-        console.say(f"{index.count():,} pictures: {url}{f'?token={token}' if token else ''}")
+        console.log(f"{index.count():,} pictures: {url}{f'?token={token}' if token else ''}")
         config = uvicorn.Config(
             application,
             log_level="error",

@@ -132,8 +132,8 @@ def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vect
     for name, measured in metrics.items():
         for variant, row in compare(measured, reference).items():
             numbers = []
-            for centre, half in (row.mean, row.half), (row.difference, row.difference_half):
-                numbers += [centre, centre - half, centre + half]
+            for center, half in (row.mean, row.half), (row.difference, row.difference_half):
+                numbers += [center, center - half, center + half]
             cells = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
             differs = "yes" if row.differs else "no"
             writer.writerow([vector, name, variant, len(row.values), *cells, differs])

@@ -82,7 +82,7 @@ def run_study(
     if dry_run:
         show_plan(runs, waiting, command, workdir, places)
         return
-    console.say(
+    console.log(
         f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished; {len(places)} at a time."
     )
     failed = {}
@@ -90,7 +90,7 @@ def run_study(
         failed = train_all(waiting, command, places, lambda: write_report(study, runs, workdir))
     text = write_report(study, runs, workdir)
     if text:
-        console.say(f"\n{text}\nLook at {study.name}.png and {study.name}.md in {workdir}.")
+        console.log(f"\n{text}\nLook at {study.name}.png and {study.name}.md in {workdir}.")
     if failed:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise Unfinished(
@@ -175,19 +175,19 @@ def train_all(
                 if status == 0:
                     left = (time.time() - started) / ended * (len(waiting) - ended)
                     recall = 100 * read_result(job.run)["metrics"]["recall@1"]
-                    console.say(
+                    console.log(
                         f"{name}: R@1 {recall:.2f} %, {console.duration(time.time() - job.since)}; "
                         f"{ended} of {len(waiting)}, about {console.duration(left)} left"
                     )
                     finished()
                 elif not stopped_by:
                     failed[name] = f"{last_words(job.run, status)} (see {job.run.folder}/log.txt)"
-                    console.say(f"{name} failed: {failed[name]}")
+                    console.log(f"{name} failed: {failed[name]}")
                 elif status != interrupts.EXIT_TEMPFAIL:
                     lost.append(f"\n  {name}: {last_words(job.run, status)}")
     if stopped_by:
         saved = "these runs go on from their last checkpoint:" if lost else "everything is saved."
-        console.say(f"Stopped; the same command goes on, and {saved}{''.join(lost)}")
+        console.log(f"Stopped; the same command goes on, and {saved}{''.join(lost)}")
         raise SystemExit(interrupts.EXIT_TEMPFAIL)
     return failed
 
@@ -262,7 +262,7 @@ def show_plan(
             state = f"step {done} of {steps}" if done else "not begun"
         total += left
         rows.append([run.variant, str(run.seed), state, console.duration(left)])
-    console.say(table(["variant", "seed", "state", "time left"], rows))
+    console.log(table(["variant", "seed", "state", "time left"], rows))
     text = (
         f"About {console.duration(total / len(places))}, {len(places)} at a time. No run was "
         f"started."
@@ -272,9 +272,9 @@ def show_plan(
             " To train them elsewhere, each on a device of its own, start these from this folder; "
             "the study compares what is finished."
         )
-    console.say(f"\n{console.fold(text)}\n")
+    console.log(f"\n{console.fold(text)}\n")
     for run in waiting:
-        console.say(shlex.join([*command, *flags_of(run), f"--workdir={run.folder}"]))
+        console.log(shlex.join([*command, *flags_of(run), f"--workdir={run.folder}"]))
 
 
 def time_first_steps(

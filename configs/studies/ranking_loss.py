@@ -3,7 +3,7 @@
 The last three are classifications of the embedding by angles, in the place of a ranking loss.
 """
 
-from cgd_jax.losses import CENTRE_LOSSES, PROXY_LOSSES, RANKING_LOSSES
+from cgd_jax.losses import CENTER_LOSSES, PROXY_LOSSES, RANKING_LOSSES
 
 CONFIG = "configs/glyphs.py"
 SEEDS = (0, 1, 2)
@@ -17,5 +17,5 @@ VARIANTS |= {
         "loss.ranking_weight": 0.0,
         "loss.classification_weight": 1.0,
     }
-    for name in CENTRE_LOSSES
+    for name in CENTER_LOSSES
 }

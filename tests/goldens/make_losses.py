@@ -36,7 +36,7 @@ PAIRS = {
     "multi_similarity": losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5),
 }
 # With the name of their parameter; all hold one column or row a class.
-CENTRES = {
+CENTERS = {
     "proxy_nca": (losses.ProxyNCALoss(**COMMON, softmax_scale=9), "proxies", 1),
     "proxy_anchor": (losses.ProxyAnchorLoss(**COMMON, margin=0.1, alpha=32), "proxies", 1),
     "soft_triple": (losses.SoftTripleLoss(**COMMON, centers_per_class=3), "fc", 3),
@@ -50,16 +50,16 @@ CENTRES = {
     ),
 }
 
-LOSSES = {**PAIRS, **CENTRES}
+LOSSES = {**PAIRS, **CENTERS}
 goldens = {"names": list(LOSSES)}
 for batch, sizes in enumerate(SIZES):
     labels = torch.tensor(RNG.permutation(np.repeat(np.arange(M), sizes)))
     x = RNG.normal(size=(len(labels), D)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    centres = RNG.normal(size=(M, 3, D)).astype(np.float32)  # where one is enough, the first
+    centers = RNG.normal(size=(M, 3, D)).astype(np.float32)  # where one is enough, the first
     values = np.zeros(len(LOSSES))
     gradients = np.zeros((len(LOSSES), *x.shape), np.float32)
-    centres_gradients = np.zeros((len(LOSSES), *centres.shape), np.float32)
+    centers_gradients = np.zeros((len(LOSSES), *centers.shape), np.float32)
     for i, name in enumerate(LOSSES):
         embeddings = torch.tensor(x, requires_grad=True)
         if name in PAIRS:
@@ -67,16 +67,16 @@ for batch, sizes in enumerate(SIZES):
             value = PAIRS[name](embeddings, labels, pairs)
             value.backward()
         else:
-            loss, parameter, count = CENTRES[name]
-            weights, flat = getattr(loss, parameter), centres[:, :count].reshape(-1, D)
+            loss, parameter, count = CENTERS[name]
+            weights, flat = getattr(loss, parameter), centers[:, :count].reshape(-1, D)
             weights.data = torch.tensor(flat if parameter == "proxies" else flat.T.copy())
             weights.grad = None
             value = loss(embeddings, labels)
             value.backward()
             grad = weights.grad if parameter == "proxies" else weights.grad.T
-            centres_gradients[i, :, :count] = grad.numpy().reshape(M, count, D)
+            centers_gradients[i, :, :count] = grad.numpy().reshape(M, count, D)
         values[i], gradients[i] = value.item(), embeddings.grad.numpy()
     goldens |= {f"embeddings{batch}": x, f"labels{batch}": labels.numpy()}
-    goldens |= {f"centres{batch}": centres, f"centres_gradients{batch}": centres_gradients}
+    goldens |= {f"centers{batch}": centers, f"centers_gradients{batch}": centers_gradients}
     goldens |= {f"values{batch}": values, f"gradients{batch}": gradients}
 np.savez_compressed(Path(__file__).with_name("losses.npz"), **goldens)
