@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from cgd_jax.augment import Normalization
-from cgd_jax.config import ConfigError
 from cgd_jax.objective import network_of
 from cgd_jax.runtime import files, processes
+from cgd_jax.runtime.errors import ConfigError
 
 FOLDER = "checkpoints"
 

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from cgd_jax import config_files
 from cgd_jax.runtime import console, interrupts, memory, packages
+from cgd_jax.runtime.errors import UserError
 
 # Whatever imports JAX is imported where it is needed: --help, and --mode=index, which often has
 # nothing to do, end before it would be there.
@@ -448,16 +449,11 @@ def share_of_files(given: flags.FlagValues) -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def is_for_the_user(error: ValueError | RuntimeError, mode: str) -> bool:
+def is_for_the_user(error: Exception, mode: str) -> bool:
     """Returns whether an error says what to do, rather than where the program is wrong."""
     if mode in OF_INDEXES:
         return isinstance(error, ValueError)
-    from cgd_jax.config import ConfigError
-    from cgd_jax.runtime.processes import NotFound
-    from cgd_jax.studies.runner import Unfinished
-    from cgd_jax.train import Diverged
-
-    return isinstance(error, ConfigError | NotFound | Diverged | Unfinished)
+    return isinstance(error, UserError)
 
 
 def main(argv: list[str]) -> None:
@@ -493,7 +489,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {known}")
     except (ImportError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (ValueError, RuntimeError) as error:
+    except (UserError, ValueError) as error:
         if not is_for_the_user(error, given.mode):
             raise
         sys.exit(f"error: {error}")

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from cgd_jax import combination, data, losses, metrics, pooling
 from cgd_jax.models import backbones, cgd, resnet
+from cgd_jax.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 __all__ = [
-    "ConfigError",
     "differences",
     "fill_added_keys",
     "flatten",
@@ -99,10 +99,6 @@ RENAMED_KEYS = {
 
 
 AUTO = "auto"  # the backbone that `model.pretrained` has the weights of
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message is for the person who wrote it."""
 
 
 class Rule(NamedTuple):

@@ -24,6 +24,7 @@ from cgd_jax.reports import collapse, plots, tables, trackers
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
 from cgd_jax.runtime import console, files, interrupts, locks, processes
+from cgd_jax.runtime.errors import UserError
 from cgd_jax.train_step import State, make_train_step
 from cgd_jax.workdir import (
     check_data,
@@ -34,7 +35,7 @@ from cgd_jax.workdir import (
 )
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """Training that cannot go on; the message is for the person who started it."""
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, data
-from cgd_jax.config import ConfigError, differences, from_dict, to_dict
+from cgd_jax.config import differences, from_dict, to_dict
 from cgd_jax.data import Dataset
 from cgd_jax.runtime import files
+from cgd_jax.runtime.errors import ConfigError
 
 __all__ = [
     "check_data",

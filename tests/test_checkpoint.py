@@ -16,7 +16,7 @@ import pytest
 
 from cgd_jax import checkpoint, losses, train_step, workdir
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
-from cgd_jax.config import ConfigError
+from cgd_jax.runtime.errors import ConfigError
 from configs import glyphs
 from tests.variables import assert_same
 

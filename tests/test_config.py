@@ -9,7 +9,8 @@ import pytest
 
 from cgd_jax import config as config_module
 from cgd_jax import workdir
-from cgd_jax.config import ConfigError, differences, from_dict, to_dict, validate
+from cgd_jax.config import differences, from_dict, to_dict, validate
+from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import default_workdir
 from configs import base, glyphs
 

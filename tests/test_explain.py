@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from cgd_jax import evaluate, explain
-from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset, Split
+from cgd_jax.runtime.errors import ConfigError
 
 
 def dataset_of(query, gallery):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cgd_jax.config import ConfigError
 from cgd_jax.data import Dataset, Split
 from cgd_jax.from_config import check_batch, check_options
+from cgd_jax.runtime.errors import ConfigError
 from configs import glyphs
 
 
@@ -26,7 +26,7 @@ def test_the_error_says_which_batches_fit(classes, per_class, devices, fitting):
 def test_the_error_says_which_chunks_fit():
     config = glyphs.get_config().train
     config.update(classes_per_batch=8, images_per_class=3, gradient_cache_chunk=6)
-    with pytest.raises(ConfigError, match=r"gradient_cache_chunk=6 .*; 0, 4, 8, 12 are"):
+    with pytest.raises(ConfigError, match=r"gradient_cache_chunk=6 .*: 0, 4, 8, 12 are"):
         check_batch(config, 4)
     for chunk in (0, 4, 8, 12):
         config.gradient_cache_chunk = chunk

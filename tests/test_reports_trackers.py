@@ -8,9 +8,9 @@ import types
 import pytest
 
 from cgd_jax import config as configs
-from cgd_jax.config import ConfigError
 from cgd_jax.reports import trackers
 from cgd_jax.reports.history import History
+from cgd_jax.runtime.errors import ConfigError
 
 CONFIG = {"seed": 3, "train": {"steps": 12}}
 ROWS = {2: {"loss": 0.5}, 4: {"loss": 0.25, "recall@1": 0.75}}

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cgd_jax.config import ConfigError
 from cgd_jax.data.load import load_dataset
+from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.studies import runner
 from cgd_jax.studies.report import write_report
 from cgd_jax.studies.study import plan

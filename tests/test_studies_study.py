@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cgd_jax.config import ConfigError
+from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.studies.study import FOLDER, Study, load, plan, with_base_config
 from configs import glyphs
 

@@ -14,11 +14,12 @@ import pytest
 
 from cgd_jax import checkpoint, evaluate, from_config, train, train_step, workdir
 from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
-from cgd_jax.config import ConfigError, to_dict
+from cgd_jax.config import to_dict
 from cgd_jax.data import batches
 from cgd_jax.models import pretrained
 from cgd_jax.reports.history import History, read_history
 from cgd_jax.runtime import files, interrupts, locks
+from cgd_jax.runtime.errors import ConfigError
 from tests.variables import assert_same
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cgd_jax.config import ConfigError, flatten
+from cgd_jax.config import flatten
 from cgd_jax.runtime import console, files, processes
+from cgd_jax.runtime.errors import ConfigError
 
 __all__ = ["TRACKERS", "tracking"]
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cgd_jax.runtime.errors import UserError
+
 __all__ = [
     "NotFound",
     "is_first",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 
-class NotFound(RuntimeError):
+class NotFound(UserError):
     """The processes did not find each other."""
 
 

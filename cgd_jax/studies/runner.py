@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import jax
 
-from cgd_jax.config import ConfigError
 from cgd_jax.reports.history import read_history
 from cgd_jax.reports.tables import table
 from cgd_jax.runtime import console, files, interrupts
+from cgd_jax.runtime.errors import ConfigError, UserError
 from cgd_jax.studies.report import read_result, write_report
 from cgd_jax.studies.study import Run, Study
 
@@ -36,7 +36,7 @@ Cores = set[int] | None  # of a CPU; None: whatever there is
 FIRST_STEPS = 12
 
 
-class Unfinished(RuntimeError):
+class Unfinished(UserError):
     """Some runs of a study failed; the message says which and where to look."""
 
 

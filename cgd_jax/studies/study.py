@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from cgd_jax import config_files
-from cgd_jax.config import ConfigError, validate
+from cgd_jax.config import validate
+from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import check_workdir
 
 __all__ = ["Run", "Study", "load", "plan", "with_base_config"]
