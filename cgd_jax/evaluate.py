@@ -17,12 +17,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, complementarity, geometry, metrics, rerank
-from cgd_jax.config import validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import prefetch
 from cgd_jax.from_config import Setup, set_up
 from cgd_jax.models.cgd import embed_model
 from cgd_jax.reports import collapse, plots, projection, tables
+from cgd_jax.rules import validate
 from cgd_jax.runtime import console, files, interrupts, processes
 from cgd_jax.train_step import State
 from cgd_jax.workdir import (

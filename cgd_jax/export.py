@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cgd_jax.augment import Normalization
-from cgd_jax.config import fill_added_keys
+from cgd_jax.config import complete
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, embed_model
 
@@ -99,7 +99,7 @@ def read_network(source: str | Path) -> tuple[CGD, dict, Normalization, dict[str
             f"{path} holds weights, but not the config of the network that they belong to; only "
             f"files that --mode=export wrote do."
         )
-    config = fill_added_keys(json.loads(metadata["config"]))
+    config = complete(json.loads(metadata["config"]))
     size, backbone = config["data"]["image_size"], config["model"]["backbone"]
     model = create_model(SimpleNamespace(**config["model"]), shapes["params/auxiliary_fc/bias"][0])
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)

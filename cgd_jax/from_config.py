@@ -11,13 +11,13 @@ import optax
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint
-from cgd_jax.config import AUTO, validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
 from cgd_jax.models import backbones, pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.objective import loss_param_counts, network_of
 from cgd_jax.optimizer import make_optimizer
+from cgd_jax.rules import AUTO, validate
 from cgd_jax.runtime import processes
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.train_step import State, create_state, shardings

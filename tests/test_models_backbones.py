@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from cgd_jax import config as config_module
+from cgd_jax import rules
 from cgd_jax.augment import Normalization
 from cgd_jax.models import backbones, cpu_ops, pretrained
 from cgd_jax.models.cgd import create_model
@@ -103,7 +103,7 @@ def test_a_backbone_is_one_file_and_one_line_in_the_table(with_patches):
     config = base.get_config()
     with config.unlocked():
         config.model.update(backbone="wide_patches", patch_side=8, embedding_dim=6)
-    assert config_module.RULES["model.backbone"].holds("wide_patches")
+    assert rules.RULES["model.backbone"].holds("wide_patches")
     assert backbones.refused_options(config.model) == []
     model = create_model(config.model, 3)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -120,7 +120,7 @@ def _packaged() -> tuple["CGD", dict, "Normalization", dict[str, Any]]:
     """Returns the packaged network as `export.read_network` returns an exported one."""
     import jax
 
-    from cgd_jax.config import fill_added_keys
+    from cgd_jax.config import complete
     from cgd_jax.models import pretrained, weight_files
     from cgd_jax.models.backbones import normalization_of
     from cgd_jax.models.cgd import create_model
@@ -137,7 +137,7 @@ def _packaged() -> tuple["CGD", dict, "Normalization", dict[str, Any]]:
         "remat": False,
         "dtype": "auto",
     }
-    config = SimpleNamespace(**fill_added_keys({"model": described})["model"])
+    config = SimpleNamespace(**complete({"model": described})["model"])
     model = create_model(config, 1)
     images = jax.ShapeDtypeStruct((1, PACKAGED_SIZE, PACKAGED_SIZE, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)

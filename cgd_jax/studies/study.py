@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from cgd_jax import config_files
-from cgd_jax.config import validate
+from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import check_workdir
 
