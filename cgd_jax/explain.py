@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, evaluate, from_config, pooling, retrieval
+from cgd_jax import checkpoint, embed, pooling, retrieval, run
 from cgd_jax.attribution import NO_MAP, explain_pair
 from cgd_jax.augment import center_crop
 from cgd_jax.data import Dataset
@@ -20,7 +20,7 @@ from cgd_jax.models.cgd import create_model, embed_model
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.workdir import keep_compiled, read_config
+from cgd_jax.workdir import read_config
 
 __all__ = ["explain_run"]
 
@@ -63,22 +63,21 @@ def explain_run(
     model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
     size, batch = config.data.image_size, config.eval.batch_size
 
-    keep_compiled(workdir)
-    setup = from_config.set_up(config)
+    setup = run.create_run(config, workdir)
     dataset = setup.dataset
-    embed = embed_model(model, variables, normalization, size)
+    embed_batch = embed_model(model, variables, normalization, size)
     if given:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
         images = dataset.query.images[sample]
-        reference = evaluate.embed_images(embed, images, batch, setup.batch_sharding).mean(0)
+        reference = embed.embed_images(embed_batch, images, batch, setup.batch_sharding).mean(0)
         names = [Path(file).name for file in given.values()]
         # Both names in one, which file systems allow 255 bytes.
         stems = [os.fsencode(Path(file).stem)[:100] for file in given.values()]
         file = f"explain-{b'-'.join(stems).decode(errors='ignore')}.png"
         chosen = {file: [(pixels, names, None)]}
     else:
-        embeddings = evaluate.embed_dataset(embed, dataset, batch, setup.batch_sharding)
+        embeddings = embed.embed_dataset(embed_batch, dataset, batch, setup.batch_sharding)
         reference = embeddings.query.mean(0)
         right, wrong = right_and_wrong(embeddings, dataset, PAIRS, config.seed, setup.mesh)
         chosen = {
@@ -123,7 +122,7 @@ def read_images(given: dict[str, str], config: ConfigDict) -> np.ndarray:
 
 
 def right_and_wrong(
-    embeddings: evaluate.Embeddings, dataset: Dataset, count: int, seed: int, mesh: Mesh | None
+    embeddings: embed.Embeddings, dataset: Dataset, count: int, seed: int, mesh: Mesh | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses retrievals to look at: right ones at random, wrong ones of highest similarity.
 

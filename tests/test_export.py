@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cgd_jax import augment, checkpoint, evaluate, export, from_config
+from cgd_jax import augment, checkpoint, evaluate, export, run
 from cgd_jax.augment import IMAGENET, Normalization
 from cgd_jax.data.decode import decode
 from cgd_jax.models import pretrained, weight_files
@@ -32,17 +32,16 @@ def test_an_exported_network_computes_the_same(finished_run, tmp_path):
     assert folder == workdir / "export"
     moved = folder.rename(tmp_path / "elsewhere")
     model = export.open_model(str(moved))
-    setup = from_config.set_up(config)
-    images = setup.dataset.query.images[:5]
-    state = setup.state.replace(**checkpoint.read_weights(workdir, result["step"])[0])
-    expected = evaluate.embed_state(config, setup, state)(images)
+    finished, state = run.open_run(str(workdir), result["step"])
+    images = finished.dataset.query.images[:5]
+    expected = evaluate.embed_function(finished, state)(images)
     np.testing.assert_allclose(model.embed(images), expected, atol=1e-6)
     assert model.image_size == 8 and model.config == config.to_dict()
     np.testing.assert_array_equal(model.normalization.mean, IMAGENET.mean)
     raw = export.open_model(str(moved / "model.safetensors"), vector="descriptor_S")
     assert raw.embed(images).shape == (5, 16)
     # It is also a source of weights for another run.
-    variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
+    variables = state.variables()
     loaded, normalization = pretrained.load(variables, str(moved), "resnet10")
     np.testing.assert_array_equal(loaded["params"]["fc_S"], state.params["fc_S"])
     np.testing.assert_array_equal(normalization.std, IMAGENET.std)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import attribution, combination, from_config
+from cgd_jax import attribution, combination, run
 from cgd_jax.augment import Normalization
 from cgd_jax.gradient_caching import make_chunked_gradients
 from cgd_jax.models import backbones, pretrained, vit, weight_files
@@ -181,23 +181,23 @@ def test_the_backbone_of_weights_is_found(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(weight_files, "_download", lambda source: tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="has no config.json.*set model.backbone"):
-        from_config.name_backbone(config)
+        run.name_backbone(config)
     write = lambda content: (tmp_path / "config.json").write_text(json.dumps(content))
     write({"model_type": "dinov2", "hidden_size": 384})
-    assert from_config.name_backbone(config).model.backbone == "dinov2_small"
+    assert run.name_backbone(config).model.backbone == "dinov2_small"
     assert config.model.backbone == "auto"
     config.model.pretrained = str(tmp_path)
     write({"architecture": "resnet50"})  # has no class token
     with pytest.raises(ConfigError, match="and resnet50 has none"):
-        from_config.name_backbone(config)
+        run.name_backbone(config)
     write({"model": {"backbone": "dinov3_base"}})  # of a run
-    assert from_config.name_backbone(config).model.backbone == "dinov3_base"
+    assert run.name_backbone(config).model.backbone == "dinov3_base"
     write({"model_type": "bert"})
     with pytest.raises(ConfigError, match="is bert by its config.json.*resnet10, "):
-        from_config.name_backbone(config)
+        run.name_backbone(config)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json, beside the weights, is damaged"):
-        from_config.name_backbone(config)
+        run.name_backbone(config)
 
 
 def test_weights_of_a_network_without_batch_norm(tmp_path):

@@ -10,20 +10,23 @@ import numpy as np
 
 from cgd_jax.augment import normalize
 from cgd_jax.models.cgd import CGD, compute_dtype
+from cgd_jax.runtime import console
 from cgd_jax.train_step import State
 
 
 class Meter:
     """Measures how fast training is, over the steps since it was last read."""
 
-    def __init__(self, images: int, flops: float, peak: float):
+    def __init__(self, images: int, flops: float, peak: float, started: float = float("nan")):
         """Starts the clock.
 
         Args:
           images: of a step.
           flops: floating-point operations of a step; nan if not known.
           peak: FLOP/s of all devices; nan if not known.
+          started: when the program started, in seconds since the epoch.
         """
+        self.started = started
         self.images, self.flops, self.peak = images, flops, peak
         self.restart()
 
@@ -34,6 +37,11 @@ class Meter:
     def count(self) -> None:
         """Counts one step."""
         self.steps += 1
+
+    def first_step(self) -> None:
+        """Tells how long the first step took to come, and starts anew."""
+        console.log(f"First step after {console.duration(time.time() - self.started)}.")
+        self.restart()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

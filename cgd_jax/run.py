@@ -1,4 +1,8 @@
-"""What a config describes: the data set, the network, the optimizer, the state at step 0."""
+"""A run: what a config describes, and where it is kept.
+
+`create_run` opens the data set and makes the network, `initial_state` draws its weights, and
+`open_run` is a run of the past at one of its checkpoints.
+"""
 
 import dataclasses
 import math
@@ -13,24 +17,29 @@ from ml_collections import ConfigDict
 from cgd_jax import checkpoint
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
-from cgd_jax.models import backbones, pretrained, weight_files
+from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.objective import loss_param_counts, network_of
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.rules import AUTO, validate
-from cgd_jax.runtime import processes
+from cgd_jax.runtime import console, processes
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.train_step import State, create_state, shardings
+from cgd_jax.train_step import State, create_state, draw_state, shardings
+from cgd_jax.workdir import check_workdir, data_changes, keep_compiled, read_config
+
+__all__ = ["Run", "create_run", "initial_state", "name_backbone", "open_data", "open_run"]
 
 
-class Setup(NamedTuple):
-    """What training and evaluation both start from."""
+class Run(NamedTuple):
+    """All that training, evaluation and explanation start from, but for the weights."""
 
+    config: ConfigDict
+    workdir: str
+    folder: Path  # where this process writes reports: the work folder in the first process
     dataset: Dataset
     labels: np.ndarray  # [N] int32, of the training images, in [0, M)
     model: CGD
     optimizer: optax.GradientTransformation
-    state: State  # at step 0, on all devices
     batch_sharding: jax.sharding.NamedSharding  # divides the first axis over all devices
 
     @property
@@ -40,35 +49,77 @@ class Setup(NamedTuple):
         assert isinstance(mesh, jax.sharding.Mesh)  # an abstract one has no devices
         return mesh
 
+    def create_state(self) -> State:
+        """Returns the state at step 0 with random weights; the same config gives the same."""
+        return create_state(self.config, self.model, self.optimizer, shardings(self.mesh)[0])
 
-def set_up(config: ConfigDict) -> Setup:
-    """Opens the data set and makes the network of a valid config.
+    def state_shapes(self) -> State:
+        """Returns the shapes, dtypes and shardings of a state."""
+        replicated = shardings(self.mesh)[0]
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+            jax.eval_shape(lambda: draw_state(self.config, self.model, self.optimizer)),
+        )
 
-    Returns:
-      The parts of a run; the same config gives the same state.
+
+def create_run(config: ConfigDict, workdir: str) -> Run:
+    """Opens the data set of a config, building it first if need be, and makes its network.
 
     Raises:
-      ConfigError: The data cannot be used, or a batch does not fit the data or the devices.
+      ConfigError: The config cannot be run, the work folder holds a run of another one, the data
+        cannot be used, or a batch does not fit the data or the devices.
     """
+    config = name_backbone(config)
+    check_workdir(config, workdir)
+    keep_compiled(workdir)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
-    replicated, batch_sharding = shardings(mesh)
     check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
     proxies = bool(loss_param_counts(config.loss))
     optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone, proxies)
-    state = create_state(
-        model,
-        optimizer,
-        config.seed,
-        config.data.image_size,
-        replicated,
-        average=config.optimizer.ema_decay > 0,
-        normalization=backbones.normalization_of(config.model.backbone),
-        loss=config.loss,
-    )
-    return Setup(dataset, labels, model, optimizer, state, batch_sharding)
+    folder, (_, batch_sharding) = processes.report_folder(workdir), shardings(mesh)
+    return Run(config, workdir, folder, dataset, labels, model, optimizer, batch_sharding)
+
+
+def open_run(
+    workdir: str, step: int | None = None, config: ConfigDict | None = None
+) -> tuple[Run, State]:
+    """Opens a run of the past at one of its checkpoints.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; None for the one with the best R@1.
+      config: the run's own, perhaps with another `eval` part; None for just the run's.
+
+    Returns:
+      The run, and its state.
+
+    Raises:
+      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
+      ConfigError: as `create_run`.
+    """
+    config = read_config(workdir) if config is None else config
+    run = create_run(config, workdir)
+    for change in data_changes(workdir, run.dataset):
+        console.log(f"The data set is not the one that the run was trained on: {change}.")
+    with checkpoint.manager(workdir) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        checkpoint.check_step(checkpoints, step, workdir)
+        return run, checkpoint.restore(checkpoints, run.state_shapes(), step)
+
+
+def initial_state(run: Run) -> State:
+    """Returns the state at step 0: random weights, or those that `model.pretrained` names.
+
+    Raises:
+      ConfigError: There is no such source, or it does not fit the network.
+    """
+    state = run.create_state()
+    if run.config.model.pretrained:
+        state = load_pretrained(run.config.model, state)
+    return state
 
 
 def name_backbone(config: ConfigDict) -> ConfigDict:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cgd_jax.data import Dataset, Split
-from cgd_jax.from_config import check_batch, check_options
+from cgd_jax.run import check_batch, check_options
 from cgd_jax.runtime.errors import ConfigError
 from configs import glyphs
 
