@@ -22,10 +22,10 @@ from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.objective import loss_param_counts, network_of
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.rules import AUTO, validate
-from cgd_jax.runtime import console, processes
+from cgd_jax.runtime import compiled, console, processes
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.train_step import State, create_state, draw_state, shardings
-from cgd_jax.workdir import check_workdir, data_changes, keep_compiled, read_config
+from cgd_jax.workdir import check_workdir, data_changes, read_config
 
 __all__ = ["Run", "create_run", "initial_state", "name_backbone", "open_data", "open_run"]
 
@@ -71,7 +71,7 @@ def create_run(config: ConfigDict, workdir: str) -> Run:
     """
     config = name_backbone(config)
     check_workdir(config, workdir)
-    keep_compiled(workdir)
+    compiled.keep_compiled()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
     check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)

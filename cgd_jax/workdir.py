@@ -1,9 +1,8 @@
-"""The work folder of a run: its name, its config, the programs compiled beside it."""
+"""The work folder of a run: its name, its config, what it was trained on."""
 
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,7 +18,6 @@ __all__ = [
     "count_classes",
     "data_changes",
     "default_workdir",
-    "keep_compiled",
     "read_config",
     "record_data",
 ]
@@ -111,12 +109,3 @@ def _recorded_data(workdir: str | Path) -> dict | None:
     """Returns what `record_data` wrote; None for a run of a version that did not."""
     path = Path(workdir, DATA)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def keep_compiled(workdir: str | Path) -> None:
-    """Keeps compiled programs beside the work folders, so that the next run starts sooner."""
-    # jax.config gets its attributes at run time.
-    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if chosen is None:  # else the user has chosen a place
-        folder = Path(workdir).resolve().parent / ".compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
