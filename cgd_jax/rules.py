@@ -123,6 +123,8 @@ RULES: dict[str, Rule] = {
     "optimizer.decay_factor": _above_0,
     "train.gradient_cache_chunk": at_least(0),
     "train.skip_nonfinite": at_least(0),
+    "train.steps": at_least(0),
+    "train.classes_per_batch": at_least(0),
     "train.tracker": Rule(
         lambda name: name in ("", "wandb", "mlflow"), "must be wandb, mlflow, or empty"
     ),
@@ -198,7 +200,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         )
     if config.profile_steps:
         begin, end = map(int, config.profile_steps.split(":"))
-        if not begin < end <= steps:
+        if not begin < end <= (steps or math.inf):
             yield (
                 f"profile_steps={config.profile_steps} must end after it begins, and by "
                 f"train.steps={steps}."
@@ -290,7 +292,7 @@ def _problems_of_losses(loss: ConfigDict, train: ConfigDict) -> Iterator[str]:
         yield "loss.ranking_weight and loss.classification_weight are both 0: nothing to train."
     classes, images = train.classes_per_batch, train.images_per_class
     compares = loss.ranking_weight > 0 and loss.ranking in losses.RANKING_LOSSES
-    if compares and min(classes, images) < 2:
+    if compares and (classes == 1 or images < 2):
         yield (
             f"train.classes_per_batch={classes}, train.images_per_class={images}: a ranking loss "
             f"without proxies needs at least 2 of each, else no image has both a positive and a "
@@ -308,7 +310,7 @@ def _problems_of_losses(loss: ConfigDict, train: ConfigDict) -> Iterator[str]:
                 f"{option} goes with losses of pairs and triplets, not with "
                 f"loss.ranking={loss.ranking}; those are {', '.join(losses.PAIR_LOSSES)}."
             )
-    if loss.memory and loss.memory_from >= train.steps:
+    if loss.memory and loss.memory_from >= (train.steps or math.inf):
         yield (
             f"loss.memory={loss.memory} begins to fill at step loss.memory_from="
             f"{loss.memory_from}, but the run ends at train.steps={train.steps}."

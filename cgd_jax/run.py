@@ -73,8 +73,10 @@ def create_run(config: ConfigDict, workdir: str) -> Run:
     check_workdir(config, workdir)
     compiled.keep_compiled()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
-    check_batch(config.train, mesh.size)
+    if config.train.classes_per_batch:
+        check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)
+    config = fit_to_data(config, labels, mesh.size, workdir)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
     proxies = bool(loss_param_counts(config.loss))
@@ -245,10 +247,51 @@ def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
             processes.wait_for_all("the data set is built")
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    classes, labels = np.unique(dataset.train.labels, return_inverse=True)
-    if config.train.classes_per_batch > len(classes):
-        raise ConfigError(
-            f"train.classes_per_batch={config.train.classes_per_batch}, but {config.data.name} "
-            f"has {len(classes)} training classes."
-        )
+    _, labels = np.unique(dataset.train.labels, return_inverse=True)
     return dataset, labels.astype(np.int32)
+
+
+def fit_to_data(
+    config: ConfigDict, labels: np.ndarray, devices: int, workdir: str | None = None
+) -> ConfigDict:
+    """Returns a config in which batch and steps, where they are 0, suit the training images.
+
+    Args:
+      config: of the experiment.
+      labels: [N], of the training images.
+      devices: how many share a batch.
+      workdir: of the run; what it began with counts, if it has begun.
+
+    Raises:
+      ConfigError: There are fewer classes than a batch needs; it says what can be done.
+    """
+    train, classes = config.train, len(np.unique(labels))
+    fitted = {}
+    if not train.classes_per_batch:
+        step = devices // math.gcd(devices, train.images_per_class)
+        fitted["classes_per_batch"] = min(classes, 12) // step * step
+    batch = fitted.get("classes_per_batch", train.classes_per_batch)
+    least = 2 if config.loss.ranking_weight else 1
+    if batch < least or batch > classes:
+        remedy = (
+            f"give --train.classes_per_batch={classes // 2 * 2} or less"
+            if classes >= 2 * least
+            else "give more folders, or search with the pretrained network: `cgd_jax serve IMAGES`"
+        )
+        raise ConfigError(
+            f"{config.data.name} has {classes} classes to train on, and a batch needs "
+            f"{max(batch, least)}: {remedy}."
+        )
+    if not train.steps:
+        epochs = 15 * len(labels) / (batch * train.images_per_class)
+        fitted["steps"] = int(np.clip(round(epochs, -1), 60, 1200))
+    if not fitted:
+        return config
+    if workdir and Path(workdir, "config.json").exists():
+        fitted = {key: read_config(workdir).train[key] for key in fitted}
+    chosen = ", ".join(f"train.{key}={value}" for key, value in fitted.items())
+    console.log(f"Chosen for {len(labels):,} images of {classes} classes: {chosen}.")
+    config = config.copy_and_resolve_references()
+    config.train.update(fitted)
+    validate(config)
+    return config

@@ -59,7 +59,10 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
     checkpoint.check_folder(workdir)
     if not Path(workdir, "config.json").exists():
         return
-    changes = differences(to_dict(read_config(workdir)), to_dict(config))
+    of_run, wanted = read_config(workdir), to_dict(config)
+    for key in ("steps", "classes_per_batch"):
+        wanted["train"][key] = wanted["train"][key] or of_run.train[key]  # 0 is what it took
+    changes = differences(to_dict(of_run), wanted)
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         raise ConfigError(

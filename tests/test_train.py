@@ -274,7 +274,10 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
 
 def test_too_many_classes_for_the_data_set(tiny_config, tmp_path):
     tiny_config.train.classes_per_batch = 7
-    with pytest.raises(ConfigError, match="blobs has 6 training classes"):
+    with pytest.raises(
+        ConfigError,
+        match="blobs has 6 classes to train on, and a batch needs 7: give ",
+    ):
         run.create_run(tiny_config, str(tmp_path))
 
 
