@@ -1,23 +1,17 @@
 """The command line: `cgd_jax train --config=glyphs`, in a clone `python main.py --config=glyphs`.
 
-`COMMANDS` says what there is and which flags each command takes; those of search stand in
-`search_cli`. A command is the first word, or the value of --mode; without either it is train.
+`COMMANDS` says what there is and which flags each takes; those of search stand in `search_cli`.
 """
 
 import os
-import re
 import signal
 import sys
-import textwrap
-from pathlib import Path
-from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from cgd_jax import config_files, search_cli
-from cgd_jax.config import flatten
-from cgd_jax.flags import Command, Flag, define
+from cgd_jax.flags import Command, Flag, parse, program
 from cgd_jax.runtime import compiled, console, interrupts, memory, packages
 from cgd_jax.runtime.errors import UserError
 
@@ -61,7 +55,6 @@ COMMANDS = {
     ),
     **search_cli.COMMANDS,
 }
-OF_ALL = ("mode", "workdir", "distributed", "coordinator", "num_processes", "process_id")
 FLAGS = {
     "mode": Flag(
         flags.DEFINE_enum,
@@ -105,186 +98,6 @@ FLAGS = {
     "process_id": Flag(flags.DEFINE_integer, "With --coordinator: which one, from 0."),
     **search_cli.FLAGS,
 }
-CONFIG = (
-    f"The experiment: {config_files.listed()}, or a file of your own; behind a colon the argument "
-    f"that it takes, as in glyphs:SMG. --KEY=VALUE changes a value, as in --train.steps=500; "
-    f"configs/base.py explains every key."
-)
-MANY = ("query", "images")  # flags that may be given several times
-PARTS = "data|augment|model|loss|optimizer|train|eval"
-
-
-def program(argv: list[str]) -> str:
-    """Returns how the user called this program, in short."""
-    name = Path(argv[0]).name
-    return {"main.py": "python main.py", "__main__.py": "python -m cgd_jax"}.get(name, name)
-
-
-def help_text(argv: list[str], name: str = "") -> str:
-    """Returns what --help shows: the commands with examples; of one command, its flags."""
-    width = min(console.columns(), 100)
-
-    def wrapped(first: str, text: str) -> list[str]:
-        return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * len(first))
-
-    if not name:
-        lines = ["Image retrieval with combined global descriptors.", "", "Commands:"]
-        for name, command in COMMANDS.items():
-            lines += ["", *wrapped(f"  {name:9}", command.what)]
-            lines += [f"    {program(argv)} {name} {command.usage}"]
-        return "\n".join([*lines, "", f"{program(argv)} COMMAND --help shows its flags."])
-    command = COMMANDS[name]
-    lines = wrapped(f"{name}: ", command.what)
-    lines += ["", f"  {program(argv)} {name} {command.usage}", "", "Flags:"]
-    for flag in [*command.takes, *(flag for flag in OF_ALL if flag != "mode")]:
-        what, value = (CONFIG, "NAME") if flag == "config" else FLAGS[flag][1:3]
-        lines += [f"  --{flag}{'=' * bool(value)}{value}", *wrapped(" " * 8, what)]
-    return "\n".join(lines)
-
-
-def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
-    """Parses the command line.
-
-    Returns:
-      The name of the command; its flags, of which `config` is a `ConfigDict` or None.
-
-    Raises:
-      SystemExit: --help was shown, or a line says what is wrong.
-    """
-    argv, name = list(argv), ""
-    if len(argv) > 1 and argv[1] in COMMANDS:
-        name = argv.pop(1)
-    if any(re.fullmatch("-h|--?help(full|short)?", argument) for argument in argv[1:]):
-        print(help_text(argv, name))
-        sys.exit()
-    config_files.make_importable()
-    try:
-        if not name:
-            only_mode = define(FLAGS, ("mode",))
-            only_mode(argv, known_only=True)
-            name = only_mode.mode
-        given = parse_command(name, argv)
-        check(name, given, argv)
-        return name, given
-    except flags.Error as error:
-        sys.exit(f"error: {explained(error, name)}")
-
-
-def parse_command(name: str, argv: list[str]) -> flags.FlagValues:
-    """Parses the flags of one command, and the words that stand for some of them."""
-    command = COMMANDS[name]
-    own = tuple(flag for flag in command.takes if flag != "config")
-    given = define(FLAGS, (*own, *OF_ALL))
-    given.set_gnu_getopt(True)  # flags may stand behind words
-    argv = [
-        re.sub(rf"^--?(?=({PARTS})\.|(no)?(seed|profile_steps)\b)", "--config.", a) for a in argv
-    ]
-    words = given(argv, known_only=True)
-    if "config" in command.takes:
-        words = parse_config(name, given, words)
-    elif unknown := [word for word in words[1:] if word.startswith("-")]:
-        raise flags.UnrecognizedFlagError(unknown[0].lstrip("-").partition("=")[0])
-    fill(given, command.arguments, words[1:])
-    return given
-
-
-def parse_config(name: str, given: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Defines and parses --config and what it overrides; returns the words that are left."""
-    named = any(re.match("--?config(=|$)", argument) for argument in argv)
-    word = next((word for word in argv[1:] if word[0] != "-"), "")
-    if name == "study" and not named and (given.study or word):
-        packages.require("study", "train", "jax", "flax", "optax")
-        from cgd_jax.studies import study
-
-        argv = [argv[0], f"--config={study.load(given.study or word).config}", *argv[1:]]
-    argv = with_config_file(argv)
-    try:
-        if "workdir" in COMMANDS[name].arguments and not named and (given.workdir or word):
-            from cgd_jax.workdir import read_config
-
-            of_run = read_config(given.workdir or word)
-            config_flags.DEFINE_config_dict("config", of_run, flag_values=given, sys_argv=argv)
-        else:
-            config_flags.DEFINE_config_file("config", flag_values=given, sys_argv=argv)
-        words = given(argv)
-        if given.config is not None:
-            given.config.to_dict()  # a config file that cannot be loaded is reported on first use
-        return words
-    except (flags.Error, UserError, OSError):
-        raise
-    except Exception as error:  # whatever the user's file raises
-        sys.exit(f"error: {explained_config(error, argv)}")
-
-
-def fill(given: flags.FlagValues, names: tuple[str, ...], words: list[str]) -> None:
-    """Gives words without dashes to the flags that they stand for; the last may take several."""
-    left = [name for name in names if given[name].value is None]
-    for word in words:
-        if not left:
-            raise flags.Error(
-                f"{word!r} is one word too many; flags look like --config=glyphs, and --help "
-                f"lists them."
-            )
-        flag = given[left[0]]
-        flag.value = [*(flag.value or []), word] if left[0] in MANY else word
-        if len(left) > 1 or left[0] not in MANY:
-            left.pop(0)
-
-
-def with_config_file(argv: list[str]) -> list[str]:
-    """Returns the command line with the file of a config in place of its name."""
-    argv = list(argv)
-    for i, argument in enumerate(argv):
-        if match := re.fullmatch(r"(--?config=)(.*)", argument):
-            flag, config = match.groups()
-        elif i and re.fullmatch(r"--?config", argv[i - 1]):
-            flag, config = "", argument
-        else:
-            continue
-        name, colon, rest = config.partition(":")
-        path = config_files.find(name)
-        if path is None and not Path(name).is_file():
-            raise flags.Error(
-                f"--config={name}: there is no such config or file; there are "
-                f"{config_files.listed()}, or give the path of a file of your own."
-            )
-        argv[i] = f"{flag}{path or name}{colon}{rest}"
-    return argv
-
-
-def explained(error: flags.Error, name: str) -> str:
-    """Returns what is wrong with a flag, and what would be right."""
-    if not isinstance(error, flags.UnrecognizedFlagError):
-        return re.sub(r"invalid literal for int.*", "it must be a whole number.", str(error))
-    flag = error.flagname
-    takers = [f"`{other}`" for other, command in COMMANDS.items() if flag in command.takes]
-    keys = [
-        key
-        for key in flatten(config_files.base_config().to_dict())
-        if key.rpartition(".")[2] == flag
-    ]
-    if takers:
-        return f"--{flag} goes with {' and '.join(takers)}, not with `{name}`."
-    if keys and "config" in COMMANDS[name].takes:
-        return f"there is no flag --{flag}; did you mean {' or '.join(f'--{k}=' for k in keys)}?"
-    return f"there is no flag --{flag}; `{name} --help` lists those that there are."
-
-
-def explained_config(error: Exception, argv: list[str]) -> str:
-    """Returns what is wrong with a config file, or with what is changed of it."""
-    text: Any = error
-    while isinstance(text, AttributeError | KeyError) and text.args:  # one wraps the other
-        text = text.args[0]
-    text = " ".join(str(text).split())
-    if absent := re.match(r"'(\w+)'", text):  # so ml_collections names a key
-        for flag in (argument.partition("=")[0] for argument in argv):
-            if flag.startswith("--config.") and absent[1] in flag.split("."):
-                return (
-                    f"{flag}: the config has no key {absent[0]}; configs/base.py explains those "
-                    f"it has.{text[absent.end() :]}"
-                )
-    named = re.search(r"^--?config[=\n]([^:\n]*)", "\n".join(argv), re.MULTILINE)
-    return f"--config={named[1] if named else ''} cannot be used: {type(error).__name__}: {text}"
 
 
 def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
@@ -366,7 +179,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)
     name = "train"
     try:
-        name, given = parse(argv)
+        name, given = parse(argv, COMMANDS, FLAGS)
+        check(name, given, argv)
         if not getattr(given, "json", False):
             console.show_log()
         memory.keep_freed_memory()
@@ -385,7 +199,7 @@ def main(argv: list[str]) -> None:
         ours = (error.name or "cgd_jax").startswith("cgd_jax") or "pip install" in str(error)
         known = error if ours else packages.missing(f"`{name}`", COMMANDS[name].extra, error.name)
         sys.exit(f"error: {known}")
-    except (UserError, ImportError, OSError) as error:
+    except (UserError, ImportError, OSError, flags.Error) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         goes_on = name in ("train", "index")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cgd_jax import cli, config_files
+from cgd_jax import cli, config_files, flags
 from cgd_jax.config import to_dict
 from cgd_jax.runtime import files
 from configs import glyphs
@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def parse(*arguments):
-    return cli.parse(["cgd_jax", *arguments])[1]
+    argv = ["cgd_jax", *arguments]
+    name, given = flags.parse(argv, cli.COMMANDS, cli.FLAGS)
+    cli.check(name, given, argv)
+    return given
 
 
 @pytest.mark.parametrize("flag", [["--config=glyphs"], ["-config", "configs/glyphs.py"]])
@@ -102,7 +105,7 @@ def test_a_study_brings_its_config(tmp_path, monkeypatch):
 )
 def test_mistakes_name_the_remedy(arguments, message):
     with pytest.raises(SystemExit) as end:
-        parse(*arguments)
+        cli.main(["cgd_jax", *arguments])
     assert str(end.value).startswith(f"error: {message}") and "\n" not in str(end.value)
 
 
