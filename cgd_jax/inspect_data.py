@@ -6,10 +6,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgd_jax.augment import IMAGENET, augment
+from cgd_jax.augment import augment
 from cgd_jax.config import validate
 from cgd_jax.data.batches import batch_positions, make_batches
 from cgd_jax.from_config import open_data
+from cgd_jax.preprocess import IMAGENET
 from cgd_jax.reports import plots, tables
 from cgd_jax.runtime import console
 from cgd_jax.train_step import step_key
