@@ -1,6 +1,6 @@
 """Encoded image bytes → RGB pixels of one size, the same way for training and for test.
 
-JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
+JPEGs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
 a quarter or an eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
 palette, transparency, other formats) through Pillow. OpenCV resizes. All three release
 the GIL, so that threads use all cores.
@@ -9,7 +9,7 @@ Resizing averages when it shrinks (every source pixel counts, nothing aliases) a
 interpolates linearly when it enlarges; the aspect ratio is not kept. Pillow's bilinear
 filter, which followers of the paper use, averages a somewhat wider window:
 `benchmarks/decoding.py` measures the difference, in the mean one grey level of 255 or less
-on most photographs and two on very detailed ones.
+on most photos and two on very detailed ones.
 """
 
 from __future__ import annotations
@@ -42,24 +42,18 @@ MAX_PIXELS = 89_478_485
 
 ORIENTATION = 0x0112  # the EXIF tag
 
-# Formats of photographs. Pillow has others: icons, films, what it only recognizes, and EPS, for
-# which it starts Ghostscript.
+# Pillow knows other formats: icons, films, what it only recognizes, and EPS, for which it starts
+# Ghostscript.
+PHOTO_FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF AVIF HEIF JPEG2000 PPM TGA QOI PSD PCX SGI ICO"
 Image.init()
-FORMATS: list[str] = [
-    name
-    for name in (
-        *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000"),
-        *("PPM", "TGA", "QOI", "PSD", "PCX", "SGI", "ICO"),
-    )
-    if name in Image.OPEN
-]
+FORMATS: list[str] = [name for name in PHOTO_FORMATS.split() if name in Image.OPEN]
 HEIF_ENDINGS = {".heic", ".heics", ".heif", ".heifs", ".hif"}
-# Of files that are taken for photographs, in lower case.
+# Of files that are taken for images, in lower case.
 ENDINGS = HEIF_ENDINGS | {end for end, name in Image.EXTENSION.items() if name in FORMATS}
 
-# Pictures whose brightest value is below are black to the eye, and to a network.
+# Images whose brightest value is below this are black to the eye, and to a network.
 BLACK = 16
-# Photographs have a contrast above this; JPEGs of one colour vary by one or two.
+# Images of something have a contrast above this; JPEGs of one colour vary by one or two.
 PLAIN = 3
 
 
@@ -139,13 +133,8 @@ def dimensions(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def may_be_float(data: bytes) -> bool:
-    """Returns whether a file has a format that can hold floating-point values."""
-    return data.startswith((b"II*\0", b"MM\0*", b"Pf"))  # TIFF and PFM
-
-
-def looks_like_photograph(path: str | os.PathLike) -> bool:
-    """Returns whether a file is taken for a photograph: by its ending, else by its first bytes."""
+def looks_like_image(path: str | os.PathLike) -> bool:
+    """Returns whether a file is taken for an image: by its ending, else by its first bytes."""
     name = os.fspath(path).lower()
     if os.path.splitext(name)[1] in ENDINGS:
         return True
@@ -191,7 +180,7 @@ def _header(data: bytes) -> tuple[int, int, bool]:
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         try:
             rotation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # A broken EXIF block does not make the picture unreadable.
+        except Exception:  # A broken EXIF block does not make the image unreadable.
             rotation = 1
         if rotation in (5, 6, 7, 8):
             height, width = width, height

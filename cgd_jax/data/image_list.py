@@ -1,4 +1,4 @@
-"""A CSV that says which photograph is what, from whatever machine it comes.
+"""A CSV that says which image is what, from whatever machine it comes.
 
 Columns are separated by commas, semicolons, tabs or |, and the first line names them. Text is
 UTF-8, UTF-16 or UTF-32; or cp1252, where the files on disk prove it. Paths are relative to the
@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor
 
 BYTE_ORDER_MARKS = (
@@ -29,7 +30,7 @@ BYTE_ORDER_MARKS = (
 
 
 class Row(NamedTuple):
-    """One photograph of a list."""
+    """One image of a list."""
 
     split: str  # in lower case; "" where the list names none
     id: str  # the path relative to the list, as it is on disk
@@ -47,11 +48,11 @@ def read(path: Path) -> list[Row]:
       Its rows; a path that leads nowhere stays as it was written.
 
     Raises:
-      ValueError: the list cannot be understood; names file, line and remedy.
+      InputError: the list cannot be understood; names file, line and remedy.
     """
     data = path.read_bytes()
     if impostor := describe_impostor(data):
-        raise ValueError(f"{path} is {impostor}, not a CSV.")
+        raise InputError(f"{path} is {impostor}, not a CSV.")
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), None)
     if encoding is None and b"\0" in data[:2]:  # UTF-16 of ASCII letters, without a mark
         encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
@@ -62,10 +63,10 @@ def read(path: Path) -> list[Row]:
     for other in () if encoding else (("cp1252", "replace"), ("utf-8", "surrogateescape")):
         rows = _rows(path, data.decode(*other))
         accented = [row for row in rows if not row.id.isascii()]
-        if accented and all(_exists(row.path) for row in accented):
+        if accented and all(os.path.exists(row.path) for row in accented):
             return rows
     line = data[: wrong.start].count(b"\n") + 1
-    raise ValueError(
+    raise InputError(
         f"{path}, line {line}: the text is not valid {encoding or 'UTF-8'} ({wrong.reason}). Save "
         "the list as UTF-8; spreadsheets call it `CSV UTF-8`."
     )
@@ -83,7 +84,7 @@ def _rows(path: Path, text: str) -> list[Row]:
         if {"path", "label"} <= set(columns):
             break
     else:
-        raise ValueError(
+        raise InputError(
             f"{path}: the first line names the columns, which must be path,label or "
             f"path,label,split; found {header.strip() or 'an empty file'}."
         )
@@ -97,28 +98,28 @@ def _rows(path: Path, text: str) -> list[Row]:
             if not any(cells) or cells == header_cells or cells[0].lower().startswith("sep="):
                 continue
             if len(cells) > len(columns) and any(cells[len(columns) :]):
-                raise ValueError(
+                raise InputError(
                     f"{where}: there are {len(cells)} cells, but {len(columns)} columns. Put a "
                     f'name that holds {delimiter!r} in quotation marks: "a{delimiter}b.jpg".'
                 )
             row = dict(zip(columns, cells, strict=False))
             if not row.get("path") or not row.get("label"):
-                raise ValueError(f"{where}: a path or a label is missing.")
+                raise InputError(f"{where}: a path or a label is missing.")
             id = _find(path.parent, row["path"], names_in)
             split, label = row.get("split", "").lower(), _composed(row["label"])
             rows.append(Row(split, id, label, path.parent / id))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
     return rows
 
 
 def _find(folder: Path, name: str, names_in: Callable[[Path], dict[str, list[str]]]) -> str:
     """Returns the path of the file that a name in a list means; the name if there is none."""
-    if _exists(folder / name):
+    if os.path.exists(folder / name):
         return name
     found = PurePosixPath()
     for part in name.replace("\\", "/").split("/"):
-        if part != ".." and not _exists(folder / found / part):
+        if part != ".." and not os.path.exists(folder / found / part):
             alike = names_in(folder / found).get(_folded(part), [])
             same = [candidate for candidate in alike if _composed(candidate) == _composed(part)]
             if len(same or alike) != 1:
@@ -143,10 +144,3 @@ def _composed(name: str) -> str:
 
 def _folded(name: str) -> str:
     return _composed(name).casefold()
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long
-        return False

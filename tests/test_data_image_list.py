@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from cgd_jax.data import photo_list
+from cgd_jax.data import image_list
 from tests.dataset_samples import write
 
 FILES = {f"{name}/{i}.jpg": "" for name in ("Äpfel", "b c", "d") for i in range(2)}
@@ -15,7 +15,7 @@ TEXT = "path,label\nÄpfel/0.jpg,Äpfel\nÄpfel/1.jpg,Äpfel\nb c/0.jpg,b\nd/1.j
 def read(tmp_path, text, encoding="utf-8", files=FILES):
     root = write(tmp_path / "in", files)
     (root / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
-    return [row[:3] for row in photo_list.read(root / "list.csv")]
+    return [row[:3] for row in image_list.read(root / "list.csv")]
 
 
 EXPECTED = [
