@@ -51,7 +51,7 @@ def test_an_encoding_that_nothing_proves_is_refused_with_the_line_and_the_remedy
         read(tmp_path, only_labels, "cp1252")
     with pytest.raises(ValueError, match="line 2: .*not valid UTF-8"):
         read(tmp_path / "2", TEXT, "cp1252", files={"other/1.jpg": ""})
-    with pytest.raises(ValueError, match="not valid utf-16"):
+    with pytest.raises(ValueError, match="not valid UTF-16"):
         read(tmp_path, codecs.BOM_UTF16_LE + b"p\0a\0t")
 
 

@@ -16,8 +16,6 @@ from cgd_jax.data.sop import Sop
 from cgd_jax.runtime.errors import InputError
 from tests.dataset_samples import encoded, examples, pack, picture, serving, write
 
-BUILDERS = [Cub200, Cars196, Sop, Inshop, Grocery]
-
 
 def cub_files():
     """Classes 1, 100, 101 and 200, two images each, the second of each with a bad box."""
@@ -222,6 +220,7 @@ LAYOUTS = {
     "grocery": (Grocery, grocery_files, expect_grocery),
     "grocery from GitHub": (Grocery, lambda: wrapped(grocery_files()), expect_grocery),
 }
+BUILDERS = list(dict.fromkeys(cls for cls, _, _ in LAYOUTS.values()))
 
 
 @pytest.mark.parametrize("form", ["folder", "parent", "x.tgz", "x.zip"])
@@ -326,9 +325,12 @@ def test_published_counts(cls, tmp_path, monkeypatch):
             cls(data_dir=tmp_path / f"{wrong}", source=source).download_and_prepare()
 
 
-def test_published_numbers_are_those_of_the_literature():
-    totals = {cls: sum(images for _, images in cls.PUBLISHED.values()) for cls in BUILDERS}
-    assert totals == {Cub200: 11_788, Cars196: 16_185, Sop: 120_053, Inshop: 52_712, Grocery: 5_274}
+@pytest.mark.parametrize(
+    "cls, total",
+    [(Cub200, 11_788), (Cars196, 16_185), (Sop, 120_053), (Inshop, 52_712), (Grocery, 5_274)],
+)
+def test_published_numbers_are_those_of_the_literature(cls, total):
+    assert sum(images for _, images in cls.PUBLISHED.values()) == total
 
 
 @pytest.mark.parametrize("cls", BUILDERS)

@@ -6,10 +6,11 @@ CSV, with slashes or backslashes, and find files as Windows and macOS do: whethe
 capital, and how accents are encoded, only matters where several files are alike otherwise.
 """
 
-import codecs
 import csv
 import io
+import json
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,14 +20,6 @@ from typing import NamedTuple
 
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor
-
-BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
 class Row(NamedTuple):
@@ -53,30 +46,26 @@ def read(path: Path) -> list[Row]:
     data = path.read_bytes()
     if impostor := describe_impostor(data):
         raise InputError(f"{path} is {impostor}, not a CSV.")
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), None)
-    if encoding is None and b"\0" in data[:2]:  # UTF-16 of ASCII letters, without a mark
-        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+    encoding = json.detect_encoding(data)  # which tells UTF-8, UTF-16 and UTF-32 apart
     try:
-        return _rows(path, data.decode(encoding or "utf-8"))
+        return _rows(path, data.decode(encoding))
     except UnicodeDecodeError as error:
         wrong = error
-    for other in () if encoding else (("cp1252", "replace"), ("utf-8", "surrogateescape")):
-        rows = _rows(path, data.decode(*other))
+    for other, errors in (("cp1252", "replace"), ("utf-8", "surrogateescape")):
+        rows = _rows(path, data.decode(other, errors)) if encoding == "utf-8" else []
         accented = [row for row in rows if not row.id.isascii()]
         if accented and all(os.path.exists(row.path) for row in accented):
             return rows
     line = data[: wrong.start].count(b"\n") + 1
     raise InputError(
-        f"{path}, line {line}: the text is not valid {encoding or 'UTF-8'} ({wrong.reason}). Save "
+        f"{path}, line {line}: the text is not valid {encoding.upper()} ({wrong.reason}). Save "
         "the list as UTF-8; spreadsheets call it `CSV UTF-8`."
     )
 
 
 def _rows(path: Path, text: str) -> list[Row]:
-    lines = text.splitlines(keepends=True)
-    if lines and lines[0].strip().lower().startswith("sep="):  # for Excel
-        lines[0] = "\n"
-    header = next((line for line in lines if line.strip()), "")
+    text = re.sub(r"\Asep=[^\r\n]*", "", text, flags=re.IGNORECASE)  # for Excel
+    header = next((line for line in text.splitlines() if line.strip()), "")
     for delimiter in ",;\t|":
         names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
         header_cells = [name.strip() for name in names]
@@ -95,7 +84,7 @@ def _rows(path: Path, text: str) -> list[Row]:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             where = f"{path}, line {reader.line_num}"
-            if not any(cells) or cells == header_cells or cells[0].lower().startswith("sep="):
+            if not any(cells) or cells == header_cells:
                 continue
             if len(cells) > len(columns) and any(cells[len(columns) :]):
                 raise InputError(
@@ -120,7 +109,7 @@ def _find(folder: Path, name: str, names_in: Callable[[Path], dict[str, list[str
     found = PurePosixPath()
     for part in name.replace("\\", "/").split("/"):
         if part != ".." and not os.path.exists(folder / found / part):
-            alike = names_in(folder / found).get(_folded(part), [])
+            alike = names_in(folder / found)[_composed(part).casefold()]
             same = [candidate for candidate in alike if _composed(candidate) == _composed(part)]
             if len(same or alike) != 1:
                 return name
@@ -132,15 +121,10 @@ def _find(folder: Path, name: str, names_in: Callable[[Path], dict[str, list[str
 def _names_in(folder: Path) -> dict[str, list[str]]:
     """Returns the names in a folder by what they are compared as."""
     names = defaultdict(list)
-    if folder.is_dir():
-        for name in os.listdir(folder):
-            names[_folded(name)].append(name)
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        names[_composed(name).casefold()].append(name)
     return names
 
 
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def _folded(name: str) -> str:
-    return _composed(name).casefold()
