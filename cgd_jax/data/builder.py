@@ -116,24 +116,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
         self._notes: dict[str, list[dict[str, str]]] = {name: [] for name in REPORTS}
-        self._made_of = {
-            "source": os.path.abspath(os.path.expanduser(source)),
-            "options": self.options(),
-        }
+        path = os.path.abspath(os.path.expanduser(source))
+        self._made_of = {"source": path, "options": self.options()}
         root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-        key = None if os.path.exists(self._made_of["source"]) else self._built_earlier(root)
+        key = None if os.path.exists(path) else self._built_earlier(root)
         if key is None:
             self._source = self._locate(str(source))
-            inside = isinstance(self._source, Path) and root.resolve().is_relative_to(
-                self._source.resolve()
-            )
-            if inside:
-                raise InputError(
-                    f"{self.name}: data sets are built in {root.resolve()}, which lies in "
-                    f"{self._source}, where the images are; they would be another source "
-                    "after every build. Let --config.data.dir=FOLDER name a folder outside of it."
-                )
-            key = self._key()
+            key = self._key(root)
         keywords.setdefault("file_format", "array_record")
         super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
 
@@ -219,8 +208,14 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         """Returns what changes when the source does."""
         return archives.fingerprint(source)
 
-    def _key(self) -> str:
+    def _key(self, root: Path) -> str:
         if isinstance(self._source, Path):
+            if root.resolve().is_relative_to(self._source.resolve()):
+                raise InputError(
+                    f"{self.name}: data sets are built in {root.resolve()}, which lies in "
+                    f"{self._source}, where the images are; they would be another source "
+                    "after every build. Let --config.data.dir=FOLDER name a folder outside of it."
+                )
             stem, mark = self._source.resolve().name, self.fingerprint(self._source)
         else:
             stem, mark = "auto", self._source.sha256 or self._source.url
@@ -295,12 +290,11 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
                 f"--config.data.max_bad_fraction allows: {_kinds(skipped)}. They are listed with "
                 f"reasons in {self.report_path('skipped')}."
             )
-        for name, count in counts.items():
-            if not count:
-                reasons = _kinds([row for row in skipped if row["split"] == name])
-                raise InputError(
-                    f"{self.name}: none of the images of split {name} can be read: {reasons}."
-                )
+        for name in [name for name, count in counts.items() if not count]:
+            reasons = _kinds([row for row in skipped if row["split"] == name])
+            raise InputError(
+                f"{self.name}: none of the images of split {name} can be read: {reasons}."
+            )
         self._check_counts("images", counts)
 
     def _check_counts(self, kind: str, found: Mapping[str, int]) -> None:

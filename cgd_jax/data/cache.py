@@ -88,13 +88,7 @@ def cached(
 def decoded(source: Any, size: int, crop: bool = True) -> Split:
     """Opens a split whose images are decoded when asked for; for sets larger than the disk.
 
-    Args:
-      source: examples of the split, see above; all are read once, for their labels.
-      size: side of the squares in pixels.
-      crop: whether to cut out the `bbox` of examples that have one.
-
-    Returns:
-      The split; `images[indices]` gives what the cached images would.
+    Takes and returns what `cached` does. All examples are read once, for their labels.
     """
     rows: list[tuple] = []
     with progress(len(source), "reading labels") as bar:
@@ -105,11 +99,7 @@ def decoded(source: Any, size: int, crop: bool = True) -> Split:
 
 
 class DecodedImages:
-    """Images that are decoded on all cores when they are asked for.
-
-    Attributes:
-      shape: of all images together, [N, size, size, 3].
-    """
+    """Images [N, size, size, 3] that are decoded on all cores when they are asked for."""
 
     def __init__(self, source: Any, size: int, crop: bool):
         self._source, self._size, self._crop = source, size, crop

@@ -18,6 +18,7 @@ import contextlib
 import io
 import math
 import os
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -157,7 +158,10 @@ def _read(data: bytes, height: int, width: int, plain: bool, reduction: int) -> 
             return simplejpeg.decode_jpeg(data, "RGB", **least)
         except ValueError:  # Damaged, or merely odd: Pillow knows the difference.
             pass
-    return _read_with_pillow(data, reduction)
+    with _opened(data) as image:
+        # Reduces a JPEG; nothing happens for other formats.
+        image.draft(None, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
+        return to_rgb(image)
 
 
 def _header(data: bytes) -> tuple[int, int, bool]:
@@ -174,9 +178,8 @@ def _header(data: bytes) -> tuple[int, int, bool]:
         else:
             _check_size(height, width)
             return height, width, colorspace in ("YCbCr", "Gray", "RGB")
-    with _open(data) as image:
+    with _opened(data) as image:
         width, height = image.size
-        _check_size(height, width)
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         try:
             rotation = image.getexif().get(ORIENTATION, 1)
@@ -194,23 +197,15 @@ def _check_size(height: int, width: int) -> None:
         )
 
 
-def _open(data: bytes) -> Image.Image:
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Opens an image with Pillow; whatever is wrong with it in the block is a ValueError."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.height, image.width)
+            yield image
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
         raise ValueError(_reason(error, data)) from error
-
-
-def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
-    with _open(data) as image:
-        try:
-            _check_size(image.height, image.width)
-            # Reduces a JPEG; nothing happens for other formats.
-            size = max(image.width // reduction, 1), max(image.height // reduction, 1)
-            image.draft(None, size)
-            return to_rgb(image)
-        except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
-            raise ValueError(_reason(error, data)) from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Grocery Store: photographs of fruit, vegetables and packages taken in shops.
+"""Grocery Store: images of fruit, vegetables and packages taken in shops.
 
 Klasson, Zhang and Kjellström, "A Hierarchical Grocery Store Image Dataset with Visual and
 Semantic Labels", WACV 2019, https://github.com/marcusklasson/GroceryStoreDataset (MIT).

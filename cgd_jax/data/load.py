@@ -33,17 +33,13 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     tfds.disable_progress_bar()  # the builders show their own
     builder = _make_builder(config)
     # TFDS would announce a download of unknown size.
-    builder._log_download_bytes = lambda: log.info(
-        "Building %s in %s", config.name, builder.data_dir
-    )
+    builder._log_download_bytes = lambda: log.info("Building %s", builder.data_dir)
     builder._log_download_done = lambda: None
-    test_size = config.resize if center_crop else config.image_size
+    train_size, test_size = config.resize, config.resize if center_crop else config.image_size
     try:
         builder.download_and_prepare()
         splits = {
-            name: _open_split(
-                builder, name, config.resize if name == "train" else test_size, config
-            )
+            name: _open_split(builder, name, train_size if name == "train" else test_size, config)
             for name in builder.info.splits
         }
     except OSError as error:
@@ -74,9 +70,8 @@ def _make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
             "is not valid UTF-8. Choose another one."
         ) from error
     options = {key: config[key] for key in config_keys(config.name)}
-    return builder_class(config.name)(
-        data_dir=config.dir or None, file_format="array_record", **options
-    )
+    options |= {"data_dir": config.dir or None, "file_format": "array_record"}
+    return builder_class(config.name)(**options)
 
 
 def _open_split(

@@ -1,4 +1,4 @@
-"""Stanford Online Products: product photographs from eBay.
+"""Stanford Online Products: images of products from eBay.
 
 Song, Xiang, Jegelka and Savarese, "Deep Metric Learning via Lifted Structured Feature
 Embedding", CVPR 2016, https://arxiv.org/abs/1511.06452.
