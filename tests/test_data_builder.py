@@ -275,5 +275,12 @@ def test_share_of_bad_files_is_a_share(tmp_path):
         ImageFolder(data_dir=tmp_path, source=tmp_path, max_bad_fraction=5)
 
 
+def test_splits_have_known_names(tmp_path, monkeypatch):
+    row = builder_module.ImageFile("validation", "x", tmp_path, 0, "x")
+    monkeypatch.setattr(ImageFolder, "list_images", lambda *_: [row])
+    with pytest.raises(ValueError, match="unknown splits: .'validation'."):
+        prepared(tmp_path, folder_of(tmp_path / "in"))
+
+
 def test_no_tensorflow():
     assert "tensorflow" not in sys.modules

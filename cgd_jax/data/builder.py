@@ -115,7 +115,6 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             raise InputError(f"max_bad_fraction is a share from 0 to 1, not {max_bad_fraction}.")
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
-        self._notes: dict[str, list[dict[str, str]]] = {name: [] for name in REPORTS}
         path = os.path.abspath(os.path.expanduser(source))
         self._made_of = {"source": path, "options": self.options()}
         root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
@@ -231,12 +230,15 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         return config  # as TFDS does, but without its warning about unlisted configs
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        self._notes: dict[str, list[dict[str, str]]] = {name: [] for name in REPORTS}
         with self._unpacked() as folders:
             files = defaultdict(list)
             for file in self.list_images(folders):
                 files[file.split].append(file)
             searched = ("query", "gallery") if {"query", "gallery"} & files.keys() else ("test",)
-            self._files = {split: files[split] for split in ("train", *searched)}
+            self._files = {split: files.pop(split, []) for split in ("train", *searched)}
+            if files:
+                raise ValueError(f"{self.name} lists images of unknown splits: {list(files)}.")
             self._check_listed()
             try:
                 total = sum(map(len, self._files.values()))
