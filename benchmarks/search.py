@@ -63,10 +63,10 @@ def indexing(photos: str | None, count: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "photos")
         if photos:
-            from cgd_jax.data.decode import looks_like_photograph
+            from cgd_jax.data.decode import looks_like_image
 
             files = [path for path in sorted(Path(photos).rglob("*")) if path.is_file()]
-            files = [path for path in files if looks_like_photograph(path)][:count]
+            files = [path for path in files if looks_like_image(path)][:count]
             count = len(files)
             for i, path in enumerate(files):
                 target = folder / f"class{i % 50:02}" / path.name

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from cgd_jax import combination, pooling
-from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import EPS
 from cgd_jax.models.cgd import CGD, running_mean
 from cgd_jax.models.family import Features
+from cgd_jax.preprocess import Normalization, center_crop, normalize
 
 __all__ = ["Explanation", "contributions", "explain_pair", "pooled_map"]
 

@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from cgd_jax.augment import Normalization
 from cgd_jax.objective import network_of
+from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files, processes
 from cgd_jax.runtime.errors import ConfigError
 

@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, embed, pooling, retrieval, run
 from cgd_jax.attribution import NO_MAP, explain_pair
-from cgd_jax.augment import center_crop
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
 from cgd_jax.models.cgd import create_model, embed_model
+from cgd_jax.preprocess import center_crop
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
 from cgd_jax.runtime.errors import ConfigError

@@ -17,10 +17,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax.augment import Normalization
 from cgd_jax.config import complete
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, embed_model
+from cgd_jax.preprocess import Normalization
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

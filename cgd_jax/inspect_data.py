@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgd_jax.augment import IMAGENET, augment
+from cgd_jax.augment import augment
 from cgd_jax.data.batches import batch_positions, make_batches
+from cgd_jax.preprocess import IMAGENET
 from cgd_jax.reports import plots, tables
 from cgd_jax.rules import validate
 from cgd_jax.run import fit_to_data, open_data

@@ -14,10 +14,11 @@ import optax
 from ml_collections import ConfigDict
 
 from cgd_jax import geometry, losses, objective
-from cgd_jax.augment import Normalization, augment
+from cgd_jax.augment import augment
 from cgd_jax.models import backbones
 from cgd_jax.models.cgd import CGD, Output
 from cgd_jax.optimizer import learning_rate_schedule, moving_average
+from cgd_jax.preprocess import Normalization
 
 
 @flax.struct.dataclass

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model
+from cgd_jax.preprocess import IMAGENET
 from cgd_jax.search.network import Network
 from tests import tiny
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cgd_jax import embed, evaluate, metrics
-from cgd_jax.augment import IMAGENET
 from cgd_jax.data import Dataset, Split
 from cgd_jax.embed import Embeddings
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD, Output
 from cgd_jax.models.resnet import BACKBONES
+from cgd_jax.preprocess import IMAGENET
 from configs import base
 from tests.variables import random_variables
 

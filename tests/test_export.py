@@ -16,11 +16,11 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cgd_jax import augment, checkpoint, evaluate, export, run
-from cgd_jax.augment import IMAGENET, Normalization
+from cgd_jax import checkpoint, evaluate, export, run
 from cgd_jax.data.decode import decode
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import create_model, embed_model
+from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.reports import model_card
 from tests import tiny
 from tests.variables import random_variables
@@ -132,7 +132,7 @@ def test_a_network_takes_images_as_people_have_them(finished_run):
 
 def test_the_middle_of_an_image_that_has_none():
     with pytest.raises(ValueError, match=r"32 × 32 pixels out of the middle of \(1, 20, 20, 3\)"):
-        augment.center_crop(np.zeros((1, 20, 20, 3)), 32)
+        preprocess.center_crop(np.zeros((1, 20, 20, 3)), 32)
 
 
 def test_the_card_and_the_metadata_say_what_was_measured(finished_run):

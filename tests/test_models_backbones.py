@@ -11,10 +11,10 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 
 from cgd_jax import rules
-from cgd_jax.augment import Normalization
 from cgd_jax.models import backbones, cpu_ops, pretrained
 from cgd_jax.models.cgd import create_model
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.preprocess import Normalization
 from configs import base
 from tests.goldens import make_initial
 from tests.variables import random_variables

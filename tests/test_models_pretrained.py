@@ -27,7 +27,7 @@ import pytest
 import safetensors
 from safetensors.numpy import save_file
 
-from cgd_jax import augment
+from cgd_jax import preprocess
 from cgd_jax.models import pretrained, resnet, weight_files
 from cgd_jax.models.backbones import BACKBONES
 from cgd_jax.models.cgd import CGD
@@ -187,7 +187,7 @@ def test_a_backbone_goes_into_a_whole_network_and_out_of_it(small, tmp_path):
     assert_same(loaded["params"]["fc_S"], variables["params"]["fc_S"])
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
 
-    lite = augment.EFFICIENTNET_LITE
+    lite = preprocess.EFFICIENTNET_LITE
     path = tmp_path / "whole.safetensors"
     pretrained.save(path, loaded, lite, {"config": "{}"})
     again, normalization = pretrained.load(variables, str(path), "resnet18")
@@ -216,7 +216,7 @@ def test_a_downloaded_repository_declares_its_normalization(small, tmp_path, fil
     (tmp_path / file).write_text(json.dumps(content))
     for source in (tmp_path, tmp_path / "model.safetensors"):
         _, normalization = pretrained.load(small, str(source), "resnet18")
-        assert_same(normalization, augment.Normalization.of(0.5, 0.25))
+        assert_same(normalization, preprocess.Normalization.of(0.5, 0.25))
     (tmp_path / file).write_text("{")
     with pytest.raises(ValueError, match=f"{file}.*damaged"):
         pretrained.load(small, str(tmp_path), "resnet18")

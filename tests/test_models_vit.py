@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from cgd_jax import attribution, combination, run
-from cgd_jax.augment import Normalization
 from cgd_jax.gradient_caching import make_chunked_gradients
 from cgd_jax.models import backbones, pretrained, vit, weight_files
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.vit import ViT
 from cgd_jax.optimizer import make_optimizer
+from cgd_jax.preprocess import Normalization
 from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.train_step import State, direct_gradients

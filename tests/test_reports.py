@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from cgd_jax.augment import IMAGENET, Normalization, normalize
 from cgd_jax.data import Dataset, Split
+from cgd_jax.preprocess import IMAGENET, Normalization, normalize
 from cgd_jax.reports import plots, tables, throughput
 from cgd_jax.reports.history import History, Progress, read_history
 from cgd_jax.runtime import files

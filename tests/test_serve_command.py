@@ -13,9 +13,9 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 import uvicorn  # noqa: E402
 
 from cgd_jax import attribution  # noqa: E402
-from cgd_jax.augment import IMAGENET  # noqa: E402
 from cgd_jax.models.cgd import CGD, embed_model  # noqa: E402
 from cgd_jax.models.resnet import BACKBONES  # noqa: E402
+from cgd_jax.preprocess import IMAGENET  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.search import network as networks  # noqa: E402
 from cgd_jax.serve import heat  # noqa: E402

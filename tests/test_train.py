@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from cgd_jax import checkpoint, evaluate, run, train, train_step, workdir
-from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.config import to_dict
 from cgd_jax.data import batches
 from cgd_jax.models import pretrained
+from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.reports.history import History, read_history
 from cgd_jax.runtime import files, interrupts, locks
 from cgd_jax.runtime.errors import ConfigError

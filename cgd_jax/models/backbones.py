@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax import pooling
-from cgd_jax.augment import Normalization
 from cgd_jax.models import (
     bninception,
     clip,
@@ -20,6 +19,7 @@ from cgd_jax.models import (
     shufflenet,
 )
 from cgd_jax.models.family import Family
+from cgd_jax.preprocess import Normalization
 
 __all__ = [
     "BACKBONES",

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.augment import Normalization
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.preprocess import Normalization
 
 __all__ = ["BACKBONES", "FAMILY", "BNInception"]
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax import combination, pooling
-from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.models import backbones
 from cgd_jax.models.family import Features
+from cgd_jax.preprocess import Normalization, center_crop, normalize
 
 __all__ = [
     "CENTERS",

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax.augment import Normalization
 from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
+from cgd_jax.preprocess import Normalization
 
 __all__ = ["CLIP", "SIGLIP"]
 

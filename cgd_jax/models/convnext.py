@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.residual import DropPath, LayerScale
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
 

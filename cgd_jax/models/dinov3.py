@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY"]
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.augment import EFFICIENTNET_LITE
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.preprocess import EFFICIENTNET_LITE
 
 __all__ = ["BACKBONES", "FAMILY", "LAST_DOWNSAMPLING", "STAGES", "EfficientNetLite"]
 

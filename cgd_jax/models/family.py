@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.augment import Normalization
+from cgd_jax.preprocess import Normalization
 
 __all__ = ["Family", "Features", "Scheme"]
 

@@ -15,10 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from cgd_jax.augment import Normalization
 from cgd_jax.models import weight_files
 from cgd_jax.models.backbones import BACKBONES, FAMILIES, normalization_of
 from cgd_jax.models.family import Scheme
+from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
 
 __all__ = ["backbone_of", "convert_state_dict", "fill", "load", "names", "save", "to_torchvision"]

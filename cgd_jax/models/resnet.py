@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "STEMS", "ResNet"]
 

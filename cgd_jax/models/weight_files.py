@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from cgd_jax.augment import Normalization
 from cgd_jax.models.backbones import FAMILIES, listed, published
 from cgd_jax.models.torch_file import read_torch_file
+from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
 
 __all__ = ["declared_backbone", "declared_normalization", "find", "read", "read_header"]

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw
 
-from cgd_jax.augment import Normalization
 from cgd_jax.data import Dataset, Split
+from cgd_jax.preprocess import Normalization
 from cgd_jax.reports import lettering
 from cgd_jax.reports.tables import metric_name
 from cgd_jax.runtime import files

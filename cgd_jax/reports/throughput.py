@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax.augment import normalize
 from cgd_jax.models.cgd import CGD, compute_dtype
+from cgd_jax.preprocess import normalize
 from cgd_jax.runtime import console
 from cgd_jax.train_step import State
 

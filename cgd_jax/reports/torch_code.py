@@ -3,8 +3,8 @@
 from ml_collections import ConfigDict
 
 from cgd_jax import pooling
-from cgd_jax.augment import Normalization
 from cgd_jax.models import resnet
+from cgd_jax.preprocess import Normalization
 
 __all__ = ["reads_backbone", "torch_code"]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from cgd_jax.augment import Normalization
     from cgd_jax.models.cgd import CGD
+    from cgd_jax.preprocess import Normalization
 
 __all__ = ["PACKAGED", "Network", "identify", "open_network"]
 

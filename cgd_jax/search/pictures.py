@@ -12,8 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from cgd_jax.data import archives, photo_list
-from cgd_jax.data.decode import decode, dimensions, looks_like_photograph, resize, to_rgb
+from cgd_jax.data import archives, image_list
+from cgd_jax.data.decode import decode, dimensions, looks_like_image, resize, to_rgb
 
 __all__ = ["File", "Picture", "id_of", "list_files", "read", "read_image"]
 
@@ -135,12 +135,12 @@ def list_files(source: Path, scratch: Path) -> Iterator[tuple[list[File], list[t
             f"has of it stay there."
         )
     if source.suffix.lower() == ".csv" and source.is_file():
-        rows = [Row(row.path, str(row.path), row.label) for row in photo_list.read(source)]
+        rows = [Row(row.path, str(row.path), row.label) for row in image_list.read(source)]
         yield _described(rows, None)
     elif source.is_dir():
         yield _described(_below(source, source), None)
     elif archives.is_archive(source):
-        with archives.unpacked(source, scratch) as (folder,):
+        with archives.unpacked(source, scratch) as folder:
             yield _described(_below(folder, source), source.stat().st_mtime_ns)
     else:
         raise ValueError(
@@ -170,7 +170,7 @@ def _described(rows: list[Row], modified: int | None) -> tuple[list[File], list[
             shown = path.encode(errors="backslashreplace").decode()
             left_out.append((shown, "its name is not valid UTF-8; rename it"))
             continue
-        if not looks_like_photograph(file):
+        if not looks_like_image(file):
             reason = "no photograph by its name" if file.exists() else "there is no such file"
             left_out.append((path, reason))
             continue

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cgd_jax.data import archives
-from cgd_jax.data.decode import looks_like_photograph
+from cgd_jax.data.decode import looks_like_image
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime.threads import parallel
 from cgd_jax.search import pictures
@@ -85,7 +85,7 @@ def ask(
         if not path.exists():
             raise FileNotFoundError(f"--query={query}: there is no such file or folder.")
         inside = archives.files_below(path) if path.is_dir() else [path]
-        paths += filter(looks_like_photograph, inside) if path.is_dir() else inside
+        paths += filter(looks_like_image, inside) if path.is_dir() else inside
     elapsed = 0.0
     answers: list[Answer] = []
     skipped: list[tuple[str, str]] = []
