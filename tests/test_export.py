@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from cgd_jax import checkpoint, evaluate, export, run
+from cgd_jax import checkpoint, evaluate, export, preprocess, run
 from cgd_jax.data.decode import decode
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import create_model, embed_model
