@@ -147,8 +147,8 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_list("variants", None, "Some of the study's, separated by commas.", **known)
     flags.DEFINE_list("seeds", None, "Others than the study's: 0,1,2.", **known)
-    flags.DEFINE_integer("jobs", None, "Runs that share a CPU; else 1.", **known)
-    flags.DEFINE_bool("dry_run", False, "Lists runs, times and commands, and ends.", **known)
+    flags.DEFINE_integer("jobs", 1, "Runs at a time, on a CPU; else 1.", 1, **known)
+    flags.DEFINE_bool("dry_run", False, "Prints the commands of the runs, and ends.", **known)
     flags.DEFINE_string(
         "index",
         None,
@@ -275,7 +275,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
             given.config.to_dict()  # a config file that cannot be loaded is reported on first use
         check_flags(given, rest, argv)
         return given
-    except flags.Error as error:
+    except (flags.Error, UserError) as error:
         sys.exit(f"error: {error}")
     except Exception as error:  # whatever the user's file raises
         text: Any = error

@@ -76,7 +76,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         if saved is None:  # else it is not known what a run without data.json was trained on
             record_data(folder, setup.dataset)
         console.log(tables.dataset_table(setup.dataset) + "\n")
-        flops = flops_per_image(setup.model, setup.state, config.data.image_size)
+        variables, normalization = setup.state.variables(), setup.state.normalization
+        flops = flops_per_image(setup.model, variables, normalization, config.data.image_size)
         console.log(tables.run_table(run_facts(config, workdir, setup, flops)) + "\n")
         baselines = {}
         if config.eval.baselines:
