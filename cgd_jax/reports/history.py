@@ -100,7 +100,8 @@ class Progress(tqdm):
             self.set_postfix_str(", ".join(losses if console.columns() > 110 else losses[:1]))
         elif losses:
             left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
-            losses.append(f"{self.format_interval(left)} left")
+            minutes, seconds = divmod(round(left), 60)
+            losses.append(f"{minutes}:{seconds:02} left")
         for parts in (losses if self.disable else [], recalls):
             if parts:
                 console.log(f"step {step:{len(str(self.steps))}}/{self.steps}  {'  '.join(parts)}")
