@@ -81,8 +81,10 @@ FLAGS = {
     ),
     "variants": Flag(flags.DEFINE_list, "Some of the study's, separated by commas.", "NAME,NAME"),
     "seeds": Flag(flags.DEFINE_list, "Others than the study's: 0,1,2.", "NUMBER,NUMBER"),
-    "jobs": Flag(flags.DEFINE_integer, "Runs that share a CPU; else 1."),
-    "dry_run": Flag(flags.DEFINE_bool, "Lists the runs and their commands, and ends.", "", False),
+    "jobs": Flag(
+        flags.DEFINE_integer, "Runs at a time, on a CPU; else 1.", default=1, options=(1,)
+    ),
+    "dry_run": Flag(flags.DEFINE_bool, "Prints the commands of the runs, and ends.", "", False),
     "distributed": Flag(
         flags.DEFINE_bool,
         "Several processes, as SLURM, Open MPI or the TPU pod has started them.",

@@ -6,11 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from tabulate import tabulate
 
-from cgd_jax.reports.names import literal
-from cgd_jax.runtime import files
+from cgd_jax.reports.names import literal, shorten
 from cgd_jax.search.duplicates import Group
 from cgd_jax.search.index import Index
 from cgd_jax.search.pictures import THUMBNAIL
@@ -19,7 +18,8 @@ from cgd_jax.search.queries import Answer, Found
 __all__ = ["as_json", "as_text", "draw", "draw_groups", "groups_as_json", "groups_as_text"]
 
 ROWS, HITS = 20, 7  # in a picture: rows at most, and hits in one
-GAP, LINE, FONT = 14, 18, 13  # pixels: between thumbnails, of a line of a caption, of its letters
+GAP, LINE = 14, 18  # pixels: between thumbnails, of a line of a caption
+FONT = 7.5  # points of 1.8 pixels, of its letters
 
 Cell = tuple[str, str, bytes]  # two lines below a picture, and the picture as JPEG
 
@@ -133,16 +133,15 @@ def _draw(path: Path, rows: Sequence[Sequence[Cell | None]], behind_first: int =
       rows: each of at least one cell; None stays empty.
       behind_first: pixels between the first cell of a row and the others.
     """
-    # Not at the top of the file: tables and JSON do without Matplotlib, where the fonts are.
-    from cgd_jax.reports import lettering
+    # Not at the top of the file: tables and JSON do without Matplotlib.
+    from cgd_jax.reports import plots
 
     pictures = [[cell and Image.open(io.BytesIO(cell[2])) for cell in row] for row in rows]
     heights = [max(picture.height for picture in row if picture) for row in pictures]
     width = GAP + behind_first + max(map(len, rows)) * (THUMBNAIL + GAP)
     height = GAP + sum(heights) + len(rows) * (2 * LINE + GAP)
     sheet = Image.new("RGB", (width, height), "white")
-    canvas = ImageDraw.Draw(sheet)
-    bottom = 0
+    bottom, captions = 0, []
     for row, row_pictures, high in zip(rows, pictures, heights, strict=True):
         bottom += GAP + high
         for column, (cell, picture) in enumerate(zip(row, row_pictures, strict=True)):
@@ -151,9 +150,9 @@ def _draw(path: Path, rows: Sequence[Sequence[Cell | None]], behind_first: int =
             left = GAP + column * (THUMBNAIL + GAP) + (behind_first if column else 0)
             sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, bottom - picture.height))
             for line, (text, color) in enumerate(zip(cell[:2], ("black", "#555555"), strict=True)):
-                shown = lettering.drawable(text, 26)
-                x = left + (THUMBNAIL - lettering.width(shown, FONT)) / 2
-                place = x, bottom + (line + 1) * LINE - 3
-                lettering.write(canvas, place, shown, FONT, color)
+                place = left + THUMBNAIL / 2, height - (bottom + (line + 1) * LINE - 3)
+                captions.append((*place, shorten(text, 26), color))
         bottom += 2 * LINE
-    files.write_picture(path, sheet)
+    with plots.figure_of(path, sheet) as figure:
+        for x, y, text, color in captions:
+            figure.text(x, y, text, ha="center", fontsize=FONT, color=color, transform=None)
