@@ -114,7 +114,7 @@ def evaluate_checkpoint(
     )
     names = dataset.query.class_names
     rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
-    metrics.write_per_class(folder / "per_class.csv", rows)
+    tables.write_per_class(folder / "per_class.csv", rows)
     queries = len(dataset.query.labels)
     sample = np.random.default_rng(config.seed).permutation(queries)[:256]
     plots.plot_retrievals(

@@ -1,13 +1,15 @@
 """Numbers in columns: data sets, metrics, branches."""
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
 from cgd_jax.data import Dataset
 from cgd_jax.reports.names import literal, markdown
-from cgd_jax.runtime import console
+from cgd_jax.runtime import console, files
 
 __all__ = [
     "complementarity_text",
@@ -17,6 +19,7 @@ __all__ = [
     "metrics_table",
     "run_table",
     "table",
+    "write_per_class",
 ]
 
 
@@ -95,6 +98,20 @@ def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> s
         for name, values in rows.items()
     ]
     return table(["", *map(metric_name, keys)], cells, style)
+
+
+def write_per_class(path: str | Path, rows: Sequence[dict]) -> None:
+    """Writes ``metrics.evaluate(..., per_class=True)["per_class"]`` as CSV.
+
+    >>> write_per_class("classes.csv", [{"class": 7, "queries": 2, "recall@1": 0.5}])
+    >>> print(open("classes.csv").read().strip())
+    class,queries,recall@1
+    7,2,0.5
+    """
+    with files.replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def dataset_table(dataset: Dataset) -> str:
