@@ -95,6 +95,13 @@ def ranks_of_positives(
     Yields:
       (queries [B], ranks [B, M] float64), in ascending order from 1, and infinite beyond a
       query's last positive.
+
+    >>> positives = Places(items=np.array([2]), start=np.array([0]), end=np.array([1]))
+    >>> ignored = positives._replace(items=np.array([0]))
+    >>> query, gallery = np.float32([[1, 0]]), np.float32([[1, 0], [1, 1], [0, 1]])
+    >>> relevance = Relevance(positives, ignored, matches=np.array([1]))
+    >>> list(ranks_of_positives(query, gallery, relevance))
+    [(array([0]), array([[2.]]))]
     """
     if mesh is None:
         mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])

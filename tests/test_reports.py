@@ -1,6 +1,8 @@
 """Reports: tables that line up, histories that go on, pictures that show what they say."""
 
 import contextlib
+import csv
+import os
 import struct
 import warnings
 from types import SimpleNamespace
@@ -316,3 +318,12 @@ def test_lines_of_training_fit_a_terminal(capsys):
         progress.log(1000, row)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and max(map(len, lines)) <= 80, lines
+
+
+def test_metrics_of_every_class_as_csv(tmp_path):
+    rows = [{"class": 7, "mrr": 1 / 3}, {"class": 5, "mrr": 0.5}]
+    tables.write_per_class(tmp_path / "classes.csv", rows)
+    with open(tmp_path / "classes.csv", newline="") as file:
+        read = [{"class": int(r["class"]), "mrr": float(r["mrr"])} for r in csv.DictReader(file)]
+    assert read == rows
+    assert os.listdir(tmp_path) == ["classes.csv"]
