@@ -12,8 +12,8 @@
 
 60,502 embeddings of 1,536 dimensions in 11,316 classes of 2 to 12 images, as in the test
 split of Stanford Online Products (``--scale`` for fewer). They are shuffled; by default the first
-of them query the whole gallery (``--queries``). Every contender has a process of its own, see clock.py; compilation
-is outside.
+2,048 query the whole gallery (``--queries``). Every contender has a process of its own, see
+clock.py; compilation is outside.
 """
 
 import argparse

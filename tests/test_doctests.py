@@ -7,7 +7,8 @@ import inspect
 import pytest
 
 MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
-MODULES += ["losses.proxies", "losses.classification", "ranking", "retrieval", "rerank"]
+MODULES += ["losses.proxies", "losses.classification", "labels", "ranking"]
+MODULES += ["retrieval", "rerank"]
 
 
 @pytest.mark.parametrize("name", MODULES)
