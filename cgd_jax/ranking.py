@@ -30,8 +30,9 @@ __all__ = ["TIE", "Places", "Relevance", "normalize", "ranks_of_positives"]
 TIE = 1e-6
 # Similarities that are held at a time, on each device: 256 MB.
 HELD = 2**26
-# Gallery items in one product on a CPU.
-PART = 2**13
+# Gallery items in one product on a CPU: few enough that memory for them is used again, where
+# the C library would ask the system for more than 32 MB anew each time.
+PART = 2**12
 # Up to so many positives, comparing a row with each of them is cheaper than sorting it.
 FEW = 64
 
