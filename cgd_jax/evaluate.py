@@ -91,7 +91,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
     )
     names = dataset.query.class_names
     rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
-    metrics.write_per_class(folder / "per_class.csv", rows)
+    tables.write_csv(folder / "per_class.csv", rows)
     sample = np.random.default_rng(config.seed).permutation(len(dataset.query.labels))[:256]
     plots.plot_retrievals(
         folder / f"retrievals{suffix}.png",

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-METHOD = "pooling combination losses metrics retrieval complementarity rerank".split()
+METHOD = "pooling combination losses ranking metrics retrieval complementarity rerank".split()
 
 
 def test_the_method_needs_jax_and_numpy_only_and_rerank_scipy():

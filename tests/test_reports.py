@@ -1,5 +1,7 @@
 """Reports: tables that line up, histories that go on, figures that show what they say."""
 
+import csv
+import os
 import struct
 import warnings
 from types import SimpleNamespace
@@ -304,3 +306,12 @@ def test_lines_of_training_fit_a_terminal(capsys):
         progress.log(1000, row)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and max(map(len, lines)) <= 80, lines
+
+
+def test_metrics_of_every_class_as_csv(tmp_path):
+    rows = [{"class": 7, "mrr": 1 / 3}, {"class": 5, "mrr": 0.5}]
+    tables.write_csv(tmp_path / "classes.csv", rows)
+    with open(tmp_path / "classes.csv", newline="") as file:
+        read = [{"class": int(r["class"]), "mrr": float(r["mrr"])} for r in csv.DictReader(file)]
+    assert read == rows
+    assert os.listdir(tmp_path) == ["classes.csv"]
