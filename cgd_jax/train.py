@@ -19,7 +19,8 @@ from cgd_jax.evaluate import (
     measure_baselines,
 )
 from cgd_jax.from_config import Setup, load_pretrained, name_backbone, set_up
-from cgd_jax.objective import network_of, triplet_margin
+from cgd_jax.models.cgd import network_params
+from cgd_jax.objective import triplet_margin
 from cgd_jax.reports import collapse, plots, tables, trackers
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
@@ -260,7 +261,7 @@ def stop_if_not_finite(
 
 def run_facts(config: ConfigDict, workdir: str, setup: Setup, flops: float) -> dict[str, str]:
     """Returns the facts of a run that are printed before it begins."""
-    parameters = sum(array.size for array in jax.tree.leaves(network_of(setup.state.params)))
+    parameters = sum(array.size for array in jax.tree.leaves(network_params(setup.state.params)))
     train = config.train
     images = train.classes_per_batch * train.images_per_class
     devices = jax.devices()

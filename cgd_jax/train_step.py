@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cgd_jax import geometry, losses, objective
 from cgd_jax.augment import IMAGENET, Normalization, augment
 from cgd_jax.gradient_caching import make_chunked_gradients
-from cgd_jax.models.cgd import CGD, Output
+from cgd_jax.models.cgd import CGD, LOSS_PARAMS, Output, network_params
 from cgd_jax.optimizer import learning_rate_schedule, moving_average
 
 
@@ -36,7 +36,7 @@ class State:
     def variables(self) -> dict:
         """Returns what is evaluated: the network, its averaged parameters if there are any."""
         params = self.params if self.average is None else self.average
-        return {"params": objective.network_of(params), "batch_stats": self.batch_stats}
+        return {"params": network_params(params), "batch_stats": self.batch_stats}
 
 
 def make_train_step(
@@ -129,7 +129,7 @@ def measure_state(
       What `objective.measure_losses` does.
     """
     key = jax.random.fold_in(step_key(config.seed, state.step), 2)
-    learned = state.params.get(objective.LOSS_PARAMS)
+    learned = state.params.get(LOSS_PARAMS)
     return objective.measure_losses(config.loss, labels, output, learned, state.memory, key)
 
 
@@ -286,7 +286,7 @@ def create_state(
             dim = model.embedding_dim
             memory = objective.create_memory(loss, dim)
             if learned := objective.create_loss_params(loss, seed, model.num_classes, dim):
-                params = {**params, objective.LOSS_PARAMS: learned}
+                params = {**params, LOSS_PARAMS: learned}
         return State(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -14,6 +14,7 @@ from cgd_jax.config import validate
 from cgd_jax.gradient_caching import make_chunked_gradients
 from cgd_jax.models import backbones, pretrained, vit, weight_files
 from cgd_jax.models.cgd import CGD
+from cgd_jax.models.layers import DropPath
 from cgd_jax.models.vit import ViT
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.runtime.errors import ConfigError
@@ -69,8 +70,8 @@ def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none(
 
 
 def test_drop_path_leaves_whole_branches_out_and_keeps_the_mean():
-    model = vit.DropPath(0.75)
-    drop = jax.jit(lambda key: model.apply({}, jnp.ones((1000, 2)), rngs={"drop_path": key}))
+    model = DropPath(0.75)
+    drop = jax.jit(lambda key: model.apply({}, jnp.ones((1000, 2)), True, rngs={"drop_path": key}))
     kept = np.asarray(drop(jax.random.key(0)))
     assert set(np.unique(kept)) == {0, 4} and np.all(kept[:, 0] == kept[:, 1])
     assert 0.8 < kept.mean() < 1.2

@@ -134,8 +134,8 @@ def layer_factors(backbone: nn.Module, decay: float) -> Callable[[str], float]:
 
 def published(config: Mapping[str, Any]) -> str | None:
     """Returns the backbone whose weights a repository has, by the content of its config.json."""
-    names = (family.published(config) for family in FAMILIES)
-    return next((name for name in names if name is not None), None)
+    names = ((family.published(config), family) for family in FAMILIES)
+    return next((name for name, family in names if name in family.members), None)
 
 
 def listed(families: Sequence[Family] | None = None) -> str:

@@ -55,6 +55,6 @@ class Family(NamedTuple):
     downsamples: bool = True  # whether `last_stride` changes anything
     batch_norm: bool = True
     class_token: bool = False  # whether its networks return `Features`
-    # The content of a repository's config.json → the name of the member whose weights it has, or
-    # None if it is of no member.
+    # The content of a repository's config.json → the name of the member whose weights it has; None,
+    # or what is no member's name, if it is of none.
     published: Callable[[Mapping[str, Any]], str | None] = lambda config: None
