@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from cgd_jax.augment import Normalization
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import ConvNet, Layer
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 
 __all__ = ["BACKBONES", "FAMILY", "BNInception"]
 
@@ -142,12 +142,12 @@ FAMILY = Family(
         Scheme(
             "Cadene BN-Inception",
             "conv1_7x7_s2.weight",
-            ("last_linear", "fc"),
+            ("last_linear.", "fc."),
             _cadene_name,
             _flat_norms,
         ),
     ),
     # Red, green, blue, of pixels from 0 to 1.
     normalization=Normalization.of((128 / 255, 117 / 255, 104 / 255), 1 / 255),
-    options={"frozen_blocks": 0},
+    options=OPTIONS,
 )

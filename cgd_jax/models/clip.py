@@ -99,7 +99,7 @@ CLIP = ViTFamily(
     title="CLIP",
     members=CLIP_BACKBONES,
     schemes=(
-        Scheme("timm CLIP", "norm_pre.weight", "head", timm_name),
+        Scheme("timm CLIP", "norm_pre.weight", "head.", timm_name),
         Scheme(
             "Hugging Face CLIP", "embeddings.class_embedding", (), timm_name, _from_hugging_face
         ),
@@ -119,7 +119,7 @@ SIGLIP = CLIP._replace(
     title="SigLIP",
     members=SIGLIP_BACKBONES,
     schemes=(
-        Scheme("timm SigLIP", "attn_pool.latent", "head", timm_name),
+        Scheme("timm SigLIP", "attn_pool.latent", "head.", timm_name),
         Scheme("Hugging Face SigLIP", "head.probe", (), timm_name, _from_hugging_face),
     ),
     normalization=Normalization.of(0.5, 0.5),

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import ConvNet, DropPath, Layer, LayerNorm, LayerScale
+from cgd_jax.models.layers import OPTIONS, ConvNet, DropPath, Layer, LayerNorm, LayerScale
 
 __all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
 
@@ -186,19 +186,19 @@ FAMILY = Family(
         Scheme(
             "timm ConvNeXt",
             "stages.0.blocks.0.conv_dw.weight",
-            ("head.norm", "head.fc"),
+            ("head.norm.", "head.fc."),
             _timm_name,
         ),
         Scheme(
             "Hugging Face ConvNeXt",
             "encoder.stages.0.layers.0.dwconv.weight",
-            ("layernorm", "classifier"),
+            ("layernorm.", "classifier."),
             _hugging_face_name,
             _from_hugging_face,
         ),
     ),
     normalization=IMAGENET,
-    options={"patch_size": 0, "drop_path": 0.0, "frozen_blocks": 0},
+    options=OPTIONS | {"patch_size": 0, "drop_path": 0.0},
     batch_norm=False,
     published=_published,
 )

@@ -69,11 +69,11 @@ FAMILY = ViTFamily(
     title="DINOv2",
     members=BACKBONES,
     schemes=(
-        Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head", timm_name, _without_mask),
+        Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head.", timm_name, _without_mask),
         Scheme(
             "Hugging Face DINOv2",
             "encoder.layer.0.attention.attention.query.weight",
-            "classifier",
+            "classifier.",
             timm_name,
             _from_hugging_face,
         ),

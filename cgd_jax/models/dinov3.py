@@ -85,8 +85,8 @@ FAMILY = ViTFamily(
     title="DINOv3",
     members=BACKBONES,
     schemes=(
-        Scheme("timm DINOv3", "blocks.0.gamma_1", "head", timm_name, _from_timm, _to_timm),
-        Scheme("Meta DINOv3", "storage_tokens", "head", timm_name, _from_meta),
+        Scheme("timm DINOv3", "blocks.0.gamma_1", "head.", timm_name, _from_timm, _to_timm),
+        Scheme("Meta DINOv3", "storage_tokens", "head.", timm_name, _from_meta),
         Scheme(
             "Hugging Face DINOv3",
             "layer.0.attention.q_proj.weight",

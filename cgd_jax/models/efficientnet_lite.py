@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from cgd_jax.augment import EFFICIENTNET_LITE
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import ConvNet, Layer
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 
 __all__ = ["BACKBONES", "FAMILY", "STAGES", "EfficientNetLite"]
 
@@ -140,11 +140,13 @@ FAMILY = Family(
     title="EfficientNet-Lite",
     members=BACKBONES,
     schemes=(
-        Scheme("efficientnet-lite-pytorch", "_conv_stem.weight", "_fc", _efficientnet_pytorch_name),
-        Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier", _timm_name),
+        Scheme(
+            "efficientnet-lite-pytorch", "_conv_stem.weight", "_fc.", _efficientnet_pytorch_name
+        ),
+        Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier.", _timm_name),
     ),
     normalization=EFFICIENTNET_LITE,
-    options={"frozen_blocks": 0},
+    options=OPTIONS,
     published=_published,
     packages={
         "efficientnet_lite0": (

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-__all__ = ["Backbone", "ConvNet", "DropPath", "LayerNorm", "LayerScale", "is_ampere"]
+__all__ = ["OPTIONS", "Backbone", "ConvNet", "DropPath", "LayerNorm", "LayerScale", "is_ampere"]
 
 # Makes a layer of a network: its convolution or norm with what all of them have in common.
 Layer = Callable[..., nn.Module]
+
+# The keys of a config's `model` that all networks take whose feature maps become smaller.
+OPTIONS = {"last_stride": 1, "frozen_blocks": 0}
 
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 

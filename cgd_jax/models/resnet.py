@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import ConvNet, Layer
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 
 __all__ = ["BACKBONES", "FAMILY", "STEMS", "ResNet"]
 
@@ -179,15 +179,15 @@ FAMILY = Family(
     title="ResNet",
     members=BACKBONES,
     schemes=(
-        Scheme("torchvision or timm ResNet", "conv1.weight", "fc", _torchvision_name),
+        Scheme("torchvision or timm ResNet", "conv1.weight", "fc.", _torchvision_name),
         Scheme(
             "Hugging Face ResNet",
             "embedder.embedder.convolution.weight",
-            "classifier.1",
+            "classifier.1.",
             _hugging_face_name,
         ),
     ),
     normalization=IMAGENET,
-    options={"width": 64, "stem": "7x7", "stem_stride": 2, "frozen_blocks": 0},
+    options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2},
     published=_published,
 )

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import ConvNet, Layer
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 
 __all__ = ["BACKBONES", "FAMILY", "ShuffleNet"]
 
@@ -100,7 +100,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 FAMILY = Family(
     title="ShuffleNet",
     members=BACKBONES,
-    schemes=(Scheme("torchvision ShuffleNet", "conv1.0.weight", "fc", _torchvision_name),),
+    schemes=(Scheme("torchvision ShuffleNet", "conv1.0.weight", "fc.", _torchvision_name),),
     normalization=IMAGENET,
-    options={"frozen_blocks": 0},
+    options=OPTIONS,
 )

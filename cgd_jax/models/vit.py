@@ -24,7 +24,6 @@ __all__ = ["ACTIVATIONS", "SIZES", "ViT", "ViTFamily", "fuse", "rename", "size_o
 ViTFamily = partial(
     Family,
     options={"patch_size": 0, "drop_path": 0.0, "frozen_blocks": 0},
-    downsamples=False,
     batch_norm=False,
     class_token=True,
 )
@@ -53,8 +52,9 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 128
     )
-    implementation = "cudnn" if flash else None
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    if flash:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return jax.nn.dot_product_attention(query, key, value)
 
 
 class Mlp(nn.Module):
