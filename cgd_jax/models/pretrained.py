@@ -221,28 +221,25 @@ def names(scheme: Scheme, variables: Variables) -> dict[ArrayPath, str]:
 def _recognize(
     arrays: Mapping[str, np.ndarray], backbone: str
 ) -> tuple[Scheme, dict[str, np.ndarray]]:
-    """Recognizes by whom the weights of a backbone were named, and which of them are its.
-
-    Training scripts put the names of the modules around it in front: `module.` of
-    DataParallel, `_orig_mod.` of torch.compile, `module.encoder_q.` of momentum contrast.
-    """
+    """Recognizes by whom the weights of a backbone were named, and which of them are its."""
     for scheme in BACKBONES[backbone].schemes:
-        if prefixes := _prefixes(arrays, scheme.first):
-            prefix = _choose(prefixes)
-            own, others = {}, []
-            for name, array in arrays.items():
-                # The classifier may lie beside it.
-                if name.startswith(prefix) or name.startswith(scheme.classifier):
-                    own[name.removeprefix(prefix)] = array
-                else:
-                    others.append(name)
-            if others:
-                some = f"{', '.join(others[:3])}{', …' * (len(others) > 3)}"
-                log.info("Took the weights %s*; left out %d: %s.", prefix, len(others), some)
-            return scheme, own
+        prefix = _find_prefix(arrays, scheme)
+        if prefix is None:
+            continue
+        own, others = {}, []
+        for name, array in arrays.items():
+            # The classifier may lie beside it.
+            if name.startswith(prefix) or name.startswith(scheme.classifier):
+                own[name.removeprefix(prefix)] = array
+            else:
+                others.append(name)
+        if others:
+            some = f"{', '.join(others[:3])}{', …' * (len(others) > 3)}"
+            log.info("Took the weights %s*; left out %d: %s.", prefix, len(others), some)
+        return scheme, own
     schemes = [scheme for family in FAMILIES for scheme in family.schemes]
     for scheme in schemes:
-        if _prefixes(arrays, scheme.first):
+        if _find_prefix(arrays, scheme) is not None:
             raise InputError(
                 f"The weights have the names of a {scheme.title}, the network is a {backbone}; "
                 f"set the backbone that the weights were trained with."
@@ -255,26 +252,29 @@ def _recognize(
     )
 
 
-def _prefixes(arrays: Mapping[str, np.ndarray], first: str) -> list[str]:
-    """Returns what stands before the first tensor of a network; several if there are several."""
-    found = [name.removesuffix(first) for name in arrays if f".{name}".endswith(f".{first}")]
-    # Blocks of a network may hold a tensor of that name themselves.
-    return [p for p in found if not any(p.startswith(q) for q in found if q != p)]
+def _find_prefix(arrays: Mapping[str, np.ndarray], scheme: Scheme) -> str | None:
+    """Returns what stands before the names of a network; None if there is none of the scheme.
 
-
-def _choose(prefixes: list[str]) -> str:
-    """Returns the prefix of the network that is meant; of momentum contrast, the one that learns.
+    Training scripts put the names of the modules around it in front: `module.` of
+    DataParallel, `_orig_mod.` of torch.compile, `module.encoder_q.` of momentum contrast, which
+    is the one of its two networks that learns.
 
     Raises:
-      InputError: Nobody can know.
+      InputError: There are several, and nobody can know which is meant.
     """
-    queries = [p for p in prefixes if p.endswith("encoder_q.")]
-    if len(prefixes) > 1 and len(queries) != 1:
+    first = scheme.first
+    found = [name.removesuffix(first) for name in arrays if f".{name}".endswith(f".{first}")]
+    # Blocks of a network may hold a tensor of that name themselves.
+    found = [p for p in found if not any(p.startswith(q) for q in found if q != p)]
+    queries = [p for p in found if p.endswith("encoder_q.")]
+    if len(queries) == 1:
+        found = queries
+    if len(found) > 1:
         raise InputError(
-            f"The file holds {len(prefixes)} networks, with the names {'*, '.join(prefixes)}*; "
-            f"save the tensors of one of them in a file of their own."
+            f"The file holds {len(found)} networks, with the names {'*, '.join(found)}*; save the "
+            f"tensors of one of them in a file of their own."
         )
-    return queries[0] if queries else prefixes[0]
+    return found[0] if found else None
 
 
 def _axes(path: ArrayPath, dimensions: int) -> tuple[int, ...]:

@@ -58,16 +58,16 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Mlp(nn.Module):
-    """Two linear layers, [..., C] → same."""
+    """Two linear layers, [..., C] → [..., 4·C] → [..., C]."""
 
-    hidden: int
     activation: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
-        hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
-        return dense(x.shape[-1], name="fc2")(hidden)
+        width = x.shape[-1]
+        hidden = ACTIVATIONS[self.activation](dense(4 * width, name="fc1")(x))
+        return dense(width, name="fc2")(hidden)
 
 
 class Attention(nn.Module):
@@ -97,7 +97,6 @@ class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and added to its input."""
 
     heads: int
-    hidden: int
     activation: str
     layer_scale: bool
     key_bias: bool
@@ -109,7 +108,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         attend = Attention(self.heads, self.key_bias, self.rotate, name="attn")
-        mlp = Mlp(self.hidden, self.activation, name="mlp")
+        mlp = Mlp(self.activation, name="mlp")
         for number, branch in enumerate((attend, mlp), 1):
             y = branch(self.norm(name=f"norm{number}")(x))
             if self.layer_scale:
@@ -122,7 +121,6 @@ class AttentionPool(nn.Module):
     """A learned query that attends to all tokens, [B, T, C] → [B, C] (SigLIP's pooled output)."""
 
     heads: int
-    hidden: int
     activation: str
     norm: Callable[..., nn.Module]
 
@@ -137,7 +135,7 @@ class AttentionPool(nn.Module):
         pooled = attention(query, *jnp.split(key_value, 2, 2)).reshape(batch, width)
         pooled = dense(width, name="proj")(pooled)
         y = self.norm(name="norm")(pooled)
-        return pooled + Mlp(self.hidden, self.activation, name="mlp")(y)
+        return pooled + Mlp(self.activation, name="mlp")(y)
 
 
 class ViT(Backbone):
@@ -149,7 +147,6 @@ class ViT(Backbone):
       width: C.
       depth: blocks.
       heads: of the attention.
-      hidden: of the MLPs, 0 for 4·C.
       published_patch: p of the published network, in pixels.
       grid: side of the grid of learned positions. They are interpolated to other sizes, see
         `positions`; 0 for rotary positions of queries and keys instead (`rotary`).
@@ -171,7 +168,6 @@ class ViT(Backbone):
     width: int
     depth: int
     heads: int
-    hidden: int = 0
     published_patch: int = 16
     grid: int = 14
     antialias: bool = False
@@ -237,10 +233,8 @@ class ViT(Backbone):
         if self.norm_pre:
             x = norm(name="norm_pre")(x)
 
-        hidden = self.hidden or 4 * width
         common = {
             "heads": self.heads,
-            "hidden": hidden,
             "activation": self.activation,
             "layer_scale": self.layer_scale,
             "key_bias": self.key_bias,
@@ -254,7 +248,7 @@ class ViT(Backbone):
         if self.class_token:
             token = x[:, 0]
         else:
-            token = AttentionPool(self.heads, hidden, self.activation, norm, name="attn_pool")(x)
+            token = AttentionPool(self.heads, self.activation, norm, name="attn_pool")(x)
         patches = x[:, -rows * columns :].reshape(batch, rows, columns, width)
         return Features(patches, token)
 
