@@ -395,45 +395,47 @@ def test_malice_in_every_pickle_of_the_old_format(tmp_path):
     assert not marker.exists()
 
 
+class Tensor:
+    """Pickles as a tensor does; the numbers of the layout need not fit the array."""
+
+    def __init__(self, array, shape=None, strides=None, offset=0):
+        self.array = np.ascontiguousarray(array)
+        of_array = tuple(step // self.array.itemsize for step in self.array.strides)
+        self.layout = offset, shape or self.array.shape, strides or of_array
+
+
+class Name:
+    """Pickles as a name of torch, without torch."""
+
+    def __init__(self, text):
+        self.text = text
+
+
 def torch_file(path, content, kind="zip"):
-    """Writes what torch.save would, of a tree of dicts whose arrays are tensors; without torch."""
-
-    class Tensor:  # pickles as a tensor does
-        def __init__(self, array):
-            self.array = np.ascontiguousarray(array)
-
-    class Name:
-        def __init__(self, text):
-            self.text = text
+    """Writes what torch.save would, of a tree of dicts whose arrays are tensors."""
 
     class Pickler(pickle._Pickler):
         def persistent_id(self, obj):
             return obj if isinstance(obj, tuple) and obj[:1] == ("storage",) else None
 
         def save(self, obj, *args, **kwargs):
+            if isinstance(obj, np.ndarray) and obj.dtype.str[1:] in KINDS:
+                obj = Tensor(obj)
             if isinstance(obj, Name):
                 self.write(b"c" + obj.text.encode() + b"\n")
             elif isinstance(obj, Tensor):
-                a, key = obj.array, str(len(storages))
-                storages[key] = a
-                kind = Name(
-                    {"f4": "torch\nFloatStorage", "i8": "torch\nLongStorage"}[a.dtype.str[1:]]
-                )
-                strides = tuple(s // a.itemsize for s in a.strides)
+                array, key = obj.array, str(len(storages))
+                storages[key] = array
+                storage = ("storage", Name(KINDS[array.dtype.str[1:]]), key, "cpu", array.size)
                 self.save(Name("torch._utils\n_rebuild_tensor_v2"))
-                self.save((("storage", kind, key, "cpu", a.size), 0, a.shape, strides, False, {}))
+                self.save((storage, *obj.layout, False, {}))
                 self.write(pickle.REDUCE)
             else:
                 super().save(obj, *args, **kwargs)
 
-    def tensors(tree):
-        if isinstance(tree, dict):
-            return {key: tensors(value) for key, value in tree.items()}
-        is_tensor = isinstance(tree, np.ndarray) and tree.dtype.str[1:] in ("f4", "i8")
-        return Tensor(tree) if is_tensor else tree
-
+    KINDS = {"f4": "torch\nFloatStorage", "i8": "torch\nLongStorage"}
     storages, buffer = {}, io.BytesIO()
-    Pickler(buffer, 2).dump(tensors(content))
+    Pickler(buffer, 2).dump(content)
     if kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", buffer.getvalue())
@@ -577,45 +579,14 @@ def test_a_download_that_broke_off(small, published, tmp_path):
         pretrained.load(small, str(path), "resnet18")
 
 
-def tensor_file(path, shape, strides, offset=0, stored=4):
-    """A file of torch with one tensor, as torch would never write it."""
-
-    class Stored:
-        def __init__(self, pid):
-            self.pid = pid
-
-    class Pickler(pickle._Pickler):
-        def persistent_id(self, obj):
-            return obj.pid if isinstance(obj, Stored) else None
-
-        def save(self, obj, *args, **kwargs):
-            if isinstance(obj, types.SimpleNamespace):  # a name of torch, without torch
-                return self.write(b"c" + obj.name.encode() + b"\n")
-            return super().save(obj, *args, **kwargs)
-
-    buffer = io.BytesIO()
-    pickler = Pickler(buffer, 2)
-    rebuild = types.SimpleNamespace(name="torch._utils\n_rebuild_tensor_v2")
-    kind = types.SimpleNamespace(name="torch\nFloatStorage")
-    stored_pid = Stored(("storage", kind, "0", "cpu", stored))
-    pickler.proto = 2
-    buffer.write(b"\x80\x02}X\x01\x00\x00\x00x")
-    pickler.save(rebuild)
-    pickler.save((stored_pid, offset, shape, strides, False, {}))
-    buffer.write(b"Rs.")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("bad/data.pkl", buffer.getvalue())
-        archive.writestr("bad/data/0", np.arange(stored, dtype=np.float32).tobytes())
-
-
 def test_a_tensor_must_lie_in_its_storage(tmp_path):
-    path = tmp_path / "x.pth"
-    tensor_file(path, (2, 2), (1, 2))
+    path, stored = tmp_path / "x.pth", np.arange(4, dtype=np.float32)
+    torch_file(path, {"x": Tensor(stored, (2, 2), (1, 2))})
     np.testing.assert_array_equal(read_torch_file(path)["x"], [[0, 2], [1, 3]])
     bad = [((5,), (1,)), ((2, 2), (3, 2)), ((2,), (-1,)), ((-2,), (1,)), ((2,), (1, 1))]
     bad += [((10**9,), (0,)), ((2.0,), (1,)), ((2,), (1,), 3), ((1,), (1,), -1), ((2,), (2**61,))]
-    for arguments in bad:
-        tensor_file(path, *arguments)
+    for layout in bad:
+        torch_file(path, {"x": Tensor(stored, *layout)})
         with pytest.raises(ValueError, match="a tensor"):
             read_torch_file(path)
 
