@@ -149,20 +149,18 @@ def convert_state_dict(
 
     Args:
       state_dict: arrays by name, in one of the backbone's schemes (see its file),
-        convolutions as [out, in, h, w]. The modules that training scripts put around a
-        network, and with them what lies beside it, and the ImageNet classifier are dropped,
-        which is logged; counters `num_batches_tracked` are ignored.
+        convolutions as [out, in, h, w]. What lies beside the network and the ImageNet classifier
+        are dropped, which is logged; counters `num_batches_tracked` are ignored.
       variables: of the backbone to be filled; only its names and shapes matter.
       backbone: its name.
 
     Returns:
-      The same tree with the weights, NumPy float32. The running variance is taken as
-      it is, see `to_torchvision`.
+      The same tree with the weights, NumPy float32, which may be views of what was given. The
+      running variance is taken as it is, see `to_torchvision`.
 
     Raises:
-      InputError: The names are none of these, or a tensor is missing, left over or of
-        another shape; every one is named, with both names and both shapes. Or there are
-        several networks.
+      InputError: The names are none of these, or there are several networks; or a tensor is
+        missing, left over or of another shape: every one is named.
     """
     scheme, arrays = _recognize(state_dict, backbone)
     dropped = sorted(name for name in arrays if name.startswith(scheme.classifier))
