@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-__all__ = ["OPTIONS", "Backbone", "ConvNet", "DropPath", "LayerNorm", "LayerScale", "is_ampere"]
+__all__ = [
+    "OPTIONS",
+    "Backbone",
+    "ConvNet",
+    "DropPath",
+    "Layer",
+    "LayerNorm",
+    "LayerScale",
+    "is_ampere",
+]
 
 # Makes a layer of a network: its convolution or norm with what all of them have in common.
 Layer = Callable[..., nn.Module]
