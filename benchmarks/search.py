@@ -325,7 +325,7 @@ def _embed_photographs(photos: str) -> tuple[np.ndarray, np.ndarray]:
 def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors and labels of the glyphs that a network was not trained on."""
     from cgd_jax import checkpoint, evaluate, from_config
-    from cgd_jax.models.cgd import create_model, embed_model
+    from cgd_jax.models.cgd import create_model_of, embed_model
     from cgd_jax.train import train_and_evaluate
     from configs import glyphs
 
@@ -336,7 +336,7 @@ def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
         config.eval.baselines = False
         train_and_evaluate(config, str(Path(scratch, "run")))
         variables, normalization, _ = checkpoint.read_weights(Path(scratch, "run"))
-        model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
+        model = create_model_of(config.model, variables)
         setup = from_config.set_up(config)
         embed = embed_model(model, variables, normalization, config.data.image_size)
         vectors = evaluate.embed_dataset(

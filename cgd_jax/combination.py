@@ -101,10 +101,7 @@ def kernel_shapes(
     >>> kernel_shapes(2048, descriptors=3, embedding_dim=1536, combination="raw")
     [(6144, 1536)]
     """
-    if combination not in COMBINATIONS:
-        raise ValueError(
-            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
-        )
+    _check_combination(combination)
     if combination == "raw":
         return [(descriptors * channels, embedding_dim)]
     if combination == "sum":
@@ -144,10 +141,7 @@ def combine(
     >>> combine(descriptors, [jnp.eye(2), jnp.eye(2)])[0].round(2)
     Array([[0.71, 0.  , 0.  , 0.71]], dtype=float32)
     """
-    if combination not in COMBINATIONS:
-        raise ValueError(
-            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
-        )
+    _check_combination(combination)
     if combination == "raw":
         descriptors = [jnp.concatenate(descriptors, -1)]
     if len(kernels) != len(descriptors) or any(
@@ -171,3 +165,10 @@ def combine(
         return embedding, [embedding]
     embedding = l2_normalize(jnp.concatenate(branches, -1))
     return embedding, branches if combination == "separate" else [embedding]
+
+
+def _check_combination(combination: str) -> None:
+    if combination not in COMBINATIONS:
+        raise ValueError(
+            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
+        )

@@ -15,7 +15,7 @@ from cgd_jax import checkpoint, embed, pooling, retrieval, run
 from cgd_jax.attribution import NO_MAP, explain_pair
 from cgd_jax.data import Dataset
 from cgd_jax.data.decode import decode
-from cgd_jax.models.cgd import create_model, embed_model
+from cgd_jax.models.cgd import create_model_of, embed_model
 from cgd_jax.preprocess import center_crop
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
@@ -60,7 +60,7 @@ def explain_run(
         raise ConfigError(f"model.descriptors={config.model.descriptors!r}: {NO_MAP}")
     pixels = read_images(given, config)
     variables, normalization, step = checkpoint.read_weights(workdir, step)
-    model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
+    model = create_model_of(config.model, variables)
     size, batch = config.data.image_size, config.eval.batch_size
 
     setup = run.create_run(config, workdir)

@@ -16,10 +16,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from cgd_jax.config import complete
 from cgd_jax.models import pretrained, weight_files
-from cgd_jax.models.cgd import CGD, create_model, embed_model
+from cgd_jax.models.cgd import CGD, create_model_of, embed_model
 from cgd_jax.preprocess import Normalization
 
 if TYPE_CHECKING:
@@ -93,19 +94,18 @@ def read_network(source: str | Path) -> tuple[CGD, dict, Normalization, dict[str
       ValueError: It is damaged, or was not exported from a run.
     """
     path = weight_files.find(str(source))
-    metadata, shapes = weight_files.read_header(path)
+    weights, metadata = weight_files.read(path)
     if "config" not in metadata:
         raise ValueError(
             f"{path} holds weights, but not the config of the network that they belong to; only "
             f"files that --mode=export wrote do."
         )
     config = complete(json.loads(metadata["config"]))
-    size, backbone = config["data"]["image_size"], config["model"]["backbone"]
-    model = create_model(SimpleNamespace(**config["model"]), shapes["params/auxiliary_fc/bias"][0])
+    size, trained = config["data"]["image_size"], unflatten_dict(weights, sep="/")
+    model = create_model_of(SimpleNamespace(**config["model"]), trained)
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables, normalization = pretrained.load(variables, str(path), backbone)
-    return model, variables, normalization, config
+    variables = pretrained.fill(jax.eval_shape(model.init, jax.random.key(0), images), trained)
+    return model, variables, pretrained.saved_normalization(metadata), config
 
 
 def as_pixels(images: Any, side: int) -> Any:
@@ -204,7 +204,7 @@ def export_run(workdir: str, step: int | None = None) -> Path:
     pretrained.save(folder / "model.safetensors", variables, normalization, metadata)
     backbone = pretrained.to_torchvision(variables, config.model.backbone)
     pretrained.save(folder / "backbone.safetensors", backbone, normalization)
-    model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
+    model = create_model_of(config.model, variables)
     write_program(folder / "embed.stablehlo", model, variables, normalization, config)
     shape = feature_map(model, variables, config.data.image_size)
     files.write_atomically(
@@ -236,8 +236,8 @@ def write_program(
 
     size = config.data.image_size
     side = config.data.resize if config.eval.center_crop else size
-    in_float32 = create_model(
-        SimpleNamespace(**config.model.to_dict() | {"dtype": "float32"}), model.num_classes
+    in_float32 = create_model_of(
+        SimpleNamespace(**config.model.to_dict() | {"dtype": "float32"}), variables
     )
     embed = jax.jit(embed_model(in_float32, variables, normalization, size))
     (batch,) = jax.export.symbolic_shape("batch")

@@ -18,16 +18,12 @@ from cgd_jax.losses.pairs import Miner
 from cgd_jax.models.cgd import Output
 
 __all__ = [
-    "LOSS_PARAMS",
     "create_loss_params",
     "create_memory",
     "loss_param_counts",
     "measure_losses",
-    "network_of",
     "triplet_margin",
 ]
-
-LOSS_PARAMS = "loss"  # where the parameters hold those of the losses, if there are any
 
 
 def measure_losses(
@@ -152,11 +148,6 @@ def create_loss_params(
 def create_memory(config: ConfigDict, dim: int) -> losses.Memory | None:
     """Returns the empty cross-batch memory of a config (its `loss` part), if it has one."""
     return losses.empty_memory(config.memory, dim) if config.memory else None
-
-
-def network_of(params: dict) -> dict:
-    """Returns the parameters without those of the losses."""
-    return {name: part for name, part in params.items() if name != LOSS_PARAMS}
 
 
 def triplet_margin(config: ConfigDict) -> float | None:

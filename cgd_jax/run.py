@@ -18,8 +18,8 @@ from cgd_jax import checkpoint
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
 from cgd_jax.models import pretrained, weight_files
-from cgd_jax.models.cgd import CGD, create_model
-from cgd_jax.objective import loss_param_counts, network_of
+from cgd_jax.models.cgd import CGD, create_model, network_params
+from cgd_jax.objective import loss_param_counts
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.rules import AUTO, validate
 from cgd_jax.runtime import compiled, console, processes
@@ -207,7 +207,7 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     Raises:
       ConfigError: There is no such source, or it does not fit the network.
     """
-    variables = {"params": network_of(state.params), "batch_stats": state.batch_stats}
+    variables = {"params": network_params(state.params), "batch_stats": state.batch_stats}
     source = config.pretrained
     run = Path(source).expanduser()
     try:

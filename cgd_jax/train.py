@@ -13,7 +13,8 @@ from cgd_jax import checkpoint, gradient_caching, train_step
 from cgd_jax.config import to_dict
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
 from cgd_jax.evaluate import evaluate_state, evaluate_step, log_results, measure_baselines
-from cgd_jax.objective import network_of, triplet_margin
+from cgd_jax.models.cgd import network_params
+from cgd_jax.objective import triplet_margin
 from cgd_jax.reports import collapse, plots, tables, trackers
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
@@ -246,7 +247,7 @@ def stop_if_not_finite(run: Run, sample_indices, step: int, metrics: dict) -> No
 def run_facts(run: Run, state: State, flops: float) -> dict[str, str]:
     """Returns the facts of a run that are printed before it begins."""
     model, train = run.config.model, run.config.train
-    parameters = sum(array.size for array in jax.tree.leaves(network_of(state.params)))
+    parameters = sum(array.size for array in jax.tree.leaves(network_params(state.params)))
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} × {devices[0].device_kind}",

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cgd_jax import geometry, losses, objective
 from cgd_jax.augment import augment
 from cgd_jax.models import backbones
-from cgd_jax.models.cgd import CGD, Output
+from cgd_jax.models.cgd import CGD, LOSS_PARAMS, Output, network_params
 from cgd_jax.optimizer import learning_rate_schedule, moving_average
 from cgd_jax.preprocess import Normalization
 
@@ -37,7 +37,7 @@ class State:
     def variables(self) -> dict:
         """Returns what is evaluated: the network, its averaged parameters if there are any."""
         params = self.params if self.average is None else self.average
-        return {"params": objective.network_of(params), "batch_stats": self.batch_stats}
+        return {"params": network_params(params), "batch_stats": self.batch_stats}
 
 
 TrainStep = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
@@ -133,7 +133,7 @@ def measure_losses(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns `objective.measure_losses` with what a state holds for it."""
     key = jax.random.fold_in(step_key(config.seed, state.step), 2)
-    loss_params = state.params.get(objective.LOSS_PARAMS)
+    loss_params = state.params.get(LOSS_PARAMS)
     return objective.measure_losses(config.loss, labels, output, loss_params, state.memory, key)
 
 
@@ -241,7 +241,7 @@ def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransfor
     variables = model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)))
     params = variables["params"]
     if drawn := objective.create_loss_params(config.loss, config.seed, model.num_classes, dim):
-        params = {**params, objective.LOSS_PARAMS: drawn}
+        params = {**params, LOSS_PARAMS: drawn}
     normalization = backbones.normalization_of(config.model.backbone)
     return State(
         step=jnp.zeros((), jnp.int32),

@@ -145,9 +145,9 @@ def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
         "  ", ""
     )
     assert "blobs" in body and "random weights" in body
-    metadata, shapes = weight_files.read_header(folder / "model.safetensors")
+    weights, metadata = weight_files.read(folder / "model.safetensors")
     assert json.loads(metadata["metrics"])["embedding"] == result["metrics"]
-    assert shapes["params/fc_S"] == (16, 4)
+    assert weights["params/fc_S"].shape == (16, 4)
     assert not list(folder.glob("*.tmp"))
 
 

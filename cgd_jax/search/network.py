@@ -157,12 +157,12 @@ def _read_run(workdir: str) -> tuple["CGD", dict, "Normalization", dict[str, Any
     """Returns the network of a run as `export.read_network` returns an exported one."""
     from cgd_jax import checkpoint
     from cgd_jax.config import to_dict
-    from cgd_jax.models.cgd import create_model
+    from cgd_jax.models.cgd import create_model_of
     from cgd_jax.workdir import read_config
 
     config = read_config(workdir)
     variables, normalization, _ = checkpoint.read_weights(workdir)
-    model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
+    model = create_model_of(config.model, variables)
     return model, variables, normalization, to_dict(config)
 
 
