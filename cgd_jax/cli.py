@@ -436,7 +436,7 @@ def run_search_mode(given: flags.FlagValues) -> None:
             crop=given.crop,
             duplicates=given.similarity,
             as_json=given.json,
-            picture=given.picture,
+            figure=given.picture,
         )
 
 
