@@ -1,10 +1,12 @@
 """Any number of images, read by all cores and embedded in batches that suit the device."""
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.threads import CORES, parallel
 from cgd_jax.search.network import Network
 
@@ -39,9 +41,10 @@ def embed_pixels(network: Network, pixels: np.ndarray) -> np.ndarray:
 
 
 def read_and_embed(
-    items: Iterable[Item],
+    items: Sequence[Item],
     read: Callable[[Item], tuple[np.ndarray, dict[str, Any]] | str | None],
     embed: Callable[[np.ndarray], np.ndarray],
+    what: str | None = None,
 ) -> Iterator[tuple[Item, Any, np.ndarray | None]]:
     """Reads images ahead in threads, while the device embeds those that could be read.
 
@@ -49,6 +52,7 @@ def read_and_embed(
       items: to read.
       read: returns what `images.read` does, or anything else where there is nothing to embed.
       embed: [B, side, side, 3] uint8 → [B, D].
+      what: is being done, for a progress bar; None for none.
 
     Yields:
       For every item: itself, the fields that `read` found, and the vector [D]; or itself, what
@@ -56,17 +60,20 @@ def read_and_embed(
     """
     waiting: list[tuple[Item, tuple[np.ndarray, dict]]] = []
     # So many are ahead that the next batch is there when the device is free.
-    ahead = 2 * BATCHES[-1] // CORES
-    for item, outcome in parallel(lambda item: (item, read(item)), items, ahead):
-        if not isinstance(outcome, tuple):
-            yield item, outcome, None
-            continue
-        waiting.append((item, outcome))
-        if len(waiting) == enough():
+    outcomes = parallel(read, items, 2 * BATCHES[-1] // CORES)
+    with progress(len(items), what) if what and items else contextlib.nullcontext() as bar:
+        for item, outcome in zip(items, outcomes, strict=True):
+            if bar:
+                bar.update()
+            if not isinstance(outcome, tuple):
+                yield item, outcome, None
+                continue
+            waiting.append((item, outcome))
+            if len(waiting) == enough():
+                yield from _embedded(waiting, embed)
+                waiting.clear()
+        if waiting:
             yield from _embedded(waiting, embed)
-            waiting.clear()
-    if waiting:
-        yield from _embedded(waiting, embed)
 
 
 def _embedded(waiting: list, embed: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple]:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cgd_jax.runtime import files
-from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images, stores
 from cgd_jax.search.images import LeftOut, Listed
@@ -154,12 +153,8 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> 
     chosen = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))[:SAMPLE]]
     read = partial(_read, known={}, side=network.resize)
     embed = partial(embedding.embed_pixels, network)
-    with progress(len(chosen), "learning the whitening") as bar:
-        found = []
-        for _, _, vector in embedding.read_and_embed(chosen, read, embed):
-            bar.update()
-            if vector is not None:
-                found.append(vector)
+    outcomes = embedding.read_and_embed(chosen, read, embed, "learning the whitening")
+    found = [vector for _, _, vector in outcomes if vector is not None]
     if len(found) <= dimension:
         raise InputError(f"--whiten={dimension}: only {len(found):,} images can be read.")
     return rerank.learn_whitening(np.stack(found), dimension)
@@ -180,22 +175,21 @@ def _update(index: Index, wanted: dict[str, Listed], share: tuple[int, int]) -> 
     skipped, touched, added, changed = [], [], 0, 0
     records, vectors, written = [], [], time.monotonic()
     read = partial(_read, known=known, side=index.info.resize)
-    with progress(len(todo), "indexing") as bar:
-        for (record, _), found, vector in embedding.read_and_embed(todo, read, index.embed_pixels):
-            bar.update()
-            if vector is not None:
-                added += record.id not in known
-                changed += record.id in known
-                records.append(record._replace(**found))
-                vectors.append(vector)
-                if len(records) >= WRITE_EVERY or time.monotonic() > written + WRITE_AFTER:
-                    index.write(records, np.stack(vectors))
-                    records, vectors, written = [], [], time.monotonic()
-            elif found is None:
-                touched.append(record)
-            else:
-                skipped.append((record.path, found))
-                gone += [record.id] if record.id in known else []
+    outcomes = embedding.read_and_embed(todo, read, index.embed_pixels, "indexing")
+    for (record, _), found, vector in outcomes:
+        if vector is not None:
+            added += record.id not in known
+            changed += record.id in known
+            records.append(record._replace(**found))
+            vectors.append(vector)
+            if len(records) >= WRITE_EVERY or time.monotonic() > written + WRITE_AFTER:
+                index.write(records, np.stack(vectors))
+                records, vectors, written = [], [], time.monotonic()
+        elif found is None:
+            touched.append(record)
+        else:
+            skipped.append((record.path, found))
+            gone += [record.id] if record.id in known else []
     if records:
         index.write(records, np.stack(vectors))
     _touch(index, touched)
