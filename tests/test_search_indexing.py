@@ -108,9 +108,10 @@ def test_files_that_cannot_be_used_are_listed(photos, tmp_path, caplog):
     (photos / "hats/empty.png").touch()
     (photos / "notes.txt").write_text("no image")
     (photos / ".hidden.png").write_text("not looked at")
+    (photos / "hats/\x1b[2J.png").touch()
     address = tmp_path / "index"
     changes = update(str(address), [photos], stand_in())
-    assert numbers(changes) == (12, 0, 0, 0, 3)
+    assert numbers(changes) == (12, 0, 0, 0, 4)
     with open(address / "skipped.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["path", "reason"]
@@ -120,10 +121,11 @@ def test_files_that_cannot_be_used_are_listed(photos, tmp_path, caplog):
     reasons = {Path(path).name: reason for path, reason in rows}
     assert reasons["empty.png"] == "empty file" and "name" in reasons["notes.txt"]
     assert f"Left out: {photos}/hats/empty.png: empty file." in caplog.text
+    assert r"hats/\x1b[2J.png: empty" in caplog.text and "\x1b" not in caplog.text
     # An image that breaks is removed, one that is mended comes.
     (photos / "hats/000.png").write_bytes(b"")
     photograph(photos / "hats/empty.png", 5)
-    assert numbers(update(str(address), [photos], stand_in())) == (1, 0, 1, 11, 3)
+    assert numbers(update(str(address), [photos], stand_in())) == (1, 0, 1, 11, 4)
 
 
 def test_archives_and_lists(photos, tmp_path):

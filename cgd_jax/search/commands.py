@@ -58,15 +58,15 @@ def search_index(
     as_json: bool = False,
     figure: str = "search.png",
 ) -> None:
-    """Searches an index and shows what is found; see `queries.ask` and `find_duplicates`.
+    """Searches an index and shows what is found; see `Index.open`, `queries.ask`.
 
     Args:
       address: of the index.
       asked: files and folders to search by; None to look for duplicates.
-      model: as `Index.open` takes it.
+      model: of the index.
       k: hits of each query, at most.
-      where: as for `Index.search`.
-      exact: likewise.
+      where: which images to look at.
+      exact: whether to compare with every image.
       crop: "x,y,width,height", the part of each query to search by.
       duplicates: similarity from which images count as duplicates; None is the default.
       as_json: whether to print JSON, and nothing else, and draw nothing.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cgd_jax.reports.names import literal
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images, stores
@@ -238,7 +239,7 @@ def _touch(index: Index, touched: list[Record]) -> None:
 def _report(address: str, skipped: list[LeftOut]) -> None:
     """Says which files were left out, and lists them in a folder's skipped.csv."""
     for path, reason in skipped[:LISTED]:
-        log.warning("Left out: %s: %s.", path, reason)
+        log.warning("Left out: %s: %s.", literal(path), reason)
     if len(skipped) > LISTED:
         log.warning("... and %s more.", f"{len(skipped) - LISTED:,}")
     if Path(address).is_dir() and not address.endswith(".db"):
