@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import unicodedata
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -151,6 +152,23 @@ def test_archives_and_lists(photos, tmp_path):
     assert numbers(update(address, sources[2:], network)) == (0, 0, 0, 1, 0)
     assert index.labels() == {"hats": 12, "hood": 1, "shoes": 6}
     assert not list(tmp_path.glob("incomplete*"))
+
+
+def test_a_label_has_one_form(tmp_path):
+    """Accents are letters of their own in names from macOS."""
+    index = tmp_path / "index"
+    for i, form in enumerate(["NFC", "NFD"]):
+        name = unicodedata.normalize(form, "Zürich")
+        photograph(tmp_path / form / name / "a.png", i)
+        update(str(index), [tmp_path / form], stand_in())
+        Index.open(index, stand_in()).add([photograph(tmp_path / f"{i}.png", i)], [name])
+    opened = Index.open(index, stand_in())
+    assert opened.labels() == {unicodedata.normalize("NFC", "Zürich"): 4}
+    for form in ("NFC", "NFD"):
+        where = unicodedata.normalize(form, "label = 'Zürich'")
+        assert opened.count(where) == len(opened.search(np.ones(16), where=where)) == 4
+        assert len(opened.vectors(where)[0]) == 4
+        assert opened.count(unicodedata.normalize(form, "path LIKE '%/Zürich/%'")) == 1
 
 
 def test_sources_that_are_none(photos, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from cgd_jax.data import archives, photo_list
 from cgd_jax.data.decode import decode, dimensions, looks_like_photograph, resize, to_rgb
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search.stores import Record
+from cgd_jax.search.stores import Record, composed
 
 __all__ = ["id_of", "list_images", "read", "record_of"]
 
@@ -121,6 +121,7 @@ def record_of(
     """
     status = file.stat()
     modified = status.st_mtime_ns if modified is None else modified
+    label = composed(label)
     return Record(id_of(path), path, label, status.st_size, source=source, modified=modified)
 
 

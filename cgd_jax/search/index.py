@@ -12,6 +12,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -236,7 +237,7 @@ class Index:
         vectors = self._checked(vectors)
         if exact and self.store.approximate():
             return self._search_in_memory(vectors, k, where)
-        return self.store.search(vectors, k, where)
+        return self.store.search(vectors, k, _composed(where))
 
     def _checked(self, vectors: np.ndarray) -> np.ndarray:
         vectors = np.asarray(vectors, np.float32)
@@ -273,7 +274,7 @@ class Index:
 
     def count(self, where: str | None = None) -> int:
         """Counts the images, or those that `where` selects."""
-        return self.store.count(where)
+        return self.store.count(_composed(where))
 
     def get(self, id: str) -> Record | None:
         """Returns what is known of an image; None if there is none of this id."""
@@ -315,7 +316,7 @@ class Index:
         if where is None and self._remembered is not None and self._remembered[0] == version:
             return self._remembered[1:]
         ids, pieces = [], [np.zeros((0, self.info.dimension), np.float32)]
-        for batch in self.store.read(["id", "vector"], where):
+        for batch in self.store.read(["id", "vector"], _composed(where)):
             ids += batch["id"].to_pylist()
             pieces.append(stores.vectors_in(batch))
         vectors = np.concatenate(pieces)
@@ -351,10 +352,11 @@ class Index:
           BusyError: somebody else writes to the index.
         """
         images, side = list(images), self.info.resize
+        labels = [None] * len(images) if labels is None else labels
         ids, rows = [], {}
-        for image, label in zip(images, labels or [None] * len(images), strict=True):
+        for image, label in zip(images, labels, strict=True):
             pixels, content = reading.read(image, side)
-            record = Record(content["hash"][:20], label=label)
+            record = Record(content["hash"][:20], label=stores.composed(label))
             if isinstance(image, str | Path):
                 path = Path(image).absolute()
                 record = reading.record_of(path, str(path), label)
@@ -421,6 +423,12 @@ def writing(address: str) -> Iterator[None]:
                 f"has written stays."
             ) from None
         yield
+
+
+def _composed(where: str | None) -> str | None:
+    """Writes the labels of a condition as they are kept; those of files have either form."""
+    columns = re.sub(r"'(?:[^']|'')*'", "", where or "")
+    return where if re.search(r"\b(path|source)\b", columns) else stores.composed(where)
 
 
 def _remembered_of(network: Network) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, get_type_hints
 
@@ -120,6 +121,11 @@ def vectors_in(batch: pa.RecordBatch) -> np.ndarray:
 def is_local(address: str) -> bool:
     """Returns whether an index is a folder or a file here, rather than an address elsewhere."""
     return re.match(r"[a-z0-9+]{2,}://", address) is None
+
+
+def composed(label: str | None) -> str | None:
+    """Returns a label in the one form in which labels are kept: "ü" may be one letter or two."""
+    return label and unicodedata.normalize("NFC", label)
 
 
 def quoted(text: str) -> str:
