@@ -9,7 +9,7 @@ from PIL import Image
 
 from cgd_jax.augment import IMAGENET
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import Index, StoreError, embedding, images
+from cgd_jax.search import Index, Record, StoreError, embedding, images
 from cgd_jax.search import index as indexes
 from cgd_jax.search.duplicates import find_duplicates
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
@@ -40,6 +40,25 @@ def test_hits_are_those_of_an_exhaustive_search(filled, exact, monkeypatch):
             assert [(hit.id, hit.path) for hit in hits] == [(ids[i], str(files[i])) for i in order]
             expected = [vectors[i] @ query for i in order]
             np.testing.assert_allclose([hit.similarity for hit in hits], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("database", ["index", "index.db"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_pages_neither_repeat_nor_omit_equal_images(tmp_path, database, exact, monkeypatch):
+    """What fewer hits end with is what more go on from, whatever the order of writing."""
+    pytest.importorskip("milvus_lite" if database.endswith(".db") else "lancedb")
+    index = Index.create(tmp_path / database, stand_in())
+    monkeypatch.setattr(index.store, "approximate", lambda: exact)
+    vectors = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    ids = np.random.default_rng(1).permutation(80)
+    for some in np.split(ids, 4):  # as many files of the database
+        index.write([Record(f"{i:03}") for i in some], vectors[some % 4])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = unit @ unit[0]
+    whole = sorted(range(80), key=lambda i: (-similarity[i % 4], i))
+    for k in (1, 3, 20, 21, 37, 60, 79, 80, 100):
+        hits = index.search(vectors[0], k, exact=exact)
+        assert [int(hit.id) for hit in hits] == whole[:k]
 
 
 def test_a_query_may_be_a_file_an_image_pixels_or_a_vector(filled):

@@ -33,6 +33,9 @@ from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
 
 __all__ = ["Index", "IndexInfo", "Query", "open_store"]
 
+# As many equally similar images are put in order; a Milvus server finds 16,384 at once.
+EQUALS = 16_000
+
 # A file, an image, its pixels [H, W, 3] uint8, or a vector [D] of floats.
 Query = str | Path | Image.Image | np.ndarray
 Whitening = tuple[np.ndarray, np.ndarray]  # mean and projection, see `rerank.learn_whitening`
@@ -231,13 +234,25 @@ class Index:
     def search_vectors(
         self, vectors: np.ndarray, k: int = 20, where: str | None = None, exact: bool = False
     ) -> list[list[Hit]]:
-        """Finds the images most similar to each of [B, D] vectors, as `search` does."""
+        """Finds the images most similar to each of [B, D] vectors, as `search` does.
+
+        Of equally similar images those with the lower ids come first, so that a larger k only
+        adds to what a smaller one finds. Similarities have six digits: more are noise.
+        """
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
         vectors = self._checked(vectors)
-        if exact and self.store.approximate():
-            return self._search_in_memory(vectors, k, where)
-        return self.store.search(vectors, k, _composed(where))
+        in_memory = exact and self.store.approximate()
+        search = self._search_in_memory if in_memory else self.store.search
+        limit = k + 1
+        while True:
+            found = [_in_order(hits) for hits in search(vectors, limit, _composed(where))]
+            # A database cuts off between equals where it likes: what is asked for must end
+            # beyond them.
+            cut = [len(h) == limit and h[k - 1].similarity == h[-1].similarity for h in found]
+            if not any(cut) or limit >= EQUALS:
+                return [hits[:k] for hits in found]
+            limit = min(4 * limit, EQUALS)
 
     def _checked(self, vectors: np.ndarray) -> np.ndarray:
         vectors = np.asarray(vectors, np.float32)
@@ -423,6 +438,11 @@ def writing(address: str) -> Iterator[None]:
                 f"has written stays."
             ) from None
         yield
+
+
+def _in_order(hits: list[Hit]) -> list[Hit]:
+    rounded = [hit._replace(similarity=round(hit.similarity, 6)) for hit in hits]
+    return sorted(rounded, key=lambda hit: (-hit.similarity, hit.id))
 
 
 def _composed(where: str | None) -> str | None:

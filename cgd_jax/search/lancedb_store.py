@@ -85,7 +85,7 @@ class LanceStore:
         for row in rows:  # of one query, the database does not say of which
             hits = found[row.pop("query_index", 0)]
             hits.append(Hit(similarity=1 - row.pop("_distance"), **row))
-        return [sorted(hits, key=lambda hit: (-hit.similarity, hit.id)) for hits in found]
+        return found
 
     def count(self, where: str | None = None) -> int:
         with self._failures("read", where):

@@ -80,7 +80,7 @@ class Store(Protocol):
         """Deletes rows; unknown ids are ignored."""
 
     def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
-        """Finds the k nearest rows to each of [B, D] unit vectors, nearest first."""
+        """Finds the k nearest rows to each of [B, D] unit vectors, in any order."""
 
     def count(self, where: str | None = None) -> int:
         """Counts rows."""
