@@ -1,6 +1,7 @@
 """An index answers like an exhaustive search with the network that it belongs to, and no other."""
 
 import io
+import shutil
 
 import jax
 import numpy as np
@@ -165,6 +166,22 @@ def test_another_network_is_refused_with_both_named(filled, changes, named, monk
     monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: other)
     with pytest.raises(InputError, match=message):
         Index.open(index.store.address).embed([Image.new("RGB", (8, 8))])
+
+
+def test_an_index_that_is_replaced_is_not_searched_with_the_old_network(tmp_path):
+    address, files = tmp_path / "index", [photograph(tmp_path / "a.png", 1)]
+    index = Index.open(address, stand_in(), create=True)
+    index.add(files)
+    assert index.search(files[0])[0].similarity == 1
+    shutil.rmtree(address)
+    # As many writes: the version of the table is the same.
+    Index.open(address, stand_in("other", seed=1), create=True).add(files)
+    with pytest.raises(StoreError, match="was replaced by another one.*Open it again"):
+        index.search(files[0])
+    with pytest.raises(StoreError, match="was replaced by another one"):
+        index.count()
+    again = Index.open(address, stand_in("other", seed=1))
+    assert again.search(files[0])[0].similarity == 1
 
 
 def test_a_network_that_is_not_there(filled):

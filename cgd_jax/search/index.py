@@ -179,6 +179,17 @@ class Index:
                 f"with --index=."
             )
 
+    def _check_not_replaced(self) -> None:
+        """Raises StoreError if another index has come in the place of the one that was opened.
+
+        Not only when the version changes: that of another index may be the same number.
+        """
+        if json.loads(self.store.about().get("info", "null")) != self.info._asdict():
+            raise stores.StoreError(
+                f"The index {self.store.address} was replaced by another one after it had been "
+                f"opened. Open it again; if it is served, start the server again."
+            )
+
     def embed(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         """Returns the vectors of images, [B, D] float32 of unit length."""
         return self.embed_pixels(np.stack([reading.read(x, self.info.resize)[0] for x in images]))
@@ -242,6 +253,7 @@ class Index:
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
         vectors = self._checked(vectors)
+        self._check_not_replaced()
         in_memory = exact and self.store.approximate()
         search = self._search_in_memory if in_memory else self.store.search
         limit = k + 1
@@ -289,6 +301,7 @@ class Index:
 
     def count(self, where: str | None = None) -> int:
         """Counts the images, or those that `where` selects."""
+        self._check_not_replaced()
         return self.store.count(_composed(where))
 
     def get(self, id: str) -> Record | None:
