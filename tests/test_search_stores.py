@@ -10,7 +10,7 @@ import pytest
 
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import stores
-from cgd_jax.search.index import open_store
+from cgd_jax.search.opening import open_store
 from cgd_jax.search.stores import NoIndexError, Record, StoreError
 
 DIMENSION = 16

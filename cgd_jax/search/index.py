@@ -9,12 +9,11 @@ it is never searched with another. JAX is imported when the first image is embed
 """
 
 import base64
-import contextlib
 import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cgd_jax.runtime import locks
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, stores
 from cgd_jax.search import images as reading
 from cgd_jax.search import network as networks
 from cgd_jax.search.network import Network
+from cgd_jax.search.opening import open_store, writing
 from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
 
-__all__ = ["Index", "IndexInfo", "Query", "open_store"]
+__all__ = ["Index", "IndexInfo", "Query"]
 
 # As many equally similar images are put in order; a Milvus server finds 16,384 at once.
 EQUALS = 16_000
@@ -82,7 +81,7 @@ class Index:
         """Opens an index.
 
         Args:
-          address: of the index, see `open_store`.
+          address: of the index, see `opening.open_store`.
           model: the network, see `network.open_network`. None is the one that the index was
             made with; of a new index, the packaged EfficientNet-Lite0.
           create: whether to make the index if there is none.
@@ -123,7 +122,7 @@ class Index:
         """Makes an empty index; one that is there already is opened.
 
         Args:
-          address: of the index, see `open_store`.
+          address: of the index, see `opening.open_store`.
           network: whose vectors it is to hold.
           precision: of the vectors, "float32" or "float16".
           whitening: applied to the vectors, from `rerank.learn_whitening`.
@@ -409,48 +408,6 @@ class Index:
         """
         with writing(self.store.address):
             self.store.delete(list(ids))
-
-
-def open_store(address: str, about: dict[str, str] | None = None, dimension: int = 0) -> Store:
-    """Opens an index, or makes one.
-
-    Args:
-      address: a folder or an address of object storage (s3://..., gs://..., az://...) for
-        LanceDB; http://HOST:PORT, or the name of a file that ends in .db, for Milvus.
-      about: of the index to make, if there is none; None to make none.
-      dimension: D of the index to make.
-
-    Raises:
-      NoIndexError: there is no index, and none is to be made.
-      ImportError: the package of the database is missing.
-      StoreError: the database cannot be reached, or the index is damaged.
-    """
-    if address.startswith(("http://", "https://", "tcp://")) or address.endswith(".db"):
-        from cgd_jax.search.milvus_store import MilvusStore
-
-        return MilvusStore(address, about, dimension)
-    from cgd_jax.search.lancedb_store import LanceStore
-
-    return LanceStore(address, about, dimension)
-
-
-@contextlib.contextmanager
-def writing(address: str) -> Iterator[None]:
-    """Keeps other writers out of an index on this machine; elsewhere the database does.
-
-    Raises:
-      BusyError: somebody else writes to the index.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            if stores.is_local(address) and not address.endswith(".db"):  # which has its own lock
-                stack.enter_context(locks.one_at_a_time(Path(address, ".lock"), wait=False))
-        except BlockingIOError:
-            raise stores.BusyError(
-                f"Another process writes to the index {address}. Wait for it, or stop it; what it "
-                f"has written stays."
-            ) from None
-        yield
 
 
 def _in_order(hits: list[Hit]) -> list[Hit]:

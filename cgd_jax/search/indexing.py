@@ -23,8 +23,9 @@ from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images, stores
 from cgd_jax.search.images import LeftOut, Listed
-from cgd_jax.search.index import Index, Whitening, writing
+from cgd_jax.search.index import Index, Whitening
 from cgd_jax.search.network import Network, open_network
+from cgd_jax.search.opening import writing
 from cgd_jax.search.stores import COLUMNS, Record
 
 __all__ = ["Changes", "update"]
@@ -62,7 +63,7 @@ def update(
     """Brings an index up to date with folders, archives and CSVs; makes it if there is none.
 
     Args:
-      address: of the index, see `index.open_store`.
+      address: of the index, see `opening.open_store`.
       sources: see `images.list_images`.
       model: as `Index.open` takes it.
       vector: likewise.

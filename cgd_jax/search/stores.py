@@ -1,7 +1,7 @@
 """What an index keeps of an image, and the little that is asked of a vector database.
 
 `Record` is the schema: each field is a column in every database. `lancedb_store` and
-`milvus_store` are the databases; `index.open_store` chooses by the address.
+`milvus_store` are the databases; `opening.open_store` chooses by the address.
 """
 
 import re
