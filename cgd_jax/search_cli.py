@@ -160,7 +160,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             crop=given.crop,
             duplicates=given.similarity,
             as_json=given.json,
-            picture=given.picture,
+            figure=given.picture,
         )
     else:
         from cgd_jax.serve.command import serve

@@ -90,7 +90,7 @@ def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
     import numpy as np
 
-    from cgd_jax.search.index import batch_sizes
+    from cgd_jax.search.embedding import batch_sizes
 
     side = index.info.resize
     for size in batch_sizes():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cgd_jax import attribution, pooling
-from cgd_jax.search import Index
+from cgd_jax.search import Index, stores
 
 if TYPE_CHECKING:
     from cgd_jax.models.cgd import CGD
@@ -55,8 +55,8 @@ class Heat:
 
     def _mean_vector(self) -> np.ndarray:
         total, count = np.zeros(self._index.info.dimension), 0
-        for columns in self._index.store.read(["vector"]):
-            vectors = np.asarray(columns["vector"], np.float32)
+        for batch in self._index.store.read(["vector"]):
+            vectors = stores.vectors_in(batch)
             total += vectors.sum(0)
             count += len(vectors)
             if count >= SAMPLE:

@@ -1,0 +1,194 @@
+"""Images on their way into an index: listed, read, made small."""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from cgd_jax.data import archives, image_list
+from cgd_jax.data.decode import decode, dimensions, looks_like_image, resize, to_rgb
+from cgd_jax.runtime.errors import InputError
+from cgd_jax.search.stores import Record, composed
+
+__all__ = ["id_of", "list_images", "read", "record_of"]
+
+THUMBNAIL = 192  # pixels, the longer side
+QUALITY = 80  # of the thumbnails' JPEG
+# (x0, y0, x1, y1) in pixels of the image as displayed.
+Box = tuple[float, float, float, float]
+# What folders of splits are called, above those of classes.
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "query", "gallery"}
+
+Listed = tuple[Record, Path]  # the path is what is read, which may be a temporary file
+LeftOut = tuple[str, str]  # path, reason
+
+
+def id_of(path: str) -> str:
+    """Returns the id of the image with this path: 20 hexadecimal digits."""
+    return hashlib.sha256(path.encode()).hexdigest()[:20]
+
+
+def hash_of(data: bytes) -> str:
+    """Returns the hash of a file: 32 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def reason_of(error: Exception) -> str:
+    """Returns why a file cannot be read, in a few words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def read(
+    image: str | Path | bytes | Image.Image | np.ndarray, side: int, crop: Box | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Reads an image: a file, its content, an image of Pillow, or an array [H, W, 3] uint8.
+
+    Args:
+      image: to read.
+      side: of the pixels that are returned.
+      crop: the part of the image to read.
+
+    Returns:
+      The pixels, [side, side, 3] uint8, and the fields of `Record` that follow from the content.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      InputError: the file is not a readable image.
+      ValueError: nor is this; the message is the reason in a few words.
+    """
+    if isinstance(image, str | Path):
+        try:
+            return read(Path(image).read_bytes(), side, crop)
+        except ValueError as error:
+            raise InputError(f"{image}: {error}.") from error
+    if isinstance(image, bytes):
+        height, width = dimensions(image)
+        x0, y0, x1, y1 = _clipped(crop, height, width)
+        pixels = decode(image, crop, side)
+        small = pixels if side >= THUMBNAIL else decode(image, crop, THUMBNAIL)
+        digest = hash_of(image)
+    else:
+        array = to_rgb(image) if isinstance(image, Image.Image) else image
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+            raise ValueError(f"an image is [H, W, 3] uint8, not {list(array.shape)} {array.dtype}.")
+        x0, y0, x1, y1 = _clipped(crop, *array.shape[:2])
+        array = array[y0:y1, x0:x1]
+        pixels, small = resize(array, side), resize(array, THUMBNAIL)
+        digest = hash_of(f"{array.shape}".encode() + array.tobytes())
+    width, height = x1 - x0, y1 - y0
+    thumbnail = _thumbnail(small, width, height)
+    return pixels, {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
+
+
+def _thumbnail(square: np.ndarray, width: int, height: int) -> bytes:
+    """Gives an image that was resized to a square its shape again, as a small JPEG."""
+    scale = min(1.0, THUMBNAIL / max(width, height))
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    small = cv2.resize(square, size, interpolation=cv2.INTER_AREA)
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)
+
+
+def _clipped(crop: Box | None, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns the whole pixels of an image that a box touches, as `decode` cuts them out."""
+    x0, y0, x1, y1 = crop or (0, 0, width, height)
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if not (x1 > x0 and y1 > y0):
+        raise ValueError(f"empty box {crop} in an image of {width}x{height} pixels")
+    return math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+
+
+def record_of(
+    file: Path, path: str, label: str | None, source: str = "", modified: int | None = None
+) -> Record:
+    """Returns what is known of an image before its file is read.
+
+    Args:
+      file: where it is.
+      path: how it is called.
+      label: of its class.
+      source: see `Record`.
+      modified: ns; None is when the file was changed last.
+
+    Raises:
+      OSError: there is no such file.
+    """
+    status = file.stat()
+    modified = status.st_mtime_ns if modified is None else modified
+    label = composed(label)
+    return Record(id_of(path), path, label, status.st_size, source=source, modified=modified)
+
+
+@contextlib.contextmanager
+def list_images(source: Path, scratch: Path) -> Iterator[tuple[list[Listed], list[LeftOut]]]:
+    """Lists the images of a folder, an archive, or a CSV with the columns path and label.
+
+    In folders and archives the label is the name of the first folder below the source; of
+    the second, where the first one is called train, test, val, query or gallery. The path of an
+    archive's member begins with the archive's, and it was changed when the archive was.
+
+    Args:
+      source: what to list.
+      scratch: where to unpack an archive for as long as the block runs.
+
+    Yields:
+      The images, and what was left out.
+
+    Raises:
+      InputError: there is no such source.
+      ValueError: an archive or a CSV is damaged.
+    """
+    if not source.exists():
+        raise InputError(
+            f"--images={source}: there is no such folder, archive or CSV. The images that an index "
+            f"has of it stay there."
+        )
+    if source.suffix.lower() == ".csv" and source.is_file():
+        rows = [(row.path, str(row.path), row.label) for row in image_list.read(source)]
+        yield _list_rows(rows, str(source))
+    elif source.is_dir() or archives.is_archive(source):
+        modified = None if source.is_dir() else source.stat().st_mtime_ns
+        with archives.unpacked(source, scratch) as folder:
+            inside = [(file, file.relative_to(folder)) for file in archives.files_below(folder)]
+            named = [(file, str(source / path), _label_of(path)) for file, path in inside]
+            yield _list_rows(named, str(source), modified)
+    else:
+        raise InputError(
+            f"--images={source} is neither a folder, nor a CSV, nor an archive "
+            f"({', '.join(archives.ARCHIVE_ENDINGS)})."
+        )
+
+
+def _label_of(path: Path) -> str | None:
+    folders = path.parts[:-1]
+    if len(folders) > 1 and folders[0].lower() in SPLITS:
+        folders = folders[1:]
+    return folders[0] if folders else None
+
+
+def _list_rows(
+    rows: Iterable[tuple[Path, str, str | None]], source: str, modified: int | None = None
+) -> tuple[list[Listed], list[LeftOut]]:
+    """Returns the images among rows of a file, its name and a label; and what is none."""
+    found, left_out = {}, []
+    for file, path, label in rows:
+        try:
+            f"{path}{label}".encode()
+            if looks_like_image(file):
+                record = record_of(file, path, label, source, modified)
+                found[record.id] = record, file
+                continue
+            reason = "no image by its name" if file.exists() else "there is no such file"
+        except UnicodeEncodeError:
+            path = path.encode(errors="backslashreplace").decode()
+            reason = "its name is not valid UTF-8; rename it"
+        except OSError as error:
+            reason = reason_of(error)
+        left_out.append((path, reason))
+    return list(found.values()), left_out
