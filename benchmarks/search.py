@@ -109,9 +109,8 @@ def embed_alone(count: int) -> None:
 
 
 def index_alone(address: str, photos: str) -> None:
-    from cgd_jax.search import commands, embedding, indexing, network
+    from cgd_jax.search import embedding, indexing, network
 
-    commands.keep_compiled(address)
     opened = network.open_network()
     blank = np.zeros((1, 224, 224, 3), np.uint8)
     embedding.embed_pixels(opened, blank)  # compiles

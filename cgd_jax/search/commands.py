@@ -1,12 +1,11 @@
 """What --mode=index and --mode=search do."""
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from cgd_jax.runtime import console
-from cgd_jax.search import indexing, queries, stores
+from cgd_jax.search import indexing, queries
 from cgd_jax.search.index import Index
 
 __all__ = ["default_address", "fill_index", "search_index"]
@@ -15,14 +14,6 @@ __all__ = ["default_address", "fill_index", "search_index"]
 def default_address(workdir: str | None) -> str:
     """Returns where the index of a run lies; without a run, that of the packaged network."""
     return str(Path(workdir or "runs", "index"))
-
-
-def keep_compiled(address: str) -> None:
-    """Keeps compiled programs beside an index, as those of runs are kept beside their folders."""
-    if stores.is_local(address):
-        # JAX reads this when it is imported, if it is.
-        folder = Path(address).absolute().parent / ".compiled"
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
 
 
 def fill_index(
@@ -34,7 +25,6 @@ def fill_index(
     **options,
 ) -> None:
     """Brings an index up to date and says what was done; takes what `indexing.update` does."""
-    keep_compiled(address)
     begin = time.monotonic()
     changes = indexing.update(address, sources, model, share=share, **options)
     mine = f" (by process {share[0]} of {share[1]})" if share[1] > 1 else ""
@@ -73,7 +63,6 @@ def search_index(
       figure: PNG to draw.
     """
     box = queries.parse_crop(crop) if crop else None
-    keep_compiled(address)
     index = Index.open(address, model)
     # Not at the top of the file: they import JAX and Matplotlib, which filling an index may not
     # need.

@@ -5,7 +5,6 @@ import socket
 
 from cgd_jax.runtime import console, packages
 from cgd_jax.search import Index
-from cgd_jax.search.commands import keep_compiled
 
 __all__ = ["serve"]
 
@@ -36,7 +35,6 @@ def serve(
       OSError: the address is in use, or not of this machine.
       ValueError: the index is of another network, or the token is short.
     """
-    keep_compiled(address)  # before JAX is imported, which reads it then
     packages.require("--mode=serve", "serve", "fastapi", "uvicorn")
     import uvicorn
 
