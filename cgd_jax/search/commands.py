@@ -46,7 +46,7 @@ def search_index(
     crop: str | None = None,
     duplicates: float | None = None,
     as_json: bool = False,
-    figure: str = "search.png",
+    figure: str | None = None,
 ) -> None:
     """Searches an index and shows what is found; see `Index.open`, `queries.ask`.
 
@@ -60,8 +60,9 @@ def search_index(
       crop: "x,y,width,height", the part of each query to search by.
       duplicates: similarity from which images count as duplicates; None is the default.
       as_json: whether to print JSON, and nothing else, and draw nothing.
-      figure: PNG to draw.
+      figure: PNG to draw; None for search.png, or duplicates.png.
     """
+    figure = figure or ("duplicates.png" if asked is None else "search.png")
     box = queries.parse_crop(crop) if crop else None
     index = Index.open(address, model)
     # Not at the top of the file: they import JAX and Matplotlib, which filling an index may not
@@ -81,6 +82,8 @@ def search_index(
     else:
         found = queries.ask(index, asked, k, where, exact, box)
         print(report.as_json(found) if as_json else report.as_text(found))
+        if not any(answer.hits for answer in found.answers):
+            return
         if not as_json:
             report.draw(Path(figure), index, found.answers)
     if not as_json:
