@@ -95,7 +95,8 @@ def indexing(photos: str | None, count: int) -> None:
 
 
 def embed_alone(count: int) -> None:
-    from cgd_jax.search import index, network
+    from cgd_jax import network
+    from cgd_jax.search import index
 
     opened, size = network.open_network(), index.enough()
     pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), np.uint8)
@@ -109,7 +110,8 @@ def embed_alone(count: int) -> None:
 
 
 def index_alone(address: str, photos: str) -> None:
-    from cgd_jax.search import commands, index, indexing, network
+    from cgd_jax import network
+    from cgd_jax.search import commands, index, indexing
 
     commands.keep_compiled(address)
     opened = network.open_network()
@@ -183,14 +185,15 @@ def index_slowly(address: str, photos: str) -> None:
     from cgd_jax.search import index, indexing
     from tests.search_samples import stand_in
 
-    network = stand_in()
+    network, slow = stand_in(), stand_in()
 
     def embed(images):
         time.sleep(0.02)
-        return network.embed(images)
+        return network.embed_pixels(images)
 
     index.enough, indexing.WRITE_EVERY = lambda: 8, 8
-    indexing.update(address, [photos], network._replace(embed=embed))
+    slow.embed_pixels = embed
+    indexing.update(address, [photos], slow)
 
 
 def clusters(count: int, dimension: int, seed: int) -> np.ndarray:
@@ -309,8 +312,9 @@ def compression(photos: str | None, steps: int) -> None:
 
 def _embed_photographs(photos: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors and labels of photographs; of each, the label is its folder."""
+    from cgd_jax import network
     from cgd_jax.data.decode import decode
-    from cgd_jax.search import index, network
+    from cgd_jax.search import index
 
     opened = network.open_network()
     files = sorted(Path(photos).rglob("*.jpg"))

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
-MODULES += ["losses.proxies", "losses.classification"]
+MODULES += "losses.proxies losses.classification attribution complementarity".split()
 
 
 @pytest.mark.parametrize("name", MODULES)

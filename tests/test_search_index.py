@@ -149,17 +149,19 @@ def test_batches_are_of_sizes_that_are_compiled_and_not_padded(monkeypatch):
 
     def embed(images):
         sizes.append(len(images))
-        return network.embed(images)
+        return network.embed_pixels(images)
 
+    counted = stand_in()
+    counted.embed_pixels = embed
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
-    found = indexes.embed_pixels(network._replace(embed=embed), pixels)
-    np.testing.assert_allclose(found, network.embed(pixels), atol=1e-6)
+    found = indexes.embed_pixels(counted, pixels)
+    np.testing.assert_allclose(found, network.embed_pixels(pixels), atol=1e-6)
     assert sizes == 10 * [1]  # on every core another one
     sizes.clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(indexes, "BATCHES", (1, 4))
-    found = indexes.embed_pixels(network._replace(embed=embed), pixels)
-    np.testing.assert_allclose(found, network.embed(pixels), atol=1e-6)
+    found = indexes.embed_pixels(counted, pixels)
+    np.testing.assert_allclose(found, network.embed_pixels(pixels), atol=1e-6)
     assert sizes == [4, 4, 1, 1] and indexes.enough() == 4
 
 

@@ -63,16 +63,18 @@ def test_what_is_stored(photos, tmp_path):
 
 def test_only_what_changed_is_embedded(photos, tmp_path, monkeypatch):
     address = str(tmp_path / "index")
-    network = stand_in()
+    network, counting = stand_in(), stand_in()
     embedded = []
 
     def embed(images):
         embedded.append(len(images))
-        return network.embed(images)
+        return network.embed_pixels(images)
+
+    counting.embed_pixels = embed
 
     def run(*sources):
         embedded.clear()
-        return numbers(update(address, sources or [photos], network._replace(embed=embed)))
+        return numbers(update(address, sources or [photos], counting))
 
     assert run() == (12, 0, 0, 0, 0) and embedded
     before = content(address)

@@ -22,13 +22,13 @@ import numpy as np
 from PIL import Image
 
 from cgd_jax.runtime.threads import CORES, parallel
-from cgd_jax.search import network as networks
 from cgd_jax.search import pictures, stores
-from cgd_jax.search.network import Network
 from cgd_jax.search.stores import COLUMNS, Columns, Hit, Store, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from cgd_jax.network import Network
 
 __all__ = ["Index", "IndexInfo", "Query", "Record"]
 
@@ -76,7 +76,7 @@ class Index:
       store: the database.
     """
 
-    def __init__(self, store: Store, network: Network | str | None = None):
+    def __init__(self, store: Store, network: "Network | str | None" = None):
         self.store = store
         self.info = _read_info(store)
         self._whitening = _read_whitening(store)
@@ -87,7 +87,7 @@ class Index:
     def open(
         cls,
         address: str | Path,
-        model: Network | str | Path | None = None,
+        model: "Network | str | Path | None" = None,
         *,
         create: bool = False,
         vector: str | None = None,
@@ -112,13 +112,15 @@ class Index:
         except stores.NoIndexError:
             if not create:
                 raise
-            return cls.create(address, _opened(model, vector))
+            return cls.create(address, opened(model, vector))
         info = _read_info(store)
         if model is not None:
-            if isinstance(model, Network):
-                name, found, vector = model.name, model.weights_hash, vector or model.vector
+            if isinstance(model, str | Path):
+                from cgd_jax import network
+
+                name, found = network.identify(model)
             else:
-                name, found = networks.identify(model)
+                name, found, vector = model.name, model.weights_hash, vector or model.vector
             if found != info.weights_hash:
                 raise ValueError(
                     f"The index {address} was made with the network {info.network} (weights "
@@ -137,7 +139,7 @@ class Index:
     def create(
         cls,
         address: str | Path,
-        network: Network,
+        network: "Network",
         *,
         precision: str = "float32",
         whitening: Whitening | None = None,
@@ -174,30 +176,30 @@ class Index:
         return cls(open_store(str(address), about, info.dimension), network)
 
     @property
-    def network(self) -> Network:
+    def network(self) -> "Network":
         """The network, opened when it is needed first.
 
         Raises:
           FileNotFoundError: it is no longer where it was.
           ValueError: what is there now is another network.
         """
-        if not isinstance(self._network, Network):
+        if self._network is None or isinstance(self._network, str):
             source = self._network or self.info.network
             try:
-                opened = networks.open_network(source, self.info.vector)
+                network = opened(source, self.info.vector)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"The index {self.store.address} was made with the network {source}, which is "
                     f"not there: {error} If it is elsewhere now, say so with --model=."
                 ) from error
-            if opened.weights_hash != self.info.weights_hash:
+            if network.weights_hash != self.info.weights_hash:
                 raise ValueError(
                     f"The index {self.store.address} was made with the network {source} (weights "
                     f"{self.info.weights_hash}), which has changed since (now "
-                    f"{opened.weights_hash}). Say with --model= where that network is, or make "
+                    f"{network.weights_hash}). Say with --model= where that network is, or make "
                     f"another index with --index=."
                 )
-            self._network = opened
+            self._network = network
         return self._network
 
     def embed(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
@@ -492,7 +494,7 @@ def enough() -> int:
     return BATCHES[-1] if _on_accelerator() else 4 * CORES
 
 
-def embed_pixels(network: Network, pixels: np.ndarray) -> np.ndarray:
+def embed_pixels(network: "Network", pixels: np.ndarray) -> np.ndarray:
     """Embeds any number of images [B, resize, resize, 3] uint8: [B, D] float32."""
     sizes, batches, at = batch_sizes(), [], 0
     while at < len(pixels):
@@ -500,11 +502,20 @@ def embed_pixels(network: Network, pixels: np.ndarray) -> np.ndarray:
         batches.append(pixels[at : at + size])
         at += size
     each = map if _on_accelerator() else parallel
-    return np.concatenate(list(each(lambda x: np.asarray(network.embed(x), np.float32), batches)))
+    return np.concatenate(
+        list(each(lambda x: np.asarray(network.embed_pixels(x), np.float32), batches))
+    )
 
 
-def _opened(model: Network | str | Path | None, vector: str | None) -> Network:
-    return model if isinstance(model, Network) else networks.open_network(model, vector)
+def opened(model: "Network | str | Path | None", vector: str | None) -> "Network":
+    """Returns a network that is open, or opens it."""
+    from cgd_jax import network  # with JAX, which an index that is up to date does without
+
+    return (
+        network.open_network(model, vector)
+        if model is None or isinstance(model, str | Path)
+        else model
+    )
 
 
 def _on_accelerator() -> bool:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from cgd_jax.runtime.threads import CORES, parallel
 from cgd_jax.search import index as indexes
 from cgd_jax.search import pictures, stores
 from cgd_jax.search.index import Index
-from cgd_jax.search.network import Network, open_network
 from cgd_jax.search.pictures import File, Picture
 from cgd_jax.search.stores import COLUMNS
+
+if TYPE_CHECKING:
+    from cgd_jax.network import Network
 
 __all__ = ["Changes", "update"]
 
@@ -64,7 +66,7 @@ class _Known(NamedTuple):
 def update(
     address: str,
     sources: Sequence[str | Path],
-    model: Network | str | Path | None = None,
+    model: "Network | str | Path | None" = None,
     *,
     vector: str | None = None,
     precision: str | None = None,
@@ -113,7 +115,7 @@ def update(
         index = _existing(address, model, vector, precision, whiten)
         _meet(share, "everybody has looked whether there is an index")
         if index is None and is_first:
-            network = model if isinstance(model, Network) else open_network(model, vector)
+            network = indexes.opened(model, vector)
             everything = [file for file, _ in wanted.values()]
             whitening = _learn_whitening(network, everything, whiten) if whiten else None
             index = Index.create(
@@ -156,7 +158,7 @@ def _meet(share: tuple[int, int], where: str) -> None:
         processes.wait_for_all(where)
 
 
-def _learn_whitening(network: Network, listed: list[File], dimension: int) -> indexes.Whitening:
+def _learn_whitening(network: "Network", listed: list[File], dimension: int) -> indexes.Whitening:
     """Learns a PCA-whitening from some of the pictures; they say what matters among them."""
     from cgd_jax import rerank
 
