@@ -95,12 +95,8 @@ def why_no_map(descriptors: str, vector: str = "embedding") -> str:
     'there is no map for C, which is not known as a sum over positions; S, M, G, R are.'
     """
     missing = [letter for letter in _letters(descriptors, vector) if letter not in MAPS]
-    return (
-        f"there is no map for {', '.join(missing)}, which is not known as a sum over positions; "
-        f"{', '.join(MAPS)} are."
-        if missing
-        else ""
-    )
+    which = f"there is no map for {', '.join(missing)}, which is not known as a sum over positions"
+    return f"{which}; {', '.join(MAPS)} are." if missing else ""
 
 
 def _letters(descriptors: str, vector: str) -> str:
@@ -145,9 +141,8 @@ def _embed(descriptors: jax.Array, kernels: list[jax.Array], combination: str) -
     if combination == "raw":
         descriptors = descriptors.reshape(1, -1)
     units = [_over_length(d @ kernel) for d, kernel in zip(descriptors, kernels, strict=True)]
-    return _over_length(
-        sum(units[1:], units[0]) if combination == "sum" else jnp.concatenate(units)
-    )
+    total = sum(units[1:], units[0]) if combination == "sum" else jnp.concatenate(units)
+    return _over_length(total)
 
 
 def _over_length(x: jax.Array) -> jax.Array:
