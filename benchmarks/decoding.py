@@ -1,6 +1,6 @@
 """How fast the resized cache is built, beside loops over Pillow on the same cores.
 
-    python benchmarks/decoding.py                     # crops of a photograph, four sizes
+    python benchmarks/decoding.py                     # crops of one image, four sizes
     python benchmarks/decoding.py --images=FOLDER     # your own, a folder per class
 
 The cache is measured whole: reading the prepared data set, decoding, resizing, writing the
@@ -39,15 +39,15 @@ KINDS = {"256x256": 600, "500x375": 400, "640x480": 400, "1600x1200": 100}
 
 
 def crops(folder: Path, width: int, height: int, count: int) -> Path:
-    """Writes JPEGs cut out of the photograph that matplotlib ships; two classes."""
+    """Writes JPEGs cut out of the image that matplotlib ships; two classes."""
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        photograph = Image.open(file).convert("RGB")
+        original = Image.open(file).convert("RGB")
     rng = np.random.default_rng(0)
     for i in range(count):
         part = rng.uniform(0.5, 1.0)
-        w, h = photograph.width * part, photograph.height * part
-        x, y = rng.uniform(0, photograph.width - w), rng.uniform(0, photograph.height - h)
-        image = photograph.resize((width, height), Image.Resampling.LANCZOS, (x, y, x + w, y + h))
+        w, h = original.width * part, original.height * part
+        x, y = rng.uniform(0, original.width - w), rng.uniform(0, original.height - h)
+        image = original.resize((width, height), Image.Resampling.LANCZOS, (x, y, x + w, y + h))
         path = folder / "train" / "ab"[i % 2] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)

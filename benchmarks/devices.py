@@ -21,7 +21,7 @@ import numpy as np
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import from_config, train_step
+from cgd_jax import run, train_step
 from cgd_jax.data import batches
 from cgd_jax.models.cgd import create_model
 from cgd_jax.optimizer import make_optimizer
@@ -43,7 +43,7 @@ def start(config, model, devices):
         state, metrics = step(state, *jax.device_put((images, labels), split))
         return state, float(metrics["loss"])
 
-    return train_step.create_state(model, optimizer, config.seed, 32, replicated), advance
+    return train_step.create_state(config, model, optimizer, replicated), advance
 
 
 def gap(state, other):
@@ -58,7 +58,7 @@ def gap(state, other):
 def main():
     config = glyphs.get_config()
     config.train.steps = STEPS
-    dataset, labels = from_config.open_data(config)
+    dataset, labels = run.open_data(config)
     choose = batches.batch_positions(config, labels)
     make_batch = batches.make_batches(choose, dataset, labels)
     model = create_model(config.model, len(np.unique(labels)))

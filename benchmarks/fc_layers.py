@@ -21,12 +21,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import checkpoint, evaluate, metrics
-from cgd_jax.augment import center_crop
-from cgd_jax.combination import combine, kernel_shapes
 from cgd_jax.from_config import set_up
+
+from cgd_jax import checkpoint, evaluate, metrics
+from cgd_jax.combination import combine, kernel_shapes
 from cgd_jax.losses import batch_hard_triplet_loss
 from cgd_jax.models.cgd import FC_INITS
+from cgd_jax.preprocess import center_crop
 from cgd_jax.workdir import keep_compiled, read_config
 
 MARGIN = 0.1

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cgd_jax import metrics, pooling
-from cgd_jax.augment import normalize
 from cgd_jax.data import grocery
 from cgd_jax.data.load import load_dataset
 from cgd_jax.models import cpu_ops, pretrained
 from cgd_jax.models.efficientnet_lite import BACKBONES
+from cgd_jax.preprocess import normalize
 from configs import grocery as config_file
 
 KS = (1, 2, 4, 8)

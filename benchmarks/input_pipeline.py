@@ -3,7 +3,7 @@
     pip install torch
     python benchmarks/input_pipeline.py
 
-Makes photographs of 500 × 375 pixels, builds the cache of 252 × 252, then times, each in a
+Makes JPEGs of 500 × 375 pixels, builds the cache of 252 × 252, then times, each in a
 process of its own:
 
 * ours: the batch function and prefetch of training, P × K = 128 images of uint8 a batch,
@@ -36,8 +36,8 @@ from cgd_jax.data.batches import class_members, pk_batch, prefetch
 SIZE, CLASSES, IMAGES_PER_CLASS = 252, 32, 4
 
 
-def photograph(rng: np.random.Generator) -> bytes:
-    """Makes a JPEG with the spectrum of a photograph: noise at several scales."""
+def sample_jpeg(rng: np.random.Generator) -> bytes:
+    """Makes a JPEG with the spectrum of a photo: noise at several scales."""
     image = np.zeros((375, 500, 3))
     for cells in (4, 16, 64):
         noise = rng.uniform(0, 255, (cells, cells, 3)).astype(np.uint8)
@@ -76,7 +76,7 @@ def torch_loader(jpegs: list[bytes]):
     """Makes the loader of a usual training script, without torchvision."""
     import torch
 
-    class Photographs(torch.utils.data.Dataset):
+    class Jpegs(torch.utils.data.Dataset):
         def __len__(self):
             return len(jpegs)
 
@@ -90,14 +90,14 @@ def torch_loader(jpegs: list[bytes]):
             return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     return torch.utils.data.DataLoader(
-        Photographs(), batch_size=CLASSES * IMAGES_PER_CLASS, shuffle=True, num_workers=2,
+        Jpegs(), batch_size=CLASSES * IMAGES_PER_CLASS, shuffle=True, num_workers=2,
         drop_last=True, persistent_workers=True,
     )  # fmt: skip
 
 
 def compare_speed(count: int, rounds: int) -> None:
     rng = np.random.default_rng(0)
-    jpegs = [photograph(rng) for _ in range(count)]
+    jpegs = [sample_jpeg(rng) for _ in range(count)]
     labels = np.arange(count) // 8
     source = Source(
         {"image": jpeg, "label": label, "class_name": "", "id": str(i)}

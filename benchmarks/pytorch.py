@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cgd_jax.models.efficientnet_lite import LAST_DOWNSAMPLING, STAGES
+from cgd_jax.models.efficientnet_lite import STAGES
+
+LAST_DOWNSAMPLING = max(i for i, stage in enumerate(STAGES) if stage[2] == 2)
 
 
 def convolution(inner, outer, side, stride=1, groups=1, eps=1e-5, momentum=0.1):

@@ -1,4 +1,4 @@
-"""Measures the search: how fast pictures are indexed, what a kill costs, what is found how fast.
+"""Measures the search: how fast images are indexed, what a kill costs, what is found how fast.
 
     python benchmarks/search.py indexing --images=PHOTOS   # images a second, beside embedding alone
     python benchmarks/search.py kills                      # kill -9 at 20 random moments
@@ -44,7 +44,7 @@ def in_process(*arguments: object, check: bool = True) -> str:
 
 
 def draw_photographs(folder: Path, count: int) -> None:
-    """Draws pictures of 320 pixels that are as large as photographs when compressed."""
+    """Draws images of 320 pixels that are as large as photographs when compressed."""
     import cv2
 
     for i in range(count):
@@ -63,10 +63,10 @@ def indexing(photos: str | None, count: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "photos")
         if photos:
-            from cgd_jax.data.decode import looks_like_photograph
+            from cgd_jax.data.decode import looks_like_image
 
             files = [path for path in sorted(Path(photos).rglob("*")) if path.is_file()]
-            files = [path for path in files if looks_like_photograph(path)][:count]
+            files = [path for path in files if looks_like_image(path)][:count]
             count = len(files)
             for i, path in enumerate(files):
                 target = folder / f"class{i % 50:02}" / path.name
@@ -96,14 +96,13 @@ def indexing(photos: str | None, count: int) -> None:
 
 def embed_alone(count: int) -> None:
     from cgd_jax import network
-    from cgd_jax.search import index
 
-    opened, size = network.open_network(), index.enough()
+    opened, size = network.open_network(), network.enough()
     pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), np.uint8)
-    index.embed_pixels(opened, pixels)
+    opened.embed_pixels(pixels)
     begin, used = time.perf_counter(), time.process_time()
     for _ in range(max(count // size, 1)):
-        index.embed_pixels(opened, pixels)
+        opened.embed_pixels(pixels)
     done = size * max(count // size, 1)
     rate, cost = done / (time.perf_counter() - begin), (time.process_time() - used) / done
     print(f"{rate:.1f} images/s, {1e3 * cost:.1f} ms of the processor each")
@@ -111,18 +110,17 @@ def embed_alone(count: int) -> None:
 
 def index_alone(address: str, photos: str) -> None:
     from cgd_jax import network
-    from cgd_jax.search import commands, index, indexing
+    from cgd_jax.search import indexing
 
-    commands.keep_compiled(address)
     opened = network.open_network()
     blank = np.zeros((1, 224, 224, 3), np.uint8)
-    index.embed_pixels(opened, blank)  # compiles
+    opened.embed_pixels(blank)  # compiles
     begin, used = time.perf_counter(), time.process_time()
     changes = indexing.update(address, [photos], opened)
     rate = changes.added / (time.perf_counter() - begin)
     cost = (time.process_time() - used) / changes.added
     print(
-        f"{changes.added:,} pictures, {rate:.1f} images/s, {1e3 * cost:.1f} ms of the processor "
+        f"{changes.added:,} images, {rate:.1f} images/s, {1e3 * cost:.1f} ms of the processor "
         f"each, at most {peak_memory():.0f} MB"
     )
 
@@ -145,7 +143,7 @@ def kills(count: int, times: int) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
             landed += 1
-            print(f"kill {landed}: {rows_of(address)} of {count} pictures are there", flush=True)
+            print(f"kill {landed}: {rows_of(address)} of {count} images are there", flush=True)
         in_process("index-slowly", address, photos)
         undisturbed = str(Path(scratch, "undisturbed"))
         in_process("index-slowly", undisturbed, photos)
@@ -156,7 +154,7 @@ def kills(count: int, times: int) -> None:
 
 def written(address: str) -> int:
     """Returns how often an index in a folder was written, as far as the files tell."""
-    folder = Path(address, "pictures.lance", "_versions")
+    folder = Path(address, "images.lance", "_versions")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
@@ -181,18 +179,18 @@ def everything(address: str) -> dict:
 
 
 def index_slowly(address: str, photos: str) -> None:
-    """Indexes with a projection for a network, a few pictures a write."""
-    from cgd_jax.search import index, indexing
+    """Indexes with a projection for a network, a few images a write."""
+    from cgd_jax.search import embedding, indexing
     from tests.search_samples import stand_in
 
     network, slow = stand_in(), stand_in()
 
     def embed(images):
         time.sleep(0.02)
-        return network.embed_pixels(images)
+        return network.embed_batch(images)
 
-    index.enough, indexing.WRITE_EVERY = lambda: 8, 8
-    slow.embed_pixels = embed
+    embedding.enough, indexing.WRITE_EVERY = lambda: 8, 8
+    slow.embed_batch = embed
     indexing.update(address, [photos], slow)
 
 
@@ -263,25 +261,17 @@ def resident() -> float:
 
 
 def _lance(scratch: str, x: np.ndarray, exact: bool):
-    """Fills a store unless it is filled, and returns what searches it."""
-    import json
+    """Fills an index unless it is filled, and returns what searches it."""
+    from cgd_jax.search import Index, Record
+    from tests.search_samples import stand_in
 
-    from cgd_jax.search.stores import COLUMNS, NoIndexError, open_store
-
-    address = str(Path(scratch, "lance"))
-    try:
-        store = open_store(address)
-    except NoIndexError:
-        about = {"info": json.dumps({"precision": "float32"})}
-        store = open_store(address, about, x.shape[1])
+    index = Index.create(Path(scratch, "lance"), stand_in(dimension=x.shape[1]))
+    if not index.count():
         for at in range(0, len(x), 50_000):
             some = x[at : at + 50_000]
-            empty = {str: "", int: 0, bytes: b""}
-            columns = {name: [empty[kind]] * len(some) for name, kind in COLUMNS.items()}
-            columns["id"] = [str(i) for i in range(at, at + len(some))]
-            store.upsert({**columns, "vector": some})
-        store.finish()
-    return lambda q: [hit.id for hit in store.search(q[None], 10, exact=exact)[0]]
+            index.write([Record(str(at + i)) for i in range(len(some))], some)
+        index.store.finish()
+    return lambda q: [hit.id for hit in index.search_vectors(q[None], 10, exact=exact)[0]]
 
 
 def compression(photos: str | None, steps: int) -> None:
@@ -301,7 +291,7 @@ def compression(photos: str | None, steps: int) -> None:
             whitening = rerank.learn_whitening(vectors, dimension)
             whitened = np.asarray(rerank.whiten(vectors, *whitening))
             kinds[f"whitened to {dimension}, float16"] = whitened.astype(np.float16)
-    print(f"{len(vectors):,} pictures of {len(np.unique(labels)):,} classes")
+    print(f"{len(vectors):,} images of {len(np.unique(labels)):,} classes")
     for name, kind in kinds.items():
         result = metrics.evaluate(np.asarray(kind, np.float32), labels, ks=(1, 8))
         print(
@@ -314,22 +304,20 @@ def _embed_photographs(photos: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors and labels of photographs; of each, the label is its folder."""
     from cgd_jax import network
     from cgd_jax.data.decode import decode
-    from cgd_jax.search import index
 
     opened = network.open_network()
     files = sorted(Path(photos).rglob("*.jpg"))
     vectors = []
     for at in range(0, len(files), 64):
         pixels = [decode(f.read_bytes(), None, opened.resize) for f in files[at : at + 64]]
-        vectors.append(index.embed_pixels(opened, np.stack(pixels)))
+        vectors.append(opened.embed_pixels(np.stack(pixels)))
     labels = np.unique([str(file.parent) for file in files], return_inverse=True)[1]
     return np.concatenate(vectors), labels
 
 
 def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors and labels of the glyphs that a network was not trained on."""
-    from cgd_jax import checkpoint, evaluate, from_config
-    from cgd_jax.models.cgd import create_model, embed_model
+    from cgd_jax import embed, network, run
     from cgd_jax.train import train_and_evaluate
     from configs import glyphs
 
@@ -338,15 +326,13 @@ def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
         config.data.dir = str(Path(scratch, "data"))
         config.train.steps = config.train.eval_every = steps
         config.eval.baselines = False
-        train_and_evaluate(config, str(Path(scratch, "run")))
-        variables, normalization, _ = checkpoint.read_weights(Path(scratch, "run"))
-        model = create_model(config.model, len(variables["params"]["auxiliary_fc"]["bias"]))
-        setup = from_config.set_up(config)
-        embed = embed_model(model, variables, normalization, config.data.image_size)
-        vectors = evaluate.embed_dataset(
-            embed, setup.dataset, config.eval.batch_size, setup.batch_sharding
-        ).query
-    return vectors, setup.dataset.query.labels
+        workdir = str(Path(scratch, "run"))
+        train_and_evaluate(config, workdir)
+        trained, finished = network.open_network(workdir), run.create_run(config, workdir)
+        vectors = embed.embed_dataset(
+            trained.embed_batch, finished.dataset, config.eval.batch_size, finished.batch_sharding
+        )
+    return vectors.query, finished.dataset.query.labels
 
 
 def main() -> None:
@@ -354,7 +340,7 @@ def main() -> None:
     parser.add_argument("what")
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--images", help="a folder of photographs, instead of drawn ones or glyphs")
-    parser.add_argument("--count", type=int, help="how many pictures or vectors")
+    parser.add_argument("--count", type=int, help="how many images or vectors")
     parser.add_argument("--kills", type=int, default=20)
     given = parser.parse_args()
     match given.what:

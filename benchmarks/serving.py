@@ -28,8 +28,7 @@ sys.path.insert(0, str(ROOT))
 def make_index(address: str, count: int, dimension: int) -> None:
     """Fills an index of the packaged network with clusters of unit vectors."""
     from cgd_jax.network import open_network
-    from cgd_jax.search import Index
-    from cgd_jax.search.stores import COLUMNS
+    from cgd_jax.search import Index, Record
 
     rng = np.random.default_rng(0)
     network = open_network()
@@ -42,10 +41,7 @@ def make_index(address: str, count: int, dimension: int) -> None:
         vectors = centers[rng.integers(1000, size=size)]
         vectors += 0.7 * rng.standard_normal((size, dimension), np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        empty = {str: "", int: 0, bytes: b""}
-        columns = {name: [empty[kind]] * size for name, kind in COLUMNS.items()}
-        columns["id"] = [f"{i:020x}" for i in range(at, at + size)]
-        index.store.upsert({**columns, "vector": vectors})
+        index.write([Record(f"{i:020x}") for i in range(at, at + size)], vectors)
     index.store.finish()
 
 

@@ -58,7 +58,8 @@ def ours(config, batch, training=True, queued=1):
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     size = config.data.image_size
     state = train_step.create_state(model, optimizer, 0, size, replicated)
-    flops = (3 if training else 1) * batch * throughput.flops_per_image(model, state, size)
+    flops = (3 if training else 1) * batch
+    flops *= throughput.flops_per_image(model, state.variables(), state.normalization, size)
     side = config.data.resize if training else size
     pixels = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3)).astype(np.uint8)
     images = jax.device_put(pixels, divided)

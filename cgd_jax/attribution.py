@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from cgd_jax import pooling
-from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import EPS
 from cgd_jax.models.cgd import CGD, running_mean
 from cgd_jax.models.family import Features
+from cgd_jax.preprocess import Normalization, center_crop, normalize
 from cgd_jax.runtime.errors import InputError
 
 __all__ = ["Explanation", "contributions", "explain_pair", "pooled_map", "why_no_map"]
@@ -225,7 +225,7 @@ def explain_pair(
     Raises:
       InputError: there is no map for a letter.
 
-    >>> from cgd_jax.augment import IMAGENET
+    >>> from cgd_jax.preprocess import IMAGENET
     >>> from cgd_jax.models.resnet import ResNet
     >>> backbone = ResNet(stage_sizes=(1,), bottleneck=False, width=2, stem="3x3")
     >>> model = CGD(backbone, num_classes=1, descriptors="SG", embedding_dim=8)

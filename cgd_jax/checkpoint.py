@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from cgd_jax.augment import Normalization
-from cgd_jax.objective import network_of
+from cgd_jax.models.cgd import network_params
+from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files, processes
 from cgd_jax.runtime.errors import ConfigError
 
@@ -272,7 +272,7 @@ def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, No
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
         state = reader.restore(folder, restore_args=as_numpy)
     variables = {
-        "params": network_of(state.get("average") or state["params"]),
+        "params": network_params(state.get("average") or state["params"]),
         "batch_stats": state["batch_stats"],
     }
     return variables, Normalization.of(**state["normalization"]), step

@@ -31,17 +31,17 @@ COMBINATIONS = ("concat", "sum", "separate", "raw")
 EPS = 1e-12
 
 
-def l2_normalize(x: jax.Array, axis: int = -1, eps: float = EPS) -> jax.Array:
+def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
     """Scales vectors to unit length, for training.
 
-    Computed in float32. The squared norm is floored at `eps`, so that the zero
-    vector stays zero and has a finite gradient. (`metrics.normalize` has no floor
-    and takes norms up to the ends of float32, but is not for differentiation.)
+    Computed in float32, for norms up to the end of its range. The norm is floored at the root of
+    `EPS`, 1e-6: the zero vector stays zero. Vectors shorter than that have no direction worth
+    learning from, and pass a gradient of zero in place of one of a million.
+    (`metrics.normalize` has no floor, but is not for differentiation.)
 
     Args:
       x: any shape, floating point.
       axis: the axis along which the norm is taken.
-      eps: floor of the squared norm.
 
     Returns:
       Same shape and dtype as `x`.
@@ -49,9 +49,33 @@ def l2_normalize(x: jax.Array, axis: int = -1, eps: float = EPS) -> jax.Array:
     >>> l2_normalize(jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist()
     [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
-    x32 = x.astype(jnp.float32)
-    squared_norm = jnp.sum(x32**2, axis, keepdims=True)
-    return (x32 * jax.lax.rsqrt(jnp.maximum(squared_norm, eps))).astype(x.dtype)
+    floor = EPS**0.5
+    x32 = to_float32(x)
+    # Squared only when the largest coordinate is 1, since 1e20 squared is infinite.
+    largest = jnp.abs(jax.lax.stop_gradient(x32)).max(axis, keepdims=True)
+    scaled = x32 / jnp.maximum(largest, floor)
+    squared_norm = jnp.sum(scaled**2, axis, keepdims=True)
+    short = (largest < floor) & (squared_norm < 1)
+    unit = scaled * jax.lax.rsqrt(jnp.where(short, 1.0, squared_norm))
+    return jnp.where(short, jax.lax.stop_gradient(scaled), unit).astype(x.dtype)
+
+
+def to_float32(x: jax.Array) -> jax.Array:
+    """Casts to float32; a gradient that goes back to float16 is clipped to its range."""
+    return _float16_to_float32(x) if x.dtype == jnp.float16 else x.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _float16_to_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _clip_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    largest = jnp.finfo(jnp.float16).max.astype(jnp.float32)
+    return (jnp.clip(gradient, -largest, largest).astype(jnp.float16),)
+
+
+_float16_to_float32.defvjp(lambda x: (x.astype(jnp.float32), None), _clip_gradient)
 
 
 def kernel_shapes(
@@ -77,10 +101,7 @@ def kernel_shapes(
     >>> kernel_shapes(2048, descriptors=3, embedding_dim=1536, combination="raw")
     [(6144, 1536)]
     """
-    if combination not in COMBINATIONS:
-        raise ValueError(
-            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
-        )
+    _check_combination(combination)
     if combination == "raw":
         return [(descriptors * channels, embedding_dim)]
     if combination == "sum":
@@ -120,10 +141,7 @@ def combine(
     >>> combine(descriptors, [jnp.eye(2), jnp.eye(2)])[0].round(2)
     Array([[0.71, 0.  , 0.  , 0.71]], dtype=float32)
     """
-    if combination not in COMBINATIONS:
-        raise ValueError(
-            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
-        )
+    _check_combination(combination)
     if combination == "raw":
         descriptors = [jnp.concatenate(descriptors, -1)]
     if len(kernels) != len(descriptors) or any(
@@ -147,3 +165,10 @@ def combine(
         return embedding, [embedding]
     embedding = l2_normalize(jnp.concatenate(branches, -1))
     return embedding, branches if combination == "separate" else [embedding]
+
+
+def _check_combination(combination: str) -> None:
+    if combination not in COMBINATIONS:
+        raise ValueError(
+            f"unknown combination {combination!r}; valid names are {', '.join(COMBINATIONS)}."
+        )

@@ -1,10 +1,13 @@
 """Where the files of configs/ lie: in a clone beside the package, once installed within it."""
 
+import importlib
 import sys
 import types
 from pathlib import Path
 
-__all__ = ["FOLDER", "find", "listed", "make_importable"]
+from ml_collections import ConfigDict
+
+__all__ = ["FOLDER", "base_config", "find", "listed", "make_importable"]
 
 _PACKAGE = Path(__file__).resolve().parent
 FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -38,3 +41,9 @@ def make_importable() -> None:
         package = types.ModuleType("configs")
         package.__path__ = [str(FOLDER), str(Path("configs").resolve())]
         sys.modules["configs"] = package
+
+
+def base_config() -> ConfigDict:
+    """Returns configs/base.py's: every key with its default."""
+    make_importable()
+    return importlib.import_module("configs.base").get_config()

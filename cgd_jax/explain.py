@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cgd_jax import evaluate, from_config, retrieval
+from cgd_jax import embed, retrieval, run
 from cgd_jax.attribution import why_no_map
-from cgd_jax.augment import center_crop
 from cgd_jax.data import Dataset
 from cgd_jax.network import open_network
+from cgd_jax.preprocess import center_crop
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
 from cgd_jax.runtime.errors import ConfigError, InputError
-from cgd_jax.workdir import keep_compiled, read_config
+from cgd_jax.workdir import read_config
 
 __all__ = ["explain_run"]
 
@@ -59,22 +59,21 @@ def explain_run(
     given = [Path(file) for file in (query, match) if file]
     pixels = network.to_pixels(given) if given else None
 
-    keep_compiled(workdir)
-    run = from_config.set_up(config)
-    dataset, batch, embed = run.dataset, config.eval.batch_size, network.embed_pixels
+    setup = run.create_run(config, workdir)
+    dataset, batch, embed_batch = setup.dataset, config.eval.batch_size, network.embed_batch
     if pixels is not None:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
         images = dataset.query.images[sample]
-        reference = evaluate.embed_images(embed, images, batch, run.batch_sharding).mean(0)
+        reference = embed.embed_images(embed_batch, images, batch, setup.batch_sharding).mean(0)
         # Both names in one, which file systems allow 255 bytes.
         stems = [os.fsencode(path.stem)[:100] for path in given]
         name = f"explain-{b'-'.join(stems).decode(errors='ignore')}.png"
         chosen = {name: [(pixels, [path.name for path in given], None)]}
     else:
-        embeddings = evaluate.embed_dataset(embed, dataset, batch, run.batch_sharding)
+        embeddings = embed.embed_dataset(embed_batch, dataset, batch, setup.batch_sharding)
         reference = embeddings.query.mean(0)
-        right, wrong = right_and_wrong(embeddings, dataset, PAIRS, config.seed, run.mesh)
+        right, wrong = right_and_wrong(embeddings, dataset, PAIRS, config.seed, setup.mesh)
         chosen = {
             "explain-right.png": pairs_of(dataset, right, True),
             "explain-wrong.png": pairs_of(dataset, wrong, False),
@@ -94,7 +93,7 @@ def explain_run(
 
 
 def right_and_wrong(
-    embeddings: evaluate.Embeddings, dataset: Dataset, count: int, seed: int, mesh: Mesh | None
+    embeddings: embed.Embeddings, dataset: Dataset, count: int, seed: int, mesh: Mesh | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses retrievals to look at: right ones at random, wrong ones of highest similarity.
 

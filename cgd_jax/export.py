@@ -68,7 +68,7 @@ def export_run(workdir: str | Path, step: int | None = None) -> Path:
 
 
 def write_program(path: str | Path, network: Network) -> None:
-    """Writes `network.embed_pixels` as a function that JAX runs without this package.
+    """Writes `network.embed_batch` as a function that JAX runs without this package.
 
     It is what `jax.export` makes: StableHLO with the weights in it, for the CPU, CUDA and TPUs
     in one file, of batches of any size. It computes in float32, whatever the config says.

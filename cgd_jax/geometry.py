@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cgd_jax.losses import pairwise_distances
+from cgd_jax.losses.miners import hardest
 
 __all__ = ["describe_batch", "describe_set"]
 
@@ -46,8 +47,7 @@ def describe_batch(
     distances = pairwise_distances(embeddings)
     same = labels[:, None] == labels
     positive, negative = same & ~jnp.eye(len(labels), dtype=bool), ~same
-    farthest = jnp.where(positive, distances, -jnp.inf).max(1)
-    nearest = jnp.where(negative, distances, jnp.inf).min(1)
+    farthest, nearest = hardest(distances, positive, negative)
     anchors = positive.any(1) & negative.any(1)
     return {
         "active_triplets": jnp.mean(farthest - nearest + margin > 0, where=anchors),

@@ -6,12 +6,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgd_jax.augment import IMAGENET, augment
-from cgd_jax.config import validate
+from cgd_jax.augment import augment
 from cgd_jax.data.batches import batch_positions, make_batches
-from cgd_jax.from_config import open_data
+from cgd_jax.preprocess import IMAGENET
 from cgd_jax.reports import plots, tables
+from cgd_jax.rules import validate
+from cgd_jax.run import fit_to_data, open_data
 from cgd_jax.runtime import console
+from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.train_step import step_key
 
 
@@ -29,6 +31,13 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     validate(config)
     dataset, labels = open_data(config)
     console.log(tables.dataset_table(dataset))
+    problem = None
+    try:
+        config = fit_to_data(config, labels, jax.device_count())
+    except ConfigError as error:  # which is no reason to show nothing
+        problem = error
+        config = config.copy_and_resolve_references()
+        config.train.classes_per_batch = len(np.unique(labels))
     images, _ = make_batches(batch_positions(config, labels), dataset, labels)(0)
     key = step_key(config.seed, 0)
     images = jax.jit(augment, static_argnums=(2, 3))(
@@ -40,3 +49,5 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     columns = per_class * max(1, 12 // per_class)
     plots.plot_samples(path, np.asarray(images), columns, IMAGENET)
     console.log(f"\nLook at {path}: the first batch, {per_class} images of a class side by side.")
+    if problem:
+        console.log(f"\nTraining would not begin: {problem}")

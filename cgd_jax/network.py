@@ -21,24 +21,26 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cgd_jax.attribution import Explanation, explain_pair
-from cgd_jax.augment import Normalization
-from cgd_jax.config import fill_added_keys
+from cgd_jax.config import complete
 from cgd_jax.data.images import is_one, listed, read_image
 from cgd_jax.models import backbones, pretrained, weight_files
-from cgd_jax.models.cgd import CGD, create_model, embed_model, vectors_of
-from cgd_jax.runtime import packages
+from cgd_jax.models.cgd import CGD, create_model, create_model_of, embed_model, vectors_of
+from cgd_jax.preprocess import Normalization
+from cgd_jax.runtime import compiled, packages
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.runtime.threads import parallel
+from cgd_jax.runtime.threads import CORES, parallel
 
 if TYPE_CHECKING:
     from cgd_jax.search import Index
 
-__all__ = ["PACKAGED", "Network", "identify", "open_network"]
+__all__ = ["PACKAGED", "Network", "batch_sizes", "enough", "identify", "open_network"]
 
 # Without a network of one's own: EfficientNet-Lite0 as ImageNet trained it, pooled by GeM.
 PACKAGED = "efficientnet_lite0"
 PUBLISHED_SIZE = 224  # pixels that published backbones are given
-BATCH = 128  # images that are read, and by an accelerator embedded, at a time
+# An accelerator embeds batches of these sizes, each of which is compiled once; any number is a sum
+# of them. On a CPU every core embeds one image at a time: in a batch, an image takes longer.
+BATCHES = (1, 16, 128)
 
 
 @dataclass(eq=False)
@@ -69,7 +71,7 @@ class Network:
         return self.config["data"]["resize"] if crops else self.image_size
 
     @cached_property
-    def embed_pixels(self) -> Callable[[Any], Any]:
+    def embed_batch(self) -> Callable[[Any], Any]:
         """The jitted function: [B, resize, resize, 3] uint8 → [B, D] float32, unit length."""
         size = self.image_size
         return embed_model(self.model, self.variables, self.normalization, size, self.vector)
@@ -78,7 +80,7 @@ class Network:
     def dimension(self) -> int:
         """D, the length of a vector."""
         images = jax.ShapeDtypeStruct((1, self.resize, self.resize, 3), np.uint8)
-        return jax.eval_shape(self.embed_pixels, images).shape[1]
+        return jax.eval_shape(self.embed_batch, images).shape[1]
 
     def embed(self, images: Any) -> np.ndarray:
         """Embeds images: [B, D] float32, unit length; one image is a batch of one.
@@ -89,17 +91,20 @@ class Network:
         """
         images = listed(images)
         vectors = [np.zeros((0, self.dimension), np.float32)]
-        for at in range(0, len(images), BATCH):
-            pixels = self.to_pixels(images[at : at + BATCH])
-            if jax.default_backend() == "cpu":  # a core an image: in a batch, each takes longer
-                vectors += parallel(
-                    lambda image: np.asarray(self.embed_pixels(image[None])), pixels
-                )
-            else:  # the sizes of few programs: powers of two
-                size = 1 << (len(pixels) - 1).bit_length()
-                filled = np.resize(pixels, (size, *pixels.shape[1:]))
-                vectors.append(np.asarray(self.embed_pixels(filled))[: len(pixels)])
+        for at in range(0, len(images), BATCHES[-1]):
+            vectors.append(self.embed_pixels(self.to_pixels(images[at : at + BATCHES[-1]])))
         return np.concatenate(vectors)
+
+    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeds any number of [B, resize, resize, 3] uint8: [B, D] float32, unit length."""
+        sizes, batches, at = batch_sizes(), [], 0
+        while at < len(pixels):
+            size = max(size for size in sizes if size <= len(pixels) - at)
+            batches.append(pixels[at : at + size])
+            at += size
+        each = map if _on_accelerator() else parallel
+        embedded = each(lambda batch: np.asarray(self.embed_batch(batch), np.float32), batches)
+        return np.concatenate(list(embedded))
 
     def to_pixels(self, images: Any) -> np.ndarray:
         """Brings images into the form that `embed_pixels` takes; raises as `embed`."""
@@ -145,6 +150,20 @@ class Network:
         return Index.open(address, self)
 
 
+def batch_sizes() -> tuple[int, ...]:
+    """Returns how many images the device embeds at a time, each of which is compiled once."""
+    return BATCHES if _on_accelerator() else (1,)
+
+
+def enough() -> int:
+    """Returns how many images, embedded together, keep the device busy."""
+    return BATCHES[-1] if _on_accelerator() else 4 * CORES
+
+
+def _on_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
+
+
 def open_network(
     source: str | Path | None = None,
     vector: str | None = None,
@@ -168,6 +187,7 @@ def open_network(
         reached.
       ValueError: the source is damaged, or has no such vector, step or revision.
     """
+    compiled.keep_compiled()
     name = _locate(source)
     if revision is not None:
         if Path(name).exists() or name in weight_files.PACKAGES:
@@ -175,8 +195,8 @@ def open_network(
         name = f"{name}@{revision}"
     found = _read(name, step)
     weights, config, published = found.weights, found.config, "params" not in found.weights
-    classes = 1 if published else len(weights["params"]["auxiliary_fc"]["bias"])
-    model = create_model(SimpleNamespace(**config["model"]), classes)
+    described = SimpleNamespace(**config["model"])
+    model = create_model(described, 1) if published else create_model_of(described, weights)
     size = config["data"]["image_size"]
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -238,10 +258,10 @@ def _read(name: str, step: int | None = None) -> _Source:
     arrays, metadata = weight_files.read(path)
     declared = weight_files.declared_normalization(path.parent)
     if "normalization" in metadata:
-        declared = Normalization.of(**json.loads(metadata["normalization"]))
+        declared = pretrained.saved_normalization(metadata)
     if declared is None or "config" not in metadata:
         return _published(name, path, arrays, declared)
-    config, weights = fill_added_keys(json.loads(metadata["config"])), unflatten_dict(arrays, "/")
+    config, weights = complete(json.loads(metadata["config"])), unflatten_dict(arrays, "/")
     step = int(metadata["step"]) if "step" in metadata else None
     return _Source(name, weights, declared, config, step, _hash(weights))
 
@@ -253,22 +273,16 @@ def _published(
     backbone = name if name in weight_files.PACKAGES else _backbone_of(path)
     family = backbones.BACKBONES[backbone]
     descriptors = "CG" if family.class_token else "G"
-    model = {
+    described = dict(family.options) | {
         "backbone": backbone,
-        "last_stride": 2 if family.downsamples else 1,
+        "last_stride": 2 if "last_stride" in family.options else 1,
         "descriptors": descriptors,
-        "gem_p": 3.0,
-        "learn_p": "fixed",
         "embedding_dim": len(descriptors),
-        "combination": "concat",
-        "center": "none",
-        "fc_init": "orthogonal",
         "freeze_batch_norm": family.batch_norm,
-        "remat": False,
-        "dtype": "auto",
     }
+    model = complete({"model": described})["model"]
     data = {"image_size": PUBLISHED_SIZE, "resize": PUBLISHED_SIZE}
-    config = {"model": model | dict(family.options), "data": data, "eval": {"center_crop": False}}
+    config = {"model": model, "data": data, "eval": {"center_crop": False}}
     if name == PACKAGED:  # without the classifier, else every search would log that it is left out
         arrays = {key: array for key, array in arrays.items() if not key.startswith("_fc.")}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -5,6 +5,8 @@ cross-batch memory is a part of the training state.
 """
 
 import functools
+import inspect
+from collections import ChainMap
 from typing import Any
 
 import jax
@@ -12,26 +14,23 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cgd_jax import losses
+from cgd_jax.losses.pairs import Miner
 from cgd_jax.models.cgd import Output
 
 __all__ = [
-    "LOSS_PARAMS",
     "create_loss_params",
     "create_memory",
     "loss_param_counts",
     "measure_losses",
-    "network_of",
     "triplet_margin",
 ]
-
-LOSS_PARAMS = "loss"  # where the parameters hold those of the losses, if there are any
 
 
 def measure_losses(
     config: ConfigDict,
     labels: jax.Array,
     output: Output,
-    learned: dict[str, jax.Array] | None = None,
+    loss_params: dict[str, jax.Array] | None = None,
     memory: losses.Memory | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -42,9 +41,9 @@ def measure_losses(
         computed and logged as 0.
       labels: [B], in [0, M).
       output: of the network; of several ranked vectors the ranking loss is the mean.
-      learned: from `create_loss_params`, for losses with proxies or centers.
+      loss_params: from `create_loss_params`, for losses with proxies or centers.
       memory: from `create_memory`, of the ranked vectors side by side.
-      key: of what the miner or the mixup draws.
+      key: of what the miner, or a loss with an argument `key`, draws.
 
     Returns:
       The weighted sum of both losses, a float32 scalar; {name: float32 scalar}.
@@ -52,12 +51,13 @@ def measure_losses(
     ranking = classification = jnp.zeros(())
     logits = output.logits
     if config.ranking_weight:
-        ranking = _ranking_loss(config, labels, output.ranked, learned, memory, key)
+        ranking = _ranking_loss(config, labels, output.ranked, loss_params, memory, key)
     if config.classification_weight and config.classification != "softmax":
-        loss, options = losses.CENTER_LOSSES[config.classification], config[config.classification]
-        assert learned is not None
-        classification = loss(output.embedding, labels, learned["centers"], **options)
-        logits = losses.class_similarities(output.embedding, learned["centers"])
+        loss = losses.CENTER_LOSSES[config.classification]
+        options = config.get(config.classification, {})
+        assert loss_params is not None
+        classification = loss(output.embedding, labels, loss_params["centers"], **options)
+        logits = losses.class_similarities(output.embedding, loss_params["centers"])
     elif config.classification_weight:
         classification = losses.smoothed_cross_entropy(
             logits, labels, config.temperature, config.smoothing
@@ -75,30 +75,34 @@ def _ranking_loss(
     config: ConfigDict,
     labels: jax.Array,
     ranked: list[jax.Array],
-    learned: dict[str, jax.Array] | None,
+    loss_params: dict[str, jax.Array] | None,
     memory: losses.Memory | None,
     key: jax.Array | None,
 ) -> jax.Array:
     """The mean over the ranked vectors; each has its own part of proxies and memory."""
-    loss = (losses.RANKING_LOSSES | losses.PROXY_LOSSES)[config.ranking]
-    options: dict[str, Any] = dict(config[config.ranking])
+    loss = ChainMap(losses.RANKING_LOSSES, losses.PROXY_LOSSES)[config.ranking]
+    options: dict[str, Any] = dict(config.get(config.ranking, {}))
     options.pop("centers", None)  # the proxies are that many
-    if options.get("mixup"):
+    if "key" in inspect.signature(loss).parameters:
         options["key"] = key
-    if config.miner == "distance_weighted":
-        drawn = dict(config.distance_weighted, key=key, dim=ranked[0].shape[1])
-        options["miner"] = functools.partial(losses.MINERS[config.miner], **drawn)
-    elif config.miner != "batch_all":
-        options["miner"] = losses.MINERS[config.miner]
+    if config.ranking in losses.PAIR_LOSSES:
+        options["miner"] = _miner(config, key, ranked[0].shape[1])
     parts = []
     for i, vectors in enumerate(ranked):
         own = lambda array, i=i: jnp.split(array, len(ranked), -1)[i]
         if memory is not None:
             options["memory"] = memory._replace(vectors=own(memory.vectors))
-        if learned and config.ranking in losses.PROXY_LOSSES:
-            options["proxies"] = own(learned["proxies"])
+        if loss_params and config.ranking in losses.PROXY_LOSSES:
+            options["proxies"] = own(loss_params["proxies"])
         parts.append(loss(vectors, labels, **options))
     return sum(parts[1:], parts[0]) / len(parts)
+
+
+def _miner(config: ConfigDict, key: jax.Array | None, dim: int) -> Miner:
+    miner = losses.MINERS[config.miner]
+    if config.miner == "distance_weighted":  # the one that draws
+        return functools.partial(miner, key=key, dim=dim, **config.distance_weighted)
+    return miner
 
 
 def loss_param_counts(config: ConfigDict) -> dict[str, int]:
@@ -112,7 +116,7 @@ def loss_param_counts(config: ConfigDict) -> dict[str, int]:
     """
     counts = {}
     if config.ranking_weight and config.ranking in losses.PROXY_LOSSES:
-        counts["proxies"] = config[config.ranking].get("centers", 1)
+        counts["proxies"] = config.get(config.ranking, {}).get("centers", 1)
     if config.classification_weight and config.classification != "softmax":
         counts["centers"] = config.sub_centers
     return counts
@@ -125,7 +129,7 @@ def create_loss_params(
 
     Args:
       config: the `loss` part of an experiment's config.
-      seed: of the run.
+      seed: an integer.
       classes: M, in training.
       dim: D, of the embedding.
 
@@ -146,15 +150,11 @@ def create_memory(config: ConfigDict, dim: int) -> losses.Memory | None:
     return losses.empty_memory(config.memory, dim) if config.memory else None
 
 
-def network_of(params: dict) -> dict:
-    """Returns the parameters without those of the losses."""
-    return {name: part for name, part in params.items() if name != LOSS_PARAMS}
-
-
 def triplet_margin(config: ConfigDict) -> float | None:
     """Returns the margin of a triplet loss, or None where the ranking loss is another one.
 
     Args:
       config: the `loss` part of an experiment's config.
     """
-    return config[config.ranking].get("margin") if config.ranking.endswith("triplet") else None
+    is_triplet = config.ranking.endswith("triplet")
+    return config.get(config.ranking, {}).get("margin") if is_triplet else None

@@ -10,7 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cgd_jax.models import backbones
-from cgd_jax.objective import LOSS_PARAMS
+from cgd_jax.models.cgd import LOSS_PARAMS
 
 __all__ = ["learning_rate_schedule", "make_optimizer", "moving_average"]
 

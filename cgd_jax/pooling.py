@@ -5,8 +5,8 @@ float32 whatever the input's precision, and returns the input's dtype. This file
 needs nothing but JAX and is meant to be taken into other projects as it is.
 
 >>> features = jnp.ones((8, 14, 14, 256))
->>> {name: pool(features).shape for name, pool in POOLINGS.items()}
-{'S': (8, 256), 'M': (8, 256), 'G': (8, 256), 'R': (8, 256)}
+>>> gem(features).shape
+(8, 256)
 """
 
 import jax

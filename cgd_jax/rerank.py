@@ -16,9 +16,7 @@ from cgd_jax.retrieval import check_matrix, check_rows, top_k
 __all__ = ["augment_database", "expand_queries", "k_reciprocal", "learn_whitening", "whiten"]
 
 
-def learn_whitening(
-    embeddings: ArrayLike, dim: int | None = None, shrink: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
+def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Learns a PCA-whitening of L2-normalized embeddings (https://arxiv.org/abs/1210.1386).
 
     Learn it on the training set: on the test set it would look at what is measured.
@@ -27,8 +25,6 @@ def learn_whitening(
       embeddings: [N, D], any real dtype.
       dim: number of leading components that are kept, at most D and N - 1; None for all
         with a variance above round-off.
-      shrink: share in [0, 1] of the mean variance in every direction's: 0 whitens fully,
-        1 only rotates. Small variances are noise that whitening would amplify.
 
     Returns:
       (mean [D], projection [D, dim]), float32, for `whiten`.
@@ -36,10 +32,12 @@ def learn_whitening(
     Raises:
       ValueError: bad shapes, values that are not finite, or `dim` larger than what
         these embeddings span.
+
+    >>> mean, projection = learn_whitening([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    >>> mean.shape, projection.shape  # three points span a plane
+    ((3,), (3, 2))
     """
     x = _unit("embeddings", embeddings).astype(np.float64)
-    if not 0 <= shrink <= 1:
-        raise ValueError(f"shrink must be in [0, 1], got {shrink}")
     mean = x.mean(0)
     x = x - mean
     variance, axes = np.linalg.eigh(x.T @ x / max(len(x) - 1, 1))
@@ -48,12 +46,16 @@ def learn_whitening(
     dim = spanned if dim is None else dim
     if not 1 <= dim <= spanned:
         raise ValueError(f"dim must be from 1 to {spanned}, which these embeddings span; got {dim}")
-    scale = (1 - shrink) * variance[:dim] + shrink * variance[:spanned].mean()
-    return mean.astype(np.float32), (axes[:, :dim] / np.sqrt(scale)).astype(np.float32)
+    projection = axes[:, :dim] / np.sqrt(variance[:dim])
+    return mean.astype(np.float32), projection.astype(np.float32)
 
 
 def whiten(embeddings: ArrayLike, mean: np.ndarray, projection: np.ndarray) -> np.ndarray:
-    """Applies `learn_whitening`: [N, D] → [N, dim] float32, L2-normalized before and after."""
+    """Applies `learn_whitening`: [N, D] → [N, dim] float32, L2-normalized before and after.
+
+    >>> whiten([[3.0, 4.0]], np.array([0.6, 0.0]), np.array([[1.0], [0.5]]))
+    array([[1.]], dtype=float32)
+    """
     x = _unit("embeddings", embeddings)
     if x.shape[1] != len(mean) or x.shape[1] != len(projection):
         raise ValueError(
@@ -89,6 +91,9 @@ def expand_queries(
 
     Raises:
       ValueError: as `retrieval.top_k`; negative alpha.
+
+    >>> expand_queries([[1, 0]], [[0, 1], [1, 1]], k=1, alpha=0).round(3)
+    array([[0.924, 0.383]], dtype=float32)
     """
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, got {alpha}")
@@ -107,6 +112,10 @@ def augment_database(
     """Database-side augmentation (Arandjelović and Zisserman, CVPR 2012).
 
     α-query expansion of every gallery item by the others: [G, D] → [G, D] float32.
+
+    >>> augment_database([[1, 0], [1, 1]], k=1, alpha=0).round(3)
+    array([[0.924, 0.383],
+           [0.924, 0.383]], dtype=float32)
     """
     gallery = check_matrix("gallery", gallery)
     return expand_queries(gallery, gallery, k, alpha, exclude=np.arange(len(gallery)), mesh=mesh)
@@ -147,6 +156,11 @@ def k_reciprocal(
 
     Raises:
       ValueError: as `retrieval.top_k`, for any of k, k1 and k2; `original` outside [0, 1].
+
+    >>> x = [[1, 0], [1, 0.1], [0, 1], [0.1, 1]]
+    >>> distance, index = k_reciprocal(x, k=2, k1=1, k2=1)
+    >>> index[:, 0]
+    array([1, 0, 3, 2], dtype=int32)
     """
     if not 0 <= original <= 1:
         raise ValueError(f"original must be in [0, 1], got {original}")

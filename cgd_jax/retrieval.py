@@ -5,8 +5,6 @@ map), so that only one block and one block of similarities are on a device. Over
 every device searches its share of each block and the shares' best are merged. On one CPU
 NumPy multiplies, with its BLAS, in blocks that stay in the cache until they are searched.
 
-    similarity, index = retrieval.top_k(query, gallery, k=8)
-
 Similarity is the dot product: cosine for normalized embeddings.
 """
 
@@ -40,8 +38,6 @@ def top_k(
     k: int,
     *,
     exclude: ArrayLike | None = None,
-    approx: bool = False,
-    recall_target: float = 0.95,
     precision: str = "highest",
     mesh: Mesh | None = None,
     query_block: int = 2048,
@@ -55,9 +51,6 @@ def top_k(
       k: neighbours per query, at most G (G - 1 with `exclude`).
       exclude: [Q] integers, the gallery row that is the query itself and is not to be
         found; -1 for none. None searches everything.
-      approx: True uses `lax.approx_max_k` (https://arxiv.org/abs/2206.14286), faster on a
-        TPU; elsewhere it finds the exact neighbours.
-      recall_target: of the approximate search, in (0, 1].
       precision: of the matrix product, "highest" (full float32), "high" or "default".
       mesh: whose devices divide the gallery; None for one device. Of several processes each
         searches for some of the queries, and all must call.
@@ -71,6 +64,10 @@ def top_k(
 
     Raises:
       ValueError: shapes that do not fit, NaN or infinite values, or too large a k.
+
+    >>> similarity, index = top_k([[1, 0]], [[0, 1], [3, 4], [1, 0]], k=2)
+    >>> similarity.tolist(), index.tolist()
+    ([[3.0, 1.0]], [[1, 2]])
     """
     query, gallery = check_matrix("query", query), check_matrix("gallery", gallery)
     if query.shape[1] != gallery.shape[1]:
@@ -99,8 +96,7 @@ def top_k(
     if _is_one_cpu(mesh):
         found = _search_in_cache(*what)
     else:
-        options = {"approx": approx, "recall_target": recall_target, "precision": precision}
-        found = _search_on_devices(*what, mesh=mesh, **options)
+        found = _search_on_devices(*what, precision=precision, mesh=mesh)
     merged = []
     for local, least in zip(found, (-np.inf, -1), strict=True):
         everything = np.full((total, k), least, local.dtype)
@@ -114,7 +110,7 @@ def _is_one_cpu(mesh):
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def _search_on_devices(query, gallery, k, exclude, query_block, gallery_block, *, mesh, **options):
+def _search_on_devices(query, gallery, k, exclude, query_block, gallery_block, *, precision, mesh):
     """`top_k` of this process's queries, by the devices of its mesh."""
     divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
     block = min(query_block, len(query))
@@ -144,28 +140,15 @@ def _search_on_devices(query, gallery, k, exclude, query_block, gallery_block, *
                 *jax.device_put((some, exclude[rows] - start, *best[i]), everywhere),
                 items,
                 np.int32(start),
+                precision=precision,
                 mesh=mesh,
                 padding=padding,
-                **options,
             )
     return (np.concatenate(found)[: len(query)] for found in zip(*best, strict=True))
 
 
-@partial(jax.jit, static_argnames=("mesh", "padding", "approx", "recall_target", "precision"))
-def _search(
-    query,
-    exclude,
-    similarity,
-    index,
-    items,
-    start,
-    *,
-    mesh,
-    padding,
-    approx,
-    recall_target,
-    precision,
-):
+@partial(jax.jit, static_argnames=("precision", "mesh", "padding"))
+def _search(query, exclude, similarity, index, items, start, *, precision, mesh, padding):
     """Merges the best of one block of the gallery into the best so far, [B, k] each."""
     k = similarity.shape[1]
     axes = mesh.axis_names
@@ -180,10 +163,7 @@ def _search(
         column = exclude - begin
         column = jnp.where(column < 0, size, column)  # a negative index would wrap around
         product = product.at[jnp.arange(len(query)), column].set(-jnp.inf, mode="drop")
-        if approx:
-            value, at = lax.approx_max_k(product, min(k, size), recall_target=recall_target)
-        else:
-            value, at = _largest(product, min(k, size))
+        value, at = _largest(product, min(k, size))
         # Lower indices stand to the left, and lax.top_k keeps the leftmost among equals.
         value, at = lax.all_gather((value, start + begin + at), axes, axis=1, tiled=True)
         similarity, chosen = lax.top_k(jnp.concatenate([similarity, value], 1), k)
@@ -314,7 +294,11 @@ def _similarity(keys):
 
 
 def check_matrix(name: str, x: ArrayLike) -> np.ndarray | jax.Array:
-    """Returns x as an array where it is, on disk or a device; ValueError if not [N, D]."""
+    """Returns x as an array where it is, on disk or a device; ValueError if not [N, D].
+
+    >>> check_matrix("query", [[1, 2, 3]]).shape
+    (1, 3)
+    """
     matrix: Any = x if hasattr(x, "shape") else np.asarray(x)
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {matrix.shape}")
@@ -331,6 +315,9 @@ def check_rows(name: str, rows: np.ndarray | jax.Array, start: int = 0) -> np.nd
 
     Raises:
       ValueError: no real numbers; a row is NaN or infinite.
+
+    >>> check_rows("query", [[1, 2]])
+    array([[1., 2.]], dtype=float32)
     """
     rows = _as_float32(name, rows)
     if isinstance(rows, jax.Array):

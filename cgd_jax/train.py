@@ -1,5 +1,6 @@
 """Training from start to end: read `train_and_evaluate`, then `train`."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -8,35 +9,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint
+from cgd_jax import checkpoint, gradient_caching, train_step
 from cgd_jax.config import to_dict
-from cgd_jax.data import Dataset
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
-from cgd_jax.evaluate import (
-    evaluate_checkpoint,
-    evaluate_step,
-    log_results,
-    measure_baselines,
-)
-from cgd_jax.from_config import Setup, load_pretrained, name_backbone, set_up
-from cgd_jax.objective import network_of, triplet_margin
+from cgd_jax.evaluate import evaluate_state, evaluate_step, log_results, measure_baselines
+from cgd_jax.models.cgd import network_params
+from cgd_jax.objective import triplet_margin
 from cgd_jax.reports import collapse, plots, tables, trackers
 from cgd_jax.reports.history import History, Progress
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
+from cgd_jax.run import Run, create_run, initial_state
 from cgd_jax.runtime import console, files, interrupts, locks, processes
 from cgd_jax.runtime.errors import UserError
-from cgd_jax.train_step import State, make_train_step
-from cgd_jax.workdir import (
-    check_data,
-    check_workdir,
-    count_classes,
-    keep_compiled,
-    record_data,
-)
+from cgd_jax.train_step import State
+from cgd_jax.workdir import check_data, count_classes, record_data
 
 
 class Diverged(UserError):
-    """Training that cannot go on; the message is for the person who started it."""
+    """Training that cannot go on."""
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
@@ -59,52 +49,45 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       SystemExit: SIGINT or SIGTERM ended it; the status is `interrupts.EXIT_TEMPFAIL`.
     """
     started = time.time()
-    config = name_backbone(config)
-    check_workdir(config, workdir)
-    keep_compiled(workdir)
-    setup = set_up(config)
+    run = create_run(config, workdir)
+    config, folder = run.config, run.folder
     with (
         locks.one_run_in(workdir),
         checkpoint.manager(workdir, config.train.keep) as checkpoints,
     ):
-        check_data(workdir, setup.dataset)
-        saved = checkpoint.restore_latest(checkpoints, setup.state)
-        if config.model.pretrained and not (saved and Path(workdir, "baselines.json").exists()):
-            setup = setup._replace(state=load_pretrained(config.model, setup.state))
-        folder = processes.report_folder(workdir)
+        check_data(workdir, run.dataset)
+        state = checkpoint.restore_latest(checkpoints, run.state_shapes())
+        resumed = state is not None
+        state = state if resumed else initial_state(run)
         files.write_json(folder / "config.json", to_dict(config))
-        if saved is None:  # else it is not known what a run without data.json was trained on
-            record_data(folder, setup.dataset)
-        console.log(tables.dataset_table(setup.dataset) + "\n")
-        flops = flops_per_image(setup.model, setup.state, config.data.image_size)
-        console.log(tables.run_table(run_facts(config, workdir, setup, flops)) + "\n")
-        baselines = {}
-        if config.eval.baselines:
-            baselines = measure_baselines(config, workdir, folder, setup)
-        if saved:
-            console.log(f"Resumed from the checkpoint of step {int(saved.step)}.")
-        state = saved or setup.state
+        if not resumed:  # else it is not known what a run without data.json was trained on
+            record_data(folder, run.dataset)
+        variables, size = state.variables(), config.data.image_size
+        flops = flops_per_image(run.model, variables, state.normalization, size)
+        console.log(tables.dataset_table(run.dataset) + "\n")
+        console.log(tables.run_table(run_facts(run, state, flops)) + "\n")
+        if resumed:
+            console.log(f"Resumed from the checkpoint of step {int(state.step)}.")
+        images = batch_size(config)
+        # A backward pass costs two forward ones.
+        meter = Meter(images, 3 * flops * images, peak_flops(config.model.dtype), started)
         with (
             trackers.tracking(config.train.tracker, folder, to_dict(config)) as track,
             History(folder, int(state.step), track) as history,
         ):
-            state, stopped = train(
-                config, folder, setup, state, flops, checkpoints, history, started
-            )
-        margin, classes = triplet_margin(config.loss), count_classes(workdir, setup.dataset)
-        seen = tables.describe_classes(*classes.values())
-        with files.warn_on_write_error("curves.png"):
-            plots.plot_curves(folder / "curves.png", history.rows, baselines, margin, seen)
-        for warning in collapse.warnings(history.rows, margin, config.model.center):
-            console.log(f"Warning: {warning}")
+            state, stopped = train(run, state, checkpoints, meter, history)
+        baselines = {}
+        if config.eval.baselines and not stopped:
+            baselines = measure_baselines(run)
+        report_history(run, history, baselines)
         if stopped:
             console.log(
                 f"Stopped at step {int(state.step)} of {config.train.steps}; the same command goes "
                 f"on from the checkpoint of step {checkpoints.latest_step()} in {workdir}."
             )
             raise SystemExit(interrupts.EXIT_TEMPFAIL)
-        result = evaluate_checkpoint(config, workdir, folder, setup, None, "")
-        results = {**result, "baselines": baselines}
+        best = checkpoint.restore(checkpoints, run.state_shapes(), checkpoints.best_step())
+        results = {**evaluate_state(run, best), "baselines": baselines}
         files.write_json(folder / "results.json", results)
     log_results(config, results)
     took = console.duration(time.time() - started)
@@ -113,27 +96,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
 
 
 def train(
-    config: ConfigDict,
-    folder: Path,
-    setup: Setup,
+    run: Run,
     state: State,
-    flops: float,
     checkpoints: ocp.CheckpointManager,
+    meter: Meter,
     history: History,
-    started: float,
 ) -> tuple[State, bool]:
     """Trains from a state to the last step, or until a signal comes.
 
     Args:
-      config: a whole experiment's.
-      folder: where reports are written.
-      setup: what `set_up` made of the config.
+      run: what is trained on what.
       state: where to begin; its buffers are donated to the first step.
-      flops: floating-point operations of a forward pass for one image.
       checkpoints: from `checkpoint.manager`; the last state is among them at the end.
+      meter: measures how fast it goes.
       history: gets a row whenever something is logged or evaluated.
-      started: when the program started, in seconds since the epoch; the time to the first
-        step is printed.
 
     Returns:
       The last state; whether a signal ended training early.
@@ -141,22 +117,29 @@ def train(
     Raises:
       Diverged: The loss was not finite.
     """
-    first, steps = int(state.step), config.train.steps
-    batch_size = config.train.classes_per_batch * config.train.images_per_class
-    choose = batch_positions(config, setup.labels)
-    rows = processes.local_rows(setup.batch_sharding, batch_size)
-    make_batch = make_batches(choose, setup.dataset, setup.labels, rows)
-    batches = prefetch(make_batch, range(first, steps), setup.batch_sharding)
-    train_step = make_train_step(config, setup.model, setup.optimizer, setup.mesh)
-    # A backward pass costs two forward ones.
-    meter = Meter(batch_size, 3 * flops * batch_size, peak_flops(config.model.dtype))
+    config, first, steps = run.config, int(state.step), run.config.train.steps
+    sample_indices = batch_positions(config, run.labels)
+    rows = processes.local_rows(run.batch_sharding, batch_size(config))
+    make_batch = make_batches(sample_indices, run.dataset, run.labels, rows)
+    cached = config.train.gradient_cache_chunk > 0
+    make_train_step = (gradient_caching if cached else train_step).make_train_step
+    step_once = make_train_step(config, run.model, run.optimizer, run.mesh)
+    stop_together = processes.stop_together(run.batch_sharding)
     metrics, unlogged, stop = None, [], False
-    stop_together = processes.stop_together(setup.batch_sharding)
-    due = lambda step, every: step % every == 0 or step == steps
-    with interrupts.stop_signals() as stopped_by, Progress(first, steps) as progress:
+
+    def due(step: int, every: int) -> bool:
+        return step % every == 0 or step == steps
+
+    with (
+        interrupts.stop_signals() as stopped_by,
+        contextlib.closing(
+            prefetch(make_batch, range(first, steps), run.batch_sharding)
+        ) as batches,
+        Progress(first, steps) as progress,
+    ):
         if first and due(first, config.train.eval_every) and checkpoints.metrics(first) is None:
             # A signal came while this step was evaluated.
-            recalls = evaluate_step(config, setup, state, stopped_by)
+            recalls = evaluate_step(run, state, stopped_by)
             if not recalls:
                 return state, True
             history.add(first, recalls)
@@ -164,44 +147,50 @@ def train(
         for step in range(first + 1, steps + 1):
             with meter.waiting():
                 batch = next(batches)
-            profile(config.profile_steps, first, step, folder, metrics)
-            previous = metrics
-            state, metrics = train_step(state, *batch)
-            # One step is in flight while the host waits for the previous one: the device is
-            # never idle, and no more than one step is left to finish when a signal comes.
-            jax.block_until_ready(previous)
-            stop_if_not_finite(config, folder, setup.dataset, choose, step - 1, previous)
+            profile(config.profile_steps, first, step, run.folder, metrics)
+            previous, (state, metrics) = metrics, step_once(state, *batch)
             unlogged.append(metrics)
             meter.count()
             progress.update()
+
+            # One step is in flight while the host waits for the one before: the device is never
+            # idle, and no more than one step is left to finish when a signal comes.
+            jax.block_until_ready(previous)
+            stop = stop_together(bool(stopped_by))
+            logs, evaluates = due(step, config.train.log_every), due(step, config.train.eval_every)
+            saves = stop or evaluates or step % config.train.checkpoint_every == 0
+            # What is logged, evaluated or saved is waited for: a run that was resumed from a step
+            # that is not finite would skip it without a word.
+            if logs or saves or step == first + 1:
+                stop_if_not_finite(run, sample_indices, step, metrics)
+            elif previous is not None:
+                stop_if_not_finite(run, sample_indices, step - 1, previous)
             if step == first + 1:
-                jax.block_until_ready(metrics)
-                console.log(f"First step after {console.duration(time.time() - started)}.")
-                meter.restart()
+                meter.first_step()
 
             row, recalls = {}, {}
-            if due(step, config.train.log_every):
-                stop_if_not_finite(config, folder, setup.dataset, choose, step, metrics)
+            if logs:
                 row = {name: float(np.nanmean([m[name] for m in unlogged])) for name in metrics}
                 row |= meter.read()
                 unlogged = []
-                history.add(step, row)
-            if due(step, config.train.eval_every):
-                recalls = evaluate_step(config, setup, state, stopped_by)
-                history.add(step, recalls)
+            if evaluates and not stop:
+                recalls = evaluate_step(run, state, stopped_by)
+                stop = not recalls
                 meter.restart()
             if row or recalls:
+                history.add(step, row | recalls)
                 progress.log(step, row | recalls)
-            stop = stop_together(bool(stopped_by))
-            if stop or recalls or step % config.train.checkpoint_every == 0:
-                # Not saved: a resumed run would skip this step without a word.
-                stop_if_not_finite(config, folder, setup.dataset, choose, step, metrics)
+            if saves:
                 checkpoint.save(checkpoints, state, recalls.get("recall@1"))
             if stop:
                 break
-        batches.close()
         checkpoint.finish(checkpoints)
     return state, stop
+
+
+def batch_size(config: ConfigDict) -> int:
+    """Returns how many images a step trains on."""
+    return config.train.classes_per_batch * config.train.images_per_class
 
 
 def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) -> None:
@@ -228,49 +217,56 @@ def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) ->
         console.log(f"Look at the profile: tensorboard --logdir={folder / 'profile'}")
 
 
-def stop_if_not_finite(
-    config: ConfigDict, folder: Path, dataset: Dataset, choose, step: int, metrics: dict | None
-) -> None:
-    """Ends a run after more than `train.skip_nonfinite` steps in a row without a finite loss.
+def stop_if_not_finite(run: Run, sample_indices, step: int, metrics: dict) -> None:
+    """Waits for a step, and ends a run after `train.skip_nonfinite` steps without a finite loss.
 
     The metrics and the images of the step are written to nonfinite.json first.
 
     Args:
-      config: a whole experiment's.
-      folder: where nonfinite.json is written.
-      dataset: the data set that is trained on.
-      choose: step → positions of a batch, from `batch_positions`.
+      run: what is trained on what.
+      sample_indices: step → positions of the images of a batch.
       step: the step of the metrics, from 1.
-      metrics: of the step; None before the first.
+      metrics: of the step.
 
     Raises:
-      Diverged: The message says what to look at.
+      Diverged: More steps in a row than that; the message says what to look at.
     """
-    if metrics is None or int(metrics["skipped"]) <= config.train.skip_nonfinite:
+    if int(metrics["skipped"]) <= run.config.train.skip_nonfinite:
         return
-    images = [dataset.train.ids[i] for i in choose(step - 1)]
+    images = [run.dataset.train.ids[i] for i in sample_indices(step - 1)]
     values = {name: str(float(value)) for name, value in metrics.items()}
-    files.write_json(folder / "nonfinite.json", {"step": step, "metrics": values, "images": images})
+    found = {"step": step, "metrics": values, "images": images}
+    files.write_json(run.folder / "nonfinite.json", found)
     raise Diverged(
-        f"The loss or its gradient is not finite at step {step}. nonfinite.json in {folder} names "
-        f"the images of the batch; no checkpoint holds such a step. Lower the learning rate, or "
-        f"pass over up to n such steps in a row with --config.train.skip_nonfinite=n."
+        f"The loss or its gradient is not finite at step {step}. nonfinite.json in {run.folder} "
+        f"names the images of the batch; no checkpoint holds such a step. Lower the learning rate, "
+        f"or pass over up to n such steps in a row with --config.train.skip_nonfinite=n."
     )
 
 
-def run_facts(config: ConfigDict, workdir: str, setup: Setup, flops: float) -> dict[str, str]:
+def run_facts(run: Run, state: State, flops: float) -> dict[str, str]:
     """Returns the facts of a run that are printed before it begins."""
-    parameters = sum(array.size for array in jax.tree.leaves(network_of(setup.state.params)))
-    train = config.train
-    images = train.classes_per_batch * train.images_per_class
+    model, train = run.config.model, run.config.train
+    parameters = sum(array.size for array in jax.tree.leaves(network_params(state.params)))
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} × {devices[0].device_kind}",
-        "network": f"{config.model.backbone}, descriptors "
-        f"{config.model.descriptors}, embedding {config.model.embedding_dim}",
+        "network": f"{model.backbone}, descriptors {model.descriptors}, embedding "
+        f"{model.embedding_dim}",
         "parameters": console.quantity(parameters),
         "FLOPs per image": console.quantity(flops),
-        "batch": f"{train.classes_per_batch} classes × {train.images_per_class} images = {images}",
+        "batch": f"{train.classes_per_batch} classes × {train.images_per_class} images = "
+        f"{batch_size(run.config)}",
         "steps": f"{train.steps:,}",
-        "work folder": workdir,
+        "work folder": run.workdir,
     }
+
+
+def report_history(run: Run, history: History, baselines: dict) -> None:
+    """Draws the curves of a run, and warns of what they show."""
+    margin = triplet_margin(run.config.loss)
+    classes = tables.describe_classes(*count_classes(run.workdir, run.dataset).values())
+    with files.warn_on_write_error("curves.png"):
+        plots.plot_curves(run.folder / "curves.png", history.rows, baselines, margin, classes)
+    for warning in collapse.warnings(history.rows, margin, run.config.model.center):
+        console.log(f"Warning: {warning}")

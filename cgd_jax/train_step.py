@@ -1,6 +1,6 @@
-"""One training step, top-down: augment, losses, gradients, update.
+"""One training step: `make_train_step` is the whole of it, and below it stand its parts.
 
-`make_train_step` is the whole of it; the functions below it are its parts, in that order.
+`gradient_caching` makes another step out of the same parts, for batches larger than the memory.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ import optax
 from ml_collections import ConfigDict
 
 from cgd_jax import geometry, losses, objective
-from cgd_jax.augment import IMAGENET, Normalization, augment
-from cgd_jax.gradient_caching import make_chunked_gradients
-from cgd_jax.models.cgd import CGD, Output
+from cgd_jax.augment import augment
+from cgd_jax.models import backbones
+from cgd_jax.models.cgd import CGD, LOSS_PARAMS, Output, network_params
 from cgd_jax.optimizer import learning_rate_schedule, moving_average
+from cgd_jax.preprocess import Normalization
 
 
 @flax.struct.dataclass
@@ -36,7 +37,10 @@ class State:
     def variables(self) -> dict:
         """Returns what is evaluated: the network, its averaged parameters if there are any."""
         params = self.params if self.average is None else self.average
-        return {"params": objective.network_of(params), "batch_stats": self.batch_stats}
+        return {"params": network_params(params), "batch_stats": self.batch_stats}
+
+
+TrainStep = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
 
 
 def make_train_step(
@@ -44,15 +48,15 @@ def make_train_step(
     model: CGD,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]:
+) -> TrainStep:
     """Compiles a training step for all devices of a mesh.
 
-    It is written for the global batch and partitioned by the compiler: batch-hard mining
-    looks at the images of all devices, BatchNorm sees global statistics, and n devices
-    compute what one computes.
+    It is written for the global batch and partitioned by the compiler: batch-hard mining looks at
+    the images of all devices, BatchNorm sees global statistics, and n devices compute what one
+    computes.
 
     Args:
-      config: a whole experiment's.
+      config: of the experiment.
       model: the network.
       optimizer: from `make_optimizer`.
       mesh: has the one axis "data".
@@ -61,94 +65,93 @@ def make_train_step(
       (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics); the state is
       donated.
     """
-    measure = functools.partial(measure_state, config)
-    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-    chunk = config.train.gradient_cache_chunk
-    gradients_of = (
-        make_chunked_gradients(model, measure, chunk)
-        if chunk
-        else functools.partial(direct_gradients, model, measure)
-    )
-
-    # The names are those of a profile.
-    @jax.named_scope("augmentation")
-    def prepare(state: State, images: jax.Array) -> jax.Array:
-        key = step_key(config.seed, state.step)
-        return augment(key, images, config.augment, config.data.image_size, state.normalization)
-
-    @jax.named_scope("optimizer")
-    def update(state, gradients, batch_stats, metrics, output, labels):
-        new = apply_gradients(config, optimizer, state, gradients, batch_stats)
-        new = dataclasses.replace(new, memory=remember(config.loss, state, output, labels))
-        # What is not finite does not get into the weights.
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        metrics |= {"learning_rate": schedule(state.step), "skipped": skipped}
-        return dataclasses.replace(new, step=state.step + 1, skipped=skipped), metrics
-
-    @jax.named_scope("signs_of_collapse")
-    def describe(state, descriptors, labels):
-        return describe_step(config.loss, model, measure, state, descriptors, labels)
-
     replicated, batch_sharding = shardings(mesh)
-    if chunk:  # the host goes from chunk to chunk, so that this cannot be one program
-        prepare = jax.jit(prepare, out_shardings=batch_sharding)
-        describe = jax.jit(describe)
-        update = jax.jit(update, donate_argnums=0, out_shardings=replicated)
 
-    def train_step(state: State, images: jax.Array, labels: jax.Array):
-        images = prepare(state, images)
-        rngs = {"drop_path": jax.random.fold_in(step_key(config.seed, state.step), 1)}
-        gradients, batch_stats, metrics, output = gradients_of(state, images, labels, rngs)
-        metrics |= describe(state, output.descriptors, labels)
-        return update(state, gradients, batch_stats, metrics, output, labels)
-
-    if chunk:
-        return train_step
-    return jax.jit(
-        train_step,
+    @functools.partial(
+        jax.jit,
         donate_argnums=0,
         in_shardings=(replicated, batch_sharding, batch_sharding),
         out_shardings=(replicated, replicated),
     )
+    def train_step(state: State, images: jax.Array, labels: jax.Array):
+        images = prepare(config, state, images)
+        gradients, batch_stats, metrics, output = gradients_of_batch(
+            config, model, state, images, labels
+        )
+        metrics |= describe_step(config, model, state, output, labels)
+        state = update(config, optimizer, state, gradients, batch_stats, metrics["loss"])
+        state = remember(config.loss, state, output, labels)
+        return state, metrics | facts_of(config, state)
+
+    return train_step
 
 
-def measure_state(
-    config: ConfigDict, state: State, labels: jax.Array, output: Output
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a batch with what a state holds for it.
+@jax.named_scope("augmentation")  # the name in a profile, as those below
+def prepare(config: ConfigDict, state: State, images: jax.Array) -> jax.Array:
+    """[B, S, S, 3] uint8 → [B, s, s, 3] float32, augmented and normalized."""
+    key = step_key(config.seed, state.step)
+    return augment(key, images, config.augment, config.data.image_size, state.normalization)
+
+
+def gradients_of_batch(
+    config: ConfigDict, model: CGD, state: State, images: jax.Array, labels: jax.Array
+) -> tuple[dict, dict, dict, Output]:
+    """Computes the gradient of the loss from all images at once.
 
     Args:
-      config: a whole experiment's.
-      state: before the step.
+      config: of the experiment.
+      model: the network.
+      state: its parameters are differentiated.
+      images: [B, s, s, 3], from `prepare`.
       labels: [B], in [0, M).
-      output: of the network.
 
     Returns:
-      What `objective.measure_losses` does.
+      The gradient, as the parameters; new BatchNorm statistics; metrics; the output, with its
+      descriptors.
     """
+
+    def loss_of(params):
+        with_params = dataclasses.replace(state, params=params)
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        output, updates = model.apply(
+            variables,
+            images,
+            train=True,
+            return_descriptors=True,
+            mutable=["batch_stats"],
+            rngs=drop_path_keys(config, state),
+        )
+        loss, metrics = measure_losses(config, with_params, labels, output)
+        return loss, (updates["batch_stats"], metrics, output)
+
+    (_, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    return gradients, *found
+
+
+def measure_losses(
+    config: ConfigDict, state: State, labels: jax.Array, output: Output
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns `objective.measure_losses` with what a state holds for it."""
     key = jax.random.fold_in(step_key(config.seed, state.step), 2)
-    learned = state.params.get(objective.LOSS_PARAMS)
-    return objective.measure_losses(config.loss, labels, output, learned, state.memory, key)
+    loss_params = state.params.get(LOSS_PARAMS)
+    return objective.measure_losses(config.loss, labels, output, loss_params, state.memory, key)
 
 
+@jax.named_scope("signs_of_collapse")
 def describe_step(
     config: ConfigDict,
     model: CGD,
-    measure: Callable[[State, jax.Array, Output], tuple[jax.Array, dict]],
     state: State,
-    descriptors: list[jax.Array],
+    output: Output,
     labels: jax.Array,
 ) -> dict[str, jax.Array]:
     """Measures how the embeddings of a batch lie, and which loss pulls the backbone how much.
 
     Args:
-      config: the `loss` part of an experiment's config.
+      config: of the experiment.
       model: the network.
-      measure: state, labels, `Output` → loss, metrics.
       state: before the step.
-      descriptors: n × [B, C], of the step.
+      output: of the step, with its descriptors.
       labels: [B], in [0, M).
 
     Returns:
@@ -162,148 +165,104 @@ def describe_step(
         output, _ = model.apply(
             variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
         )
-        _, metrics = measure(state, labels, output)
-        return config[f"{part}_weight"] * metrics[f"{part}_loss"], output.embedding
+        _, metrics = measure_losses(config, state, labels, output)
+        return config.loss[f"{part}_weight"] * metrics[f"{part}_loss"], output.embedding
 
     # Each with a backward pass of its own: through both losses it would be twice the program.
     gradient_of = jax.grad(loss_of, has_aux=True)
-    of_ranking, embedding = gradient_of(descriptors, "ranking")
-    of_classification, _ = gradient_of(descriptors, "classification")
+    of_ranking, embedding = gradient_of(output.descriptors, "ranking")
+    of_classification, _ = gradient_of(output.descriptors, "classification")
     in_float32 = optax.tree.cast((of_ranking, of_classification), jnp.float32)
     ranking, classification = map(optax.tree.norm, in_float32)
     return {
-        **geometry.describe_batch(embedding, labels, objective.triplet_margin(config) or 0.0),
+        **geometry.describe_batch(embedding, labels, objective.triplet_margin(config.loss) or 0.0),
         "ranking_gradient": ranking,
         "classification_gradient": classification,
     }
 
 
-def direct_gradients(
-    model: CGD,
-    measure: Callable[[State, jax.Array, Output], tuple[jax.Array, dict]],
-    state: State,
-    images: jax.Array,
-    labels: jax.Array,
-    rngs: dict[str, jax.Array] | None = None,
-) -> tuple[dict, dict, dict, Output]:
-    """Computes the gradient of the loss from all images at once.
-
-    Args:
-      model: the network.
-      measure: state, labels, `Output` → loss, metrics.
-      state: its parameters are differentiated.
-      images: [B, S, S, 3], normalized.
-      labels: [B], in [0, M).
-      rngs: random keys of the network, see `residual.DropPath`.
-
-    Returns:
-      The gradient, as the parameters; new BatchNorm statistics; metrics; the output, with its
-      descriptors.
-    """
-
-    def loss_of(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        output, updates = model.apply(
-            variables,
-            images,
-            train=True,
-            return_descriptors=True,
-            mutable=["batch_stats"],
-            rngs=rngs,
-        )
-        loss, metrics = measure(dataclasses.replace(state, params=params), labels, output)
-        return loss, (updates["batch_stats"], metrics, output)
-
-    (_, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    return gradients, *found
-
-
-def apply_gradients(
+@jax.named_scope("optimizer")
+def update(
     config: ConfigDict,
     optimizer: optax.GradientTransformation,
     state: State,
     gradients: dict,
     batch_stats: dict,
+    loss: jax.Array,
 ) -> State:
-    """Returns the state with updated parameters, their average and BatchNorm statistics."""
+    """Returns the state after a step; what is not finite does not get into the weights."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    average = state.average
+    params, average = optax.apply_updates(state.params, updates), state.average
     if average is not None:
         average = moving_average(average, params, state.step, config.optimizer.ema_decay)
-    return dataclasses.replace(
+    new = dataclasses.replace(
         state, params=params, batch_stats=batch_stats, opt_state=opt_state, average=average
     )
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    return dataclasses.replace(new, step=state.step + 1, skipped=skipped)
 
 
-def remember(
-    config: ConfigDict, state: State, output: Output, labels: jax.Array
-) -> losses.Memory | None:
-    """Returns the cross-batch memory after a step; it begins to fill at `loss.memory_from`."""
+def remember(config: ConfigDict, state: State, output: Output, labels: jax.Array) -> State:
+    """Fills the cross-batch memory after a step, from step `loss.memory_from` on."""
     if state.memory is None:
-        return None
+        return state
     pushed = losses.push(state.memory, jnp.concatenate(output.ranked, 1), labels)
-    begun = state.step >= config.memory_from
-    return jax.tree.map(lambda new, old: jnp.where(begun, new, old), pushed, state.memory)
+    due = (state.step > config.memory_from) & (state.skipped == 0)
+    memory = jax.tree.map(lambda new, old: jnp.where(due, new, old), pushed, state.memory)
+    return dataclasses.replace(state, memory=memory)
+
+
+def facts_of(config: ConfigDict, state: State) -> dict[str, jax.Array]:
+    """Returns what is logged of the state after a step, beside the losses."""
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    return {"learning_rate": schedule(state.step - 1), "skipped": state.skipped}
 
 
 def create_state(
+    config: ConfigDict,
     model: CGD,
     optimizer: optax.GradientTransformation,
-    seed: int,
-    image_size: int,
     sharding: jax.sharding.Sharding,
-    average: bool = False,
-    normalization: Normalization = IMAGENET,
-    loss: ConfigDict | None = None,
 ) -> State:
-    """Draws the initial weights, and those of the losses.
-
-    Args:
-      model: the network.
-      optimizer: from `make_optimizer`.
-      seed: of the weights.
-      image_size: side of the images, in pixels.
-      sharding: how the devices hold the state.
-      average: whether the parameters are averaged over the steps.
-      normalization: of the pixels, the one that the backbone is published with.
-      loss: that part of an experiment's config; None for losses that learn nothing.
-
-    Returns:
-      The state at step 0.
-    """
+    """Compiles and runs `draw_state`; `sharding` is how the devices hold the state."""
     # On a CPU every array is drawn by code of its own, which takes long to compile and runs once.
     # Less effort compiles the same numbers in a third of the time.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    draw = functools.partial(draw_state, config, model, optimizer)
+    return jax.jit(draw, out_shardings=sharding, compiler_options=options)()
 
-    @functools.partial(jax.jit, out_shardings=sharding, compiler_options=options)
-    def init():
-        images = jnp.zeros((1, image_size, image_size, 3))
-        variables = model.init(jax.random.key(seed), images)
-        params, memory = variables["params"], None
-        if loss is not None:
-            dim = model.embedding_dim
-            memory = objective.create_memory(loss, dim)
-            if learned := objective.create_loss_params(loss, seed, model.num_classes, dim):
-                params = {**params, objective.LOSS_PARAMS: learned}
-        return State(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(params),
-            normalization=jax.tree.map(jnp.asarray, normalization),
-            average=params if average else None,
-            skipped=jnp.zeros((), jnp.int32),
-            memory=memory,
-        )
 
-    return init()
+def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation) -> State:
+    """Draws the initial weights, and those of the losses: the state at step 0."""
+    size, dim = config.data.image_size, model.embedding_dim
+    variables = model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)))
+    params = variables["params"]
+    if drawn := objective.create_loss_params(config.loss, config.seed, model.num_classes, dim):
+        params = {**params, LOSS_PARAMS: drawn}
+    normalization = backbones.normalization_of(config.model.backbone)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(params),
+        normalization=jax.tree.map(jnp.asarray, normalization),
+        average=params if config.optimizer.ema_decay else None,
+        skipped=jnp.zeros((), jnp.int32),
+        memory=objective.create_memory(config.loss, dim),
+    )
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
     """Returns the random key of a training step, from which all of its randomness follows."""
     return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def drop_path_keys(config: ConfigDict, state: State) -> dict[str, jax.Array]:
+    """Returns the random keys of the network in a step, see `models.residual.DropPath`."""
+    return {"drop_path": jax.random.fold_in(step_key(config.seed, state.step), 1)}
 
 
 def shardings(

@@ -1,9 +1,8 @@
-"""The work folder of a run: its name, its config, the programs compiled beside it."""
+"""The work folder of a run: its name, its config, what it was trained on."""
 
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,7 +18,6 @@ __all__ = [
     "count_classes",
     "data_changes",
     "default_workdir",
-    "keep_compiled",
     "read_config",
     "record_data",
 ]
@@ -61,7 +59,10 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
     checkpoint.check_folder(workdir)
     if not Path(workdir, "config.json").exists():
         return
-    changes = differences(to_dict(read_config(workdir)), to_dict(config))
+    of_run, wanted = read_config(workdir), to_dict(config)
+    for key in ("steps", "classes_per_batch"):
+        wanted["train"][key] = wanted["train"][key] or of_run.train[key]  # 0 is what it took
+    changes = differences(to_dict(of_run), wanted)
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         raise ConfigError(
@@ -111,12 +112,3 @@ def _recorded_data(workdir: str | Path) -> dict | None:
     """Returns what `record_data` wrote; None for a run of a version that did not."""
     path = Path(workdir, DATA)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def keep_compiled(workdir: str | Path) -> None:
-    """Keeps compiled programs beside the work folders, so that the next run starts sooner."""
-    # jax.config gets its attributes at run time.
-    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if chosen is None:  # else the user has chosen a place
-        folder = Path(workdir).resolve().parent / ".compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -119,8 +119,8 @@ def get_config() -> ConfigDict:
     optimizer.ema_decay = 0.0  # above 0: evaluates a moving average of the weights, of this decay
 
     config.train = train = ConfigDict()
-    train.steps = 1500
-    train.classes_per_batch = 32  # P
+    train.steps = 1500  # 0: every image about 15 times, 1,200 steps at most
+    train.classes_per_batch = 32  # P; 0: as many as there are, 12 at most
     train.images_per_class = 4  # K; the batch has P × K images
     train.gradient_cache_chunk = 0  # above 0: activations of so many images at a time are held
     train.skip_nonfinite = 0  # steps in a row with a loss that is not finite to pass over

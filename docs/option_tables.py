@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cgd_jax import config, losses
+from cgd_jax import config, losses, rules
 from configs import base
 
 __all__ = ["experiments", "options"]
 
 CONFIGS = Path(base.__file__).parent
-SAID_BY_DEFAULT = ("a text", "True or False")
 LONG = 160  # letters of a rule that is left to the page which lists the names
 
 
@@ -52,9 +51,8 @@ def options() -> str:
         meaning = comment.meaning
         if not meaning and (loss := LOSSES.get(group.rpartition(".")[2])):
             meaning = f"of {{py:func}}`{loss.__name__} <{loss.__module__}.{loss.__name__}>`"
-        lines.append(
-            f"| [`{key}`]{{#{place(key)}}} | `{shown(default)}` | {described(key, meaning)} |"
-        )
+        described_key = described(key, default, meaning)
+        lines.append(f"| [`{key}`]{{#{place(key)}}} | `{shown(default)}` | {described_key} |")
     return "\n".join(lines)
 
 
@@ -72,12 +70,12 @@ def place(key: str) -> str:
     return key.replace(".", "-").replace("_", "-")
 
 
-def described(key: str, meaning: str) -> str:
+def described(key: str, default: Any, meaning: str) -> str:
     """Returns a meaning with the values that are allowed."""
-    rule = config.RULES[key].otherwise
+    rule = rules.rule_of(key, default).otherwise
     rule = rule.replace("is unknown; valid names are", "one of").replace("one of, ", "one, ")
     rule = rule.removeprefix("must be ")
-    if rule in SAID_BY_DEFAULT or len(rule) > LONG:
+    if not rule or len(rule) > LONG:
         return cell(meaning)
     rule = f"*{rule[0].upper()}{rule[1:]}.*"
     return cell(f"{meaning.rstrip('.')}. {rule}" if meaning else rule)

@@ -6,6 +6,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from cgd_jax.data.builder import example_features
+
 
 class Blobs(tfds.core.GeneratorBasedBuilder):
     """12 classes of 8 × 8 pictures, each a colour of its own with noise; 6 train, 6 test."""
@@ -15,14 +17,7 @@ class Blobs(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": np.int64,
-                    "class_name": tfds.features.Text(),
-                    "id": tfds.features.Text(),
-                }
-            ),
+            features=example_features(),
             disable_shuffling=True,
         )
 

@@ -20,6 +20,7 @@ if (0, 7) <= jaxlib.version.__version_info__ < (0, 11):
 import jax
 import pytest
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 from cgd_jax import train
 from tests import tiny
@@ -78,3 +79,16 @@ def finished_run(tmp_path_factory):
     config.eval.baselines = False
     result = train.train_and_evaluate(config, str(folder / "run"))
     return config, folder / "run", result
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are written, in their order."""
+    figures, savefig = [], Figure.savefig
+
+    def record(figure, *arguments, **options):
+        figures.append(figure)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures

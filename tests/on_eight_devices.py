@@ -47,7 +47,7 @@ def start(count):
                 checkpoint.save(checkpoints, state)
         return sequence, jax.tree.map(np.asarray, (state.params, state.memory))
 
-    return train_step.create_state(model, descent, 0, 16, replicated, loss=config.loss), go_on
+    return train_step.create_state(config, model, descent, replicated), go_on
 
 
 norm = lambda x: np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(x)))

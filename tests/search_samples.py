@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model
 from cgd_jax.network import Network
+from cgd_jax.preprocess import IMAGENET
 from tests import tiny
 
 SIDE = 8  # pixels that the stand-in sees
@@ -41,7 +41,7 @@ def stand_in(name: str = "stand-in", seed: int = 0, dimension: int = 16) -> Netw
 
     config = {"data": {"image_size": SIDE}, "eval": {"center_crop": False}}
     network = Network(name, f"{seed:016x}", "embedding", None, {}, IMAGENET, config)
-    network.embed_pixels, network.dimension = embed, dimension
+    network.embed_batch, network.dimension = embed, dimension
     return network
 
 

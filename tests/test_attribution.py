@@ -9,10 +9,10 @@ import pytest
 from flax import linen as nn
 
 from cgd_jax import attribution, combination, pooling
-from cgd_jax.augment import IMAGENET, Normalization
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.resnet import ResNet
+from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.runtime.errors import InputError
 from tests.variables import random_variables
 

@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 
 from cgd_jax.augment import (
-    EFFICIENTNET_LITE,
-    IMAGENET,
     augment,
-    center_crop,
     color_jitter,
-    normalize,
     random_crop,
     random_erase,
     random_flip,
     random_resized_crop,
 )
+from cgd_jax.preprocess import IMAGENET, normalize
 from configs import base
 
 
@@ -61,15 +58,6 @@ def test_flips_mirror_about_half_of_the_images():
     assert all(np.logical_xor(mirrored, same)) and 70 < sum(mirrored) < 130
 
 
-def test_normalize_against_numpy():
-    images = images_of(2)
-    expected = (images.astype(float) - 127) / 128
-    found = normalize(jnp.asarray(images), EFFICIENTNET_LITE)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    red = (images[..., 0] / 255 - 0.485) / 0.229
-    np.testing.assert_allclose(normalize(jnp.asarray(images), IMAGENET)[..., 0], red, atol=1e-5)
-
-
 def test_resized_crops_of_a_ramp_are_ramps_of_their_part():
     """On an image whose value is its column, a crop's slope is its width."""
     ramp = np.broadcast_to(np.arange(64.0)[None, None, :, None], (100, 64, 64, 1))
@@ -112,12 +100,6 @@ def test_erasing_sets_rectangles_to_zero():
             assert side.sum() == np.ptp(np.flatnonzero(side)) + 1
         assert 0.005 < mask.mean() < 0.45
     assert not (np.asarray(random_erase(jax.random.key(0), images, 0.0)) == 0).any()
-
-
-def test_center_crop():
-    images = images_of(2, 12)
-    np.testing.assert_array_equal(center_crop(images, 8), images[:, 2:10, 2:10])
-    np.testing.assert_array_equal(center_crop(images, 12), images)
 
 
 def augment_config(**values):

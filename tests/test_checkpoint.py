@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from cgd_jax import checkpoint, losses, train_step, workdir
-from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
+from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.runtime.errors import ConfigError
 from configs import glyphs
 from tests.variables import assert_same

@@ -1,4 +1,4 @@
-"""The command line: configs by name from any folder, help."""
+"""The command line: configs by name from any folder, commands and their flags, help."""
 
 import sys
 import time
@@ -6,21 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from cgd_jax import cli, config_files
+from cgd_jax import cli, config_files, flags
+from cgd_jax.config import to_dict
+from cgd_jax.runtime import files
+from configs import glyphs
 
 ROOT = Path(__file__).parents[1]
 
 
 def parse(*arguments):
-    return cli.parse_flags(["cgd_jax", *arguments])
+    argv = ["cgd_jax", *arguments]
+    name, given = flags.parse(argv, cli.COMMANDS, cli.FLAGS)
+    cli.check(name, given, argv)
+    return given
 
 
 @pytest.mark.parametrize("flag", [["--config=glyphs"], ["-config", "configs/glyphs.py"]])
-def test_a_config_is_found_from_any_folder(flag, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", [[], ["train"], ["--mode=train"]])
+def test_a_config_is_found_from_any_folder(flag, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parse(*flag).config.data.name == "glyphs"
-    given = parse(*flag[:-1], flag[-1] + ":SMG", "--config.train.steps=7")
-    assert given.config.model.descriptors == "SMG" and given.config.train.steps == 7
+    assert parse(*command, *flag).config.data.name == "glyphs"
+    for change in ("--config.train.steps=7", "--train.steps=7"):
+        given = parse(*command, *flag[:-1], flag[-1] + ":SMG", change)
+        assert given.config.model.descriptors == "SMG" and given.config.train.steps == 7
 
 
 def test_a_config_of_ones_own(tmp_path, monkeypatch):
@@ -37,7 +45,7 @@ def test_a_config_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != ROOT])
     given = parse("--config=glyphs.py")
     assert given.config.data.name == "cub200" and given.config.seed == 5
-    assert parse("--config=glyphs").config.data.name == "glyphs"
+    assert parse("--config=glyphs", "--seed=3").config.seed == 3
 
 
 @pytest.mark.parametrize("name", ["glyph", "configs/glyph.py", "", ":SG", "configs", "../glyphs"])
@@ -53,10 +61,52 @@ def test_one_command_line_knows_nothing_of_the_one_before():
     assert parse("--mode=search", "--query=c").query == ["c"]
 
 
+def test_words_stand_for_flags(tmp_path):
+    files.write_json(tmp_path / "config.json", to_dict(glyphs.get_config()))
+    given = parse("explain", str(tmp_path), "--step=3", "a.png", "b.png")
+    assert (given.workdir, given.step) == (str(tmp_path), 3)
+    assert (given.query, given.match) == (["a.png"], "b.png")
+    assert parse("search", "a.jpg", "--k=3", "b.jpg").query == ["a.jpg", "b.jpg"]
+    assert parse("index", "photos").images == parse("serve", "photos").images == ["photos"]
+    assert parse("serve").images is None
+    with pytest.raises(SystemExit, match="'c.png' is one word too many"):
+        parse("explain", str(tmp_path), "a.png", "b.png", "c.png")
+
+
+@pytest.mark.parametrize("command", [["eval", "RUN"], ["--mode=eval", "--workdir=RUN"]])
+def test_every_option_of_eval_can_be_given_to_eval(command, tmp_path):
+    config = glyphs.get_config()
+    config.train.steps = 7
+    files.write_json(tmp_path / "config.json", to_dict(config))
+    command = [word.replace("RUN", str(tmp_path)) for word in command]
+    given = parse(*command, "--eval.flip", "--config.eval.query_expansion=2")
+    assert given.config.train.steps == 7 and given.config.eval.flip
+    assert given.config.eval.query_expansion == 2
+
+
 def test_a_study_brings_its_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = parse("--mode=study", "--study=descriptors")
-    assert given.config.data.name == "glyphs"
+    for command in (["--mode=study", "--study=descriptors"], ["study", "descriptors"]):
+        given = parse(*command)
+        assert given.study == "descriptors" and given.config.data.name == "glyphs"
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["train", "--steps=3"], "there is no flag --steps; did you mean --train.steps=?"),
+        (["search", "a.jpg", "--k=abc"], "flag --k=abc: it must be a whole number."),
+        (["eval", "--k=3"], "--k goes with `search`, not with `eval`."),
+        (["index", "a", "--nothing"], "there is no flag --nothing; `index --help` lists"),
+        (["study"], "say which study: auxiliary, "),
+        (["index"], "say what to index"),
+        (["search", "--duplicates", "--k=3"], "--crop and --k do not go with --duplicates."),
+    ],
+)
+def test_mistakes_name_the_remedy(arguments, message):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["cgd_jax", *arguments])
+    assert str(end.value).startswith(f"error: {message}") and "\n" not in str(end.value)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "-help", "--helpfull"])
@@ -67,27 +117,28 @@ def test_help(flag, capsys, monkeypatch):
         parse(flag)
     assert not end.value.code and time.monotonic() - begin < 2
     text = capsys.readouterr().out
-    modes = text.partition("Flags of")[0]
     assert max(map(len, text.splitlines())) <= 80
-    for name, mode in cli.MODES.items():
-        assert f"\n  {name} " in modes and f"\n    cgd_jax {mode.example}\n" in modes
-    flags = [name for name in cli.define_flags([]) if name != "config"]
-    assert all(text.count(f"\n  --{name}") >= 1 for name in flags)
-    assert "repeat this option" not in text and ">:" not in text
-    assert "glyphs, grocery" in text and "descriptors, dimension" in " ".join(text.split())
+    for name, command in cli.COMMANDS.items():
+        assert f"\n  {name} " in text and f"\n    cgd_jax {name} {command.usage}\n" in text
 
 
-def test_the_examples_of_help_are_understood():
-    for mode in cli.MODES.values():
-        parse(*mode.example.split())
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(name, "--help")
+    text, command = capsys.readouterr().out, cli.COMMANDS[name]
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(f"\n  --{flag}" in text for flag in (*command.takes, "workdir"))
+    assert set(command.takes) | set(command.arguments) <= {"config", *cli.FLAGS}
 
 
-def test_every_flag_has_a_value_in_help_and_a_mode():
-    given = cli.define_flags([])
-    assert set(cli.VALUES) <= set(given)
-    assert {flag for mode in cli.MODES.values() for flag in mode.takes} <= set(given)
-    texts = [name for name in given if given[name].flag_type() in ("string", "comma separated")]
-    assert set(texts) - set(cli.VALUES) == set()
+def test_the_examples_of_help_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/glyphs").mkdir(parents=True)
+    files.write_json(tmp_path / "runs/glyphs/config.json", to_dict(glyphs.get_config()))
+    for name, command in cli.COMMANDS.items():
+        parse(name, *command.usage.split())
 
 
 def test_files_of_an_installed_package(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Configs: every mistake is answered with the key, the value and what is valid."""
 
+import fnmatch
 import functools
 import json
 import shutil
@@ -9,7 +10,8 @@ import pytest
 
 from cgd_jax import config as config_module
 from cgd_jax import workdir
-from cgd_jax.config import differences, from_dict, to_dict, validate
+from cgd_jax.config import differences, from_dict, to_dict
+from cgd_jax.rules import RULES, validate
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import default_workdir
 from configs import base, glyphs
@@ -48,7 +50,8 @@ from configs import base, glyphs
         ("optimizer.decay_at", (400, 800), "between 0 and 1"),
         ("optimizer.ema_decay", 1.0, r"\[0, 1\)"),
         ("optimizer.backbone_lr_scale", -0.1, "at least 0"),
-        ("train.steps", 0, "at least 1"),
+        ("train.steps", -1, "at least 0"),
+        ("train.keep", 0, "at least 1"),
         ("train.images_per_class", 1, "at least 2"),
         ("eval.ks", (2, 4), "1 among them"),
         ("eval.ks", (), "positive whole numbers"),
@@ -205,30 +208,32 @@ def test_numbers_that_are_not_finite(key, value):
         validate(config)
 
 
-def test_every_key_has_a_rule_and_a_value_for_older_runs():
-    keys = config_module.flatten(base.get_config().to_dict()).keys()
-    assert keys == config_module.RULES.keys()
-    golden = Path(__file__).parent / "goldens" / "config_0.1.0.json"
-    older = config_module.flatten(json.loads(golden.read_text()))
-    renamed = config_module.RENAMED_KEYS
-    added = keys - {renamed.get(key, key) for key in older}
-    assert added == config_module.ADDED_KEYS.keys() and renamed.keys() <= older.keys()
+GOLDEN = Path(__file__).parent / "goldens" / "config_0.1.0.json"
 
 
-def test_a_work_folder_of_version_0_1_0(tmp_path, monkeypatch):
-    golden = Path(__file__).parent / "goldens" / "config_0.1.0.json"
-    shutil.copy(golden, tmp_path / "config.json")
+def test_every_rule_is_of_a_key():
+    keys = config_module.flatten(base.get_config().to_dict())
+    assert [pattern for pattern in RULES if not fnmatch.filter(keys, pattern)] == []
+
+
+def test_a_work_folder_of_version_0_1_0(tmp_path):
+    shutil.copy(GOLDEN, tmp_path / "config.json")
     config = workdir.read_config(tmp_path)
     validate(config)
     workdir.check_workdir(config, tmp_path)
-    # A key of a later version: the run goes on with what was done before there was one.
-    monkeypatch.setattr(config_module, "ADDED_KEYS", {"model.neck": "none", "new.group.key": 3})
-    newer = workdir.read_config(tmp_path)
-    assert newer.model.neck == "none" and newer.new.group.key == 3
-    workdir.check_workdir(newer, tmp_path)
-    newer.model.neck = "batch_norm"
-    with pytest.raises(ConfigError, match="model.neck: none → batch_norm"):
-        workdir.check_workdir(newer, tmp_path)
+    older = config_module.flatten(json.loads(GOLDEN.read_text()))
+    assert config.optimizer.ema_decay == older["optimizer.average"]
+    # There was no such key, and this is what was done.
+    assert "model.fc_init" not in older and config.model.fc_init == "lecun_normal"
+    # Every key has its value, and none is left over.
+    assert config_module.complete(config.to_dict()) == config.to_dict()
+    assert (
+        config_module.flatten(config.to_dict()).keys()
+        == config_module.flatten(base.get_config().to_dict()).keys()
+    )
+    config.model.center = "mean"
+    with pytest.raises(ConfigError, match="model.center: none → mean"):
+        workdir.check_workdir(config, tmp_path)
 
 
 def test_a_folder_without_a_run_and_a_damaged_one(tmp_path):

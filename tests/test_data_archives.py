@@ -11,6 +11,7 @@ import zipfile
 import pytest
 
 from cgd_jax.data import archives
+from cgd_jax.runtime.errors import InputError
 from tests.dataset_samples import pack, serving, write
 
 FILES = {
@@ -24,7 +25,7 @@ FILES = {
 @pytest.mark.parametrize("name", ["x.zip", "x.ZIP", "x.tar", "x.tgz", "x.tar.gz"])
 def test_archives_unpack_and_go_away(tmp_path, name):
     archive = pack(tmp_path / name, FILES)
-    with archives.unpacked(archive, tmp_path / "scratch") as (folder,):
+    with archives.unpacked(archive, tmp_path / "scratch") as folder:
         found = {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*")
@@ -35,7 +36,7 @@ def test_archives_unpack_and_go_away(tmp_path, name):
 
 
 def test_a_folder_is_used_as_it_is(tmp_path):
-    with archives.unpacked(tmp_path, tmp_path / "scratch") as (folder,):
+    with archives.unpacked(tmp_path, tmp_path / "scratch") as folder:
         assert folder == tmp_path
     assert tmp_path.exists() and not (tmp_path / "scratch").exists()
 
@@ -85,7 +86,7 @@ def test_links_are_unpacked_as_copies_or_left_out(tmp_path, name, caplog):
                 opened.addfile(link(*member))
             opened.addfile(link("hard.jpg", "a/1.jpg", tarfile.LNKTYPE))
             opened.addfile(link("pipe.jpg", "", tarfile.FIFOTYPE))
-    with archives.unpacked(archive, tmp_path / "scratch") as (folder,):
+    with archives.unpacked(archive, tmp_path / "scratch") as folder:
         found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob("*/*")}
         assert found == {"a/1.jpg": b"one", "b/2.jpg": b"two", "a/inside.jpg": b"two"}
         hard = {"hard.jpg": b"one"} if name == "x.tar" else {}
@@ -102,7 +103,7 @@ def test_zips_made_on_windows(tmp_path):
             member = zipfile.ZipInfo("placeholder")
             member.filename, member.create_system = name, 0
             archive.writestr(member, content)
-    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as (folder,):
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
         assert {p.relative_to(folder).as_posix() for p in folder.rglob("*.jpg")} == {
             "cat/1.jpg",
             "dog/sub/2.jpg",
@@ -114,7 +115,7 @@ def test_zips_made_on_a_mac_forget_to_say_utf8(tmp_path):
     pack(tmp_path / "x.zip", {"x" * len(name): b"1"})
     data = (tmp_path / "x.zip").read_bytes().replace(b"x" * len(name), name)
     (tmp_path / "x.zip").write_bytes(data)
-    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as (folder,):
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
         assert (folder / "Ä" / "ü.jpg").read_bytes() == b"1"
 
 
@@ -122,7 +123,7 @@ def test_zips_made_on_a_mac_forget_to_say_utf8(tmp_path):
 def test_methods_of_compression_that_python_reads(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
         archive.writestr("a/1.jpg", b"1" * 1000)
-    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as (folder,):
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
         assert (folder / "a" / "1.jpg").read_bytes() == b"1" * 1000
 
 
@@ -132,7 +133,7 @@ def test_other_methods_are_named_with_the_member(tmp_path):
     for mark, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
         data[data.index(mark) + offset] = 9
     archive.write_bytes(data)
-    with pytest.raises(ValueError, match=r"'a/1.jpg' is compressed.*deflate64, number 9"):
+    with pytest.raises(ValueError, match=r"cannot read this zip, at 'a/1.jpg' .*compression"):
         with archives.unpacked(archive, tmp_path / "scratch"):
             pass
     for offset in (4, 6):
@@ -149,7 +150,7 @@ def test_other_compressed_tars(tmp_path, ending):
     compress = bz2.compress if "b" in ending else lzma.compress
     archive = tmp_path / f"x.{ending}"
     archive.write_bytes(compress(plain))
-    with archives.unpacked(archive, tmp_path / "scratch") as (folder,):
+    with archives.unpacked(archive, tmp_path / "scratch") as folder:
         assert (folder / "top/a b/ü.JPG").read_bytes() == b"one"
     archive.write_bytes(compress(plain)[:-30])
     with pytest.raises(ValueError, match="damaged or not fully downloaded"):
@@ -160,7 +161,7 @@ def test_other_compressed_tars(tmp_path, ending):
 @pytest.mark.parametrize("name", ["x.tar", "x.zip"])
 def test_a_member_that_cannot_be_written_costs_only_itself(tmp_path, name, caplog):
     files = {"a/" + "ü" * 200 + ".jpg": b"1", "a/2.jpg": b"2", "a/2.jpg/3.jpg": b"3"}
-    with archives.unpacked(pack(tmp_path / name, files), tmp_path / "scratch") as (folder,):
+    with archives.unpacked(pack(tmp_path / name, files), tmp_path / "scratch") as folder:
         assert [path.name for path in (folder / "a").iterdir()] == ["2.jpg"]
     assert "2 members could not be unpacked" in caplog.text and "name too long" in caplog.text
 
@@ -285,23 +286,25 @@ def test_download(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, checksum, error, message",
+    "path, checksum, message",
     [
-        ("x.tgz", "0" * 64, ValueError, "hash of downloaded file.*--config.data.source"),
-        ("missing", None, OSError, "404"),
-        ("cut", None, OSError, "--config.data.source"),
+        ("x.tgz", "0" * 64, "hash of downloaded file.*--config.data.source"),
+        ("missing", None, "404"),
+        ("cut", None, "--config.data.source"),
     ],
 )
-def test_failed_downloads_leave_nothing(tmp_path, path, checksum, error, message):
+def test_failed_downloads_leave_nothing(tmp_path, path, checksum, message):
     with serving(write(tmp_path / "served", {"x.tgz": b"content"})) as address:
         wanted = archives.Download(f"{address}/{path}", "x.tgz", checksum)
-        with pytest.raises(error, match=message):
+        with pytest.raises(InputError, match=message):
             archives.download(wanted, tmp_path / "downloads")
     assert not list((tmp_path / "downloads").iterdir())
 
 
-def test_tar_reading_counts_all_bytes(tmp_path):
-    # The progress bar of a compressed tar is fed with compressed bytes: they must add up.
-    archive = pack(tmp_path / "x.tgz", {f"{i}": os.urandom(30_000) for i in range(20)})
-    total = sum(member.size for member in archives._read_tar(archive))
-    assert 0.5 * archive.stat().st_size < total <= archive.stat().st_size
+@pytest.mark.parametrize("name", ["x.tgz", "x.zip"])
+def test_progress_counts_the_bytes_of_the_archive(tmp_path, name):
+    archive = pack(tmp_path / name, {f"{i}": os.urandom(30_000) for i in range(20)})
+    members = archives._zip_members if name == "x.zip" else archives._tar_members
+    positions = [position for _, position, _, _ in members(archive)]
+    assert positions == sorted(positions)
+    assert 0.5 * archive.stat().st_size < positions[-1] <= archive.stat().st_size

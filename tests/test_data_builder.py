@@ -1,4 +1,4 @@
-"""Bad files, interrupted builds, keys and concurrency, on a folder of photographs."""
+"""Bad files, interrupted builds, keys and concurrency, on a folder of images."""
 
 import io
 import multiprocessing
@@ -13,6 +13,7 @@ from PIL import Image
 
 from cgd_jax.data import builder as builder_module
 from cgd_jax.data.image_folder import ImageFolder
+from cgd_jax.runtime.errors import InputError
 from tests.dataset_samples import encoded, examples, picture, write
 
 # Not forked: other tests start threads, which do not survive it.
@@ -211,9 +212,9 @@ def test_the_source_may_be_deleted_afterwards(tmp_path):
     moved = source.rename(tmp_path / "elsewhere")
     again = prepared(tmp_path, source)
     assert again.data_dir == builder.data_dir and len(everything(again)) == 12
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError):
         prepared(tmp_path, source, split_seed=1)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError):
         prepared(tmp_path, tmp_path / "another")
     # When something is there again, it counts.
     write(moved.rename(source), {"class 1/new.jpg": picture(70)})
@@ -240,28 +241,25 @@ def test_processes_at_once_build_one_good_data_set(tmp_path):
         process.join()
 
 
-def test_boxes_are_clipped_and_degenerate_ones_replaced():
-    builder = object.__new__(builder_module.ImageBuilder)
-    builder._notes = {"boxes": []}
+def test_boxes_are_clipped():
+    assert builder_module.clip((1.5, 2, 10, 12), 20, 30) == (1.5, 2, 10, 12)
+    assert builder_module.clip((-5, -1, 100, 200), 20, 30) == (0, 0, 30, 20)
 
-    def clip(*box):
-        row = builder_module.Photograph("x", None, 0, "", box)
-        return builder._clip("train", row, 20, 30).tolist()
 
-    assert clip(1.5, 2, 10, 12) == [1.5, 2, 10, 12]
-    assert clip(-5, -1, 100, 200) == [0, 0, 30, 20]
-    assert not builder._notes["boxes"]
-    whole = [0, 0, 30, 20]
-    for box in (
+@pytest.mark.parametrize(
+    "box",
+    [
+        None,
         (5, 5, 5, 9),
         (9, 5, 5, 9),
         (31, 0, 40, 9),
         (0, -9, 9, 0),
         (5, 5, 5.5, 9),
         (np.nan, 0, 5, 5),
-    ):
-        assert clip(*box) == whole, box
-    assert len(builder._notes["boxes"]) == 6
+    ],
+)
+def test_boxes_without_area(box):
+    assert builder_module.clip(box, 20, 30) is None
 
 
 @pytest.mark.parametrize("below", ["", "built"])
@@ -275,6 +273,13 @@ def test_a_set_is_not_built_among_its_photographs(tmp_path, below):
 def test_share_of_bad_files_is_a_share(tmp_path):
     with pytest.raises(ValueError, match="share from 0 to 1, not 5"):
         ImageFolder(data_dir=tmp_path, source=tmp_path, max_bad_fraction=5)
+
+
+def test_splits_have_known_names(tmp_path, monkeypatch):
+    row = builder_module.ImageFile("validation", "x", tmp_path, 0, "x")
+    monkeypatch.setattr(ImageFolder, "list_images", lambda *_: [row])
+    with pytest.raises(ValueError, match="unknown splits: .'validation'."):
+        prepared(tmp_path, folder_of(tmp_path / "in"))
 
 
 def test_no_tensorflow():

@@ -8,11 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cgd_jax.data import cache
 from cgd_jax.data.decode import decode
-from tests.dataset_samples import encoded, picture
+from tests.dataset_samples import picture
 
 
 class Source:
@@ -107,18 +106,19 @@ def damage_shape(folder):
     (folder / "images.npy").write_bytes(text.replace(b"(40, 16", b"(20, 16", 1))
 
 
-def damage_labels(folder):
-    (folder / "labels.npy").unlink()
+def damage_examples(folder):
+    (folder / "examples.json").unlink()
 
 
 def damage_key(folder):
-    stored = json.loads((folder / "key.json").read_text())
-    stored["key"]["split"] = "other"
-    (folder / "key.json").write_text(json.dumps(stored))
+    stored = json.loads((folder / "examples.json").read_text())
+    stored["key"] = stored["key"].replace("train", "other")
+    (folder / "examples.json").write_text(json.dumps(stored))
 
 
 def damage_json(folder):
-    (folder / "key.json").write_text("{")
+    text = (folder / "examples.json").read_text()
+    (folder / "examples.json").write_text(text[:-9])
 
 
 def damage_all(folder):
@@ -128,7 +128,7 @@ def damage_all(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_cut, damage_header, damage_shape, damage_labels, damage_key, damage_json, damage_all],
+    [damage_cut, damage_header, damage_shape, damage_examples, damage_key, damage_json, damage_all],
 )
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     source = Source()
@@ -139,16 +139,15 @@ def test_a_damaged_cache_is_built_again(tmp_path, damage):
     assert source.read == 80
     np.testing.assert_array_equal(again.images, good)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
-    assert not list(folder.glob("damaged*"))
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     source, real = Source(), cache.pixels
 
-    def interrupt(example, *rest):
-        if example["label"] == 9:
+    def interrupt(examples, *rest):
+        if examples[-1]["label"] > 9:
             raise KeyboardInterrupt
-        return real(example, *rest)
+        return real(examples, *rest)
 
     monkeypatch.setattr(cache, "pixels", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -159,7 +158,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 
 def die(folder):
-    cache.pixels = lambda example, *_: os._exit(7)  # In the middle, without any cleaning up.
+    cache.pixels = lambda *_: os._exit(7)  # In the middle, without any cleaning up.
     cache.cached(Source(), folder, KEY, 16)
 
 
@@ -235,44 +234,6 @@ def test_contents_tell_the_same_pictures_from_others(tmp_path):
         np.testing.assert_array_equal(
             cache.cached(source, tmp_path, KEY, 24, crop).contents, contents
         )
-
-
-def of_an_older_version(tmp_path, source):
-    """A cache without contents, which older versions did not keep."""
-    split = cache.cached(source, tmp_path, KEY, 16)
-    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    (folder / "contents.npy").unlink()
-    stored = json.loads((folder / "key.json").read_text())
-    del stored["bytes"]["contents.npy"]
-    (folder / "key.json").write_text(json.dumps(stored))
-    return split.contents, folder / "contents.npy"
-
-
-def test_caches_of_older_versions_stay(tmp_path, monkeypatch):
-    source = Source()
-    contents, path = of_an_older_version(tmp_path, source)
-    changed = (path.parent / "images.npy").stat().st_mtime_ns
-    np.testing.assert_array_equal(cache.cached(source, tmp_path, KEY, 16).contents, contents)
-    assert (path.parent / "images.npy").stat().st_mtime_ns == changed and path.exists()
-    path.unlink()
-
-    def refuse(*_):
-        raise PermissionError("read-only file system")
-
-    monkeypatch.setattr(cache.np, "save", refuse)
-    np.testing.assert_array_equal(cache.cached(source, tmp_path, KEY, 16).contents, contents)
-    assert not path.exists() and len(list(path.parent.iterdir())) == 5
-
-
-def test_caches_of_older_versions_with_black_pictures_do_not(tmp_path):
-    source = Source()
-    grey = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)
-    source.examples[3]["image"] = encoded(Image.fromarray(grey), "TIFF")
-    _, path = of_an_older_version(tmp_path, source)
-    black = np.load(path.parent / "images.npy", mmap_mode="r+")
-    black[3] = 0
-    black.flush()
-    assert cache.cached(source, tmp_path, KEY, 16).images[3].max() > 200
 
 
 def test_a_shared_cache_can_be_read_by_others(tmp_path):

@@ -57,7 +57,7 @@ def test_queries_that_find_nothing_are_an_error():
     good = split_of([3, 3, 4], [1, 2, 3])
     data.check_queries(Dataset(TRAIN, good, None))
     data.check_queries(Dataset(TRAIN, split_of([3, 5]), split_of([3, 4])))
-    with pytest.raises(ValueError, match="None of the 3 test classes has a second photograph"):
+    with pytest.raises(ValueError, match="None of the 3 test classes has a second image"):
         data.check_queries(Dataset(TRAIN, split_of([3, 4, 5]), None))
     with pytest.raises(ValueError, match="None of the 0 test classes"):
         data.check_queries(Dataset(TRAIN, split_of([]), None))
@@ -107,7 +107,7 @@ RENAMED = {0: "class 0", 1: "other", 2: "class 2"}
             DATASET._replace(train=split_of([0, 0, 1, 1, 2, 5], range(6))),
             ["classes that are new (1): class 5", "3 classes then, 4 now", "5 images then, 6 now"],
         ),
-        (changed(contents=np.array([1, 2, 3, 4, 6])), ["other pictures under the same names"]),
+        (changed(contents=np.array([1, 2, 3, 4, 6])), ["other images under the same names"]),
         (changed(ids=["5.jpg", *TRAIN.ids[1:]]), ["other names"]),
         (
             changed(labels=np.array([1, 1, 0, 0, 2]), class_names=SWAPPED),
@@ -132,7 +132,7 @@ def test_differences_of_test_splits():
     assert data.describe_difference(gallery, old) == ["gallery: there is none now"]
     other = data.fingerprint(changed("query", contents=np.arange(4)))
     assert data.describe_difference(old, other) == [
-        "query: there are other pictures under the same names"
+        "query: there are other images under the same names"
     ]
     # One side of a version that did not know the contents.
     unknown = data.fingerprint(changed("query", contents=None))

@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import unicodedata
 
 import numpy as np
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cgd_jax.data import image_folder
-from cgd_jax.data.builder import Photograph
 from cgd_jax.data.image_folder import ImageFolder
 from tests.dataset_samples import encoded, examples, pack, picture, write
 
@@ -180,27 +178,18 @@ def test_too_little(tmp_path, files):
 
 @given(st.integers(2, 60), st.integers(0, 5), st.floats(0.01, 0.99))
 def test_division_is_by_class_repeatable_and_of_the_asked_size(classes, seed, fraction):
-    rows = [Photograph(f"{c}/{i}", None, c, str(c)) for c in range(classes) for i in range(2)]
-    splits = image_folder._divide(rows, classes, seed, fraction)
-    test = {row.label for row in splits["test"]}
-    train = {row.label for row in splits["train"]}
-    assert train and test and not train & test and len(train | test) == classes
+    test = image_folder._test_classes(classes, seed, fraction)
+    assert 0 < len(test) < classes and test < set(range(classes))
     assert abs(len(test) - classes * fraction) <= 1
-    assert sorted(splits["train"] + splits["test"]) == sorted(rows)
-    assert splits == image_folder._divide(rows, classes, seed, fraction)
+    assert test == image_folder._test_classes(classes, seed, fraction)
 
 
 def test_another_seed_divides_otherwise():
-    rows = [Photograph(str(c), None, c, str(c)) for c in range(40)]
-    chosen = {
-        tuple(row.label for row in image_folder._divide(rows, 40, seed, 0.5)["test"])
-        for seed in range(5)
-    }
-    assert len(chosen) == 5
-    assert np.ptp([len(labels) for labels in chosen]) == 0
+    chosen = [frozenset(image_folder._test_classes(40, seed, 0.5)) for seed in range(5)]
+    assert len(set(chosen)) == 5 and {len(test) for test in chosen} == {20}
 
 
-def test_photographs_in_no_class_are_named(tmp_path, caplog):
+def test_images_in_no_class_are_named(tmp_path, caplog):
     built(tmp_path, write(tmp_path / "in", FILES))
     assert "1 × in no folder of a class (stray.jpg)" in caplog.text
 
@@ -224,7 +213,7 @@ FORMATS = {
 }
 
 
-def test_all_formats_of_photographs_are_read(tmp_path, caplog):
+def test_all_formats_of_photos_are_read(tmp_path, caplog):
     files = {
         f"class {c}/{i}.{ending}": shown(kind, 100 * c + i)
         for c in range(2)
@@ -241,66 +230,14 @@ def test_all_formats_of_photographs_are_read(tmp_path, caplog):
     splits = built(tmp_path, write(tmp_path / "in", files | more))
     ids = {row["id"] for rows in splits.values() for row in rows}
     assert ids == files.keys() | {"class 0/without_ending"}
-    assert "5 files are left out: 2 × no photograph by its ending .txt (" in caplog.text
+    assert "5 files are left out: 2 × no image by its ending .txt (" in caplog.text
     builder = ImageFolder(data_dir=tmp_path / "data", source=tmp_path / "in")
     left_out = {row["id"]: row["reason"] for row in builder.report("left_out")}
     assert left_out.keys() == more.keys() - {"class 0/without_ending"}
-    assert left_out["class 1/notes"] == "no photograph by its name"
+    assert left_out["class 1/notes"] == "no image by its name"
     caplog.clear()
     builder.download_and_prepare()  # It is said again in every run.
     assert "5 files are left out" in caplog.text
-
-
-TWO = {f"{name}/{i}.jpg": picture(i) for name in "ab" for i in range(2)}
-
-
-@pytest.mark.parametrize(
-    "files, patched, old, said",
-    [
-        (TWO, "looks_like_photograph", lambda path: True, None),
-        (
-            TWO | {"a/2.heic": picture(2)},
-            "looks_like_photograph",
-            lambda path: path.suffix == ".jpg",
-            "of the 5 photographs that are found today it has 4",
-        ),
-        (
-            {
-                f"{part}/{file}": data
-                for part in ("Train", "Val", "x")
-                for file, data in TWO.items()
-            },
-            "_understand",
-            lambda names: None,
-            "it takes the names of splits for classes",
-        ),
-        (
-            {f"bounding_box_{name}/{i}.jpg": picture(i) for name in ("a", "test") for i in (1, 2)},
-            "NAMES_A_SPLIT",
-            re.compile("none"),
-            None,  # one of them could be a class
-        ),
-        (
-            {f"bounding_box_{name}/1.jpg": picture(1) for name in ("train", "test")},
-            "NAMES_A_SPLIT",
-            re.compile("none"),
-            "look like splits, not like classes",
-        ),
-    ],
-)
-def test_a_set_of_an_older_version_is_used_and_reported(
-    tmp_path, caplog, monkeypatch, files, patched, old, said
-):
-    source = write(tmp_path / "in", files)
-    with monkeypatch.context() as patch:
-        patch.setattr(image_folder, patched, old)
-        then = built(tmp_path, source)
-    builder = ImageFolder(data_dir=tmp_path / "data", source=source)
-    builder.report_path("left_out").unlink()  # which older versions did not write
-    caplog.clear()
-    assert built(tmp_path, source) == then
-    assert ("built by an older version" in caplog.text) == bool(said)
-    assert (said or "") in caplog.text
 
 
 @pytest.mark.parametrize("form", ["folder", "x.zip"])
@@ -409,10 +346,10 @@ def test_all_that_is_missing_is_counted_before_the_build_stops(tmp_path):
         built(tmp_path, tmp_path / "list.csv")
 
 
-def test_a_split_without_a_readable_photograph(tmp_path):
+def test_a_split_without_a_readable_image(tmp_path):
     files = {f"train/{c}/{i}.jpg": picture(i) for c in "ab" for i in range(2)}
     files["test/c/1.jpg"] = b"broken"
-    with pytest.raises(ValueError, match="none of the photographs of split test can be read: 1 ×"):
+    with pytest.raises(ValueError, match="none of the images of split test can be read: 1 ×"):
         built(tmp_path, write(tmp_path / "in", files), max_bad_fraction=1)
 
 

@@ -45,7 +45,7 @@ def test_no_query_finds_itself_in_the_gallery(config, tmp_path, caplog, cache):
     config.source, config.cache = write_list(tmp_path / "in", rows), cache
     dataset = load_dataset(config)
     assert len(dataset.query.labels) == 18 and len(dataset.gallery.labels) == 18
-    assert "21 of 21 pictures of the gallery are queries too" in caplog.text
+    assert "21 of 21 images of the gallery are queries too" in caplog.text
     assert set(dataset.gallery_ids) == set(dataset.query_ids) and len(set(dataset.query_ids)) == 18
     vectors = dataset.query.images[np.arange(18)].reshape(18, -1).astype(np.float32)
     gallery = dataset.gallery.images[np.arange(18)].reshape(18, -1).astype(np.float32)
@@ -76,7 +76,7 @@ def test_queries_that_search_each_other_do_not_find_their_copies(config, tmp_pat
     kept = sorted([name for name, _ in names[8:]] + ["copies/3.jpg"])
     assert dataset.query.ids == kept and dataset.gallery is dataset.query_ids is None
     assert (
-        "2 of 11 test pictures are copies of others of their class, and are left out" in caplog.text
+        "2 of 11 test images are copies of others of their class, and are left out" in caplog.text
     )
     images = dataset.query.images
     assert len(images) == 9 == len(dataset.query.contents) and images.shape == (9, 12, 12, 3)
@@ -91,15 +91,15 @@ def test_published_sets_keep_their_copies(config, tmp_path, caplog, monkeypatch)
     config.source = write_list(tmp_path / "in", [*rows, ("c/copy.jpg", "c", "test")])
     monkeypatch.setattr(builder_class("image_folder"), "PUBLISHED", {"test": (2, 9)})
     assert len(load_dataset(config).query.labels) == 9
-    assert "1 of 9 test pictures are copies of others of their class, and find" in caplog.text
+    assert "1 of 9 test images are copies of others of their class, and find" in caplog.text
 
 
 def test_test_pictures_that_were_trained_on_are_reported(config, tmp_path, caplog):
     photographs(tmp_path / "in" / "train", "ab", 3)
     photographs(tmp_path / "in" / "test", "cd", 2)
     load_dataset(config)
-    assert "4 of 4 test pictures are in the training set too: c/0.jpg" not in caplog.text
-    assert "4 of 4 test pictures are in the training set too: test/c/0.jpg" in caplog.text
+    assert "4 of 4 test images are in the training set too: c/0.jpg" not in caplog.text
+    assert "4 of 4 test images are in the training set too: test/c/0.jpg" in caplog.text
 
 
 def test_classes_that_change_what_the_numbers_mean_are_reported(config, tmp_path, caplog):
@@ -124,7 +124,7 @@ def test_classes_that_change_what_the_numbers_mean_are_reported(config, tmp_path
 def test_nothing_to_find_is_one_error(config, tmp_path):
     photographs(tmp_path / "in" / "train", "ab", 3)
     photographs(tmp_path / "in" / "test", "cd", 1)
-    with pytest.raises(ValueError, match="None of the 2 test classes has a second photograph"):
+    with pytest.raises(ValueError, match="None of the 2 test classes has a second image"):
         load_dataset(config)
 
 
@@ -185,5 +185,5 @@ def test_the_fingerprint_follows_the_photographs(config, tmp_path):
     write(tmp_path / "in" / "test", {"c/0.jpg": picture(99)})
     other = data.fingerprint(load_dataset(config))
     assert data.describe_difference(found, other) == [
-        "query: there are other pictures under the same names"
+        "query: there are other images under the same names"
     ]

@@ -7,7 +7,8 @@ import inspect
 import pytest
 
 MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
-MODULES += "losses.proxies losses.classification attribution complementarity".split()
+MODULES += ["losses.listwise", "losses.proxies", "losses.classification"]
+MODULES += ["labels", "ranking", "retrieval", "rerank", "attribution", "complementarity"]
 
 
 @pytest.mark.parametrize("name", MODULES)

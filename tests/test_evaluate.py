@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import evaluate
-from cgd_jax.augment import IMAGENET
+from cgd_jax import embed, evaluate, metrics
 from cgd_jax.data import Dataset, Split
-from cgd_jax.evaluate import Embeddings
+from cgd_jax.embed import Embeddings
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD, Output
 from cgd_jax.models.resnet import BACKBONES
+from cgd_jax.preprocess import IMAGENET
 from configs import base
 from tests.variables import random_variables
 
@@ -20,6 +20,10 @@ from tests.variables import random_variables
 def sharding():
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+
+def recall(embeddings, dataset):
+    return metrics.recall_at_k(**embed.ranking_inputs(embeddings, dataset), ks=(1, 2))
 
 
 def split_of(vectors, labels):
@@ -33,19 +37,19 @@ def test_images_are_embedded_in_order_and_padding_leaves_no_trace(batch_size, sh
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3)).astype(np.uint8)
     shapes = []
 
-    def embed(batch):
+    def mean_color(batch):
         shapes.append(batch.shape)
         return batch.astype(jnp.float32).mean((1, 2))
 
-    embeddings = evaluate.embed_images(embed, images, batch_size, sharding)
+    embeddings = embed.embed_images(mean_color, images, batch_size, sharding)
     np.testing.assert_allclose(embeddings, images.mean((1, 2)), rtol=1e-5)
     assert embeddings.dtype == np.float32 and len(set(shapes)) == 1
 
 
 def test_pixels_of_large_images_are_averaged_to_32():
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
-    assert evaluate.embed_pixels(images).shape == (2, 32 * 32 * 3)
-    flat = evaluate.embed_pixels(images[:, :16, :16])
+    assert embed.embed_pixels(images).shape == (2, 32 * 32 * 3)
+    flat = embed.embed_pixels(images[:, :16, :16])
     np.testing.assert_array_equal(flat, images[:, :16, :16].reshape(2, -1))
 
 
@@ -54,11 +58,17 @@ def test_recall_with_and_without_a_gallery():
     train = split_of(vectors[:1], [0])
     together = Dataset(train, split_of(vectors, [1, 1, 2, 2]), None)
     embeddings = Embeddings(vectors.astype(np.float32), None)
-    assert evaluate.recall(embeddings, together, (1, 2)) == {"recall@1": 1, "recall@2": 1}
+    assert recall(embeddings, together) == {
+        1: 1,
+        2: 1,
+    }
     apart = Dataset(train, split_of(vectors[:2], [1, 2]), split_of(vectors[2:], [1, 2]))
     embeddings = Embeddings(np.float32(vectors[:2]), np.float32(vectors[2:]))
     # Both queries are nearest to the second of the gallery, which is of class 2.
-    assert evaluate.recall(embeddings, apart, (1, 2)) == {"recall@1": 0.5, "recall@2": 1}
+    assert recall(embeddings, apart) == {
+        1: 0.5,
+        2: 1,
+    }
 
 
 def test_queries_that_were_expanded_do_not_find_themselves():
@@ -67,15 +77,17 @@ def test_queries_that_were_expanded_do_not_find_themselves():
     dataset = Dataset(None, split_of(np.zeros((12, 1)), np.arange(12) // 2), None)
     plain = Embeddings(vectors, None)
     twice = Embeddings(vectors, vectors)  # the same, as a gallery of its own
-    assert evaluate.recall(plain, dataset, (1, 2)) == evaluate.recall(twice, dataset, (1, 2))
+    assert metrics.recall_at_k(**embed.ranking_inputs(plain, dataset), ks=(1, 2)) == recall(
+        twice, dataset
+    )
     config = base.get_config().eval
     config.query_expansion, config.database_augmentation = 2, 1
-    own = evaluate.own_rows(plain, dataset)
-    query, gallery = evaluate.postprocess(plain, None, own, config, None)
+    own = embed.own_rows(dataset)
+    query, gallery = evaluate.postprocess(config, plain, None, own, None)
     assert query.shape == gallery.shape == (12, 4)
     assert np.abs(query - gallery).max() > 1e-3
     config.query_expansion = 0
-    query, gallery = evaluate.postprocess(plain, None, own, config, None)
+    query, gallery = evaluate.postprocess(config, plain, None, own, None)
     assert gallery is None and np.abs(query - vectors).max() > 1e-3
 
 
@@ -135,7 +147,7 @@ def test_saved_embeddings_carry_ids_and_labels(tmp_path):
     split = split_of(np.zeros((2, 1)), [4, 5])._replace(ids=["a/ü.jpg", "b"])
     vectors = np.float32([[1, 0], [0, 1]])
     path = tmp_path / "embeddings.npz"
-    evaluate.save_embeddings(path, Embeddings(vectors, vectors), Dataset(split, split, split))
+    embed.save_embeddings(path, Embeddings(vectors, vectors), Dataset(split, split, split))
     saved = np.load(path)
     np.testing.assert_array_equal(saved["gallery"], vectors)
     assert saved["query_ids"].tolist() == ["a/ü.jpg", "b"] and saved["query_labels"][1] == 5
@@ -145,24 +157,24 @@ def test_saved_embeddings_carry_ids_and_labels(tmp_path):
 def test_raw_pixels_of_gray_images_are_kept_once(sharding):
     gray = np.repeat(np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1)), 3, -1)
     split = Split(gray.astype(np.uint8), np.zeros(5), [], {})
-    assert evaluate.embed_raw_pixels(Dataset(split, split, None), 2, sharding).query.shape == (
+    assert embed.embed_raw_pixels(Dataset(split, split, None), 2, sharding).query.shape == (
         5,
         16,
     )
     coloured = split._replace(images=split.images * np.array([1, 1, 0], np.uint8))
     dataset = Dataset(split, split, coloured)
-    assert evaluate.embed_raw_pixels(dataset, 2, sharding).gallery.shape == (5, 48)
+    assert embed.embed_raw_pixels(dataset, 2, sharding).gallery.shape == (5, 48)
 
 
 def test_nearest_never_is_the_query_itself():
     vectors = np.float32([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])
-    found = evaluate.nearest(Embeddings(vectors, None), np.arange(4), np.array([2, 0]), k=3)
+    found = embed.nearest(Embeddings(vectors, None), np.arange(4), np.array([2, 0]), k=3)
     np.testing.assert_array_equal(found, [[3, 1, 0], [1, 3, 2]])
-    found = evaluate.nearest(Embeddings(vectors[:1], vectors), None, np.array([0]), k=2)
+    found = embed.nearest(Embeddings(vectors[:1], vectors), None, np.array([0]), k=2)
     np.testing.assert_array_equal(found, [[0, 1]])
     # Of two queries in a gallery, one is item 3 and one is none.
     apart = Embeddings(vectors[[3, 0]], vectors)
-    found = evaluate.nearest(apart, np.array([3, -1]), np.array([0, 1]), k=2)
+    found = embed.nearest(apart, np.array([3, -1]), np.array([0, 1]), k=2)
     np.testing.assert_array_equal(found, [[1, 2], [0, 1]])
 
 
@@ -199,7 +211,7 @@ def test_noise_scores_at_chance_in_every_protocol(name, seed):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     embeddings, dataset = protocol(name, vectors, labels, np.arange(len(labels)))
     # The share of true matches among what a query can find.
-    own = evaluate.own_rows(embeddings, dataset)
+    own = embed.own_rows(dataset)
     found = labels if dataset.gallery is None else dataset.gallery.labels
     inside = np.zeros(len(embeddings.query), bool) if own is None else own >= 0
     matches = np.bincount(found, minlength=classes)[dataset.query.labels] - inside
@@ -207,18 +219,18 @@ def test_noise_scores_at_chance_in_every_protocol(name, seed):
     error = np.sqrt(np.mean(chance * (1 - chance)) / len(chance))
     config = base.get_config().eval
     config.update(query_expansion=2, database_augmentation=2)
-    expanded = evaluate.postprocess(embeddings, None, own, config, None)
+    expanded = evaluate.postprocess(config, embeddings, None, own, None)
     for measured in (
-        evaluate.recall(embeddings, dataset, (1,)),
-        evaluate.measure(embeddings, dataset, config),
+        {"recall@1": recall(embeddings, dataset)[1]},
+        metrics.evaluate(**embed.ranking_inputs(embeddings, dataset)),
         evaluate.reranked_recall(embeddings, dataset, (1,), None),
-        evaluate.recall(expanded, dataset, (1,)),
+        {"recall@1": recall(expanded, dataset)[1]},
     ):
         assert abs(measured["recall@1"] - chance.mean()) < 4 * error
     rows = np.arange(len(embeddings.query))
-    nearest = evaluate.nearest(embeddings, own, rows, 1)[:, 0]
+    nearest = embed.nearest(embeddings, own, rows, 1)[:, 0]
     hits = np.mean(found[nearest] == dataset.query.labels)
-    assert hits == pytest.approx(evaluate.recall(embeddings, dataset, (1,))["recall@1"])
+    assert hits == pytest.approx(recall(embeddings, dataset)[1])
 
 
 def test_a_photograph_under_another_name_does_not_find_itself():
@@ -228,7 +240,7 @@ def test_a_photograph_under_another_name_does_not_find_itself():
     contents = rng.integers(0, 2**62, 60)
     embeddings, dataset = protocol("queries in the gallery", vectors, labels, contents)
     renamed = dataset.gallery._replace(ids=[f"copy of {i}" for i in dataset.gallery.ids])
-    recall = evaluate.recall(embeddings, dataset._replace(gallery=renamed), (1,))["recall@1"]
-    assert recall < 0.5
+    found = recall(embeddings, dataset._replace(gallery=renamed))[1]
+    assert found < 0.5
     unknown = dataset.gallery._replace(contents=None)
-    assert evaluate.recall(embeddings, dataset._replace(gallery=unknown), (1,))["recall@1"] == 1
+    assert recall(embeddings, dataset._replace(gallery=unknown))[1] == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax import evaluate, explain
+from cgd_jax import embed, explain
 from cgd_jax.data import Dataset, Split
 from cgd_jax.runtime.errors import ConfigError, InputError
 
@@ -26,7 +26,7 @@ def vectors_at(*degrees):
 def test_wrong_retrievals_come_surest_first_and_no_class_comes_twice():
     query, gallery = vectors_at(0, 40, 80, 81, 120), vectors_at(1, 43, 82, 120.5)
     dataset = dataset_of([0, 1, 2, 2, 5], [0, 7, 3, 9])
-    choose = partial(explain.right_and_wrong, evaluate.Embeddings(query, gallery), dataset)
+    choose = partial(explain.right_and_wrong, embed.Embeddings(query, gallery), dataset)
     right, wrong = choose(3, 0, None)
     assert right.tolist() == [[0, 0]]
     # Off by half a degree, one, two (of a class that was there) and three.
@@ -35,7 +35,7 @@ def test_wrong_retrievals_come_surest_first_and_no_class_comes_twice():
 
 
 def test_queries_that_search_each_other():
-    embeddings = evaluate.Embeddings(vectors_at(0, 1, 50, 53), None)
+    embeddings = embed.Embeddings(vectors_at(0, 1, 50, 53), None)
     right, wrong = explain.right_and_wrong(embeddings, dataset_of([0, 0, 1, 2], None), 4, 0, None)
     assert sorted(right[0].tolist()) == [0, 1] and len(right) == 1
     assert sorted(wrong[0].tolist()) == [2, 3] and len(wrong) == 1

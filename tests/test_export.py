@@ -14,10 +14,10 @@ import yaml
 from safetensors.numpy import load_file
 
 import cgd_jax
-from cgd_jax import augment, checkpoint, export, pooling
-from cgd_jax.augment import IMAGENET, Normalization
+from cgd_jax import checkpoint, export, pooling, preprocess
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import create_model
+from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.reports import model_card
 from cgd_jax.runtime.errors import InputError
 from tests import tiny
@@ -60,7 +60,7 @@ def small_network(finished_run, tmp_path, monkeypatch):
 
 def test_the_middle_of_an_image_that_has_none():
     with pytest.raises(ValueError, match=r"32 × 32 pixels out of the middle of \(1, 20, 20, 3\)"):
-        augment.center_crop(np.zeros((1, 20, 20, 3)), 32)
+        preprocess.center_crop(np.zeros((1, 20, 20, 3)), 32)
 
 
 def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
@@ -73,9 +73,9 @@ def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
         "  ", ""
     )
     assert "blobs" in body and "random weights" in body
-    metadata, shapes = weight_files.read_header(folder / "model.safetensors")
+    weights, metadata = weight_files.read(folder / "model.safetensors")
     assert json.loads(metadata["metrics"])["embedding"] == result["metrics"]
-    assert shapes["params/fc_S"] == (16, 4)
+    assert weights["params/fc_S"].shape == (16, 4)
     assert not list(folder.glob("*.tmp"))
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-METHOD = "pooling combination losses metrics retrieval complementarity rerank".split()
+METHOD = "pooling combination losses ranking metrics retrieval complementarity rerank".split()
 
 
 def test_the_method_needs_jax_and_numpy_only_and_rerank_scipy():
@@ -48,5 +48,6 @@ except AttributeError as error:
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     modules, error = run.stdout.splitlines()
     brought = {"cgd_jax", "PIL", "cv2", "simplejpeg", "pillow_heif", "_pillow_heif"}
+    brought |= {"ml_collections", "absl", "yaml", "_yaml", "platformdirs"}
     others = {name for name in modules.split() if not name.startswith("_cython")} - brought
     assert not others and error == "module 'cgd_jax' has no attribute 'opened'"

@@ -46,6 +46,7 @@ def by_loops(name, embeddings, labels, margin=0.1, alpha=2.0, beta=50.0, base=0.
         positives = [i for i in range(n) if i != a and labels[i] == labels[a]]
         negatives = [i for i in range(n) if labels[i] != labels[a]]
         if not positives or not negatives:
+            terms += [0.0] * (name == "multi_similarity")  # whose mean is over all images
             continue
         if name == "batch_hard_triplet":
             worst = max(d[a][p] for p in positives) - min(d[a][i] for i in negatives)
@@ -124,6 +125,19 @@ def test_ranking_losses_against_loops(seed, classes):
         assert value.dtype == jnp.float32 and value.shape == ()
         expected = by_loops(name, embeddings, labels, **MARGIN.get(name, {}))
         np.testing.assert_allclose(value, expected, 2e-4, 1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.4, 2.0])
+def test_mining_margin_of_multi_similarity(epsilon):
+    loss = jax.jit(losses.multi_similarity_loss)
+    changed = 0
+    for seed in range(5):
+        embeddings, labels = batch(seed)
+        found = loss(embeddings, labels, mining_margin=epsilon)
+        expected = by_loops("multi_similarity", embeddings, labels, epsilon=epsilon)
+        np.testing.assert_allclose(found, expected, rtol=2e-4)
+        changed += found != loss(embeddings, labels)
+    assert changed
 
 
 def test_worked_by_hand():

@@ -97,8 +97,8 @@ def with_mined(x, labels, positive, negative, memory):
 
 @jax.jit
 def mined_by_all(x, labels, memory):
-    references, *masks = pairs_of(x, labels, memory)
-    distances = losses.pairwise_distances(x, references)
+    found = pairs_of(x, labels, memory)
+    distances, masks = found.distances, (found.positive, found.negative)
     draw = {"distance_weighted": {"key": jax.random.key(0), "dim": 4}}
     return masks, [miner(distances, *masks, **draw.get(n, {})) for n, miner in MINERS.items()]
 

@@ -1,10 +1,9 @@
 """Metrics against a brute-force loop, other libraries' numbers, and their own definitions."""
 
-import csv
-import os
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core.primitives import dot_general_p
 
-from cgd_jax import complementarity, metrics, retrieval
+from cgd_jax import complementarity, metrics, ranking, retrieval
 
 GOLDENS = np.load(Path(__file__).parent / "goldens/metrics.npz")
 KINDS = ("random", "clustered", "duplicated", "collapsed", "single class")
@@ -29,8 +28,8 @@ def golden(kind, searched):
     return [arrays[n] for n in names if n in arrays], arrays
 
 
-def brute_force(query, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8), ids=None, tie=1):
-    """One query and one gallery item at a time, in float64; tie: 1 against the query, -1 for it."""
+def brute_force(query, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8), ids=None):
+    """One query and one gallery item at a time, in float64."""
     if gallery is None:
         gallery, gallery_labels, ids = query, labels, (range(len(query)),) * 2
     cosine = lambda a, b: a @ b / max(np.sqrt(a @ a) * np.sqrt(b @ b), 1e-300)
@@ -44,7 +43,7 @@ def brute_force(query, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8
             continue
         queries += 1
         # A list that a person would read: sorted, ties on the wrong side of true matches.
-        marked = [(round(s, 7), 0, True) for s in true] + [(round(s, 7), tie, False) for s in false]
+        marked = [(round(s, 7), 0, True) for s in true] + [(round(s, 7), 1, False) for s in false]
         hits = [hit for _, _, hit in sorted(marked, reverse=True)]
         precisions = [sum(hits[: n + 1]) / (n + 1) for n in range(len(hits))]
         r = len(true)
@@ -64,65 +63,74 @@ def brute_force(query, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8
     }
 
 
+@pytest.fixture(params=["CPU", "other devices"])
+def either_way(request, monkeypatch):
+    """Ranks as on a CPU, and there as elsewhere."""
+    if request.param == "other devices":
+        monkeypatch.setattr(ranking, "_is_cpu", lambda mesh: False)
+
+
+@pytest.fixture(params=["counting", "sorting"])
+def few(request, monkeypatch):
+    """Compares with every positive, or sorts rows where there are two."""
+    monkeypatch.setattr(ranking, "FEW", {"counting": 1000, "sorting": 1}[request.param])
+    jax.clear_caches()  # it is read when a program is compiled
+
+
 @pytest.mark.parametrize("searched", SEARCHED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_a_brute_force_loop(kind, searched):
+def test_equals_a_brute_force_loop(kind, searched, either_way, few):
     arrays, _ = golden(kind, searched)
-    for ties, tie in (("pessimistic", 1), ("optimistic", -1)):
-        expected = brute_force(*arrays, tie=tie)
-        assert metrics.evaluate(*arrays, ties=ties) == pytest.approx(expected, abs=1e-6)
-        recall = metrics.recall_at_k(*arrays, ties=ties)
-        assert recall == pytest.approx({k: expected[f"recall@{k}"] for k in recall}, abs=1e-6)
+    expected = brute_force(*arrays)
+    assert metrics.evaluate(*arrays) == pytest.approx(expected, abs=1e-6)
+    recall = metrics.recall_at_k(*arrays)
+    assert recall == pytest.approx({k: expected[f"recall@{k}"] for k in recall}, abs=1e-6)
 
 
-@pytest.mark.parametrize("searched", SEARCHED)
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_rows_equal_a_brute_force_loop(kind, searched, monkeypatch):
-    monkeypatch.setattr(metrics, "SORTED_FROM", {"cpu": 0})
-    monkeypatch.setattr(metrics, "HELD", 1000)  # some queries at a time
-    test_equals_a_brute_force_loop(kind, searched)
+def ranks_by_loop(query, gallery, positives, ignored):
+    """Per query, the ranks of its positives that are not ignored, ascending; in float64."""
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+    found = []
+    for row, mine, out in zip(unit(query) @ unit(gallery).T, positives, ignored, strict=True):
+        true = np.sort(row[sorted(set(mine) - set(out))])[::-1]
+        others = np.delete(row, sorted({*mine, *out}))
+        found.append([1 + n + np.sum(others > t - 1e-6) for n, t in enumerate(true)])
+    return found
 
 
-@settings(max_examples=10, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    protocol=st.sampled_from(["itself", "gallery", "some in the gallery"]),
-    ties=st.sampled_from(sorted(metrics.TIES)),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_counting_and_whole_rows_agree_for_any_histogram(sizes, protocol, ties, seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.resize(np.repeat(np.arange(len(sizes)), sizes), 40))
-    x = rng.integers(-2, 3, (40, 3))  # many equal cosines, and no two that nearly are
-    if protocol == "itself":
-        arguments, options = (x, labels), {}
-    else:
-        chosen = rng.permutation(40)[:30]
-        arguments = (x, labels, x[chosen], labels[chosen])
-        options = {"query_ids": np.arange(40), "gallery_ids": chosen}
-        if protocol == "gallery":
-            options = {}
+def lists_of_places(lists):
+    """`ranking.Places` of lists."""
+    end = np.cumsum([len(places) for places in lists])
+    return ranking.Places(np.concatenate(lists), end - [len(places) for places in lists], end)
 
-    def measured(least):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "SORTED_FROM", {"cpu": least})
-            try:
-                ranks = metrics.first_ranks(*arguments, ties=ties, **options)
-                return metrics.evaluate(*arguments, ties=ties, **options), ranks
-            except ValueError as error:
-                return {"refused": str(error)}, np.zeros(0)
 
-    counted, ranks = measured(1000)
-    for least in (0, 8):  # all rows, and both ways in one call
-        found, same_ranks = measured(least)
-        assert found.keys() == counted.keys()
-        for name, value in counted.items():
-            assert found[name] == (value if name == "refused" else pytest.approx(value, abs=1e-12))
-        np.testing.assert_array_equal(same_ranks, ranks)
+@pytest.mark.parametrize("held, part", [(2**20, 1000), (2000, 7)])
+def test_ranks_of_any_positives_among_any_ignored(held, part, either_way, few, monkeypatch):
+    """Lists that are no classes, and however the work is divided."""
+    monkeypatch.setattr(ranking, "HELD", held)
+    monkeypatch.setattr(ranking, "PART", part)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        # Many equal cosines.
+        query, gallery = (rng.integers(-2, 3, (n, 3)).astype(np.float32) + 0.1 for n in (20, 40))
+        positives, ignored = (
+            [rng.permutation(40)[: rng.choice(sizes)] for _ in range(20)]
+            for sizes in ((0, 7, 30), (0, 8))
+        )
+        matches = np.array([len(set(p) - set(i)) for p, i in zip(positives, ignored, strict=True)])
+        relevance = ranking.Relevance(*map(lists_of_places, (positives, ignored)), matches)
+        expected = ranks_by_loop(query, gallery, positives, ignored)
+        for first in (True, False):
+            found = {}
+            for rows, ranks in ranking.ranks_of_positives(query, gallery, relevance, first=first):
+                found |= {row: r[np.isfinite(r)] for row, r in zip(rows, ranks, strict=True)}
+            assert sorted(found) == np.flatnonzero(matches).tolist()
+            for row, ranks in found.items():
+                assert ranks.tolist() == expected[row][: 1 if first else None]
 
 
 def test_memory_of_few_large_classes_is_that_of_a_block(monkeypatch):
-    monkeypatch.setattr(metrics, "HELD", 2**18)
+    monkeypatch.setattr(ranking, "HELD", 2**18)
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(3000, 4)), rng.integers(0, 2, 3000)
     metrics.evaluate(x, labels)
@@ -142,13 +150,12 @@ def test_equals_pytorch_metric_learning(kind, searched):
         "r_precision": "r_precision",
         "map@r": "mean_average_precision_at_r",
     }
-    worst, best = (metrics.evaluate(*arrays, ties=t) for t in ("pessimistic", "optimistic"))
+    found = metrics.evaluate(*arrays)
     for ours, name in names.items():
         if kind in ("duplicated", "collapsed"):  # their ties fall as they happen to be stored
-            assert worst[ours] - 1e-6 <= theirs[name] <= best[ours] + 1e-6
+            assert found[ours] <= theirs[name] + 1e-6
         else:
-            assert worst[ours] == pytest.approx(float(theirs[name]), abs=1e-6)
-            assert best[ours] == pytest.approx(float(theirs[name]), abs=1e-6)
+            assert found[ours] == pytest.approx(float(theirs[name]), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicated", "single class"])
@@ -169,25 +176,19 @@ def test_cluster_agreement_without_scikit_learn_says_what_to_install(monkeypatch
 @pytest.mark.parametrize(
     "size, dim", [(4, 1), (37, 5), (257, 33), (1025, 64), (301, 511), (90, 1536)]
 )
-def test_a_collapsed_model_scores_zero(size, dim):
+def test_a_collapsed_model_scores_zero(size, dim, either_way):
     labels = np.arange(size) % (size // 2)
     rng = np.random.default_rng(0)
     for point in (np.ones(dim), np.zeros(dim), rng.normal(size=dim)):
         scaled = point * rng.uniform(0.1, 10, (size, 1))  # one direction, rounded differently
         for x in (np.tile(point, (size, 1)), scaled):
             assert metrics.recall_at_k(x, labels, ks=(1,)) == {1: 0.0}
-        copies = np.tile(point, (size, 1))
-        assert metrics.recall_at_k(copies, labels, ks=(1,), ties="optimistic") == {1: 1.0}
 
 
-def test_ties_by_hand():
+def test_ties_by_hand(either_way):
     # The query's true match, [1, 0], is tied with two items of other classes.
     gallery, labels = [[1.0, 0]] * 3 + [[0, 1.0]], [0, 1, 2, 1]
-    ranks = {
-        t: 1 / metrics.evaluate([[2.0, 0]], [0], gallery, labels, ties=t)["mrr"]
-        for t in metrics.TIES
-    }
-    assert ranks == pytest.approx({"pessimistic": 3, "optimistic": 1, "mean": 2})
+    assert metrics.first_ranks([[2.0, 0]], [0], gallery, labels) == [3]
 
 
 def test_similarity_and_not_its_copy_in_lower_precision_decides():
@@ -204,15 +205,17 @@ def test_every_product_that_ranks_is_in_full_float32(monkeypatch):
     record = lambda *args, **options: asked.append(options["precision"]) or bind(*args, **options)
     monkeypatch.setattr(dot_general_p, "bind", record)
     monkeypatch.setattr(retrieval, "_is_one_cpu", lambda mesh: False)
+    monkeypatch.setattr(ranking, "_is_cpu", lambda mesh: False)
     # 14 dimensions are in no other test: a program that is cached would not be traced.
     x, labels = np.random.default_rng(0).normal(size=(13, 14)), np.arange(13) // 4
     metrics.evaluate(x, labels)
     retrieval.top_k(x, x, 2)
     complementarity.measure(x, labels, names=("a", "b"), bootstrap=1)
-    assert len(asked) > 4
+    assert len(asked) >= 3
     assert set(asked) == {(jax.lax.Precision.HIGHEST,) * 2}
-    retrieval.top_k(x, x, 2, precision="default")
-    assert asked[-1] == (jax.lax.Precision.DEFAULT,) * 2
+    for ranks in (partial(metrics.evaluate, x, labels), partial(retrieval.top_k, x, x, 2)):
+        ranks(precision="default")
+        assert asked.pop() == (jax.lax.Precision.DEFAULT,) * 2
 
 
 def test_self_is_removed_by_identity():
@@ -247,27 +250,6 @@ def test_shared_image_set_with_some_queries_outside(ids):
     assert metrics.evaluate(*args, **options) == pytest.approx(expected, abs=1e-6)
 
 
-def test_blocks_do_not_show(monkeypatch):
-    rng = np.random.default_rng(4)
-    labels = np.concatenate([np.zeros(40, int), rng.integers(1, 30, 90), [77]])
-    x = rng.normal(size=(131, 8))
-    whole = metrics.evaluate(x, labels)
-    for block, steps, gallery_block, tile, window, held in (
-        (7, 3, 131, (3, 10), 20, 2**24),
-        (50, 1, 40, (50, 131), 5, 2**24),
-        (50, 2, 17, (9, 5), 300, 39 * 20),
-    ):
-        monkeypatch.setattr(metrics, "TILE", tile)
-        monkeypatch.setattr(metrics, "BLOCK", block)
-        monkeypatch.setattr(metrics, "STEPS", steps)
-        monkeypatch.setattr(metrics, "GALLERY_BLOCK", gallery_block)
-        monkeypatch.setattr(metrics, "WINDOW", window)
-        monkeypatch.setattr(metrics, "MATCHES", held)
-        jax.clear_caches()  # the sizes are read when a program is compiled
-        assert metrics.evaluate(x, labels) == pytest.approx(whole, abs=1e-12)
-    assert whole["excluded"] == np.sum(np.bincount(labels) == 1) > 0
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 30))
 def test_invariances(seed, copies):
@@ -280,10 +262,6 @@ def test_invariances(seed, copies):
     scale = np.exp(rng.normal(size=(50, 1)) * 3)
     other = metrics.evaluate((x * scale)[order], names[labels][order])
     assert other == pytest.approx(result, abs=1e-9)
-    optimistic = metrics.evaluate(x, labels, ties="optimistic")
-    mean = metrics.evaluate(x, labels, ties="mean")
-    for name in ("recall@1", "recall@8", "map@r", "map", "mrr"):
-        assert result[name] - 1e-12 <= mean[name] <= optimistic[name] + 1e-12
     assert result["recall@1"] <= result["recall@2"] <= result["recall@8"]
     assert result["map@r"] <= result["r_precision"]
 
@@ -326,7 +304,7 @@ def test_confidence_intervals_draw_classes():
         assert low <= result[name] <= high
 
 
-def test_per_class_table(tmp_path):
+def test_metrics_of_every_class():
     arrays, _ = golden("clustered", "gallery")
     result = metrics.evaluate(*arrays, per_class=True)
     rows = result["per_class"]
@@ -336,12 +314,6 @@ def test_per_class_table(tmp_path):
         of_class = arrays[1] == row["class"]
         alone = metrics.evaluate(arrays[0][of_class], arrays[1][of_class], *arrays[2:])
         assert row["map@r"] == pytest.approx(alone["map@r"])
-    metrics.write_per_class(tmp_path / "classes.csv", rows)
-    with open(tmp_path / "classes.csv", newline="") as file:
-        read = list(csv.DictReader(file))
-    assert [int(r["class"]) for r in read] == [r["class"] for r in rows]
-    assert float(read[-1]["mrr"]) == rows[-1]["mrr"]
-    assert os.listdir(tmp_path) == ["classes.csv"]
 
 
 def test_recall_of_a_ranking():
@@ -383,7 +355,6 @@ NAN, INF = np.where(X == 1, np.nan, X), np.where(X == 1, np.inf, X)
         ("must be whole numbers or texts, got float64", (X, LABELS * 1.5), {}),
         ("ks must be whole numbers", (X, LABELS), {"ks": (0, 1)}),
         ("ks must be whole numbers", (X, LABELS), {"ks": ()}),
-        ("pessimistic, optimistic, mean", (X, LABELS), {"ties": "random"}),
         ("highest, high, default", (X, LABELS), {"precision": "low"}),
         ("both query_ids and gallery_ids", (X, LABELS, X, LABELS), {"query_ids": LABELS}),
         ("gallery_ids without a gallery", (X, LABELS), {"gallery_ids": LABELS}),
@@ -401,7 +372,7 @@ def test_any_number_of_devices_gives_the_same_ranks(eight_devices):
     script = """
 import jax, numpy as np
 from jax.sharding import Mesh
-from cgd_jax import metrics
+from cgd_jax import metrics, ranking
 rng = np.random.default_rng(0)
 x, labels = rng.normal(size=(203, 9)), rng.integers(0, 40, 203)
 x[rng.integers(0, 203, 60)] = x[rng.integers(0, 203, 60)]  # ties within and across shards
@@ -415,7 +386,7 @@ explicit = jax.make_mesh((8,), ("data",))
 for mesh in (two, eight, explicit):
     assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 assert metrics.evaluate(x, labels, mesh=explicit) == metrics.evaluate(x, labels)
-metrics.SORTED_FROM = {"cpu": 0}
+ranking._is_cpu = lambda mesh: False
 for mesh in (None, two, eight):
     assert metrics.evaluate(*args, mesh=mesh) == alone, mesh
 """

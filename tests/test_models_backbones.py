@@ -10,11 +10,11 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from cgd_jax import config as config_module
-from cgd_jax.augment import Normalization
-from cgd_jax.models import backbones, cpu_ops, pretrained
+from cgd_jax import rules
+from cgd_jax.models import backbones, cpu_ops, layers, pretrained
 from cgd_jax.models.cgd import create_model
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.preprocess import Normalization
 from configs import base
 from tests.goldens import make_initial
 from tests.variables import random_variables
@@ -28,6 +28,62 @@ def test_initial_weights_are_those_of_version_0_1_0(backbone):
     assert found["shapes"] == expected["shapes"]
     for path, number in expected["first"].items():
         np.testing.assert_allclose(found["first"][path], number, rtol=1e-5, err_msg=path)
+
+
+# Parameters of the published networks, less their classifiers of 1000 classes.
+PARAMETERS = {
+    "resnet18": 11_689_512 - 513_000,
+    "resnet34": 21_797_672 - 513_000,
+    "resnet50": 25_557_032 - 2_049_000,
+    "resnet101": 44_549_160 - 2_049_000,
+    "resnet152": 60_192_808 - 2_049_000,
+    "se_resnet50": 28_088_024 - 2_049_000,
+    "resnext50_32x4d": 25_028_904 - 2_049_000,
+    "efficientnet_lite0": 4_652_008 - 1_281_000,
+    "efficientnet_lite1": 5_416_680 - 1_281_000,
+    "efficientnet_lite2": 6_092_072 - 1_281_000,
+    "shufflenet_v2_x1_0": 2_278_604 - 1_025_000,
+    "convnext_tiny": 28_589_128 - 769_000 - 2 * 768,  # and the norm in front of the classifier
+}
+CHANNELS = {"resnet10": 512, "resnet18": 512, "resnet34": 512, "efficientnet_lite0": 1280}
+CHANNELS |= {"efficientnet_lite1": 1280, "efficientnet_lite2": 1280, "convnext_tiny": 768}
+CHANNELS |= {"bninception": 1024, "shufflenet_v2_x1_0": 1024}
+
+
+def shapes_of(backbone, size=224, **options):
+    """Shapes of variables and features, without computing anything."""
+    model = backbones.BACKBONES[backbone].members[backbone](**options)
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return variables, jax.eval_shape(model.apply, variables, images)
+
+
+@pytest.mark.parametrize("backbone", PARAMETERS | CHANNELS)
+def test_parameters_and_feature_maps(backbone):
+    variables, features = shapes_of(backbone, last_stride=1)
+    parameters = sum(a.size for a in jax.tree.leaves(variables["params"]))
+    assert parameters == PARAMETERS.get(backbone, parameters)
+    channels = CHANNELS.get(backbone, 2048)
+    assert features.shape == (2, 14, 14, channels)
+    assert shapes_of(backbone, last_stride=2)[1].shape == (2, 7, 7, channels)
+
+
+def test_odd_sizes_are_rounded_up_where_padding_is_that_of_tensorflow():
+    _, features = shapes_of("efficientnet_lite0", 97, last_stride=2)
+    assert features.shape == (2, 4, 4, 1280)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10", "efficientnet_lite0", "convnext_tiny"])
+def test_bfloat16_computes_in_it_and_keeps_float32_parameters(backbone):
+    variables, features = shapes_of(backbone, 32, dtype=jnp.bfloat16)
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert features.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("stage_strides,expected", [([1, 2, 2, 2], [1, 2, 2, 1]), ([1], [1])])
+def test_where_the_last_stride_is(stage_strides, expected):
+    assert layers.ConvNet(last_stride=1).strides(stage_strides) == expected
+    assert layers.ConvNet(last_stride=2).strides(stage_strides) == stage_strides
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
@@ -103,7 +159,7 @@ def test_a_backbone_is_one_file_and_one_line_in_the_table(with_patches):
     config = base.get_config()
     with config.unlocked():
         config.model.update(backbone="wide_patches", patch_side=8, embedding_dim=6)
-    assert config_module.RULES["model.backbone"].holds("wide_patches")
+    assert rules.RULES["model.backbone"].holds("wide_patches")
     assert backbones.refused_options(config.model) == []
     model = create_model(config.model, 3)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -38,35 +38,35 @@ def test_options_of_the_config_are_those_of_the_loss(name):
 
 def test_every_branch_has_its_own_part_of_the_proxies():
     config = config_of(ranking="proxy_nca", classification_weight=0.0)
-    learned = objective.create_loss_params(config, 0, 3, 8)
-    assert learned.keys() == {"proxies"} and learned["proxies"].shape == (3, 1, 8)
-    found = measured(config, learned=learned)["ranking_loss"]
-    parts = jnp.split(learned["proxies"], 2, 2)
+    loss_params = objective.create_loss_params(config, 0, 3, 8)
+    assert loss_params.keys() == {"proxies"} and loss_params["proxies"].shape == (3, 1, 8)
+    found = measured(config, loss_params=loss_params)["ranking_loss"]
+    parts = jnp.split(loss_params["proxies"], 2, 2)
     each = [losses.proxy_nca_loss(*x) for x in zip(BRANCHES, [LABELS] * 2, parts, strict=True)]
     np.testing.assert_allclose(found, sum(each) / 2, rtol=1e-6)
     again, other = (objective.create_loss_params(config, seed, 3, 8)["proxies"] for seed in (0, 1))
-    assert np.all(again == learned["proxies"]) and not np.any(again == other)
+    assert np.all(again == loss_params["proxies"]) and not np.any(again == other)
 
 
 def test_classification_by_angles_sees_the_embedding():
     config = config_of(classification="cosface", ranking_weight=0.0, sub_centers=2)
-    learned = objective.create_loss_params(config, 0, 3, 8)
-    assert learned["centers"].shape == (3, 2, 8) and learned.keys() == {"centers"}
+    loss_params = objective.create_loss_params(config, 0, 3, 8)
+    assert loss_params["centers"].shape == (3, 2, 8) and loss_params.keys() == {"centers"}
     # One of two centers lies where the images are: the accuracy is that of the nearest.
-    centers = learned["centers"].at[:, 1].set(EMBEDDING[::2])
-    found = measured(config, learned={"centers": centers})
+    centers = loss_params["centers"].at[:, 1].set(EMBEDDING[::2])
+    found = measured(config, loss_params={"centers": centers})
     expected = losses.cosface_loss(EMBEDDING, LABELS, centers)
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-6)
     assert found["accuracy"] >= 0.5
     config.cosface.margin = 0.7
-    assert measured(config, learned={"centers": centers})["loss"] != found["loss"]
+    assert measured(config, loss_params={"centers": centers})["loss"] != found["loss"]
 
 
 def test_both_losses_may_learn_and_neither_must():
     config = config_of(ranking="soft_triple", classification="arcface")
-    learned = objective.create_loss_params(config, 0, 3, 8)
-    assert learned["centers"].shape == (3, 1, 8) and learned["proxies"].shape == (3, 10, 8)
-    assert not np.any(learned["centers"] == learned["proxies"][:, :1])
+    loss_params = objective.create_loss_params(config, 0, 3, 8)
+    assert loss_params["centers"].shape == (3, 1, 8) and loss_params["proxies"].shape == (3, 10, 8)
+    assert not np.any(loss_params["centers"] == loss_params["proxies"][:, :1])
     config.update(ranking_weight=0.0, classification_weight=0.0)
     assert (
         objective.create_loss_params(config, 0, 3, 8) == {} == objective.loss_param_counts(config)
@@ -105,3 +105,51 @@ def test_mixup_draws_by_the_key():
     config.recall_at_k.mixup = 1
     mixed = [measured(config, key=jax.random.key(i))["loss"] for i in (0, 0, 1)]
     assert mixed[0] == mixed[1] != mixed[2] and mixed[0] != plain
+
+
+def spread(embeddings, labels, strength=1.0, *, miner=None, memory=None):
+    return strength * jnp.std(embeddings)
+
+
+def to_learned(embeddings, labels, learned, strength=1.0):
+    return strength * jnp.sum(jnp.abs(embeddings)) * learned.shape[1] + 0 * jnp.sum(learned)
+
+
+def drawn(embeddings, labels, *, key):
+    return jax.random.uniform(key)
+
+
+@pytest.mark.parametrize(
+    ("table", "loss", "option", "learned"),
+    [
+        ("PAIR_LOSSES", spread, "ranking", {}),
+        ("LIST_LOSSES", spread, "ranking", {}),
+        ("PROXY_LOSSES", to_learned, "ranking", {"proxies": (3, 2, 8)}),
+        ("CENTER_LOSSES", to_learned, "classification", {"centers": (3, 1, 8)}),
+    ],
+)
+def test_a_loss_that_is_put_into_a_table(monkeypatch, table, loss, option, learned):
+    argument = next(iter(learned), None)
+
+    def mine(embeddings, labels, *args, **options):
+        args += (options.pop(argument),) if argument in options else ()
+        return loss(embeddings, labels, *args, **options)
+
+    monkeypatch.setitem(getattr(losses, table), "mine", mine)
+    config = config_of(ranking_weight=0.0, classification_weight=0.0)
+    config.update({option: "mine", f"{option}_weight": 1.0})
+    config.mine = {"strength": 3.0}
+    if argument == "proxies":
+        config.mine.centers = 2
+    created = objective.create_loss_params(config, 0, 3, 8)
+    assert {name: array.shape for name, array in created.items()} == learned
+    found = measured(config, loss_params=created)["loss"]
+    config.mine.strength = 1.5
+    assert found == pytest.approx(2 * measured(config, loss_params=created)["loss"]) and found > 0
+
+
+def test_a_loss_without_options_that_draws(monkeypatch):
+    monkeypatch.setitem(losses.LIST_LOSSES, "drawn", drawn)
+    config = config_of(ranking="drawn", classification_weight=0.0)
+    key = jax.random.key(5)
+    assert measured(config, key=key)["loss"] == pytest.approx(jax.random.uniform(key))

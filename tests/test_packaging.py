@@ -50,8 +50,8 @@ def test_every_package_of_the_clone_is_installed():
     assert listed == found | {"cgd_jax.configs", "cgd_jax.configs.studies"}
 
 
-def test_every_mode_says_which_extra_it_needs():
-    assert {mode.extra for mode in cli.MODES.values()} <= EXTRAS.keys()
+def test_every_command_says_which_extra_it_needs():
+    assert {command.extra for command in cli.COMMANDS.values()} <= EXTRAS.keys()
 
 
 def test_a_package_that_is_missing():

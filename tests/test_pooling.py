@@ -125,7 +125,7 @@ def test_poolings_ignore_order_and_scale_with_the_features(seed, letter, order):
         np.testing.assert_allclose(pool(jnp.asarray(8 * features)), pooled, rtol=2e-5)
 
 
-@pytest.mark.parametrize("letter", "SMGR")
+@pytest.mark.parametrize("letter", pooling.POOLINGS)
 def test_gradients_against_finite_differences(letter):
     features = jnp.asarray(features_of((3, 3, 2), seed=3) + 0.1 * np.arange(18).reshape(3, 3, 2))
     weights = jnp.array([0.7, -1.3])
@@ -153,7 +153,7 @@ def test_gradient_of_learned_p_against_finite_differences():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("letter", "SMGR")
+@pytest.mark.parametrize("letter", pooling.POOLINGS)
 def test_half_precision_keeps_its_dtype_and_stays_close(letter, dtype):
     features = jnp.asarray(features_of((2, 14, 14, 4)) + 0.01)
     pooled = pooling.POOLINGS[letter](features.astype(dtype))
@@ -164,7 +164,7 @@ def test_half_precision_keeps_its_dtype_and_stays_close(letter, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("letter", "SMGR")
+@pytest.mark.parametrize("letter", pooling.POOLINGS)
 @pytest.mark.parametrize("value", [0.0, 1e-7, 6e4])
 def test_values_and_gradients_are_finite_at_the_corners(letter, dtype, value):
     # 60,000 cubed overflows float16, 1e-7 cubed underflows it.

@@ -1,18 +1,19 @@
-"""Reports: tables that line up, histories that go on, pictures that show what they say."""
+"""Reports: tables that line up, histories that go on, figures that show what they say."""
 
-import contextlib
+import csv
+import os
 import struct
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.colors import to_hex
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from cgd_jax.augment import IMAGENET, Normalization, normalize
 from cgd_jax.data import Dataset, Split
+from cgd_jax.preprocess import IMAGENET, Normalization, normalize
 from cgd_jax.reports import plots, tables, throughput
 from cgd_jax.reports.history import History, Progress, read_history
 from cgd_jax.runtime import files
@@ -134,51 +135,39 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     assert '"a": 1' in path.read_text()
 
 
-def test_frames_tell_right_from_wrong(tmp_path):
+def color_at(picture, x, y):
+    return to_hex(picture[y, x] / 255)
+
+
+def test_frames_tell_right_from_wrong(tmp_path, drawn):
     dataset = Dataset(split_of([9]), split_of([1, 2]), split_of([2, 1, 3]))
     path = tmp_path / "retrievals.png"
-    plots.plot_retrievals(
-        path, dataset, np.array([1, 0]), np.array([[0, 1, 2], [2, 0, 1]]), "title"
-    )
-    picture = np.asarray(Image.open(path))
-    green = np.array([int(plots.GREEN[i : i + 2], 16) for i in (1, 3, 5)])
-    red = np.array([int(plots.RED[i : i + 2], 16) for i in (1, 3, 5)])
-    step, cell = 114, 106  # a place in the grid; a picture with its frame
-    for line, colors in enumerate([(green, red, red), (red, red, green)]):
-        for i, color in enumerate(colors, 1):
-            corner = picture[80 + line * step, 16 + i * step]
-            np.testing.assert_array_equal(corner, color)
-    # The pictures themselves: the query of label 2, its first neighbour of label 2.
-    center = 80 + cell // 2
-    assert np.all(picture[center, 8 + cell // 2] == 20)
-    assert np.all(picture[center, 16 + step + cell // 2] == 20)
-    assert np.all(picture[center, 16 + 2 * step + cell // 2] == 10)
+    nearest = np.array([[0, 1, 2], [2, 0, 1]])
+    plots.plot_retrievals(path, dataset, np.array([1, 0]), nearest, "a $title$\n")
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    green, red, step, first = plots.GREEN, plots.RED, 114, 70 + 8
+    assert picture.shape == (70 + 2 * step + 8, 4 * step + 8, 3)
+    for line, frames in enumerate([("#000000", green, red, red), ("#000000", red, red, green)]):
+        for i, color in enumerate(frames):
+            assert color_at(picture, 8 + i * step, first + line * step) == color
+    # The images themselves: the query of label 2, its neighbours of the labels 2, 1 and 3.
+    grays = [picture[first + 53, 8 + i * step + 53].tolist() for i in range(4)]
+    assert grays == [[10 * label] * 3 for label in (2, 2, 1, 3)]
+    assert drawn[0].get_suptitle().startswith("a $title$\\n\nQueries drawn at random")
+    assert "wrong" not in drawn[0].get_suptitle()
 
 
-def test_failing_queries_get_a_part_of_their_own(tmp_path):
-    query = split_of([1] * 20)
-    gallery = split_of([1, 2])
-    nearest = np.array([[0]] * 19 + [[1]])
-    heights = []
-    for neighbours in (np.zeros((20, 1), int), nearest):
-        path = tmp_path / "picture.png"
-        plots.plot_retrievals(path, Dataset(query, query, gallery), np.arange(20), neighbours, "t")
-        heights.append(Image.open(path).height)
-    assert heights[1] - heights[0] == 40 + 114
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are drawn, which are not written."""
-    figures = []
-
-    @contextlib.contextmanager
-    def picture(*_, **__):
-        figures.append(Figure(layout="constrained"))
-        yield figures[-1]
-
-    monkeypatch.setattr(plots, "picture", picture)
-    return figures
+def test_failing_queries_stand_below(tmp_path, drawn):
+    """The first four behind the eight that are drawn as they come."""
+    query, gallery = split_of([1] * 19 + [3]), split_of([1, 2, 3])
+    nearest = np.array([[0]] * 9 + [[1]] * 10 + [[2]])
+    path = tmp_path / "a.png"
+    plots.plot_retrievals(path, Dataset(query, query, gallery), np.arange(20), nearest, "t")
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    assert picture.shape[0] == 70 + (8 + 4) * 114 + 8
+    frames = [color_at(picture, 8 + 114, 70 + 8 + line * 114) for line in range(12)]
+    assert frames == [plots.GREEN] * 8 + [plots.RED] * 4
+    assert "the last 4 rows those with a wrong first neighbour" in drawn[0].get_suptitle()
 
 
 LOSSES = [
@@ -197,13 +186,14 @@ SIGNS = {
 }
 
 
-def test_curves_are_drawn_with_and_without_evaluations(tmp_path):
-    with_signs = [row | SIGNS for row in LOSSES]
-    for rows, height in [(LOSSES, 480), (LOSSES[:1], 480), ([], 480), (with_signs, 888)]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            plots.plot_curves(tmp_path / "a.png", rows, {"raw pixels": {"recall@1": 0.3}}, 0.1)
-        assert Image.open(tmp_path / "a.png").size == (1320, height)
+@pytest.mark.parametrize("rows", [LOSSES, LOSSES[:1], [], [row | SIGNS for row in LOSSES]])
+def test_curves_of_any_history_can_be_drawn(tmp_path, rows, drawn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.plot_curves(tmp_path / "a.png", rows, {"raw pixels": {"recall@1": 0.3}}, 0.1)
+    assert len(drawn[0].axes) == (5 if "active_triplets" in dict(*rows[:1]) else 2)
+    assert "R@1, raw pixels" in lines_of(drawn[0].axes[1])
+    assert len({*np.asarray(Image.open(tmp_path / "a.png").convert("L")).flat}) > 10
 
 
 def lines_of(axes):
@@ -211,11 +201,11 @@ def lines_of(axes):
     return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
 
 
-def test_curves_show_the_history(drawn):
+def test_curves_show_the_history(drawn, tmp_path):
     baselines = {f"pretrained {letter}": {"recall@1": i / 10} for i, letter in enumerate("SMGR")}
     baselines["raw $pixels$"] = {"recall@1": 0.9}
     seen = "classes, 3 of 40 seen in training"
-    plots.plot_curves("", [row | SIGNS for row in LOSSES], baselines, 0.1, seen)
+    plots.plot_curves(tmp_path / "a.png", [row | SIGNS for row in LOSSES], baselines, 0.1, seen)
     losses, recalls, distances, shares, gradients = map(lines_of, drawn[0].axes)
     assert losses["total"] == [2, 1] and losses["classification"] == [2]
     assert losses["margin"] == [0.1, 0.1] and "ranking" not in losses, "a loss of 0 is not there"
@@ -225,7 +215,7 @@ def test_curves_show_the_history(drawn):
     assert distances["hardest negative"] == [0.8, 0.8] and len(distances) == 4
     assert shares == {"active triplets": [0.9, 0.9], "norm of the mean": [0.4, 0.4]}
     assert gradients == {"ranking": [0.01, 0.01], "classification": [3, 3]}
-    plots.plot_curves("", LOSSES, {})
+    plots.plot_curves(tmp_path / "a.png", LOSSES, {})
     assert len(drawn[1].axes) == 2 and drawn[1].axes[1].get_title() == "Test classes"
     assert "margin" not in lines_of(drawn[1].axes[0])
 
@@ -316,3 +306,12 @@ def test_lines_of_training_fit_a_terminal(capsys):
         progress.log(1000, row)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and max(map(len, lines)) <= 80, lines
+
+
+def test_metrics_of_every_class_as_csv(tmp_path):
+    rows = [{"class": 7, "mrr": 1 / 3}, {"class": 5, "mrr": 0.5}]
+    tables.write_csv(tmp_path / "classes.csv", rows)
+    with open(tmp_path / "classes.csv", newline="") as file:
+        read = [{"class": int(r["class"]), "mrr": float(r["mrr"])} for r in csv.DictReader(file)]
+    assert read == rows
+    assert os.listdir(tmp_path) == ["classes.csv"]

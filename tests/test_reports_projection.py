@@ -1,4 +1,4 @@
-"""Maps: axes as NumPy finds them, thumbnails where their points lie, files that can be read."""
+"""Maps: axes as NumPy finds them, images where their points lie, files that can be read."""
 
 import sys
 from types import SimpleNamespace
@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from cgd_jax.data import Dataset, Split
-from cgd_jax.evaluate import Embeddings
 from cgd_jax.reports import projection
 
 
@@ -30,28 +29,22 @@ def rgb(color):
 def test_pca_is_that_of_numpy(shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape) * np.linspace(3, 1, shape[1]) + 5
-    points, shares = projection.pca(x.astype(np.float32))
-    centerd = x - x.mean(0)
-    left, values, _ = np.linalg.svd(centerd, full_matrices=False)
+    points, caption = projection.project(x.astype(np.float32), "pca", 0)
+    centered = x - x.mean(0)
+    left, values, _ = np.linalg.svd(centered, full_matrices=False)
     expected = left[:, :2] * values[:2]
     signs = np.sign(np.sum(expected * points, 0))
     np.testing.assert_allclose(points, expected * signs, atol=1e-4)
-    np.testing.assert_allclose(shares, values[:2] ** 2 / np.sum(centerd**2), rtol=1e-4)
-    np.testing.assert_allclose(np.cov(points.T)[0, 1], 0, atol=1e-4)
+    first, second = values[:2] ** 2 / np.sum(centered**2)
+    assert caption == f"PCA, {first:.1%} + {second:.1%} of the variance"
 
 
 def test_signs_of_pca_follow_from_the_data():
     x = np.random.default_rng(1).normal(size=(30, 4)) * [1, 5, 2, 1]
-    points, _ = projection.pca(x)
+    points, _ = projection.project(x, "pca", 0)
     assert np.corrcoef(points[:, 0], x[:, 1])[0, 1] > 0.9
-    np.testing.assert_allclose(projection.pca(-x)[0], -points, atol=1e-9)
-    np.testing.assert_allclose(projection.pca(x[::-1])[0], points[::-1], atol=1e-9)
-
-
-def test_pca_of_a_collapsed_model():
-    points, shares = projection.pca(np.ones((5, 3), np.float32))
-    assert not points.any() and not shares.any()
-    assert projection.corners(points, 100, 60, 10).tolist() == [[45, 25]] * 5
+    np.testing.assert_allclose(projection.project(-x, "pca", 0)[0], -points, atol=1e-9)
+    np.testing.assert_allclose(projection.project(x[::-1], "pca", 0)[0], points[::-1], atol=1e-9)
 
 
 def test_umap_gets_the_vectors(monkeypatch):
@@ -68,38 +61,10 @@ def test_umap_gets_the_vectors(monkeypatch):
     assert "UMAP" in caption
 
 
-def test_corners_fill_the_canvas_at_one_scale():
-    points = np.array([[0.0, 0], [4, 0], [0, 1], [2, 0.5]])
-    found = projection.corners(points, 410, 1000, 10)
-    np.testing.assert_array_equal(found, [[0, 545], [400, 545], [0, 445], [200, 495]])
-    np.testing.assert_array_equal(projection.corners(7e3 * points - 3, 410, 1000, 10), found)
-
-
-def test_squares_that_are_drawn_do_not_overlap_and_no_other_fits():
-    places = np.random.default_rng(0).integers(0, 100, (200, 2))
-    free = projection.without_overlap(places, 9)
-    apart = np.abs(places[:, None] - places).max(-1) >= 9
-    for i in range(200):
-        before = free & (np.arange(200) < i)
-        assert free[i] == apart[i, before].all()
-    assert 10 < free.sum() < 150
-
-
-def test_classes_with_most_images_get_the_colours_and_the_first_places():
-    labels = np.concatenate([np.repeat(np.arange(40), 2), np.repeat([50, 51], 15)])
-    coloured = projection.coloured_classes(labels, 0)
-    assert len(coloured) == len(projection.COLORS) and {50, 51} < set(coloured)
-    assert projection.coloured_classes(labels[:8], 0).tolist() == [0, 1, 2, 3]
-    order = projection.drawing_order(labels, coloured, 0)
-    assert sorted(order) == list(range(len(labels)))
-    first = labels[order[: 10 + 10 + 2 * (len(coloured) - 2)]]
-    assert set(first) == set(coloured) and np.sum(first == 50) == 10
-
-
 def test_a_sample_is_aligned_with_queries_and_gallery():
     dataset = Dataset(None, split_of(np.arange(30) % 7), split_of(np.arange(50) % 7, 30))
     vectors = np.arange(80, dtype=np.float32)[:, None] * [1, 2]
-    everything = Embeddings(vectors[:30], vectors[30:])
+    everything = (vectors[:30], vectors[30:])
     for most in (20, 100):
         sample = projection.sample_test(everything, dataset, 0, most)
         assert len(sample.labels) == min(most, 80) and sample.total == 80
@@ -109,76 +74,86 @@ def test_a_sample_is_aligned_with_queries_and_gallery():
     again = projection.sample_test(everything, dataset, 0, 20)
     other = projection.sample_test(everything, dataset, 1, 20)
     assert again.places == projection.sample_test(everything, dataset, 0, 20).places != other.places
-    alone = projection.sample_test(
-        Embeddings(vectors[:30], None), dataset._replace(gallery=None), 0
-    )
+    alone = projection.sample_test((vectors[:30], None), dataset._replace(gallery=None), 0)
     assert alone.places == [("query", i) for i in range(30)]
 
 
-def test_thumbnails_lie_where_their_points_are(tmp_path):
-    dataset = Dataset(None, split_of([5, 5, 6, 6, 6]), None)
-    points = np.array([[0.0, 0], [10, 0], [0, 4], [10, 4], [10, 4]])  # the last two are one
-    sample = projection.sample_test(Embeddings(points.astype(np.float32), None), dataset, 0)
-    path = tmp_path / "embeddings.png"
-    drawn = projection.draw_map(path, points, sample, dataset, "title", 0, size=(400, 300))
-    assert drawn.tolist()[:3] == [True] * 3 and sorted(drawn.tolist()[3:]) == [False, True]
-    side = 40 + 6  # 8 pixels five times, and the frame
-    tall = round((400 - side) * 0.4) + side
-    picture = np.asarray(Image.open(path))
-    heading = len(picture) - tall - 20
-    assert heading == 90 + 28 + 20
-    bottom, right = heading + tall - side, 20 + 400 - side
-    for i, (x, y) in enumerate([(20, bottom), (right, bottom), (20, heading)]):
-        assert np.all(picture[y + 3 : y + 43, x + 3 : x + 43] == 2 * i)
-        frame = rgb(projection.COLORS[0 if i < 2 else 1])
-        assert picture[y, x].tolist() == picture[y + side - 1, x + side - 1].tolist() == frame
-        assert (y + side == len(picture) - 20) == (i < 2)
-    shown = 2 * np.flatnonzero(drawn)[-1]
-    assert np.all(picture[heading + 3 : heading + 43, right + 3 : right + 42] == shown)
-    assert [p.name for p in tmp_path.iterdir()] == ["embeddings.png"]
+def cells_of(path):
+    """The cells of a map: (column, row) → color of the frame, gray of the image; and its legend."""
+    map_, side = np.asarray(Image.open(path).convert("RGB"))[160:], 54
+    found = {}
+    for row in range(len(map_) // side):
+        for column in range(map_.shape[1] // side):
+            cell = map_[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            frame, image = cell[0, 0].tolist(), cell[3:-3, 3:-3]
+            if frame != [255, 255, 255]:
+                assert len({*image.flat}) == 1 and np.all(cell[-1, -1] == frame)
+                found[column, row] = frame, int(image[0, 0, 0])
+    return found
 
 
-def test_images_without_room_are_dots_in_the_colour_of_their_class(tmp_path):
-    dataset = Dataset(None, split_of([1] * 60, size=64), None)  # larger than a thumbnail
-    points = np.random.default_rng(0).uniform(size=(60, 2))
-    points[:2] = [[0, 0], [1, 1]]
-    sample = projection.sample_test(Embeddings(points, None), dataset, 0)
-    path = tmp_path / "map.png"
-    drawn = projection.draw_map(path, points, sample, dataset, "", 0, (200, 200))
-    assert 2 < drawn.sum() <= 16
-    picture = np.asarray(Image.open(path)).astype(int)
-    assert picture.shape[1] == 240
-    blue = np.abs(picture[140:] - rgb(projection.COLORS[0])).sum(-1) == 0
-    frames = drawn.sum() * (50**2 - 44**2)
-    assert frames < blue.sum() < frames + 25 * (~drawn).sum()
+def draw(path, points, labels, seed=0, **names):
+    points = np.asarray(points, np.float64)
+    dataset = Dataset(None, split_of(labels)._replace(**names), None)
+    sample = projection.sample_test((points, None), dataset, 0)
+    projection.draw_map(path, points, sample, dataset, "a $title$\n", seed)
 
 
-@pytest.mark.parametrize(
-    "most,drawn,coloured,text",
-    [
-        (99, 80, 7, "80 test images; the colours are classes:"),
-        (99, 60, 7, "80 test images; 60 of them have room, the others are dots; the colours are "),
-        (20, 20, 5, "20 of 80 test images, drawn at random; the colours are 5 of 6 classes:"),
-    ],
-)
-def test_a_map_says_what_it_shows(most, drawn, coloured, text):
-    labels = np.arange(80) % 7
-    embeddings = Embeddings(np.zeros((80, 2), np.float32), None)
-    sample = projection.sample_test(embeddings, Dataset(None, split_of(labels), None), 0, most)
-    assert text in projection._subtitle(sample, drawn, coloured)
+def test_images_lie_where_their_points_are(tmp_path):
+    points = [[0, 0], [10, 0], [0, 4], [10, 4], [10, 4]]  # the last two are one
+    draw(tmp_path / "a.png", points, [5, 5, 6, 6, 6])
+    blue, orange = map(rgb, projection.COLORS[:2])
+    found = cells_of(tmp_path / "a.png")
+    low, high = (20 - 1) / 2 + 29 * 0.2, (20 - 1) / 2 - 29 * 0.2  # rows, at the scale of columns
+    low, high = round(low), round(high)
+    last = found.pop((29, high))
+    assert last in [(blue, 6), (blue, 8)]
+    # The class with more images has the first color.
+    assert found == {(0, low): (orange, 0), (29, low): (orange, 2), (0, high): (blue, 4)}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_odd_names_in_a_map(tmp_path):
+@pytest.mark.parametrize("points", [np.zeros((5, 2)), np.full((5, 2), 7e3)])
+def test_a_map_of_a_collapsed_network(tmp_path, points):
+    draw(tmp_path / "a.png", points, [1] * 5)
+    assert len(cells_of(tmp_path / "a.png")) == 1
+
+
+def test_classes_with_most_images_get_the_colors_and_precedence(tmp_path, drawn):
+    labels = np.concatenate([np.repeat(np.arange(40), 2), np.repeat([50, 51], 15)])
+    points = np.random.default_rng(0).normal(size=(len(labels), 2)).round()
+    points[-30:] = points[:30]
+    names = {label: f"class {label}" for label in labels.tolist()}
+    draw(tmp_path / "a.png", points, labels, class_names=names)
+    (legend,) = drawn[0].legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert len(texts) == len(projection.COLORS) and texts[:2] == ["class 50", "class 51"]
+    title, said = legend.get_title().get_text().rsplit("\n", 1)
+    found = cells_of(tmp_path / "a.png")
+    assert title == "a $title$\\n"
+    assert said == (
+        f"{len(found)} of 110 test images, of those in one place one; the colors are 9 of 42 "
+        f"classes:"
+    )
+    assert len(found) == len({tuple(point) for point in points.tolist()})
+    colored = [gray // 2 for frame, gray in found.values() if frame == rgb(projection.COLORS[0])]
+    assert colored and all(labels[i] == 50 for i in colored)
+    of_two = {tuple(point) for point in points[-30:].tolist()}
+    first = [rgb(color) for color in projection.COLORS]
+    assert sum(frame in first for frame, _ in found.values()) >= len(of_two)
+
+
+def test_odd_names_in_a_map(tmp_path, drawn):
     names = {1: "two\nlines", 2: "猫 🦄", 3: "$\\frac$", 4: "x" * 300}
+    draw(tmp_path / "a.png", np.eye(4)[:, :2], [1, 2, 3, 4], class_names=names)
+    texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert texts == [r"two\nlines", "猫 🦄", "$\\frac$", "x" * 39 + "…"]
     dataset = Dataset(None, split_of([1, 2, 3, 4])._replace(class_names=names), None)
-    sample = projection.sample_test(Embeddings(np.eye(4), None), dataset, 0)
-    projection.draw_map(tmp_path / "a.png", np.eye(4)[:, :2], sample, dataset, "a\nb", 0)
-    assert Image.open(tmp_path / "a.png").width == 1640
+    sample = projection.sample_test((np.eye(4), None), dataset, 0)
     projection.write_projector(tmp_path, sample, dataset, 'a\n"b"')
     rows = (tmp_path / "projector" / "metadata.tsv").read_text().splitlines()
-    assert (
-        len(rows) == 5 and rows[1].startswith("two\\nlines\t1\t") and rows[2].startswith("猫 🦄\t")
-    )
+    assert len(rows) == 5 and rows[1].startswith("two\\nlines\t1\t")
+    assert rows[2].startswith("猫 🦄\t")
     config = (tmp_path / "projector_config.pbtxt").read_text()
     assert r'tensor_name: "a\\n\"b\""' in config
 
@@ -186,7 +161,7 @@ def test_odd_names_in_a_map(tmp_path):
 def test_files_of_the_projector_can_be_read(tmp_path):
     dataset = Dataset(None, split_of([1, 1, 2]), split_of([2, 3], 3))
     vectors = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    sample = projection.sample_test(Embeddings(vectors[:3], vectors[3:]), dataset, 0)
+    sample = projection.sample_test((vectors[:3], vectors[3:]), dataset, 0)
     for title in ("before", 'a "title"'):  # the second takes the place of the first
         projection.write_projector(tmp_path / "tensorboard", sample, dataset, title)
     folder = tmp_path / "tensorboard"
@@ -194,7 +169,7 @@ def test_files_of_the_projector_can_be_read(tmp_path):
     assert lines[:2] == ["embeddings {", r'tensor_name: "a \"title\""']
     values = dict(line.split(": ") for line in lines if ": " in line)
     paths = [values[key].strip('"') for key in ("tensor_path", "metadata_path", "image_path")]
-    assert lines.count("single_image_dim: 8") == 2 and lines[-2:] == ["}", "}"]
+    assert lines.count("single_image_dim: 48") == 2 and lines[-2:] == ["}", "}"]
 
     np.testing.assert_allclose(np.loadtxt(folder / paths[0]), vectors, rtol=1e-4)
     rows = [line.split("\t") for line in (folder / paths[1]).read_text().splitlines()]
@@ -202,14 +177,14 @@ def test_files_of_the_projector_can_be_read(tmp_path):
     assert rows[1] == ["class\\t1", "1", "image 0", "query"]
     assert rows[5] == ["class\\t3", "3", "image 4", "gallery"]
     sprite = np.asarray(Image.open(folder / paths[2]))
-    assert sprite.shape == (16, 24, 3)  # three in a row
+    assert sprite.shape == (96, 144, 3)  # three in a row
     for i in range(5):
-        x, y = i % 3 * 8, i // 3 * 8
-        assert np.all(sprite[y : y + 8, x : x + 8] == 2 * i)
-    assert np.all(sprite[8:, 16:] == 255)
+        x, y = i % 3 * 48, i // 3 * 48
+        assert np.all(sprite[y : y + 48, x : x + 48] == 2 * i)
+    assert np.all(sprite[48:, 96:] == 255)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_sprite_is_as_large_as_tensorboard_shows_it():
     columns = np.ceil(np.sqrt(projection.MOST))
-    assert projection.SPRITE // columns >= 64
+    assert columns * projection.SIDE <= 8192

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax.augment import Normalization
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model
 from cgd_jax.network import Network
+from cgd_jax.preprocess import Normalization
 from cgd_jax.reports.torch_code import reads_backbone, torch_code
 from configs import base
 

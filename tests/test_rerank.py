@@ -33,13 +33,6 @@ def test_whitening_makes_the_learned_set_white():
     )
 
 
-def test_full_shrinkage_only_rotates():
-    x = unit(np.random.default_rng(1), 100)
-    mean, projection = rerank.learn_whitening(x, shrink=1.0)
-    gram = projection.T @ projection
-    np.testing.assert_allclose(gram, np.eye(5) * gram[0, 0], atol=1e-3)
-
-
 def test_whitening_keeps_what_the_embeddings_span():
     rng = np.random.default_rng(2)
     flat = rng.normal(size=(50, 2)) @ rng.normal(size=(2, 7))
@@ -144,7 +137,6 @@ def test_k_reciprocal_helps_where_neighbourhoods_are_telling():
         ("original must be", lambda x: rerank.k_reciprocal(x, k=5, original=2)),
         ("exclude without", lambda x: rerank.k_reciprocal(x, k=5, exclude=np.arange(10))),
         ("alpha must not", lambda x: rerank.expand_queries(x, x, alpha=-1)),
-        ("shrink must be", lambda x: rerank.learn_whitening(x, shrink=2)),
     ],
 )
 def test_bad_input_raises_and_says_why(message, call):

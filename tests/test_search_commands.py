@@ -37,25 +37,25 @@ def test_index_then_search(filled, tmp_path):
     flags = [f"--index={filled}/index"]
     status, output, errors = run_here("--mode=index", f"--images={filled}/photos", *flags)
     assert (status, errors) == (0, "")
-    assert "0 pictures added, 0 changed, 0 removed, 13 unchanged, 0 files left out" in output
+    assert "0 images added, 0 changed, 0 removed, 13 unchanged, 0 files left out" in output
     assert output.count("\n") == 1  # no progress where there is nothing to do
     flags += ["--mode=search", f"--query={filled}/photos/hats/000.png"]
-    picture = f"--picture={tmp_path}/found.png"
-    status, output, errors = run_here(*flags, "--k=3", "--where=label = 'hats'", picture)
+    figure = f"--picture={tmp_path}/found.png"
+    status, output, errors = run_here(*flags, "--k=3", "--where=label = 'hats'", figure)
     assert (status, errors) == (0, "")
     rows = [line.split() for line in output.splitlines() if line[:1].isdigit()]
     assert f"\nin {filled}/photos/hats:\n" in output
     assert rows[0] == ["1", "1.0000", "hats", "000.png"]
     assert len(rows) == 3 and {row[2] for row in rows} == {"hats"}
-    assert "Searched 7 pictures by 1 query in" in output and "Look at" in output
+    assert "Searched 7 images by 1 query in" in output and "Look at" in output
     drawn = np.asarray(Image.open(tmp_path / "found.png"))
-    assert (drawn != 255).any(2).sum() > 4 * 24 * 16 * 0.9  # the query and three pictures
+    assert (drawn != 255).any(2).sum() > 4 * 24 * 16 * 0.9  # the query and three images
     status, output, errors = run_here(*flags, "--json", "--exact", f"--query={filled}/photos/shoes")
     assert (status, errors) == (0, "")
     answer = json.loads(output)
     assert answer["searched"] == 13 and len(answer["answers"]) == 1 + 6
     for found in answer["answers"]:
-        # A picture and its copy are equally near; which is first does not matter.
+        # An image and its copy are equally near; which is first does not matter.
         assert found["hits"][0]["rank"] == 1 and found["hits"][0]["similarity"] > 0.9999
         assert [hit["rank"] for hit in found["hits"]] == list(range(1, 14))
 
@@ -69,10 +69,10 @@ def test_duplicates(filled, tmp_path):
     assert f"else {duplicates.SIMILARITY}." in run_here("--help")[1]
     assert Image.open(tmp_path / "groups.png").height > 24
     status, output, _ = run_here(*flags, "--json")
-    paths = [hit["path"] for hit in json.loads(output)["groups"][0]["pictures"]]
+    paths = [hit["path"] for hit in json.loads(output)["groups"][0]["images"]]
     assert paths == [f"{filled}/photos/hats/copy.png", f"{filled}/photos/shoes/001.png"]
     status, output, _ = run_here(*flags, "--where=label = 'hats'")
-    assert (status, output) == (0, "No two pictures have a similarity of 0.999 or more.\n")
+    assert (status, output) == (0, "No two images have a similarity of 0.999 or more.\n")
 
 
 def test_an_answer_that_nobody_reads_on(filled, capfd):
@@ -115,7 +115,7 @@ def test_a_part_of_the_query(filled):
         (["--mode=search", "--query=a", "--index=/nowhere"], "/nowhere: there is no index. Make"),
         (["--mode=index", "--images=/nowhere", "--index=IDX"], "/nowhere: there is no such fold"),
         (["--mode=search", "--query=none.jpg", "--index=FILLED"], "none.jpg: there is no such f"),
-        (["--mode=search", "--query=README.md", "--index=FILLED"], "no picture to search by. RE"),
+        (["--mode=search", "--query=README.md", "--index=FILLED"], "no image to search by. RE"),
         (["--mode=search", "--query=docs/glyphs_curves.png", "--index=FILLED", "--where=a = 1"],
          "--where='a = 1' is not understood"),
     ],

@@ -1,17 +1,15 @@
 """An index answers like an exhaustive search with the network that it belongs to, and no other."""
 
 import io
+import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax.search import (
-    Index,
-    StoreError,
-    pictures,
-)
+from cgd_jax.preprocess import IMAGENET
+from cgd_jax.runtime.errors import InputError
+from cgd_jax.search import Index, Record, StoreError, images
 from cgd_jax.search import index as indexes
 from cgd_jax.search.duplicates import find_duplicates
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
@@ -33,8 +31,8 @@ def filled(tmp_path_factory):
 @pytest.mark.parametrize("exact", [False, True])
 def test_hits_are_those_of_an_exhaustive_search(filled, exact, monkeypatch):
     index, files, ids, vectors = filled
-    if exact:  # in memory, as on a GPU
-        monkeypatch.setattr(index.store, "exact", False)
+    if exact:  # in memory
+        monkeypatch.setattr(index.store, "approximate", lambda: True)
     for where, chosen in ((None, range(20)), ("label = 'hats'", range(10)), ("size < 0", ())):
         found = index.search_vectors(vectors[:3], 5, where, exact)
         for hits, query in zip(found, vectors[:3], strict=True):
@@ -44,18 +42,42 @@ def test_hits_are_those_of_an_exhaustive_search(filled, exact, monkeypatch):
             np.testing.assert_allclose([hit.similarity for hit in hits], expected, atol=1e-6)
 
 
-def test_a_query_may_be_a_file_an_image_pixels_or_a_vector(filled):
+@pytest.mark.parametrize("database", ["index", "index.db"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_pages_neither_repeat_nor_omit_equal_images(tmp_path, database, exact, monkeypatch):
+    """What fewer hits end with is what more go on from, whatever the order of writing."""
+    pytest.importorskip("milvus_lite" if database.endswith(".db") else "lancedb")
+    index = Index.create(tmp_path / database, stand_in())
+    monkeypatch.setattr(index.store, "approximate", lambda: exact)
+    vectors = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    ids = np.random.default_rng(1).permutation(80)
+    for some in np.split(ids, 4):  # as many files of the database
+        index.write([Record(f"{i:03}") for i in some], vectors[some % 4])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = unit @ unit[0]
+    whole = sorted(range(80), key=lambda i: (-similarity[i % 4], i))
+    for k in (1, 3, 20, 21, 37, 60, 79, 80, 100):
+        hits = index.search(vectors[0], k, exact=exact)
+        assert [int(hit.id) for hit in hits] == whole[:k]
+
+
+def test_a_query_may_be_a_file_an_image_pixels_a_vector_or_several(filled):
     index, files, ids, vectors = filled
     image = Image.open(files[4])
-    for query in (files[4], str(files[4]), image, np.asarray(image), 3 * vectors[4]):
+    queries = [files[4], str(files[4]), files[4].read_bytes(), image, np.asarray(image)]
+    for query in (*queries, 3 * vectors[4]):
         hits = index.search(query, 3)
         assert hits[0].id == ids[4] and hits[0].similarity == pytest.approx(1, abs=1e-5)
+    found = index.search([*queries, files[5]], 1)
+    assert [hit.id for [hit] in found] == [ids[4]] * len(queries) + [ids[5]]
+    assert index.search([]) == [] and len(index.search([image], 2)) == 1
     np.testing.assert_allclose(index.embed([image, image]), vectors[[4, 4]], atol=1e-6)
-    # A part of a picture is what would be found by the part as a picture of its own.
+    # A part of an image is what would be found by the part as an image of its own.
     box = 6, 5, 18, 16
     expected = index.embed([image.crop(box)])[0]
     for query in (files[4], image, np.asarray(image)):
-        np.testing.assert_allclose(index.vector_of(query, box), expected, atol=1e-6)
+        pixels, _ = images.read(query, index.info.resize, box)
+        np.testing.assert_allclose(index.embed(pixels)[0], expected, atol=1e-6)
 
 
 def test_queries_that_are_none(filled, tmp_path):
@@ -71,25 +93,24 @@ def test_queries_that_are_none(filled, tmp_path):
         index.search(np.full(16, np.nan))
     with pytest.raises(ValueError, match="k must be at least 1"):
         index.search(np.ones(16), 0)
-    with pytest.raises(ValueError, match=r"an image is \[H, W, 3\] uint8, not \[4, 4\] float64"):
+    with pytest.raises(ValueError, match=r"array of shape \(4, 4\) and dtype float64"):
         index.search(np.zeros((4, 4)))
 
 
-def test_what_is_known_of_a_picture(filled):
+def test_what_is_known_of_an_image(filled):
     index, files, ids, vectors = filled
     record = index.get(ids[0])
-    assert record._replace(hash="") == (
-        *(ids[0], str(files[0]), "hats", files[0].stat().st_size, ""),
-        *(24, 16),
-    )
-    thumbnail = Image.open(io.BytesIO(index.thumbnail(ids[0])))
+    assert record[:4] == (ids[0], str(files[0]), "hats", files[0].stat().st_size)
+    assert (record.width, record.height) == (24, 16)
+    assert record.thumbnail == index.thumbnail(ids[0])
+    thumbnail = Image.open(io.BytesIO(record.thumbnail))
     assert thumbnail.format == "JPEG" and thumbnail.size == (24, 16)
     pixels = np.asarray(Image.open(files[0]).convert("RGB"), int)
     assert np.abs(np.asarray(thumbnail) - pixels).mean() < 12  # red and blue are where they were
     np.testing.assert_allclose(index.vector(ids[0]), vectors[0], atol=1e-6)
     assert index.get("nobody's") is None
     for method in (index.thumbnail, index.vector):
-        with pytest.raises(KeyError, match="no picture '../../etc/passwd'"):
+        with pytest.raises(KeyError, match="no image '../../etc/passwd'"):
             method("../../etc/passwd")
     assert index.labels() == {"hats": 10, "shoes": 10}
     assert index.count("label = 'shoes' AND width > 20") == 10
@@ -106,7 +127,18 @@ def test_vectors_for_other_tools(filled):
     np.testing.assert_allclose(np.stack(table["vector"].to_pylist()), found, atol=1e-6)
 
 
-def test_pictures_come_and_go(tmp_path):
+def test_an_index_says_what_it_is_and_follows_a_folder(tmp_path):
+    photos = folder_of_photographs(tmp_path / "photos", 4)
+    index = Index.create(tmp_path / "index", stand_in())
+    assert len(index) == 0 and index.update(photos).added == 4
+    (photos / "hats/000.png").unlink()
+    assert index.update(photos).removed == 1 and len(index) == 3
+    assert repr(index) == (
+        f"Index({str(tmp_path / 'index')!r}, network='stand-in', vector='embedding', dimension=16)"
+    )
+
+
+def test_images_come_and_go(tmp_path):
     index = Index.open(tmp_path / "index", stand_in(), create=True)
     assert index.search(np.ones(16)) == [] and index.vectors()[1].shape == (0, 16)
     assert index.add([]) == []
@@ -114,7 +146,7 @@ def test_pictures_come_and_go(tmp_path):
     image = Image.open(files[2])
     ids = index.add([files[0], files[1], image, files[0]], ["a", "b", None, "a"])
     assert index.count() == 3 and ids[0] == ids[3] and index.get(ids[2]).path == ""
-    assert index.in_memory(None)[0][0].id in ids
+    assert sorted(index.vectors()[0]) == sorted(ids[:3])
     other = Index.open(tmp_path / "index", stand_in())
     other.remove([ids[1], "nobody's"])
     other.add([files[0]], ["c"])
@@ -126,15 +158,59 @@ def test_pictures_come_and_go(tmp_path):
     assert index.count() == 2
 
 
-def test_another_network_is_refused_with_both_named(filled, tmp_path):
+def of_size(image_size, resize):
+    data = {"image_size": image_size, "resize": resize}
+    return {"data": data, "eval": {"center_crop": True}}
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"name": "other", "weights_hash": "1"}, "other is another .*weights_hash 0+, here 1"),
+        ({"vector": "branch_S"}, "vector embedding, here branch_S"),
+        ({"config": of_size(9, 8)}, "image_size 8, here 9"),
+        ({"config": of_size(8, 9)}, "resize 8, here 9"),
+        (
+            {"normalization": IMAGENET._replace(mean=np.zeros(3, np.float32))},
+            "normalization .*0.485",
+        ),
+    ],
+)
+def test_another_network_is_refused_with_both_named(filled, changes, named, monkeypatch):
     index, *_ = filled
-    address = index.store.address
-    with pytest.raises(ValueError, match=r"network stand-in \(weights 0+\).*with other \(weights"):
-        Index.open(address, stand_in("other", seed=1))
-    with pytest.raises(ValueError, match="holds the vectors embedding of stand-in, not branch_S"):
-        Index.open(address, stand_in(), vector="branch_S")
-    with pytest.raises(FileNotFoundError, match="made with the network stand-in, which is not the"):
-        Index.open(address).embed([Image.new("RGB", (8, 8))])
+    other = stand_in()
+    vars(other).update(changes)
+    message = f"made with the network stand-in; .*{named}.* make another index with --index="
+    with pytest.raises(InputError, match=message):
+        Index.open(index.store.address, other)
+    # It is known only when the network is opened.
+    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: other)
+    with pytest.raises(InputError, match=message):
+        Index.open(index.store.address).embed([Image.new("RGB", (8, 8))])
+
+
+def test_an_index_that_is_replaced_is_not_searched_with_the_old_network(tmp_path):
+    address, files = tmp_path / "index", [photograph(tmp_path / "a.png", 1)]
+    index = Index.open(address, stand_in(), create=True)
+    index.add(files)
+    assert index.search(files[0])[0].similarity == 1
+    shutil.rmtree(address)
+    # As many writes: the version of the table is the same.
+    Index.open(address, stand_in("other", seed=1), create=True).add(files)
+    with pytest.raises(StoreError, match="was replaced by another one.*Open it again"):
+        index.search(files[0])
+    with pytest.raises(StoreError, match="was replaced by another one"):
+        index.count()
+    again = Index.open(address, stand_in("other", seed=1))
+    assert again.search(files[0])[0].similarity == 1
+
+
+def test_a_network_that_is_not_there(filled):
+    index, *_ = filled
+    with pytest.raises(InputError, match="vector embedding, here branch_S"):
+        Index.open(index.store.address, stand_in(), vector="branch_S")
+    with pytest.raises(InputError, match="made with the network stand-in, which is not there"):
+        Index.open(index.store.address).embed([Image.new("RGB", (8, 8))])
 
 
 def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
@@ -143,42 +219,20 @@ def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
         Index.create(tmp_path / "index", stand_in())
 
 
-def test_batches_are_of_sizes_that_are_compiled_and_not_padded(monkeypatch):
-    sizes = []
-    network = stand_in()
-
-    def embed(images):
-        sizes.append(len(images))
-        return network.embed_pixels(images)
-
-    counted = stand_in()
-    counted.embed_pixels = embed
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
-    found = indexes.embed_pixels(counted, pixels)
-    np.testing.assert_allclose(found, network.embed_pixels(pixels), atol=1e-6)
-    assert sizes == 10 * [1]  # on every core another one
-    sizes.clear()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(indexes, "BATCHES", (1, 4))
-    found = indexes.embed_pixels(counted, pixels)
-    np.testing.assert_allclose(found, network.embed_pixels(pixels), atol=1e-6)
-    assert sizes == [4, 4, 1, 1] and indexes.enough() == 4
-
-
 def test_duplicates_are_chained_into_groups(tmp_path):
     index = Index.create(tmp_path / "index", stand_in())
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(6)]
+    pixels = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(6)]
     for i in range(3):  # each is more like the one before than like the first
-        nearly = images[[0, 6, 7][i]].astype(int) + rng.integers(-25, 25, (8, 8, 3))
-        images.append(np.clip(nearly, 0, 255).astype(np.uint8))
-    images.append(np.clip(images[1].astype(int) + 1, 0, 255).astype(np.uint8))
-    ids = index.add(images)
-    vectors = stand_in().embed(np.stack(images))
-    similarity = vectors @ vectors.T - 2 * np.eye(len(images))
+        nearly = pixels[[0, 6, 7][i]].astype(int) + rng.integers(-25, 25, (8, 8, 3))
+        pixels.append(np.clip(nearly, 0, 255).astype(np.uint8))
+    pixels.append(np.clip(pixels[1].astype(int) + 1, 0, 255).astype(np.uint8))
+    ids = index.add(pixels)
+    vectors = stand_in().embed_batch(np.stack(pixels))
+    similarity = vectors @ vectors.T - 2 * np.eye(len(pixels))
     linked = similarity >= 0.95
-    reachable = linearly = linked | np.eye(len(images), dtype=bool)
-    for _ in images:
+    reachable = linearly = linked | np.eye(len(pixels), dtype=bool)
+    for _ in pixels:
         reachable = (reachable.astype(int) @ linearly.astype(int)) > 0
     expected = {frozenset(np.flatnonzero(row)) for row in reachable if row.sum() > 1}
     assert sorted(map(len, expected)) == [2, 4]
@@ -195,21 +249,8 @@ def test_duplicates_are_chained_into_groups(tmp_path):
         find_duplicates(index, 0)
 
 
-def test_duplicates_of_large_indexes_are_searched_for(filled, monkeypatch):
-    from cgd_jax.search import duplicates
-
-    index, *_ = filled
-    expected = find_duplicates(index, 0.3)
-    monkeypatch.setattr(duplicates, "EXACT_UP_TO", 1)
-    monkeypatch.setattr(duplicates, "BLOCK", 7)
-    found = find_duplicates(index, 0.3)
-    assert expected and [len(group.members) for group in found] == [
-        len(group.members) for group in expected
-    ]
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
-def test_a_picture_in_memory_is_read_as_its_file(mode):
+def test_an_image_in_memory_is_read_as_its_file(mode):
     grey = np.linspace(0, 65535, 30 * 20).reshape(20, 30)
     if mode == "I;16":
         image = Image.fromarray(grey.astype(np.uint16))
@@ -217,5 +258,4 @@ def test_a_picture_in_memory_is_read_as_its_file(mode):
         image = Image.fromarray((grey / 257).astype(np.uint8)).convert(mode)
     file = io.BytesIO()
     image.save(file, "TIFF")
-    read = pictures.read(file.getvalue(), 16)
-    np.testing.assert_array_equal(pictures.read_image(image, 16).pixels, read.pixels)
+    np.testing.assert_array_equal(images.read(image, 16)[0], images.read(file.getvalue(), 16)[0])

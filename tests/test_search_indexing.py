@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import unicodedata
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from cgd_jax.search import indexing, pictures
+from cgd_jax.runtime.errors import InputError
+from cgd_jax.search import embedding, images, indexing
 from cgd_jax.search.index import Index
 from cgd_jax.search.indexing import update
-from cgd_jax.search.stores import StoreError
+from cgd_jax.search.stores import BusyError, StoreError
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
@@ -35,7 +37,7 @@ def content(address):
     index = Index.open(address, stand_in())
     ids, vectors = index.vectors()
     return {
-        index.get(id): (index.thumbnail(id), tuple(np.round(vector, 4)))
+        index.get(id)._replace(modified=0): tuple(np.round(vector, 4))
         for id, vector in zip(ids, vectors, strict=True)
     }
 
@@ -68,9 +70,9 @@ def test_only_what_changed_is_embedded(photos, tmp_path, monkeypatch):
 
     def embed(images):
         embedded.append(len(images))
-        return network.embed_pixels(images)
+        return network.embed_batch(images)
 
-    counting.embed_pixels = embed
+    counting.embed_batch = embed
 
     def run(*sources):
         embedded.clear()
@@ -84,7 +86,7 @@ def test_only_what_changed_is_embedded(photos, tmp_path, monkeypatch):
     assert run() == (0, 0, 0, 12, 0) and not embedded
     assert content(address) == before
     read = []
-    monkeypatch.setattr(pictures, "hash_of", lambda data: read.append(data))
+    monkeypatch.setattr(images, "hash_of", lambda data: read.append(data))
     assert run() == (0, 0, 0, 12, 0) and not read  # its time was written down
     monkeypatch.undo()
     # The same size and another content; vanished; new; moved to another class.
@@ -107,11 +109,12 @@ def test_only_what_changed_is_embedded(photos, tmp_path, monkeypatch):
 def test_files_that_cannot_be_used_are_listed(photos, tmp_path, caplog):
     (photos / "hats/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
     (photos / "hats/empty.png").touch()
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "notes.txt").write_text("no image")
     (photos / ".hidden.png").write_text("not looked at")
+    (photos / "hats/\x1b[2J.png").touch()
     address = tmp_path / "index"
     changes = update(str(address), [photos], stand_in())
-    assert numbers(changes) == (12, 0, 0, 0, 3)
+    assert numbers(changes) == (12, 0, 0, 0, 4)
     with open(address / "skipped.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["path", "reason"]
@@ -121,10 +124,11 @@ def test_files_that_cannot_be_used_are_listed(photos, tmp_path, caplog):
     reasons = {Path(path).name: reason for path, reason in rows}
     assert reasons["empty.png"] == "empty file" and "name" in reasons["notes.txt"]
     assert f"Left out: {photos}/hats/empty.png: empty file." in caplog.text
-    # A picture that breaks is removed, one that is mended comes.
+    assert r"hats/\x1b[2J.png: empty" in caplog.text and "\x1b" not in caplog.text
+    # An image that breaks is removed, one that is mended comes.
     (photos / "hats/000.png").write_bytes(b"")
     photograph(photos / "hats/empty.png", 5)
-    assert numbers(update(str(address), [photos], stand_in())) == (1, 0, 1, 11, 3)
+    assert numbers(update(str(address), [photos], stand_in())) == (1, 0, 1, 11, 4)
 
 
 def test_archives_and_lists(photos, tmp_path):
@@ -152,20 +156,37 @@ def test_archives_and_lists(photos, tmp_path):
     assert not list(tmp_path.glob("incomplete*"))
 
 
+def test_a_label_has_one_form(tmp_path):
+    """Accents are letters of their own in names from macOS."""
+    index = tmp_path / "index"
+    for i, form in enumerate(["NFC", "NFD"]):
+        name = unicodedata.normalize(form, "Zürich")
+        photograph(tmp_path / form / name / "a.png", i)
+        update(str(index), [tmp_path / form], stand_in())
+        Index.open(index, stand_in()).add([photograph(tmp_path / f"{i}.png", i)], [name])
+    opened = Index.open(index, stand_in())
+    assert opened.labels() == {unicodedata.normalize("NFC", "Zürich"): 4}
+    for form in ("NFC", "NFD"):
+        where = unicodedata.normalize(form, "label = 'Zürich'")
+        assert opened.count(where) == len(opened.search(np.ones(16), where=where)) == 4
+        assert len(opened.vectors(where)[0]) == 4
+        assert opened.count(unicodedata.normalize(form, "path LIKE '%/Zürich/%'")) == 1
+
+
 def test_sources_that_are_none(photos, tmp_path):
     address = str(tmp_path / "index")
     update(address, [photos], stand_in())
-    with pytest.raises(FileNotFoundError, match="--images=.*gone: there is no such folder"):
+    with pytest.raises(InputError, match="--images=.*gone: there is no such folder"):
         update(address, [tmp_path / "gone"], stand_in())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no photograph.*Nothing was changed"):
+    with pytest.raises(InputError, match="empty holds no image.*Nothing was changed"):
         update(address, [tmp_path / "empty"], stand_in())
     shutil.rmtree(photos)
     photos.mkdir()
-    with pytest.raises(ValueError, match="To empty an index|to empty an index, delete it"):
+    with pytest.raises(InputError, match="To empty an index|to empty an index, delete it"):
         update(address, [photos], stand_in())
     assert Index.open(address).count() == 12
-    with pytest.raises(ValueError, match="neither a folder, nor a CSV, nor an archive"):
+    with pytest.raises(InputError, match="neither a folder, nor a CSV, nor an archive"):
         update(address, [Path(__file__)], stand_in())
 
 
@@ -174,11 +195,11 @@ def test_an_index_stays_with_its_network_and_numbers(photos, tmp_path):
     update(address, [photos], stand_in())
     other = stand_in("another", seed=7)
     (photos / "hats/000.png").unlink()
-    with pytest.raises(ValueError, match="made with the network stand-in .*with another"):
+    with pytest.raises(InputError, match="made with the network stand-in; another is"):
         update(address, [photos], other)
-    with pytest.raises(ValueError, match="holds vectors in float32, not whitened"):
+    with pytest.raises(InputError, match="holds vectors in float32, not whitened"):
         update(address, [photos], stand_in(), precision="float16")
-    with pytest.raises(ValueError, match="holds vectors in float32, not whitened"):
+    with pytest.raises(InputError, match="holds vectors in float32, not whitened"):
         update(address, [photos], stand_in(), whiten=4)
     assert Index.open(address).count() == 12
 
@@ -187,14 +208,14 @@ def test_a_second_writer_is_refused(photos, tmp_path):
     address = tmp_path / "index"
     address.mkdir()
     with FileLock(address / ".lock"):
-        with pytest.raises(BlockingIOError, match="Another process writes to the index"):
+        with pytest.raises(BusyError, match="Another process writes to the index"):
             update(str(address), [photos], stand_in())
     assert numbers(update(str(address), [photos], stand_in())) == (12, 0, 0, 0, 0)
     with FileLock(address / ".lock"):
         index = Index.open(address, stand_in())
-        with pytest.raises(BlockingIOError, match="Another process writes"):
+        with pytest.raises(BusyError, match="Another process writes"):
             index.remove(index.vectors()[0][:1])
-        with pytest.raises(BlockingIOError, match="Another process writes"):
+        with pytest.raises(BusyError, match="Another process writes"):
             index.add([photos / "hats/000.png"])
         assert index.search(photos / "hats/000.png", 1)[0].path == str(photos / "hats/000.png")
 
@@ -229,11 +250,10 @@ def test_several_processes_fill_one_index(photos, tmp_path, monkeypatch):
 
 def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
     """Each attempt fails at another write, as when the disk is full, until one succeeds."""
-    from cgd_jax.search import index as indexes
     from cgd_jax.search.lancedb_store import LanceStore
 
     address = str(tmp_path / "index")
-    monkeypatch.setattr(indexes, "enough", lambda: 2)
+    monkeypatch.setattr(embedding, "enough", lambda: 2)
     monkeypatch.setattr(indexing, "WRITE_EVERY", 2)
     upsert = LanceStore.upsert
     counts = []
@@ -263,7 +283,7 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
 SERVES_AND_INDEXES = """
 import sys, threading, time
 import uvicorn
-from cgd_jax.search import Index, index, indexing
+from cgd_jax.search import Index, embedding, indexing
 from cgd_jax.serve import app, command
 from tests.search_samples import stand_in
 
@@ -278,11 +298,11 @@ print(listener.getsockname()[1], flush=True)
 
 def embed(images):
     time.sleep(0.02)
-    return stand_in().embed_pixels(images)
+    return stand_in().embed_batch(images)
 
-index.enough, indexing.WRITE_EVERY = lambda: 1, 1
+embedding.enough, indexing.WRITE_EVERY = lambda: 1, 1
 slow = stand_in()
-slow.embed_pixels = embed
+slow.embed_batch = embed
 indexing.update(address, [photos], slow)
 """
 
@@ -308,7 +328,7 @@ def test_killed_while_it_serves_and_indexes(tmp_path):
             server = f"http://127.0.0.1:{process.stdout.readline().strip()}"
             ask = lambda: json.load(urllib.request.urlopen(server + search, data))["hits"]
             first = ask()
-            while len(list((address / "pictures.lance/_versions").iterdir())) < 8:
+            while len(list((address / "images.lance/_versions").iterdir())) < 8:
                 assert ask() == first
         finally:
             process.kill()
@@ -330,7 +350,7 @@ def test_whitening_is_learned_and_applied(tmp_path):
     photos = folder_of_photographs(tmp_path / "photos", 40)
     network = stand_in()
     address = str(tmp_path / "index")
-    with pytest.raises(ValueError, match="--whiten=16: must be below the dimension"):
+    with pytest.raises(InputError, match="--whiten=16: must be below the dimension"):
         update(address, [photos], network, whiten=16)
     update(address, [photos], network, whiten=5, precision="float16")
     index = Index.open(address, network)

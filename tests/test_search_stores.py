@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import stores
-from cgd_jax.search.stores import NoIndexError, StoreError, open_store
+from cgd_jax.search.opening import open_store
+from cgd_jax.search.stores import NoIndexError, Record, StoreError
 
 DIMENSION = 16
 
@@ -24,33 +26,38 @@ def about(precision="float32"):
 
 
 def rows(count, seed=0):
+    """Returns records, and their vectors."""
     vectors = np.random.default_rng(seed).normal(size=(count, DIMENSION)).astype(np.float32)
     ids = [f"{seed:02}{i:04}" for i in range(count)]
-    return {
-        "id": ids,
-        "path": [f"/photos/it's {i}.jpg" for i in ids],
-        "label": [(None, "it's", "shoes")[i % 3] for i in range(count)],
-        "size": list(range(count)),
-        "hash": ids,
-        "width": [3] * count,
-        "height": [2] * count,
-        "source": ["/photos"] * count,
-        "modified": [10**18 + i for i in range(count)],
-        "thumbnail": [bytes([i % 256, 0, 255]) for i in range(count)],
-        "vector": vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-    }
+    records = [
+        Record(
+            id=id,
+            path=f"/photos/it's {id}.jpg",
+            label=(None, "it's", "shoes")[i % 3],
+            size=i,
+            hash=id,
+            width=3,
+            height=2,
+            source="/photos",
+            modified=10**18 + i,
+            thumbnail=bytes([i % 256, 0, 255]),
+        )
+        for i, id in enumerate(ids)
+    ]
+    return records, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def part(columns, count):
-    return {name: values[:count] for name, values in columns.items()}
+def upsert(store, records, vectors):
+    store.upsert(stores.as_table(records, vectors))
 
 
 def everything(store):
-    names = [*stores.COLUMNS, "vector"]
+    """Returns (record, vector) by id."""
     found = {}
-    for columns in store.read(names):
-        for values in zip(*(columns[name] for name in names), strict=True):
-            found[values[0]] = values
+    for batch in store.read([*stores.COLUMNS, "vector"]):
+        vectors = stores.vectors_in(batch)
+        for row, vector in zip(batch.drop_columns(["vector"]).to_pylist(), vectors, strict=True):
+            found[row["id"]] = Record(**row), vector
     return found
 
 
@@ -67,33 +74,31 @@ def filled(request, tmp_path_factory):
     with pytest.raises(NoIndexError, match="there is no index. Make one first"):
         open_store(address)
     store = open_store(address, about(), DIMENSION)
-    columns = rows(60)
-    store.upsert(columns)
-    yield store, columns
-    store.close()
+    records, vectors = rows(60)
+    upsert(store, records, vectors)
+    return store, records, vectors
 
 
 def test_rows_come_back_as_they_were(filled):
-    store, columns = filled
+    store, records, vectors = filled
     found = everything(store)
     assert len(found) == store.count() == 60
-    for i, id in enumerate(columns["id"]):
-        for name, value in zip(stores.COLUMNS, found[id], strict=False):
-            assert value == columns[name][i], name
-        np.testing.assert_array_equal(found[id][-1], columns["vector"][i])
-    assert store.about == about()
+    for record, vector in zip(records, vectors, strict=True):
+        assert found[record.id][0] == record
+        np.testing.assert_array_equal(found[record.id][1], vector)
+    assert store.about() == about()
 
 
-def test_the_nearest_are_found_in_order(filled):
-    store, columns = filled
-    queries = rows(3, seed=1)["vector"]
-    similarity = queries @ columns["vector"].T
+def test_the_nearest_are_found(filled):
+    store, records, vectors = filled
+    queries = rows(3, seed=1)[1]
+    similarity = queries @ vectors.T
     for hits, expected in zip(store.search(queries, 7), similarity, strict=True):
+        hits.sort(key=lambda hit: -hit.similarity)
         order = np.argsort(-expected)[:7]
-        assert [hit.id for hit in hits] == [columns["id"][i] for i in order]
         np.testing.assert_allclose([hit.similarity for hit in hits], expected[order], atol=1e-6)
-        assert [hit.label for hit in hits] == [columns["label"][i] for i in order]
-        assert [hit.path for hit in hits] == [columns["path"][i] for i in order]
+        shown = [(records[i].id, records[i].label, records[i].path) for i in order]
+        assert [(hit.id, hit.label, hit.path) for hit in hits] == shown
     assert len(store.search(queries, 100)[0]) == 60
 
 
@@ -109,56 +114,55 @@ def test_the_nearest_are_found_in_order(filled):
     ],
 )
 def test_conditions_mean_the_same_in_both(filled, where, holds):
-    store, columns = filled
-    pairs = list(zip(columns["label"], columns["size"], strict=True))
-    chosen = {id for id, pair in zip(columns["id"], pairs, strict=True) if holds(*pair)}
+    store, records, vectors = filled
+    chosen = {record.id for record in records if holds(record.label, record.size)}
     assert store.count(where) == len(chosen)
-    (hits,) = store.search(columns["vector"][:1], 60, where)
+    (hits,) = store.search(vectors[:1], 60, where)
     assert {hit.id for hit in hits} == chosen
-    assert {id for piece in store.read(["id"], where) for id in piece["id"]} == chosen
+    assert {id for piece in store.read(["id"], where) for id in piece["id"].to_pylist()} == chosen
 
 
 @pytest.mark.parametrize("where", ["labl = 'x'", "label = = 'x'", "label = 'x", "label IN ("])
 def test_conditions_that_are_none(filled, where):
-    store, columns = filled
-    with pytest.raises(ValueError, match="--where=.* is not understood: "):
+    store, _, vectors = filled
+    with pytest.raises(InputError, match="--where=.* is not understood: "):
         store.count(where)
-    with pytest.raises(ValueError, match="--where=.* is not understood: "):
-        store.search(columns["vector"][:1], 1, where)
+    with pytest.raises(InputError, match="--where=.* is not understood: "):
+        store.search(vectors[:1], 1, where)
 
 
 def test_rows_are_replaced_and_deleted(filled):
-    store, columns = filled
-    changed = part(columns, 2) | {"label": ["new", None], "vector": columns["vector"][2:4]}
-    store.upsert(changed)
+    store, records, vectors = filled
+    changed = [records[0]._replace(label="new"), records[1]._replace(label=None)]
+    upsert(store, changed, vectors[2:4])
     assert store.count() == 60 and store.count("label = 'new'") == 1
-    np.testing.assert_array_equal(everything(store)[columns["id"][0]][-1], columns["vector"][2])
-    store.upsert(rows(3, seed=2))
+    np.testing.assert_array_equal(everything(store)[records[0].id][1], vectors[2])
+    more = rows(3, seed=2)
+    upsert(store, *more)
     assert store.count() == 63
-    store.delete([*rows(3, seed=2)["id"], "nobody's"])
-    store.upsert(part(columns, 2))
+    store.delete([*(record.id for record in more[0]), "nobody's"])
+    upsert(store, records[:2], vectors[:2])
     assert len(everything(store)) == store.count() == 60
     store.finish()
     again = open_store(store.address)
-    assert again.count() == 60 and again.about == about()
+    assert again.count() == 60 and again.about() == about()
 
 
 @needs("lancedb")
 def test_half_precision_halves_the_vectors(tmp_path):
     store = open_store(str(tmp_path / "half"), about("float16"), DIMENSION)
-    columns = rows(20)
-    store.upsert(columns)
+    records, vectors = rows(20)
+    upsert(store, records, vectors)
     found = everything(store)
-    expected = columns["vector"].astype(np.float16).astype(np.float32)
-    stored = np.stack([found[id][-1] for id in columns["id"]])
-    np.testing.assert_array_equal(stored, expected)
-    (hits,) = store.search(columns["vector"][5:6], 1)
-    assert hits[0].id == columns["id"][5] and hits[0].similarity == pytest.approx(1, abs=1e-3)
+    stored = np.stack([found[record.id][1] for record in records])
+    np.testing.assert_array_equal(stored, vectors.astype(np.float16).astype(np.float32))
+    (hits,) = store.search(vectors[5:6], 1)
+    assert hits[0].id == records[5].id and hits[0].similarity == pytest.approx(1, abs=1e-3)
 
 
 @needs("pymilvus")
 def test_milvus_has_no_half_precision(tmp_path):
-    with pytest.raises(ValueError, match="holds vectors in float32. Leave --precision out"):
+    with pytest.raises(InputError, match="holds vectors in float32. Leave --precision out"):
         open_store(str(tmp_path / "a.db"), about("float16"), DIMENSION)
     assert not (tmp_path / "a.db").exists()
 
@@ -170,19 +174,23 @@ def test_approximate_search_finds_what_exact_search_finds(tmp_path, monkeypatch)
     monkeypatch.setattr(lancedb_store, "APPROXIMATE_FROM", 1)
     monkeypatch.setattr(lancedb_store, "INDEX_IDS_FROM", 1)
     store = open_store(str(tmp_path / "index"), about(), DIMENSION)
-    store.upsert(rows(2000))
+    records, vectors = rows(2000)
+    upsert(store, records, vectors)
+    assert not store.approximate()
     store.finish()
+    assert store.approximate()
     assert sorted(index.columns for index in store._table.list_indices()) == [["id"], ["vector"]]
-    store.upsert(rows(50, seed=3))  # which the approximate index does not hold yet
-    queries = rows(20, seed=1)["vector"]
+    new, new_vectors = rows(50, seed=3)
+    upsert(store, new, new_vectors)  # which the approximate index does not hold yet
+    queries = rows(20, seed=1)[1]
+    ids = np.array([record.id for record in records + new])
+    nearest = np.argsort(-(queries @ np.concatenate([vectors, new_vectors]).T))[:, :10]
     shared = [
-        len({hit.id for hit in near} & {hit.id for hit in exact})
-        for near, exact in zip(
-            store.search(queries, 10), store.search(queries, 10, exact=True), strict=True
-        )
+        len({hit.id for hit in near} & set(ids[exact]))
+        for near, exact in zip(store.search(queries, 10), nearest, strict=True)
     ]
     assert np.mean(shared) >= 9.8
-    (hits,) = store.search(rows(50, seed=3)["vector"][7:8], 1)
+    (hits,) = store.search(new_vectors[7:8], 1)
     assert hits[0].id == "030007"
 
 
@@ -191,14 +199,14 @@ def test_parts_are_joined_when_there_are_many(tmp_path):
     store = open_store(str(tmp_path / "index"), about(), DIMENSION)
     parts = lambda: store._table.stats()["fragment_stats"]["num_fragments"]
     for seed in range(10):
-        store.upsert(rows(3, seed))
+        upsert(store, *rows(3, seed))
     store.finish()
     assert parts() == 10
-    store.upsert(rows(3, 10))
+    upsert(store, *rows(3, 10))
     store.finish()
     assert parts() == 1 and store.count() == 33
-    store.upsert(rows(30, 11))
-    store.delete(rows(20, 11)["id"])
+    upsert(store, *rows(30, 11))
+    store.delete([record.id for record in rows(20, 11)[0]])
     store.finish()
     assert parts() == 1 and store.count() == 43
 
@@ -206,16 +214,16 @@ def test_parts_are_joined_when_there_are_many(tmp_path):
 @needs("lancedb")
 def test_damaged_files_are_named(tmp_path):
     address = tmp_path / "index"
-    open_store(str(address), about(), DIMENSION).upsert(rows(50))
+    upsert(open_store(str(address), about(), DIMENSION), *rows(50))
     whole = tmp_path / "whole"
     shutil.copytree(address, whole)
-    for file in (address / "pictures.lance/data").iterdir():
+    for file in (address / "images.lance/data").iterdir():
         file.write_bytes(file.read_bytes()[:50])
     store = open_store(str(address))
     with pytest.raises(StoreError, match="could not be read: .* delete it and index"):
-        store.search(rows(1)["vector"], 3)
+        store.search(rows(1)[1], 3)
     shutil.copytree(whole, address, dirs_exist_ok=True)
-    for file in (address / "pictures.lance/_versions").iterdir():
+    for file in (address / "images.lance/_versions").iterdir():
         file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(StoreError, match="could not be opened: "):
         open_store(str(address))
@@ -227,16 +235,16 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
     import resource
 
     store = open_store(str(tmp_path / "index"), about(), DIMENSION)
-    store.upsert(rows(50))
+    upsert(store, *rows(50))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(StoreError, match="could not be written: .*too large.* it goes on"):
-            store.upsert(rows(2000, seed=1))
+            upsert(store, *rows(2000, seed=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert store.count() == 50
-    store.upsert(rows(2000, seed=1))
+    upsert(store, *rows(2000, seed=1))
     assert open_store(str(tmp_path / "index")).count() == 2050
 
 

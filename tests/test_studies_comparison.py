@@ -1,14 +1,13 @@
-"""Comparisons of variants: intervals against scipy's own test, tables, the picture."""
-
-import csv
+"""Comparisons of variants: intervals against scipy's own test, tables, the figure."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from matplotlib.colors import to_hex
 from scipy import stats
 
+from cgd_jax.reports import plots
 from cgd_jax.studies import comparison
 
 # Two variants that move together: their difference is clear, their means are not.
@@ -17,6 +16,20 @@ TOGETHER = {
     "better": {0: 0.521, 1: 0.620, 2: 0.719},
     "noise": {0: 0.55, 1: 0.55, 2: 0.70},
 }
+
+
+def rows_of(measured, **others):
+    """Rows of a study's CSV; `others` are columns too: variant → value."""
+    return [
+        {"variant": variant, "seed": str(seed), "recall@1": str(value)}
+        | {name: str(column.get(variant, "")) for name, column in others.items()}
+        for variant, values in measured.items()
+        for seed, value in values.items()
+    ]
+
+
+def compare(measured, reference):
+    return comparison.compare(rows_of(measured), "recall@1", reference)
 
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=8, unique=True))
@@ -36,51 +49,69 @@ def test_interval_by_hand():
 
 
 def test_differences_are_paired_by_seed():
-    rows = comparison.compare(TOGETHER, "reference")
+    found = compare(TOGETHER, "reference")
     paired = stats.ttest_rel(
         list(TOGETHER["better"].values()), list(TOGETHER["reference"].values())
     ).confidence_interval(0.95)
-    better = rows["better"]
+    better = found["better"]
     np.testing.assert_allclose(
         [better.difference - better.difference_half, better.difference + better.difference_half],
         paired,
     )
-    assert better.differs and better.half > 0.1, "apart though the means' intervals overlap"
-    assert not rows["noise"].differs
-    assert np.isnan(rows["reference"].difference) and not rows["reference"].differs
+    assert better.differs() and better.half > 0.1, "apart though the means' intervals overlap"
+    assert not found["noise"].differs()
+    assert np.isnan(found["reference"].difference) and not found["reference"].differs()
 
 
 def test_only_shared_seeds_are_compared():
     measured = {"a": {0: 0.5, 1: 0.7}, "b": {1: 0.8, 2: 0.1}, "c": {3: 0.5}}
-    rows = comparison.compare(measured, "a")
-    assert rows["b"].difference == pytest.approx(0.1) and np.isnan(rows["b"].difference_half)
-    assert np.isnan(rows["c"].difference)
-    assert not rows["b"].differs and not rows["c"].differs, "one seed proves nothing"
+    found = compare(measured, "a")
+    assert found["b"].difference == pytest.approx(0.1) and np.isnan(found["b"].difference_half)
+    assert np.isnan(found["c"].difference)
+    assert not found["b"].differs() and not found["c"].differs(), "one seed proves nothing"
+    assert all(np.isnan(row.difference) for row in compare(measured, "not finished").values())
 
 
-def test_table_and_csv():
-    metrics = {"recall@1": TOGETHER, "map@r": {name: {0: 0.25} for name in TOGETHER}}
-    table = comparison.comparison_table(metrics, "reference", {"size": {"better": "64"}}, "github")
-    header, _, reference, better, noise = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-    ]
-    assert header == ["", "seeds", "R@1", "R@1 − reference", "MAP@R", "size"]
-    assert reference == ["reference", "3", "60.00 ± 24.84", "reference", "25.00", ""]
-    assert better == ["better", "3", "62.00 ± 24.59", "+2.00 ± 0.25 *", "25.00", "64"]
+def table_of(rows):
+    """The cells of a comparison in Markdown."""
+    header, _, *lines = comparison.comparison_table(rows, "reference", "github").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
+
+
+def test_table():
+    columns = {
+        "training_seconds": dict.fromkeys(TOGETHER, 9.6),
+        "dimension": {"reference": 64, "better": 128, "noise": 64},
+        "map@r": dict.fromkeys(TOGETHER, 0.25),
+        "precision@1": dict.fromkeys(TOGETHER, 0.5),
+        "mean_embedding_norm": {},
+    }
+    header, reference, better, noise = table_of(rows_of(TOGETHER, **columns))
+    assert header == ["", "seeds", "R@1", "R@1 − reference", "MAP@R", "training", "embedding"]
+    same = "25.00 ± 0.00"
+    assert reference == ["reference", "3", "60.00 ± 24.84", "reference", same, "10 s", "64"]
+    assert better == ["better", "3", "62.00 ± 24.59", "+2.00 ± 0.25 *", same, "10 s", "128"]
     assert noise[3] == "+0.00 ± 12.42"
-    text = ",".join(comparison.COLUMNS) + "\n"
-    text += comparison.to_csv({"recall@1": {**TOGETHER, "a, b": {0: 0.5}}}, "reference", "emb")
-    rows = {row["variant"]: row for row in csv.DictReader(text.splitlines())}
-    assert rows["better"]["differs"] == "yes" and rows["noise"]["differs"] == "no"
-    assert float(rows["better"]["difference_low"]) == pytest.approx(0.0175, abs=1e-4)
-    assert rows["a, b"]["low"] == "" and rows["a, b"]["difference"] == "0.000000"
-    assert rows["reference"]["difference"] == "" and rows["reference"]["vector"] == "emb"
+    one_seed = {"reference": {0: 0.5}, "better": {0: 0.75}}
+    norms = {"reference": 0.1, "better": 0.2}
+    header, reference, better = table_of(rows_of(one_seed, mean_embedding_norm=norms))
+    assert header[-1] == "mean norm" and reference[-1] == "0.100"
+    assert better == ["better", "1", "75.00", "+25.00", "0.200"]
+    assert table_of(rows_of({"better": {0: 0.75}}))[1][2:] == ["75.00", ""]
 
 
-def test_picture(tmp_path):
-    path = tmp_path / "study.png"
-    comparison.plot(path, comparison.compare(TOGETHER, "reference"), "reference", "R@1", "t")
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    right = pixels[:, pixels.shape[1] // 2 :]
-    green = (right[..., 1] > right[..., 0] + 60) & (right[..., 1] > right[..., 2] + 60)
-    assert green.sum() > 50, "the difference that excludes zero is green"
+def test_figure(drawn, tmp_path):
+    comparison.plot(tmp_path / "a.png", rows_of(TOGETHER), "reference", "a study")
+    left, right = drawn[0].axes
+    assert drawn[0].get_suptitle() == "a study"
+    assert [label.get_text() for label in left.get_yticklabels()] == list(TOGETHER)
+    assert right.get_xlabel() == "difference to reference, points"
+    points = left.get_lines()
+    for height, values in enumerate(TOGETHER.values()):
+        seeds = next(line for line in points if list(line.get_ydata()) == [height] * 3)
+        np.testing.assert_allclose(seeds.get_xdata(), 100 * np.array([*values.values()]))
+    intervals = [container.lines[2][0] for container in right.containers]
+    colors = [to_hex(line.get_color()[0]) for line in intervals]
+    assert colors == [plots.GRAY, plots.GREEN, plots.GRAY], "what excludes zero has a color"
+    (low, _), (high, _) = intervals[1].get_segments()[0]
+    assert low == pytest.approx(1.75, abs=0.01) and high == pytest.approx(2.25, abs=0.01)

@@ -68,13 +68,12 @@ def test_studies_share_runs(tmp_path):
         ),
         ({"x": {"loss.temperature": 0.0}}, {}, None, r"two, variant x: loss\.temperature=0\.0"),
         ({"x": {"train.steps": "many"}}, {}, None, "two, variant x: .*steps"),
-        ({"x": {"seed": 3}}, {}, None, "varies the seed itself"),
         ({"x": {"loss.classification_weight": 0.1}}, {}, None, "are the same experiment"),
         ({}, {"seed": 1}, None, "--config.seed was given, but it is what two varies"),
         ({}, {"loss.classification_weight": 1}, None, "is what two varies"),
-        ({}, {}, ["rank"], "lacks both"),
-        ({}, {}, ["both", "other"], "two has no other"),
-        ({}, {}, ["both", "both"], "names one twice"),
+        ({}, {}, ["rank"], "compares them with both, which cannot be left out"),
+        ({}, {}, ["both", "other"], "--variants=both,other: two has rank, both"),
+        ({}, {}, ["both", "both"], "both, seed 0 and both, seed 0.* are the same experiment"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, variants, given, chosen, message):
@@ -83,13 +82,18 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, variants, given, chos
         plan(bad, glyphs.get_config(), given, str(tmp_path), chosen)
 
 
+NAMES = "CONFIG, SEEDS, VARIANTS, REFERENCE"
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("", "AttributeError.*It needs CONFIG"),
+        ("", "KeyError: 'CONFIG'.*It needs CONFIG"),
         ("1 +", "SyntaxError"),
-        ("CONFIG, SEEDS, VARIANTS, REFERENCE = '', (0,), {'a': {}}, 'b'", "'b' is none of .* a"),
-        ("CONFIG, SEEDS, VARIANTS, REFERENCE = '', (), {'a': {}}, 'a'", "SEEDS"),
+        (f"{NAMES} = 'glyphs', (0,), {{'a': {{}}}}, 'b'", "REFERENCE 'b' is none of"),
+        (f"{NAMES} = 'glyphs', (), {{'a': {{}}}}, 'a'", "those of SEEDS, at least one"),
+        (f"{NAMES} = 'other', (0,), {{'a': {{}}}}, 'a'", "there is no config 'other'"),
+        (f"{NAMES} = 'glyphs', (0,), {{'a': {{'seed': 1}}}}, 'a'", "those of SEEDS, at"),
     ],
 )
 def test_files_that_are_no_studies(tmp_path, text, message):
@@ -133,5 +137,5 @@ def test_a_config_that_is_given_is_taken(config):
 
 
 def test_a_study_that_is_not_there():
-    with pytest.raises(SystemExit, match="error: --study=other: there is no such .*descriptors"):
+    with pytest.raises(ConfigError, match="--study=other: there is no such .*descriptors"):
         with_base_config(["main.py", "--study", "other"])

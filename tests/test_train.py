@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import checkpoint, evaluate, from_config, train, train_step, workdir
-from cgd_jax.augment import EFFICIENTNET_LITE, IMAGENET
+from cgd_jax import checkpoint, evaluate, run, train, train_step, workdir
 from cgd_jax.config import to_dict
 from cgd_jax.data import batches
 from cgd_jax.models import pretrained
+from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.reports.history import History, read_history
 from cgd_jax.runtime import files, interrupts, locks
 from cgd_jax.runtime.errors import ConfigError
@@ -25,9 +25,9 @@ from tests.variables import assert_same
 
 def state_of(config, workdir):
     """The state of the latest checkpoint."""
-    setup = from_config.set_up(config)
+    shapes = run.create_run(config, workdir).state_shapes()
     with checkpoint.manager(workdir) as checkpoints:
-        return checkpoint.restore(checkpoints, setup.state, checkpoints.latest_step())
+        return checkpoint.restore(checkpoints, shapes, checkpoints.latest_step())
 
 
 def interrupt_at(monkeypatch, step, number=signal.SIGINT):
@@ -57,15 +57,16 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     # What the losses draw, learn and remember is resumed too.
     tiny_config.loss.update(ranking="contrastive", miner="distance_weighted")
     tiny_config.loss.update(memory=30, memory_from=1, classification="cosface", sub_centers=2)
+    tiny_config.train.log_every = 1
     before = signal.getsignal(signal.SIGINT)
     results = train.train_and_evaluate(tiny_config, whole)
     # At a step at which no checkpoint is due; and while the steps 6 and 12 are evaluated.
-    for step, number in [(6, signal.SIGINT), (10, signal.SIGTERM), (12, signal.SIGTERM)]:
+    for step, number in [(6, signal.SIGINT), (11, signal.SIGTERM), (12, signal.SIGTERM)]:
         with monkeypatch.context() as patch:
             if step % 6:
-                interrupt_at(patch, step, number)
+                interrupt_at(patch, step - 1, number)
             else:
-                patch.setattr(evaluate, "recall", partial(interrupted, number))
+                patch.setattr(evaluate.metrics, "recall_at_k", partial(interrupted, number))
             with pytest.raises(SystemExit) as stop:
                 train.train_and_evaluate(tiny_config, parts)
         assert stop.value.code == interrupts.EXIT_TEMPFAIL == 75
@@ -81,14 +82,14 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     state = state_of(tiny_config, whole)
     assert_same(state, state_of(tiny_config, parts))
     histories = [read_history(Path(w, "history.csv")) for w in (whole, parts)]
-    assert [row["step"] for row in histories[1]] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in histories[1]] == list(range(1, 13))
     for ours, theirs in zip(*histories, strict=True):
         assert "input_wait" in ours and "tflops_per_second" in ours
         for name in ("images_per_second", "input_wait", "tflops_per_second"):
             del ours[name], theirs[name]
         assert ours == theirs
 
-    first = from_config.set_up(tiny_config).state
+    first = run.create_run(tiny_config, whole).create_state()
     assert state.memory.vectors.shape == (30, 8) and np.all(np.asarray(state.memory.labels) >= 0)
     np.testing.assert_allclose(np.linalg.norm(state.memory.vectors, axis=1), 1, rtol=1e-5)
     moved = np.abs(state.params["loss"]["centers"] - first.params["loss"]["centers"])
@@ -99,7 +100,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     assert_same(weights["params"], state.variables()["params"])
     model = tiny_config.model.copy_and_resolve_references()
     model.pretrained = whole
-    begun = from_config.load_pretrained(model, first)
+    begun = run.load_pretrained(model, first)
     assert begun.params["backbone"].keys() == weights["params"]["backbone"].keys()
     assert_same(begun.params["loss"], first.params["loss"])
 
@@ -207,13 +208,13 @@ def test_a_run_in_bfloat16_measures_itself_in_float32(tiny_config, tmp_path):
     assert norms.shape == (2, 2) and np.all(norms.view(np.uint32) & 0xFFFF)
 
 
-def test_the_seed_decides_weights_batches_and_augmentation(tiny_config):
+def test_the_seed_decides_weights_batches_and_augmentation(tiny_config, tmp_path):
     kernels, positions, keys = [], [], []
     for seed in (0, 0, 1):
         tiny_config.seed = seed
-        setup = from_config.set_up(tiny_config)
-        kernels.append(np.asarray(setup.state.params["backbone"]["conv1"]["kernel"]))
-        positions.append(batches.batch_positions(tiny_config, setup.labels)(3))
+        begun = run.create_run(tiny_config, str(tmp_path / "run"))
+        kernels.append(np.asarray(begun.create_state().params["backbone"]["conv1"]["kernel"]))
+        positions.append(batches.batch_positions(tiny_config, begun.labels)(3))
         keys.append(jax.random.key_data(train_step.step_key(seed, 3)))
     for first, again, other in (kernels, positions, keys):
         np.testing.assert_array_equal(first, again)
@@ -252,18 +253,18 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tiny_config, tmp_path):
 
 
 def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
-    setup = from_config.set_up(tiny_config)
-    variables = {"params": setup.state.params, "batch_stats": setup.state.batch_stats}
+    drawn = run.create_run(tiny_config, str(tmp_path / "none")).create_state()
+    variables = {"params": drawn.params, "batch_stats": drawn.batch_stats}
     doubled = jax.tree.map(lambda a: 2 * np.asarray(a) + 1, variables)
     path = tmp_path / "weights.safetensors"
     pretrained.save(path, doubled, EFFICIENTNET_LITE)
     tiny_config.model.pretrained = str(path)
-    state = from_config.load_pretrained(tiny_config.model, setup.state)
+    state = run.load_pretrained(tiny_config.model, drawn)
     kernel = state.params["backbone"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, doubled["params"]["backbone"]["conv1"]["kernel"])
-    assert kernel.sharding == setup.state.params["backbone"]["conv1"]["kernel"].sharding
+    assert kernel.sharding == drawn.params["backbone"]["conv1"]["kernel"].sharding
     # Whatever was normalized otherwise before.
-    np.testing.assert_array_equal(setup.state.normalization.mean, IMAGENET.mean)
+    np.testing.assert_array_equal(drawn.normalization.mean, IMAGENET.mean)
     np.testing.assert_array_equal(state.normalization.mean, EFFICIENTNET_LITE.mean)
     np.testing.assert_array_equal(state.normalization.std, EFFICIENTNET_LITE.std)
     tiny_config.model.pretrained = str(tmp_path / "nowhere.safetensors")
@@ -271,10 +272,13 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
         train.train_and_evaluate(tiny_config, str(tmp_path / "run"))
 
 
-def test_too_many_classes_for_the_data_set(tiny_config):
+def test_too_many_classes_for_the_data_set(tiny_config, tmp_path):
     tiny_config.train.classes_per_batch = 7
-    with pytest.raises(ConfigError, match="blobs has 6 training classes"):
-        from_config.set_up(tiny_config)
+    with pytest.raises(
+        ConfigError,
+        match="blobs has 6 classes to train on, and a batch needs 7: give ",
+    ):
+        run.create_run(tiny_config, str(tmp_path))
 
 
 def test_evaluating_a_folder_without_a_run(tmp_path):
@@ -294,10 +298,9 @@ def test_an_averaged_run_evaluates_its_average(tiny_config, tmp_path):
     assert_same(state.variables()["params"], state.average)
     gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, state.average)
     assert max(jax.tree.leaves(gap)) > 1e-4
-    setup = from_config.set_up(tiny_config)
-    embeddings = evaluate.embed_test(tiny_config, setup, state.replace(params=None))
-    recall = evaluate.recall(embeddings, setup.dataset, (1,))["recall@1"]
-    assert recall == pytest.approx(result["metrics"]["recall@1"])
+    averaged = run.create_run(tiny_config, str(tmp_path))
+    recalls = evaluate.evaluate_step(averaged, state.replace(params=None), [])
+    assert recalls["recall@1"] == pytest.approx(result["metrics"]["recall@1"])
 
 
 def poisoned(monkeypatch, steps):
@@ -355,22 +358,22 @@ def test_a_run_does_not_go_on_with_other_data(finished_run, tmp_path, capsys):
     config, finished, result = finished_run
     assert result["classes"] == {"tested": 6, "trained on": 0}
     assert 0 < result["geometry"]["mean_embedding_norm"] <= 1
-    run = shutil.copytree(finished, tmp_path / "run")
-    recorded = json.loads((run / "data.json").read_text())
+    folder = shutil.copytree(finished, tmp_path / "run")
+    recorded = json.loads((folder / "data.json").read_text())
     # As if two classes that are tested now had been trained on under these names.
     recorded["train"]["per class"][:2] = [["colour 6", 3], ["colour 7", 4]]
-    (run / "data.json").write_text(json.dumps(recorded))
+    (folder / "data.json").write_text(json.dumps(recorded))
     gone = r"(?s)another data set.*classes that are gone \(2\): colour 6"
     with pytest.raises(ConfigError, match=gone):
-        train.train_and_evaluate(config, str(run))
+        train.train_and_evaluate(config, str(folder))
     capsys.readouterr()
-    changed = evaluate.evaluate_run(str(run), config=config)
+    changed = evaluate.evaluate_run(str(folder), config=config)
     said = capsys.readouterr().out
     assert "The data set is not the one that the run was trained on: train: " in said
     assert changed["classes"] == {"tested": 6, "trained on": 2}
     assert "Classes, 2 of 6 seen in training, per cent:" in said and "never seen" not in said
-    (run / "data.json").unlink()  # a run of version 0.1.0
-    assert evaluate.evaluate_run(str(run), config=config)["classes"]["trained on"] == 0
+    (folder / "data.json").unlink()  # a run of version 0.1.0
+    assert evaluate.evaluate_run(str(folder), config=config)["classes"]["trained on"] == 0
     assert "Classes never seen in training, per cent:" in capsys.readouterr().out
 
 
@@ -394,35 +397,35 @@ def test_options_that_fail_do_not_cost_the_plain_results(finished_run, monkeypat
 def test_pretrained_weights_of_a_run_below_the_home(finished_run, monkeypatch):
     config, finished, _ = finished_run
     monkeypatch.setenv("HOME", str(finished.parent))
-    setup = from_config.set_up(config)
+    drawn = run.create_run(config, str(finished)).create_state()
     model = config.model.copy_and_resolve_references()
     model.pretrained = f"~/{finished.name}"
-    loaded = from_config.load_pretrained(model, setup.state)
+    loaded = run.load_pretrained(model, drawn)
     weights, _, _ = checkpoint.read_weights(finished)
     assert_same(loaded.params["backbone"], weights["params"]["backbone"])
 
 
 def test_a_run_of_an_older_version_does_not_claim_to_know_its_data(finished_run, tmp_path):
     config, finished, _ = finished_run
-    run = shutil.copytree(finished, tmp_path / "run")
-    (run / "data.json").unlink()
-    train.train_and_evaluate(config, str(run))
-    assert not (run / "data.json").exists()
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "data.json").unlink()
+    train.train_and_evaluate(config, str(folder))
+    assert not (folder / "data.json").exists()
 
 
 @pytest.mark.parametrize(
-    "go_on", [train.train_and_evaluate, lambda _, run: evaluate.evaluate_run(run)]
+    "go_on", [train.train_and_evaluate, lambda _, folder: evaluate.evaluate_run(folder)]
 )
 def test_more_classes_than_a_run_of_an_older_version_knew(
     finished_run, tmp_path, monkeypatch, go_on, caplog
 ):
     config, finished, _ = finished_run
-    run = shutil.copytree(finished, tmp_path / "run")
-    (run / "data.json").unlink()
-    before = sorted(path.name for path in (run / "checkpoints").iterdir())
-    real = from_config.create_model
-    monkeypatch.setattr(from_config, "create_model", lambda model, n: real(model, n + 1))
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "data.json").unlink()
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    real = run.create_model
+    monkeypatch.setattr(run, "create_model", lambda model, n: real(model, n + 1))
     with pytest.raises(ConfigError, match="was trained on 6 classes, and the data set has 7"):
-        go_on(config, str(run))
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+        go_on(config, str(folder))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
     assert "damaged" not in caplog.text

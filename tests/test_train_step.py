@@ -82,13 +82,13 @@ def problem(loss=None, **values):
     config = glyphs.get_config()
     config.model.update({"backbone": "resnet6", "width": 4, "embedding_dim": 8, **values})
     config.loss.update(loss or {})
+    config.data.image_size = 16
     model = create_model(config.model, 4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(12, 16, 16, 3)), jnp.float32)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = train_step.create_state(model, optax.identity(), 0, 16, device, loss=config.loss)
+    state = train_step.create_state(config, model, optax.identity(), device)
     labels = jnp.asarray(np.repeat(np.arange(4), 3))
-    measure = functools.partial(train_step.measure_state, config)
-    return model, measure, (state, images, labels)
+    return config, model, (state, images, labels)
 
 
 def assert_close(tree, other, tolerance):
@@ -98,8 +98,13 @@ def assert_close(tree, other, tolerance):
     assert error <= tolerance
 
 
-def direct(model, measure, arguments):
-    return jax.jit(functools.partial(train_step.direct_gradients, model, measure))(*arguments)
+def direct(config, model, arguments):
+    return jax.jit(functools.partial(train_step.gradients_of_batch, config, model))(*arguments)
+
+
+def in_chunks(config, model, arguments, chunk):
+    config.train.gradient_cache_chunk = chunk
+    return gradient_caching.make_gradients_of_batch(config, model)(*arguments)
 
 
 # With a memory and centers of classes, which have a gradient too.
@@ -114,14 +119,13 @@ REMEMBERED = {
 )
 def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center, loss):
     network = {"freeze_batch_norm": True, "learn_p": learn_p, "center": center}
-    model, measure, arguments = problem(loss, **network)
+    config, model, arguments = problem(loss, **network)
     if loss:
         vectors = jnp.asarray(np.random.default_rng(1).normal(size=(24, 8)), jnp.float32)
         memory = losses.Memory(vectors, jnp.arange(24) % 4)
         arguments = (arguments[0].replace(memory=memory), *arguments[1:])
-    expected, stats, metrics, output = direct(model, measure, arguments)
-    chunked = gradient_caching.make_chunked_gradients(model, measure, chunk)
-    found, found_stats, found_metrics, found_output = chunked(*arguments)
+    expected, stats, metrics, output = direct(config, model, arguments)
+    found, found_stats, found_metrics, found_output = in_chunks(config, model, arguments, chunk)
     assert np.abs(expected["backbone"]["conv1"]["kernel"]).max() > 0
     assert metrics["ranking_loss"] > 0 and metrics["classification_loss"] > 0
     assert ("loss" in expected) == bool(loss)
@@ -133,25 +137,23 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center, los
 
 
 def test_a_step_tells_which_loss_pulls_how_much():
-    model, _, (state, images, labels) = problem(center="mean")
+    config, model, (state, images, labels) = problem(center="mean")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     pool = jax.jit(lambda images: model.apply(variables, images, return_descriptors=True))
-    descriptors = pool(images).descriptors
-    config = glyphs.get_config()
+    pooled = pool(images)
 
     def described(ranking, classification):
         config.loss.update(ranking_weight=ranking, classification_weight=classification)
-        measure = functools.partial(train_step.measure_state, ConfigDict(config))
-        describe = functools.partial(train_step.describe_step, config.loss, model, measure)
-        found = jax.jit(describe)(state, descriptors, labels)
+        describe = functools.partial(train_step.describe_step, config, model)
+        found = jax.jit(describe)(state, pooled, labels)
 
         def total(descriptors):
             output, _ = model.apply(
                 variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
             )
-            return measure(state, labels, output)[0]
+            return train_step.measure_losses(config, state, labels, output)[0]
 
-        return found, optax.tree.norm(jax.jit(jax.grad(total))(descriptors))
+        return found, optax.tree.norm(jax.jit(jax.grad(total))(pooled.descriptors))
 
     both, _ = described(2.0, 3.0)
     ranking, norm = described(2.0, 0.0)  # each alone: the gradient of the total is its own
@@ -164,9 +166,8 @@ def test_a_step_tells_which_loss_pulls_how_much():
 
 
 def test_statistics_of_chunks_are_averaged():
-    model, measure, (state, images, labels) = problem()
-    chunked = gradient_caching.make_chunked_gradients(model, measure, 4)
-    _, stats, _, _ = chunked(state, images, labels)
+    config, model, (state, images, labels) = problem()
+    _, stats, _, _ = in_chunks(config, model, (state, images, labels), 4)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     update = jax.jit(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"])[1])
     updates = [update(images[i::3])["batch_stats"]["backbone"] for i in range(3)]

@@ -1,4 +1,4 @@
-"""Sources of photographs: an archive, or the folder it unpacks to.
+"""Sources of images: an archive, or the folder it unpacks to.
 
 A builder sees a folder either way. An archive is unpacked into a scratch folder, which is
 removed after the build, also after a failed one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
 import hashlib
 import logging
 import lzma
@@ -27,25 +26,24 @@ from typing import IO, Any, NamedTuple
 
 from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress, quantity
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor
 
 log = logging.getLogger(__name__)
 
-ARCHIVE_ENDINGS = (
-    *(".zip", ".tar", ".tgz", ".tar.gz"),
-    *(".tbz2", ".tar.bz2", ".txz", ".tar.xz"),
-)
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz")
 
 # What the libraries raise for damaged archives.
-DAMAGED = (
-    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile),
-    *(zlib.error, lzma.LZMAError, EOFError),
-)
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
 
 # A name that is too long or not allowed here, or a file where a folder is to be.
 NO_SUCH_NAME = {
-    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    errno.ENAMETOOLONG,
+    errno.EILSEQ,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
 }
 
 
@@ -62,20 +60,12 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ARCHIVE_ENDINGS)
 
 
-def is_file(path: Path) -> bool:
-    """Returns whether there is a file, also for names that cannot be."""
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
-
-
 def fingerprint(path: Path) -> str:
     """Returns 12 hexadecimal digits that change when an archive, file or folder changes.
 
     They depend on the name, size and time of last change of every file below a folder.
     Contents are not read, so that 100,000 files take about a second. A folder that is moved
-    keeps its fingerprint.
+    keeps its fingerprint. Raises OSError if there is nothing.
     """
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else files_below(path):
@@ -96,24 +86,18 @@ def files_below(folder: Path) -> list[Path]:
     Raises:
       OSError: a folder cannot be read.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found, real = [], {os.fspath(folder): os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        here = real.pop(parent)
-        inner = {name: os.path.realpath(os.path.join(here, name)) for name in folders}
-        folders[:] = sorted(
-            name for name in folders if not is_litter(name) and not _holds(inner[name], here)
-        )
-        real |= {os.path.join(parent, name): inner[name] for name in folders}
-        found.extend(Path(parent, name) for name in names if not is_litter(name))
-    return sorted(found)
+    return sorted(_walk(folder, (folder.resolve(),)))
 
 
-def _holds(outer: str, inner: str) -> bool:
-    return os.path.commonpath([outer, inner]) == outer
+def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    for entry in os.scandir(folder):
+        path = Path(entry.path)
+        if is_litter(entry.name):
+            continue
+        if not entry.is_dir():
+            yield path
+        elif not any(outer.is_relative_to(path.resolve()) for outer in above):
+            yield from _walk(path, (*above, path.resolve()))
 
 
 def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
@@ -137,28 +121,28 @@ def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
 
 
 @contextlib.contextmanager
-def unpacked(source: Path, scratch: Path) -> Iterator[list[Path]]:
+def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
     """Yields a folder with the files of an archive; anything else is yielded as it is.
+
+    Links are never made: a link to a file of the archive is unpacked as a copy of it, any
+    other is left out with a warning, as are devices and names that cannot be written.
 
     Args:
       source: archive, folder or file.
       scratch: where to make the temporary folder of an archive.
 
     Raises:
-      ValueError: the archive is damaged, wants a password, or has members that point
+      InputError: the archive is damaged, wants a password, or has members that point
         outside of it (absolute paths, `..`); none of it is used then.
-
-    Links are never made: a link to a file of the archive is unpacked as a copy of it, any
-    other is left out with a warning, as are devices and names that cannot be written.
     """
     if source.is_dir() or not is_archive(source):
-        yield [source]
+        yield source
         return
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="incomplete.unpacked_", dir=scratch))
     try:
         extract(source, folder)
-        yield [folder]
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -167,45 +151,37 @@ def extract(archive: Path, folder: Path) -> None:
     """Unpacks an archive below `folder`; raises as `unpacked` does."""
     size = archive.stat().st_size
     free = shutil.disk_usage(folder).free
-    if size > free:  # Photographs hardly compress, so this is nearly what it unpacks to.
+    if size > free:  # Images hardly compress, so this is nearly what it unpacks to.
         raise OSError(
             f"Unpacking {archive} takes at least {quantity(size, 'B')}, but only "
             f"{quantity(free, 'B')} are free at {folder}. Free some disk, or let "
             f"--config.data.dir point elsewhere."
         )
     log.info("Unpacking %s (%s) into %s", archive, quantity(size, "B"), folder)
-    read = _read_zip if archive.name.lower().endswith(".zip") else _read_tar
-    links, failed = {}, []
+    members = _zip_members if archive.name.lower().endswith(".zip") else _tar_members
+    links, failed, name = {}, [], ""
     try:
         with progress(size, f"unpacking {archive.name}", unit="B") as bar:
-            for member in read(archive):
-                bar.update(member.size)
-                path = _safe(member.name, archive)
+            for name, position, link, contents in members(archive):
+                bar.update(position - bar.n)
+                path = _safe_path(name, archive)
                 if any(is_litter(part) for part in path.parts):
                     continue
-                target = folder / path
-                if member.link is not None:
-                    links[target] = member.link
-                    continue
-                try:
-                    if member.is_folder:
-                        target.mkdir(parents=True, exist_ok=True)
-                        continue
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    out = open(target, "wb")
-                except OSError as error:
-                    if error.errno not in NO_SUCH_NAME:
-                        raise
-                    failed.append(f"{member.name!r} ({error.strerror})")
-                    continue
-                with out, member.open() as file:
-                    shutil.copyfileobj(file, out, 1 << 20)
+                if link is not None:
+                    links[folder / path] = link
+                elif error := _write(folder / path, contents):
+                    failed.append(f"{name!r} ({error})")
+    except NotImplementedError as error:
+        raise InputError(
+            f"{archive}: Python cannot read this zip{name and f', at {name!r}'} ({error}). Unpack "
+            "it with another program and pass the folder, or pack it anew with Deflate."
+        ) from error
     except (*DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # else it is of bz2
             raise
         with open(archive, "rb") as file:
             found = describe_impostor(file.read(512))
-        raise ValueError(
+        raise InputError(
             f"The archive {archive} is damaged or not fully downloaded "
             f"({f'it is {found}' if found else error}). Get it again and compare its size with the "
             "one that the server shows."
@@ -213,35 +189,40 @@ def extract(archive: Path, folder: Path) -> None:
     for target, link in links.items():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / _safe(link, archive), target)
+            shutil.copyfile(folder / _safe_path(link, archive), target)
         except (OSError, ValueError):  # to a folder, to nowhere, out of the archive
             failed.append(f"{target.relative_to(folder).as_posix()!r} (a link to {link!r})")
     if failed:
-        log.warning(
-            "%s: %d members could not be unpacked and are left out: %s",
-            archive,
-            len(failed),
-            listed(failed, 20),
-        )
+        message = "%s: %d members could not be unpacked and are left out: %s"
+        log.warning(message, archive, len(failed), listed(failed, 20))
 
 
-class _Member(NamedTuple):
-    name: str
-    size: int  # in the archive, compressed
-    is_folder: bool
-    link: str | None  # the member that it is a link to
-    open: Callable[[], Any]
-
-
-def _read_zip(archive: Path) -> Iterator[_Member]:
+def _write(path: Path, contents: Callable[[], IO[bytes]] | None) -> str | None:
+    """Writes a member, a folder if it has no contents; returns why it cannot have its name."""
     try:
-        opened = zipfile.ZipFile(archive)
-    except NotImplementedError as error:
-        raise ValueError(f"{archive}: Python cannot read this zip ({error}).") from error
-    with opened:
+        if contents is None:
+            path.mkdir(parents=True, exist_ok=True)
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        out = open(path, "wb")
+    except OSError as error:
+        if error.errno not in NO_SUCH_NAME:
+            raise
+        return error.strerror
+    with out, contents() as file:
+        shutil.copyfileobj(file, out, 1 << 20)
+    return None
+
+
+# Name, position in the archive in bytes, the member it is a link to, contents (None: a folder).
+Member = tuple[str, int, str | None, Callable[[], Any] | None]
+
+
+def _zip_members(archive: Path) -> Iterator[Member]:
+    with zipfile.ZipFile(archive) as opened:
         for member in opened.infolist():
             if member.flag_bits & 1:
-                raise ValueError(
+                raise InputError(
                     f"The archive {archive} wants a password (for {member.filename!r}). Unpack it "
                     "with the password that its owners gave you and pass the folder instead."
                 )
@@ -249,8 +230,8 @@ def _read_zip(archive: Path) -> Iterator[_Member]:
             if stat.S_ISLNK(member.external_attr >> 16):
                 original = opened.read(member).decode("utf-8", "surrogateescape")
                 link = posixpath.join(posixpath.dirname(name), original)
-            open_member = partial(_open_zip_member, archive, opened, member)
-            yield _Member(name, member.compress_size, name.endswith("/"), link, open_member)
+            contents = None if name.endswith("/") else partial(opened.open, member)
+            yield name, member.header_offset, link, contents
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
@@ -262,22 +243,8 @@ def _zip_name(member: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/")  # of some programs for Windows
 
 
-def _open_zip_member(archive: Path, opened: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
-    try:
-        return opened.open(member)
-    except NotImplementedError as error:
-        kind = member.compress_type
-        method = getattr(zipfile, "compressor_names", {}).get(kind, "unknown")
-        raise ValueError(
-            f"{archive}: {member.filename!r} is compressed by a method that Python cannot read "
-            f"({method}, number {kind}: {error}). Unpack the archive with another program and "
-            "pass the folder, or pack it anew with Deflate."
-        ) from error
-
-
-def _read_tar(archive: Path) -> Iterator[_Member]:
+def _tar_members(archive: Path) -> Iterator[Member]:
     with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as opened:
-        before = 0
         for member in opened:
             link = None
             if member.issym():
@@ -287,29 +254,25 @@ def _read_tar(archive: Path) -> Iterator[_Member]:
             elif not (member.isreg() or member.isdir()):
                 log.warning("%s: %r is a device, and is left out.", archive, member.name)
                 continue
-            position = raw.tell()
-            open_member = partial(opened.extractfile, member)
-            yield _Member(member.name, position - before, member.isdir(), link, open_member)
-            before = position
+            contents = None if member.isdir() else partial(opened.extractfile, member)
+            yield member.name, raw.tell(), link, contents
         while opened.fileobj.read(1 << 20):  # up to the checksum, which stands at the very end
             pass
 
 
-def _safe(name: str, archive: Path) -> PurePosixPath:
+def _safe_path(name: str, archive: Path) -> PurePosixPath:
     """Returns the path of a member, if it stays below the folder that is unpacked to."""
     name = name.replace("\\", "/")
-    if name.startswith("/") or name.partition("/")[0].endswith(":"):
-        raise ValueError(_refusal(archive, name, "is an absolute path"))
     path = PurePosixPath(posixpath.normpath(name))
-    if ".." in path.parts:
-        raise ValueError(_refusal(archive, name, "points outside of the archive"))
-    if "\0" in name:
-        raise ValueError(_refusal(archive, name, "is no file name"))
-    return path
-
-
-def _refusal(archive: Path, name: str, why: str) -> str:
-    return (
+    if name.startswith("/") or name.partition("/")[0].endswith(":"):
+        why = "is an absolute path"
+    elif ".." in path.parts:
+        why = "points outside of the archive"
+    elif "\0" in name:
+        why = "is no file name"
+    else:
+        return path
+    raise InputError(
         f"The archive {archive} was refused: its member {name!r} {why}, which no copy of this "
         "data set needs. Get the archive from a source you trust, or unpack it yourself, look at "
         "it, and pass the folder."
@@ -327,8 +290,7 @@ def download(wanted: Download, folder: Path) -> Path:
     It gets its name only when it is whole and, where a checksum is known, right.
 
     Raises:
-      OSError: the server cannot be reached or broke off.
-      ValueError: the checksum differs.
+      InputError: the server cannot be reached or broke off, or the checksum differs.
     """
     import pooch  # here: indexes read archives, and download none
 
@@ -346,8 +308,7 @@ def download(wanted: Download, folder: Path) -> Path:
                 downloader=pooch.HTTPDownloader(bar, chunk_size=1 << 20, timeout=60),
             )
     except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError  # of a wrong checksum
-        raise kind(
+        raise InputError(
             f"Downloading {wanted.url} failed ({error}). Try again later, or get the archive "
             "elsewhere and pass its path as --config.data.source."
         ) from error
@@ -358,11 +319,11 @@ def read_text(path: Path) -> str:
     """Reads a list that belongs to a data set; bytes that are not UTF-8 become surrogates.
 
     Raises:
-      ValueError: the file is something else under the name of a list.
+      InputError: the file is something else under the name of a list.
     """
     data = path.read_bytes()
     if impostor := describe_impostor(data):
-        raise ValueError(f"{path} is {impostor}, not a list of photographs.")
+        raise InputError(f"{path} is {impostor}, not a list of images.")
     return data.decode("utf-8-sig", "surrogateescape")
 
 
@@ -370,7 +331,7 @@ def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
     """Reads the rows of a list of whitespace-separated columns; the last may hold spaces.
 
     Raises:
-      ValueError: a row has fewer columns, with its line number.
+      InputError: a row has fewer columns, with its line number.
     """
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines[skip:], start=skip + 1):
@@ -378,7 +339,7 @@ def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
             continue
         row = line.strip().split(maxsplit=columns - 1)
         if len(row) < columns:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: expected {columns} columns, found {line!r}. The list is "
                 "damaged or of another data set; get it again."
             )

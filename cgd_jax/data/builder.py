@@ -1,9 +1,9 @@
-"""What the builders of photographs share: from a list of files to a prepared data set.
+"""What the builders of images share: from a list of files to a prepared data set.
 
-A builder lists the photographs of each split (`ImageBuilder.photographs`); the base class
-reads, checks, counts and writes them. TFDS would hold a whole split in memory to shuffle it
-(and needs TensorFlow above a gigabyte), so the shards are written directly, in the order of
-the data set's own lists; batches are shuffled when training draws them.
+A builder lists the images of each split (`ImageBuilder.list_images`); the base class reads,
+checks, counts and writes them. TFDS would hold a whole split in memory to shuffle it (and needs
+TensorFlow above a gigabyte), so the shards are written directly, in the order of the data set's
+own lists; batches are shuffled when training draws them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -29,6 +29,7 @@ import tensorflow_datasets as tfds
 from cgd_jax.data import archives, decode
 from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import replacing, write_atomically
 from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
@@ -48,9 +49,10 @@ REPORTS = {
 SHARD_IMAGES, SHARD_BYTES = 1024, 128 << 20
 
 
-class Photograph(NamedTuple):
-    """One photograph of a split, before it is read."""
+class ImageFile(NamedTuple):
+    """One image of a split, before it is read."""
 
+    split: str  # train and test, or train, query and gallery
     id: str  # its path within the source
     path: Path
     label: int  # class number, unique over all splits
@@ -58,11 +60,21 @@ class Photograph(NamedTuple):
     bbox: tuple[float, float, float, float] | None = None  # x0, y0, x1, y1 in pixels
 
 
-class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Base of the builders that read photographs from a source: a folder, or an archive of one.
+def example_features(boxes: bool = False) -> tfds.features.FeaturesDict:
+    """Returns what every example has: the bytes of a file, and what it shows."""
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": np.int64,
+        "class_name": tfds.features.Text(),
+        "id": tfds.features.Text(),
+    }
+    if boxes:  # x0, y0, x1, y1 in pixels
+        features["bbox"] = tfds.features.Tensor(shape=(4,), dtype=np.float32)
+    return tfds.features.FeaturesDict(features)
 
-    Examples have `image` (the encoded bytes of the file), `label` (int64), `class_name`, `id`
-    and, with `BOXES`, `bbox` (float32 [4]: x0, y0, x1, y1 in pixels).
+
+class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Base of the builders that read images from a source: a folder, or an archive of one.
 
     The folder of a prepared data set is keyed by its source and options, so that another
     source, or one that changed, is never taken for it. The source may be deleted afterwards.
@@ -75,7 +87,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
       **keywords: of `tfds.core.DatasetBuilder`.
 
     Raises:
-      FileNotFoundError: no such source, or none given; says what to get and where.
+      InputError: no such source, or none given; says what to get and where.
     """
 
     # Arguments of the constructor that the `data` part of a config has under the same names.
@@ -85,6 +97,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
     PUBLISHED: ClassVar[dict[str, tuple[int, int]]] = {}  # split → classes, images
     HOW_TO_GET: ClassVar[str] = ""  # ends the errors about a source
     DOWNLOAD: ClassVar[archives.Download | None] = None
+    # Archives that the source may hold, without their endings → what they unpack to.
+    INNER_ARCHIVES: ClassVar[dict[str, str]] = {}
+    FILE_ENDINGS: ClassVar[tuple[str, ...]] = archives.ARCHIVE_ENDINGS  # sources besides folders
     BOXES: ClassVar[bool] = False
 
     def __init__(
@@ -97,32 +112,28 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         **keywords,
     ):
         if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is a share from 0 to 1, not {max_bad_fraction}.")
+            raise InputError(f"max_bad_fraction is a share from 0 to 1, not {max_bad_fraction}.")
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
-        self._made_of = {
-            "source": os.path.abspath(os.path.expanduser(source)),
-            "options": self.options(),
-        }
-        key = None if os.path.exists(self._made_of["source"]) else self._built_earlier(data_dir)
+        path = os.path.abspath(os.path.expanduser(source))
+        self._made_of = {"source": path, "options": self.options()}
+        root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        key = None if os.path.exists(path) else self._built_earlier(root)
         if key is None:
             self._source = self._locate(str(source))
-            built_in = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().resolve()
-            if isinstance(self._source, Path) and built_in.is_relative_to(self._source.resolve()):
-                raise ValueError(
-                    f"{self.name}: data sets are built in {built_in}, which lies in "
-                    f"{self._source}, where the photographs are; they would be another source "
-                    "after every build. Let --config.data.dir=FOLDER name a folder outside of it."
-                )
-            key = self._key()
+            key = self._key(root)
         keywords.setdefault("file_format", "array_record")
         super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
 
-    unpacked = staticmethod(archives.unpacked)  # source → folders, while the data set is built
-
-    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
-        """Lists the photographs of each split from the unpacked source."""
+    def list_images(self, folders: list[Path]) -> Iterable[ImageFile]:
+        """Lists all images; `folders` are the source, and what archives in it unpack to."""
         raise NotImplementedError
+
+    def find(self, folders: list[Path], name: str) -> Path:
+        """Finds a file or folder as `archives.find` does; raises InputError if there is none."""
+        if path := archives.find(folders, name):
+            return path
+        raise InputError(f"{self.name}: there is no {name} in {folders[0]}. {self.HOW_TO_GET}")
 
     def options(self) -> str:
         """Returns the options that shape the content, for the key of the prepared folder."""
@@ -148,7 +159,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`.
 
         Raises:
-          ValueError: counts differ from the published ones, too many files are bad, or the
+          InputError: counts differ from the published ones, too many files are bad, or the
             source is not this data set. Nothing is left that looks complete.
         """
         build_once(self, partial(super().download_and_prepare, **keywords))
@@ -161,82 +172,76 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
                 path = self.report_path(name)
                 log.warning("%s: %d %s: %s. See %s", self.name, len(rows), text, _kinds(rows), path)
 
-    def _built_earlier(self, data_dir: str | os.PathLike | None) -> str | None:
+    def _built_earlier(self, root: Path) -> str | None:
         """Returns the key of the data set that was made of a source deleted since."""
-        root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / self.name
         built = []
-        for path in root.glob("*/source.json"):
-            prepared = path.parent / str(self.VERSION)
+        for path in (root / self.name).glob("*/source.json"):
             with contextlib.suppress(OSError, ValueError):
                 if json.loads(path.read_text(encoding="utf-8")) == self._made_of:
-                    built.append((prepared.stat().st_mtime, prepared))
-        return max(built)[1].parent.name if built else None
+                    prepared = path.parent / str(self.VERSION)
+                    built.append((prepared.stat().st_mtime, path.parent.name))
+        return max(built)[1] if built else None
 
     def _locate(self, source: str) -> Path | archives.Download:
         """Returns where the source is."""
-        if source == "auto":
-            if self.DOWNLOAD:
-                return self.DOWNLOAD
-            raise FileNotFoundError(
-                f"{self.name}: no server is known to offer this archive any more, so "
-                f"--config.data.source=auto cannot work. {self.HOW_TO_GET}"
-            )
-        if not source:
-            also = " Or pass auto to download it." if self.DOWNLOAD else ""
-            raise FileNotFoundError(
-                f"{self.name}: --config.data.source says where the photographs are, and is not "
-                f"set. {self.HOW_TO_GET}{also}"
-            )
         path = Path(source).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"{self.name}: {path} does not exist. {self.HOW_TO_GET}")
-        if path.is_file() and not archives.is_archive(path):
-            raise ValueError(
-                f"{self.name}: {path} is neither a folder nor an archive "
-                f"({', '.join(archives.ARCHIVE_ENDINGS)}). {self.HOW_TO_GET}"
+        if source == "auto" and self.DOWNLOAD:
+            return self.DOWNLOAD
+        if source == "auto":
+            problem = (
+                "no server is known to offer this archive any more, so --config.data.source=auto "
+                "cannot work"
             )
-        return path
+        elif not source:
+            problem = "--config.data.source says where the images are, and is not set"
+        elif not path.exists():
+            problem = f"{path} does not exist"
+        elif path.is_file() and not path.name.lower().endswith(self.FILE_ENDINGS):
+            problem = f"{path} is neither a folder nor one of {', '.join(self.FILE_ENDINGS)}"
+        else:
+            return path
+        also = " Or pass auto to download it." if self.DOWNLOAD else ""
+        raise InputError(f"{self.name}: {problem}. {self.HOW_TO_GET}{also}")
 
-    def _fingerprint(self) -> str:
-        if isinstance(self._source, archives.Download):
-            return self._source.sha256 or self._source.url
-        return archives.fingerprint(self._source)
+    def fingerprint(self, source: Path) -> str:
+        """Returns what changes when the source does."""
+        return archives.fingerprint(source)
 
-    def _key(self) -> str:
-        stem = self._source.resolve().name if isinstance(self._source, Path) else "auto"
-        mark = self._fingerprint()
+    def _key(self, root: Path) -> str:
+        if isinstance(self._source, Path):
+            if root.resolve().is_relative_to(self._source.resolve()):
+                raise InputError(
+                    f"{self.name}: data sets are built in {root.resolve()}, which lies in "
+                    f"{self._source}, where the images are; they would be another source "
+                    "after every build. Let --config.data.dir=FOLDER name a folder outside of it."
+                )
+            stem, mark = self._source.resolve().name, self.fingerprint(self._source)
+        else:
+            stem, mark = "auto", self._source.sha256 or self._source.url
         stem = re.sub(r"[^A-Za-z0-9]+", "_", stem).strip("_")[:40] or "source"
         return f"{stem}-{hashlib.sha256(f'{mark} {self.options()}'.encode()).hexdigest()[:12]}"
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": np.int64,
-            "class_name": tfds.features.Text(),
-            "id": tfds.features.Text(),
-        }
-        if self.BOXES:
-            features["bbox"] = tfds.features.Tensor(shape=(4,), dtype=np.float32)
         return tfds.core.DatasetInfo(
-            builder=self,
-            description=type(self).__doc__,
-            features=tfds.features.FeaturesDict(features),
+            builder=self, description=type(self).__doc__, features=example_features(self.BOXES)
         )
 
     def _create_builder_config(self, config, *args, **keywords):
         return config  # as TFDS does, but without its warning about unlisted configs
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
-        del dl_manager
-        source = self._source
-        if isinstance(source, archives.Download):
-            source = archives.download(source, Path(self.data_dir_root) / "downloads")
-        with self.unpacked(source, Path(self.data_dir).parent) as folders:
-            self._notes: dict[str, list] = {name: [] for name in REPORTS}
-            self._photographs = self.photographs(folders)
-            self._check_photographs()
-            total = sum(map(len, self._photographs.values()))
+        self._notes: dict[str, list[dict[str, str]]] = {name: [] for name in REPORTS}
+        with self._unpacked() as folders:
+            files = defaultdict(list)
+            for file in self.list_images(folders):
+                files[file.split].append(file)
+            searched = ("query", "gallery") if {"query", "gallery"} & files.keys() else ("test",)
+            self._files = {split: files.pop(split, []) for split in ("train", *searched)}
+            if files:
+                raise ValueError(f"{self.name} lists images of unknown splits: {list(files)}.")
+            self._check_listed()
             try:
+                total = sum(map(len, self._files.values()))
                 with progress(total, f"building {self.name}") as self._bar:
                     super()._download_and_prepare(None, download_config)
             finally:
@@ -244,120 +249,124 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
                     _write_report(self.report_path(name), rows)
         self._check_written(self._notes["skipped"])
 
+    @contextlib.contextmanager
+    def _unpacked(self) -> Iterator[list[Path]]:
+        """Yields the folder of the source, and those of archives in it that are not unpacked."""
+        source, scratch = self._source, Path(self.data_dir).parent
+        if isinstance(source, archives.Download):
+            source = archives.download(source, Path(self.data_dir_root, "downloads"))
+        with contextlib.ExitStack() as stack:
+            folders = [stack.enter_context(archives.unpacked(source, scratch))]
+            for stem, folder in self.INNER_ARCHIVES.items():
+                names = [stem + ending for ending in archives.ARCHIVE_ENDINGS]
+                found = [archives.find(folders, name) for name in names]
+                archive = next(filter(None, found), None)
+                if archive and not archives.find(folders, folder):
+                    folders.append(stack.enter_context(archives.unpacked(archive, scratch)))
+            yield folders
+
+    def _check_listed(self) -> None:
+        """Checks the lists of images, before anything big is read."""
+        self._check_counts("images", {split: len(files) for split, files in self._files.items()})
+        classes = {split: {file.label for file in files} for split, files in self._files.items()}
+        self._check_counts("classes", {split: len(labels) for split, labels in classes.items()})
+        for split, files in self._files.items():
+            if not files:
+                raise InputError(f"{self.name}: split {split} has no images. {self.HOW_TO_GET}")
+            twice = [id for id, count in Counter(file.id for file in files).items() if count > 1]
+            if twice:
+                raise InputError(
+                    f"{self.name}: split {split} lists {len(twice)} images more than once, "
+                    f"the first {twice[0]!r}; each would find itself as its nearest neighbour. "
+                    "Remove the repetitions."
+                )
+
     def _check_written(self, skipped: list[dict[str, str]]) -> None:
         """Checks what is in the shards, and the share of files that are not."""
         counts = {name: split.num_examples for name, split in self.info.splits.items()}
         total = sum(counts.values()) + len(skipped)
         if len(skipped) > self._max_bad_fraction * total:
-            raise ValueError(
+            raise InputError(
                 f"{self.name}: {len(skipped):,} of {total:,} files are missing or unreadable, "
                 f"more than the share of {self._max_bad_fraction:g} that "
                 f"--config.data.max_bad_fraction allows: {_kinds(skipped)}. They are listed with "
                 f"reasons in {self.report_path('skipped')}."
             )
-        for name, count in counts.items():
-            if not count:
-                raise ValueError(
-                    f"{self.name}: none of the photographs of split {name} can be read: "
-                    f"{_kinds([row for row in skipped if row['split'] == name])}."
-                )
-        self._check_counts({name: (None, count) for name, count in counts.items()})
+        for name in [name for name, count in counts.items() if not count]:
+            reasons = _kinds([row for row in skipped if row["split"] == name])
+            raise InputError(
+                f"{self.name}: none of the images of split {name} can be read: {reasons}."
+            )
+        self._check_counts("images", counts)
 
-    def _check_photographs(self) -> None:
-        """Checks the lists of photographs, before anything big is read."""
-        counts = {
-            split: (len({row.label for row in rows}), len(rows))
-            for split, rows in self._photographs.items()
-        }
-        self._check_counts(counts)
-        for split, rows in self._photographs.items():
-            if not rows:
-                raise ValueError(
-                    f"{self.name}: split {split} has no photographs. {self.HOW_TO_GET}"
-                )
-            twice = [i for i, count in Counter(row.id for row in rows).items() if count > 1]
-            if twice:
-                raise ValueError(
-                    f"{self.name}: split {split} lists {len(twice)} photographs more than once, "
-                    f"the first {twice[0]!r}; each would find itself as its nearest neighbour. "
-                    "Remove the repetitions."
-                )
-
-    def _check_counts(self, found: Mapping[str, tuple[int | None, int]]) -> None:
-        if self._allow_incomplete:
-            return
-        for split, (classes, images) in self.PUBLISHED.items():
-            found_classes, found_images = found.get(split, (0, 0))
-            wrong = []
-            if found_images != images:
-                wrong.append(f"expected {images:,} images, found {found_images:,}")
-            if found_classes is not None and found_classes != classes:
-                wrong.append(f"expected {classes:,} classes, found {found_classes:,}")
-            if wrong:
+    def _check_counts(self, kind: str, found: Mapping[str, int]) -> None:
+        """Compares the images or classes of each split with the published ones."""
+        for split, (classes, images) in ({} if self._allow_incomplete else self.PUBLISHED).items():
+            expected = {"images": images, "classes": classes}[kind]
+            if found.get(split, 0) != expected:
                 path = self.report_path("skipped")
-                skipped = (
-                    f" Files that could not be used are listed in {path}." if path.exists() else ""
-                )
-                raise ValueError(
-                    f"{self.name}, split {split}: {' and '.join(wrong)}, so results would not "
-                    "compare with published ones. The archive is probably not whole, or of "
-                    f"another version.{skipped} To use what there is, pass "
+                skipped = f" Files that could not be used are listed in {path}."
+                raise InputError(
+                    f"{self.name}, split {split}: expected {expected:,} {kind}, found "
+                    f"{found.get(split, 0):,}, so results would not compare with published ones. "
+                    "The archive is probably not whole, or of another version."
+                    f"{skipped if path.exists() else ''} To use what there is, pass "
                     "--config.data.allow_incomplete=True."
                 )
 
     def _shard_iterators_per_split(self, dl_manager):
-        del dl_manager
         return {
-            split: [
-                lambda split=split, shard=shard: self._examples(split, shard)
-                for shard in _shards(rows)
-            ]
-            for split, rows in self._photographs.items()
+            split: [partial(self._examples, shard) for shard in _shards(files)]
+            for split, files in self._files.items()
         }
 
-    def _examples(self, split: str, rows: list[Photograph]) -> Iterator:
-        for row, (data, shape, blank, reason) in zip(rows, parallel(_read, rows), strict=True):
+    def _examples(self, files: list[ImageFile]) -> Iterator:
+        for file, (data, found) in zip(files, parallel(_read, files), strict=True):
             self._bar.update()
-            if reason:
-                self.note("skipped", split, row.id, reason)
+            if isinstance(found, str):
+                self.note("skipped", file.split, file.id, found)
                 continue
+            height, width, blank = found
             if blank:
-                self.note("blank", split, row.id, "nearly black or of one colour")
+                self.note("blank", file.split, file.id, "nearly black or of one colour")
             example = {
                 "image": data,
-                "label": row.label,
-                "class_name": _text(row.class_name),
-                "id": _text(row.id),
+                "label": file.label,
+                "class_name": _text(file.class_name),
+                "id": _text(file.id),
             }
             if self.BOXES:
-                example["bbox"] = self._clip(split, row, *shape)
-            yield row.id, example
-
-    def _clip(self, split: str, row: Photograph, height: int, width: int) -> np.ndarray:
-        x0, y0, x1, y1 = row.bbox or (0, 0, 0, 0)
-        box = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-        if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
-            reason = f"box {row.bbox} has no area inside of {width}x{height} pixels"
-            self.note("boxes", split, row.id, reason)
-            box = 0, 0, width, height
-        return np.asarray(box, np.float32)
+                box = clip(file.bbox, height, width)
+                if box is None:
+                    reason = f"box {file.bbox} has no area inside of {width}x{height} pixels"
+                    self.note("boxes", file.split, file.id, reason)
+                example["bbox"] = np.asarray(box or (0, 0, width, height), np.float32)
+            yield file.id, example
 
 
-def _read(row: Photograph) -> tuple[bytes, tuple[int, int], bool, str]:
-    """Returns the bytes of a file, (height, width), whether it is blank, what is wrong or ""."""
+def clip(
+    box: tuple[float, float, float, float] | None, height: int, width: int
+) -> tuple[float, float, float, float] | None:
+    """Returns the part of a box (x0, y0, x1, y1) in an image; None if that is below a pixel."""
+    if box is None:
+        return None
+    x0, y0, x1, y1 = max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
+    return (x0, y0, x1, y1) if x1 - x0 >= 1 and y1 - y0 >= 1 else None
+
+
+def _read(file: ImageFile) -> tuple[bytes, tuple[int, int, bool] | str]:
+    """Returns the bytes of a file, and what `decode.check` says of it or why it is unusable."""
     try:
-        if not stat.S_ISREG(row.path.stat().st_mode):  # Reading a pipe would never end.
-            raise ValueError("not a file")
-        data = row.path.read_bytes()
-        height, width, blank = decode.check(data)
-        return data, (height, width), blank, ""
+        if not stat.S_ISREG(file.path.stat().st_mode):  # Reading a pipe would never end.
+            return b"", "not a file"
+        data = file.path.read_bytes()
+        return data, decode.check(data)
     except FileNotFoundError:
-        reason = "a link to nowhere" if row.path.is_symlink() else "no such file"
+        return b"", "a link to nowhere" if file.path.is_symlink() else "no such file"
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
+        return b"", f"cannot be read: {error.strerror}"
     except ValueError as error:
-        reason = str(error)
-    return b"", (0, 0), False, reason
+        return b"", str(error)
 
 
 def _text(name: str) -> str:
@@ -365,12 +374,12 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _shards(rows: list[Photograph]) -> Iterator[list[Photograph]]:
+def _shards(files: list[ImageFile]) -> Iterator[list[ImageFile]]:
     shard, size = [], 0
-    for row in rows:
-        shard.append(row)
+    for file in files:
+        shard.append(file)
         with contextlib.suppress(OSError):
-            size += row.path.stat().st_size
+            size += file.path.stat().st_size
         if len(shard) == SHARD_IMAGES or size >= SHARD_BYTES:
             yield shard
             shard, size = [], 0

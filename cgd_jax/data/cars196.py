@@ -6,7 +6,6 @@ Krause, Stark, Deng and Fei-Fei, "3D Object Representations for Fine-Grained Cat
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -16,17 +15,17 @@ import numpy as np
 import scipy.io
 
 from cgd_jax.data import archives
-from cgd_jax.data.builder import ImageBuilder, Photograph
+from cgd_jax.data.builder import ImageBuilder, ImageFile
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor
 
 TRAIN_CLASSES = 98  # The first half of the models trains, the second is retrieved.
-ARCHIVES = ("car_ims", "cars_train", "cars_test", "car_devkit")
 
 
 class Cars196(ImageBuilder):
     """CARS196 with the split of metric learning, which pools the set's own train and test.
 
-    Every test photograph searches all the others. Boxes come along; the paper crops to them.
+    Every test image searches all the others. Boxes come along; the paper crops to them.
     """
 
     PUBLISHED = {"train": (98, 8_054), "test": (98, 8_131)}
@@ -39,39 +38,32 @@ class Cars196(ImageBuilder):
     )
     BOXES = True
 
-    @contextlib.contextmanager
-    def unpacked(self, source: Path, scratch: Path) -> Iterator[list[Path]]:
-        """Yields the folder, and those of the archives in it that are not unpacked yet."""
-        with contextlib.ExitStack() as stack:
-            folders = stack.enter_context(archives.unpacked(source, scratch))
-            found = list(folders)
-            for name in ARCHIVES:
-                names = [name + ending for ending in archives.ARCHIVE_ENDINGS]
-                archive = next(filter(None, (archives.find(folders, n) for n in names)), None)
-                unpacked = "devkit" if name == "car_devkit" else name
-                if archive and archives.find(folders, unpacked) is None:
-                    found += stack.enter_context(archives.unpacked(archive, scratch))
-            yield found
+    INNER_ARCHIVES = {
+        "car_ims": "car_ims",
+        "cars_train": "cars_train",
+        "cars_test": "cars_test",
+        "car_devkit": "devkit",
+    }
 
-    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
-        """Lists the photographs of either form, from its .mat files."""
+    def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
+        """Lists the images of either form, from its .mat files."""
         find = partial(archives.find, folders)
 
-        def pictures(*names: str) -> int:
+        def images_in(*names: str) -> int:
             return sum(len(os.listdir(path)) for path in map(find, names) if path)
 
         annotations, labelled = find("cars_annos.mat"), find("cars_test_annos_withlabels.mat")
         halves = find("cars_train_annos.mat")
         if annotations and halves and labelled:  # Copies with all the lists have one form's files.
-            halves = halves if pictures("cars_train", "cars_test") > pictures("car_ims") else None
+            halves = halves if images_in("cars_train", "cars_test") > images_in("car_ims") else None
             annotations = None if halves else annotations
         if annotations:
             rows = _one_archive(annotations, find("car_ims"))
         elif halves:
             if labelled is None:
-                raise ValueError(
+                raise InputError(
                     f"cars196: there is no cars_test_annos_withlabels.mat in {folders[0]}, and "
-                    "without it half of the photographs have no class (cars_test_annos.mat has "
+                    "without it half of the images have no class (cars_test_annos.mat has "
                     f"boxes only). {self.HOW_TO_GET}"
                 )
             rows = [
@@ -79,30 +71,27 @@ class Cars196(ImageBuilder):
                 *_half(labelled, find("cars_test"), "cars_test"),
             ]
         else:
-            raise ValueError(
+            raise InputError(
                 f"cars196: there is neither cars_annos.mat nor cars_train_annos.mat in "
                 f"{folders[0]}. {self.HOW_TO_GET}"
             )
         names = _class_names(find("cars_annos.mat") or find("cars_meta.mat"))
-        splits: dict[str, list[Photograph]] = {"train": [], "test": []}
         for name, path, number, box in rows:
+            split = "train" if number <= TRAIN_CLASSES else "test"
             class_name = names[number - 1] if number <= len(names) else f"class {number}"
-            splits["train" if number <= TRAIN_CLASSES else "test"].append(
-                Photograph(name, path, number - 1, class_name, box)
-            )
-        return splits
+            yield ImageFile(split, name, path, number - 1, class_name, box)
 
 
-def _one_archive(annotations: Path, pictures: Path | None) -> list:
-    folder = pictures or annotations.parent / "car_ims"
+def _one_archive(annotations: Path, images: Path | None) -> list:
+    folder = images or annotations.parent / "car_ims"
     return [
         (row["relative_im_path"], folder.parent / row["relative_im_path"], row["class"], _box(row))
         for row in _rows(annotations)
     ]
 
 
-def _half(annotations: Path, pictures: Path | None, half: str) -> list:
-    folder = pictures or annotations.parent / half
+def _half(annotations: Path, images: Path | None, half: str) -> list:
+    folder = images or annotations.parent / half
     # Some copies hold a second folder of the same name inside.
     folder = folder / half if (folder / half).is_dir() else folder
     return [
@@ -118,7 +107,7 @@ def _rows(path: Path) -> list[dict]:
         for row in rows:
             row["class"] = int(row["class"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} does not hold the annotations of CARS196 (missing or wrong: {error}). Get it "
             "again from another copy."
         ) from error
@@ -147,4 +136,4 @@ def _load(path: Path) -> dict:
     except Exception as error:  # scipy raises nearly anything on a damaged file.
         found = describe_impostor(path.read_bytes()[:512])
         cause = f"it is {found}" if found else error
-        raise ValueError(f"{path} is damaged ({cause}). Get it again.") from error
+        raise InputError(f"{path} is damaged ({cause}). Get it again.") from error

@@ -6,10 +6,12 @@ CNS-TR-2011-001, https://www.vision.caltech.edu/datasets/cub_200_2011/.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from cgd_jax.data import archives
-from cgd_jax.data.builder import ImageBuilder, Photograph
+from cgd_jax.data.builder import ImageBuilder, ImageFile
+from cgd_jax.runtime.errors import InputError
 
 TRAIN_CLASSES = 100  # The first hundred species train, the last hundred are retrieved.
 
@@ -17,7 +19,7 @@ TRAIN_CLASSES = 100  # The first hundred species train, the last hundred are ret
 class Cub200(ImageBuilder):
     """CUB-200-2011 with the split of metric learning, which ignores the one that comes with it.
 
-    Every test photograph searches all the others. Boxes come along; the paper crops to them.
+    Every test image searches all the others. Boxes come along; the paper crops to them.
     """
 
     PUBLISHED = {"train": (100, 5_864), "test": (100, 5_924)}
@@ -33,33 +35,26 @@ class Cub200(ImageBuilder):
     )
     BOXES = True
 
-    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
+    def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the rows of images.txt, with classes and boxes from the lists beside it."""
-        images = archives.find(folders, "images.txt")
-        if images is None:
-            raise ValueError(f"cub200: there is no images.txt in {folders[0]}. {self.HOW_TO_GET}")
+        images = self.find(folders, "images.txt")
         root = images.parent
-        for name in ("image_class_labels.txt", "bounding_boxes.txt"):
-            if not (root / name).exists():
-                raise ValueError(f"cub200: there is no {name} in {root}. {self.HOW_TO_GET}")
-        labels = dict(archives.read_rows(root / "image_class_labels.txt", columns=2))
+        labels_txt = self.find([root], "image_class_labels.txt")
+        boxes_txt = self.find([root], "bounding_boxes.txt")
+        labels = dict(archives.read_rows(labels_txt, columns=2))
         boxes = {
             number: tuple(map(float, box))
-            for number, *box in archives.read_rows(root / "bounding_boxes.txt", columns=5)
+            for number, *box in archives.read_rows(boxes_txt, columns=5)
         }
-        splits: dict[str, list[Photograph]] = {"train": [], "test": []}
         for number, name in archives.read_rows(images, columns=2):
             if number not in labels or number not in boxes:
-                raise ValueError(
+                raise InputError(
                     f"cub200: image {number} ({name}) has no class or no box in the lists of "
                     f"{root}. {self.HOW_TO_GET}"
                 )
             label = int(labels[number]) - 1
-            x, y, width, height = boxes[number]
+            split = "train" if label < TRAIN_CLASSES else "test"
             class_name = name.partition("/")[0].partition(".")[2].replace("_", " ")
-            splits["train" if label < TRAIN_CLASSES else "test"].append(
-                Photograph(
-                    name, root / "images" / name, label, class_name, (x, y, x + width, y + height)
-                )
-            )
-        return splits
+            x, y, width, height = boxes[number]
+            box = x, y, x + width, y + height
+            yield ImageFile(split, name, root / "images" / name, label, class_name, box)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cgd_jax.runtime.errors import InputError
+
 # With Unicode's line and paragraph separators, and halves of surrogate pairs.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -33,7 +35,7 @@ class Dataset(NamedTuple):
     @property
     def query_ids(self) -> np.ndarray | None:
         """[Q] int64, see `gallery_ids`."""
-        numbers = self._picture_numbers()
+        numbers = self._image_numbers()
         return None if numbers is None else numbers[: len(self.query.labels)]
 
     @property
@@ -41,9 +43,9 @@ class Dataset(NamedTuple):
         """[G] int64, unique: a query is the gallery's item of the same id, under any name.
 
         As `metrics.evaluate` takes them; None where there is no gallery, or where it is not
-        known which pictures are the same.
+        known which images are the same.
         """
-        numbers = self._picture_numbers()
+        numbers = self._image_numbers()
         if numbers is None:
             return None
         numbers = numbers[len(self.query.labels) :]
@@ -52,8 +54,8 @@ class Dataset(NamedTuple):
         unique[first] = numbers[first]
         return unique
 
-    def _picture_numbers(self) -> np.ndarray | None:
-        """[Q + G] int64, from 0, equal where two pictures are."""
+    def _image_numbers(self) -> np.ndarray | None:
+        """[Q + G] int64, from 0, equal where two images are."""
         if self.gallery is None or self.query.contents is None or self.gallery.contents is None:
             return None
         contents = np.concatenate([self.query.contents, self.gallery.contents])
@@ -64,36 +66,34 @@ def check_queries(dataset: Dataset) -> None:
     """Checks that there is something to find.
 
     Raises:
-      ValueError: no query has a match; says why.
+      InputError: no query has a match; says why.
     """
     query, gallery = dataset.query, dataset.gallery
     counts = Counter((query if gallery is None else gallery).labels.tolist())
     if gallery is None:
         if max(counts.values(), default=0) < 2:
-            raise ValueError(
-                f"None of the {len(counts):,} test classes has a second photograph, so that no "
-                f"query has anything to find. Give test classes two photographs or more."
+            raise InputError(
+                f"None of the {len(counts):,} test classes has a second image, so that no "
+                f"query has anything to find. Give test classes two images or more."
             )
         return
     if not counts.keys() & set(query.labels.tolist()):
         names = {**query.class_names, **gallery.class_names}
-        raise ValueError(
+        raise InputError(
             f"No label of the queries is in the gallery, so that no query has anything to find: "
             f"queries are {listed([names.get(i, i) for i in np.unique(query.labels).tolist()])}, "
             f"the gallery is {listed([names.get(i, i) for i in counts])}. Label both alike."
         )
     queries, items = dataset.query_ids, dataset.gallery_ids
-    if queries is not None and items is not None:
-        label_of = dict(zip(items.tolist(), gallery.labels.tolist(), strict=True))
-        matches = [
-            counts[label] - (label_of.get(own) == label)
-            for own, label in zip(queries.tolist(), query.labels.tolist(), strict=True)
-        ]
-        if not max(matches, default=0):
-            raise ValueError(
-                "The only pictures in the gallery that a query could find are the queries "
-                "themselves. Give the gallery other photographs of the same classes."
-            )
+    if queries is None or items is None:
+        return
+    pairs = set(zip(items.tolist(), gallery.labels.tolist(), strict=True))
+    own = zip(queries.tolist(), query.labels.tolist(), strict=True)
+    if all(counts[label] == ((id, label) in pairs) for id, label in own):
+        raise InputError(
+            "The only images in the gallery that a query could find are the queries "
+            "themselves. Give the gallery other images of the same classes."
+        )
 
 
 def fingerprint(dataset: Dataset) -> dict:
@@ -111,23 +111,18 @@ def fingerprint(dataset: Dataset) -> dict:
             continue
         labels, counts = np.unique(split.labels, return_counts=True)
         class_of = {label: split.class_names.get(label, str(label)) for label in labels.tolist()}
-        names = [
-            f"{id}\0{class_of[label]}\n"
-            for id, label in zip(split.ids, split.labels.tolist(), strict=True)
-        ]
+        rows = zip(split.ids, split.labels.tolist(), strict=True)
+        names = "".join(f"{id}\0{class_of[label]}\n" for id, label in rows)
+        contents = None if split.contents is None else np.asarray(split.contents, "<i8").tobytes()
         found[name] = {
             "images": len(split.labels),
             "classes": len(labels),
-            "names": _digest("".join(names).encode("utf-8", "backslashreplace")),
-            "contents": None
-            if split.contents is None
-            else _digest(np.asarray(split.contents, "<i8").tobytes()),
+            "names": _digest(names.encode("utf-8", "backslashreplace")),
+            "contents": None if contents is None else _digest(contents),
         }
         if name == "train":
-            found[name]["per class"] = [
-                [class_of[label], count]
-                for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
-            ]
+            per_class = zip(class_of.values(), counts.tolist(), strict=True)
+            found[name]["per class"] = [list(row) for row in per_class]
     return found
 
 
@@ -147,40 +142,35 @@ def describe_difference(
     lines = []
     for name in splits:
         before, now = old.get(name), new.get(name)
-        if before == now:
-            continue
-        if before is None or now is None:
+        if before is not None and now is not None:
+            lines += [f"{name}: {text}" for text in _differences(before, now)]
+        elif before is not now:
             lines.append(f"{name}: {'there was none' if before is None else 'there is none now'}")
-            continue
-        found = []
-        if "per class" in before and "per class" in now:
-            then, current = dict(before["per class"]), dict(now["per class"])
-            found += [
-                f"classes {what} ({len(names):,}): {listed(names)}"
-                for what, names in (
-                    ("that are gone", [n for n in then if n not in current]),
-                    ("that are new", [n for n in current if n not in then]),
-                    (
-                        "with another number of images",
-                        [n for n in then if current.get(n, then[n]) != then[n]],
-                    ),
-                )
-                if names
-            ]
-        found += [
-            f"{before[key]:,} {key} then, {now[key]:,} now"
-            for key in ("classes", "images")
-            if before[key] != now[key]
-        ]
-        if not found and before["names"] != now["names"]:
-            found.append("images have other names, other classes or another order")
-        if not found and before.get("per class") != now.get("per class"):
-            found.append("classes are numbered otherwise")
-        contents = before.get("contents"), now.get("contents")
-        if not found and None not in contents and contents[0] != contents[1]:
-            found.append("there are other pictures under the same names")
-        lines += [f"{name}: {text}" for text in found]
     return lines
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """Says how two splits differ; the coarsest kind of difference hides the finer ones."""
+    then, current = dict(before.get("per class", ())), dict(now.get("per class", ()))
+    kinds = {
+        "that are gone": [n for n in then if n not in current],
+        "that are new": [n for n in current if n not in then],
+        "with another number of images": [n for n in then if current.get(n, then[n]) != then[n]],
+    }
+    found = [f"classes {kind} ({len(n):,}): {listed(n)}" for kind, n in kinds.items() if n]
+    for key in ("classes", "images"):
+        if before[key] != now[key]:
+            found.append(f"{before[key]:,} {key} then, {now[key]:,} now")
+    if found:
+        return found
+    if before["names"] != now["names"]:
+        return ["images have other names, other classes or another order"]
+    if before.get("per class") != now.get("per class"):
+        return ["classes are numbered otherwise"]
+    contents = before.get("contents"), now.get("contents")
+    if None not in contents and contents[0] != contents[1]:
+        return ["there are other images under the same names"]
+    return []
 
 
 def listed(names: Sequence, most: int = 5) -> str:

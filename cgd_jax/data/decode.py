@@ -1,6 +1,6 @@
 """Encoded image bytes → RGB pixels of one size, the same way for training and for test.
 
-JPEG photographs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
+JPEGs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
 a quarter or an eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
 palette, transparency, other formats) through Pillow. OpenCV resizes. All three release
 the GIL, so that threads use all cores.
@@ -9,7 +9,7 @@ Resizing averages when it shrinks (every source pixel counts, nothing aliases) a
 interpolates linearly when it enlarges; the aspect ratio is not kept. Pillow's bilinear
 filter, which followers of the paper use, averages a somewhat wider window:
 `benchmarks/decoding.py` measures the difference, in the mean one grey level of 255 or less
-on most photographs and two on very detailed ones.
+on most photos and two on very detailed ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import io
 import math
 import os
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -42,24 +43,18 @@ MAX_PIXELS = 89_478_485
 
 ORIENTATION = 0x0112  # the EXIF tag
 
-# Formats of photographs. Pillow has others: icons, films, what it only recognizes, and EPS, for
-# which it starts Ghostscript.
+# Pillow knows other formats: icons, films, what it only recognizes, and EPS, for which it starts
+# Ghostscript.
+PHOTO_FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF AVIF HEIF JPEG2000 PPM TGA QOI PSD PCX SGI ICO"
 Image.init()
-FORMATS: list[str] = [
-    name
-    for name in (
-        *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000"),
-        *("PPM", "TGA", "QOI", "PSD", "PCX", "SGI", "ICO"),
-    )
-    if name in Image.OPEN
-]
+FORMATS: list[str] = [name for name in PHOTO_FORMATS.split() if name in Image.OPEN]
 HEIF_ENDINGS = {".heic", ".heics", ".heif", ".heifs", ".hif"}
-# Of files that are taken for photographs, in lower case.
+# Of files that are taken for images, in lower case.
 ENDINGS = HEIF_ENDINGS | {end for end, name in Image.EXTENSION.items() if name in FORMATS}
 
-# Pictures whose brightest value is below are black to the eye, and to a network.
+# Images whose brightest value is below this are black to the eye, and to a network.
 BLACK = 16
-# Photographs have a contrast above this; JPEGs of one colour vary by one or two.
+# Images of something have a contrast above this; JPEGs of one colour vary by one or two.
 PLAIN = 3
 
 
@@ -139,13 +134,8 @@ def dimensions(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def may_be_float(data: bytes) -> bool:
-    """Returns whether a file has a format that can hold floating-point values."""
-    return data.startswith((b"II*\0", b"MM\0*", b"Pf"))  # TIFF and PFM
-
-
-def looks_like_photograph(path: str | os.PathLike) -> bool:
-    """Returns whether a file is taken for a photograph: by its ending, else by its first bytes."""
+def looks_like_image(path: str | os.PathLike) -> bool:
+    """Returns whether a file is taken for an image: by its ending, else by its first bytes."""
     name = os.fspath(path).lower()
     if os.path.splitext(name)[1] in ENDINGS:
         return True
@@ -168,7 +158,10 @@ def _read(data: bytes, height: int, width: int, plain: bool, reduction: int) -> 
             return simplejpeg.decode_jpeg(data, "RGB", **least)
         except ValueError:  # Damaged, or merely odd: Pillow knows the difference.
             pass
-    return _read_with_pillow(data, reduction)
+    with _opened(data) as image:
+        # Reduces a JPEG; nothing happens for other formats.
+        image.draft(None, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
+        return to_rgb(image)
 
 
 def _header(data: bytes) -> tuple[int, int, bool]:
@@ -185,13 +178,12 @@ def _header(data: bytes) -> tuple[int, int, bool]:
         else:
             _check_size(height, width)
             return height, width, colorspace in ("YCbCr", "Gray", "RGB")
-    with _open(data) as image:
+    with _opened(data) as image:
         width, height = image.size
-        _check_size(height, width)
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         try:
             rotation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # A broken EXIF block does not make the picture unreadable.
+        except Exception:  # A broken EXIF block does not make the image unreadable.
             rotation = 1
         if rotation in (5, 6, 7, 8):
             height, width = width, height
@@ -205,23 +197,15 @@ def _check_size(height: int, width: int) -> None:
         )
 
 
-def _open(data: bytes) -> Image.Image:
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Opens an image with Pillow; whatever is wrong with it in the block is a ValueError."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.height, image.width)
+            yield image
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
         raise ValueError(_reason(error, data)) from error
-
-
-def _read_with_pillow(data: bytes, reduction: int) -> np.ndarray:
-    with _open(data) as image:
-        try:
-            _check_size(image.height, image.width)
-            # Reduces a JPEG; nothing happens for other formats.
-            size = max(image.width // reduction, 1), max(image.height // reduction, 1)
-            image.draft(None, size)
-            return to_rgb(image)
-        except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
-            raise ValueError(_reason(error, data)) from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-from cgd_jax.data.builder import build_once
+from cgd_jax.data.builder import build_once, example_features
 from cgd_jax.runtime import console
 
 IMAGE_SIZE = 32  # pixels
@@ -39,14 +39,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": np.int64,
-                    "class_name": tfds.features.Text(),
-                    "id": tfds.features.Text(),
-                }
-            ),
+            features=example_features(),
             # Written in the order of generation: class by class.
             disable_shuffling=True,
         )
@@ -134,7 +127,7 @@ def glyph_classes() -> list[list[Rendering]]:
 
 
 def render(character: str, font: ImageFont.FreeTypeFont) -> bytes:
-    """Draws one character, white on black, its box centerd.
+    """Draws one character, white on black, its box centered.
 
     The box is the font's own: it takes in the baseline and the advance beside the
     ink, so that a comma stays lower than an apostrophe.

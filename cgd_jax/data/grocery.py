@@ -1,4 +1,4 @@
-"""Grocery Store: photographs of fruit, vegetables and packages taken in shops.
+"""Grocery Store: images of fruit, vegetables and packages taken in shops.
 
 Klasson, Zhang and Kjellström, "A Hierarchical Grocery Store Image Dataset with Visual and
 Semantic Labels", WACV 2019, https://github.com/marcusklasson/GroceryStoreDataset (MIT).
@@ -6,10 +6,12 @@ Semantic Labels", WACV 2019, https://github.com/marcusklasson/GroceryStoreDatase
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from cgd_jax.data import archives
-from cgd_jax.data.builder import ImageBuilder, Photograph
+from cgd_jax.data.builder import ImageBuilder, ImageFile
+from cgd_jax.runtime.errors import InputError
 
 TRAIN_CLASSES = 41  # classes 0 to 40 train, 41 to 80 are retrieved
 
@@ -17,9 +19,9 @@ TRAIN_CLASSES = 41  # classes 0 to 40 train, 41 to 80 are retrieved
 class Grocery(ImageBuilder):
     """Grocery Store with a retrieval split of its 81 fine classes.
 
-    The set was made for classification. Here `train` holds all photographs of classes 0–40;
-    of the other classes, the original test photographs (`query`) search the original training
-    photographs (`gallery`), which were taken in other shops.
+    The set was made for classification. Here `train` holds all images of classes 0–40;
+    of the other classes, the original test images (`query`) search the original training
+    images (`gallery`), which were taken in other shops.
     """
 
     PUBLISHED = {"train": (41, 3_051), "query": (40, 1_061), "gallery": (40, 1_162)}
@@ -29,21 +31,16 @@ class Grocery(ImageBuilder):
         "dataset/train.txt, as --config.data.source=PATH."
     )
 
-    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
+    def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the rows of the three lists, spread over train, query and gallery."""
-        classes = archives.find(folders, "classes.csv")
-        if classes is None:
-            raise ValueError(f"grocery: there is no classes.csv in {folders[0]}. {self.HOW_TO_GET}")
-        root = classes.parent
-        names = {}
+        classes = self.find(folders, "classes.csv")
+        root, names = classes.parent, {}
         for line in archives.read_text(classes).splitlines()[1:]:
             name, number = line.split(",")[:2]
             names[int(number)] = name.strip()
-        splits: dict[str, list[Photograph]] = {"train": [], "query": [], "gallery": []}
+        # Validation images of the unseen classes are not used.
         for part, unseen in (("train", "gallery"), ("val", None), ("test", "query")):
-            rows = root / f"{part}.txt"
-            if not rows.exists():
-                raise ValueError(f"grocery: there is no {part}.txt in {root}. {self.HOW_TO_GET}")
+            rows = self.find([root], f"{part}.txt")
             for place, line in enumerate(archives.read_text(rows).splitlines(), 1):
                 if not line.strip():
                     continue
@@ -51,12 +48,10 @@ class Grocery(ImageBuilder):
                     path, fine, _ = (cell.strip() for cell in line.rsplit(",", 2))
                     label = int(fine)
                 except ValueError:
-                    raise ValueError(
+                    raise InputError(
                         f"{rows}, line {place}: expected path, fine class, coarse "
                         f"class, found {line!r}. Get the data set again."
                     ) from None
                 split = "train" if label < TRAIN_CLASSES else unseen
-                if split:  # Validation photographs of the unseen classes are not used.
-                    row = Photograph(path, root / path, label, names.get(label, str(label)))
-                    splits[split].append(row)
-        return splits
+                if split:
+                    yield ImageFile(split, path, root / path, label, names.get(label, str(label)))

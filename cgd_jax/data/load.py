@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from cgd_jax.data import Dataset, Split, builder_class, cache, check_queries, config_keys
-from cgd_jax.data.dataset import listed, printable
+from cgd_jax.data.dataset import listed
+from cgd_jax.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +27,19 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
       center_crop: whether evaluation crops.
 
     Raises:
-      FileNotFoundError, ValueError, OSError: what is wrong with the source, the data
-        set or the disk, and what to do.
+      InputError, OSError: what is wrong with the source, the data set or the disk, and what
+        to do.
     """
     tfds.disable_progress_bar()  # the builders show their own
-    builder = make_builder(config)
+    builder = _make_builder(config)
     # TFDS would announce a download of unknown size.
-    builder._log_download_bytes = lambda: log.info(
-        "Building %s in %s", config.name, builder.data_dir
-    )
+    builder._log_download_bytes = lambda: log.info("Building %s", builder.data_dir)
     builder._log_download_done = lambda: None
-    test_size = config.resize if center_crop else config.image_size
+    train_size, test_size = config.resize, config.resize if center_crop else config.image_size
     try:
         builder.download_and_prepare()
         splits = {
-            name: open_split(builder, name, config.resize if name == "train" else test_size, config)
+            name: _open_split(builder, name, train_size if name == "train" else test_size, config)
             for name in builder.info.splits
         }
     except OSError as error:
@@ -51,13 +49,10 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
                 "--config.data.dir=FOLDER name a folder that you can write to."
             ) from error
         raise
-    dataset = Dataset(
-        train=splits["train"],
-        query=splits["query"] if "query" in splits else splits["test"],
-        gallery=splits.get("gallery"),
-    )
+    query = splits["query"] if "query" in splits else splits["test"]
     # The published numbers are those of the whole sets, copies included.
-    dataset = _handle_copies(dataset, keep=bool(getattr(builder, "PUBLISHED", None)))
+    keep_copies = bool(getattr(builder, "PUBLISHED", None))
+    dataset = _handle_copies(Dataset(splits["train"], query, splits.get("gallery")), keep_copies)
     check_queries(dataset)
     _warn_of_classes(dataset)
     for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
@@ -66,56 +61,23 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     return dataset
 
 
-def _warn_of_classes(dataset: Dataset) -> None:
-    """Reports what is allowed but changes what the numbers mean."""
-    train, query, gallery = dataset
-    tested = np.unique(query.labels)
-    if gallery is None:
-        found, counts = np.unique(query.labels, return_counts=True)
-        alone = found[counts == 1]
-    else:
-        alone = np.setdiff1d(tested, gallery.labels)
-    for classes, text in (
-        (
-            alone,
-            "have no second image to find, so that their queries count as misses or not at all",
-        ),
-        (np.intersect1d(tested, train.labels), "are trained on too: they are not unseen"),
-    ):
-        if len(classes):
-            names = listed([query.class_names[label] for label in classes.tolist()])
-            log.warning("%d of %d test classes %s: %s", len(classes), len(tested), text, names)
-
-
-def make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    """Makes the TFDS builder that the `data` part of a config describes."""
+def _make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     try:
         (config.dir and os.path.abspath(config.dir)).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise InputError(
             f"--config.data.dir={config.dir!r}: data sets cannot be built in a folder whose name "
             "is not valid UTF-8. Choose another one."
         ) from error
     options = {key: config[key] for key in config_keys(config.name)}
-    return builder_class(config.name)(
-        data_dir=config.dir or None, file_format="array_record", **options
-    )
+    options |= {"data_dir": config.dir or None, "file_format": "array_record"}
+    return builder_class(config.name)(**options)
 
 
-def open_split(
+def _open_split(
     builder: tfds.core.DatasetBuilder, name: str, size: int, config: ConfigDict
 ) -> Split:
-    """Opens one split of a prepared data set, its images resized to squares.
-
-    Args:
-      builder: has prepared examples with the features image, label, class_name and id.
-      name: of the split.
-      size: side of the images in pixels.
-      config: the `data` part of an experiment's config.
-
-    Returns:
-      The split; control characters in names, such as line breaks, are escaped.
-    """
+    """Opens one split of a prepared data set, its images resized to squares."""
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
     if config.cache == "none":
         split = cache.decoded(source, size, config.bbox_crop)
@@ -124,38 +86,29 @@ def open_split(
         folder = Path(builder.data_dir, "cache")
         split = cache.cached(source, folder, key, size, config.bbox_crop)
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
-    return split._replace(
-        ids=[printable(id) for id in split.ids],
-        class_names={label: printable(text) for label, text in split.class_names.items()},
-        skipped=Counter(row["split"] for row in skipped)[name],
-    )
+    return split._replace(skipped=sum(row["split"] == name for row in skipped))
 
 
 def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
-    """Leaves out copies of test pictures that would find themselves, and reports the others.
+    """Leaves out copies of test images that would find themselves, and reports the others.
 
     Args:
       dataset: every split with `contents`.
       keep: whether queries that search each other keep their copies.
     """
     train, query, gallery = dataset
-    pictures = np.asarray(query.contents)
-    seen = np.isin(pictures, np.asarray(train.contents))
-    if seen.any():
-        _warn_of(query, seen, "test pictures are in the training set too")
+    asked = np.asarray(query.contents)
+    seen = np.isin(asked, np.asarray(train.contents))
+    _warn(query, seen, "test images are in the training set too")
     if gallery is None:
         # A copy under another label is a neighbour like any other: a wrong one.
-        copies = _repeated(np.stack([pictures, query.labels], 1))
-        if copies.any():
-            done = "find their copies" if keep else "are left out"
-            _warn_of(
-                query, copies, f"test pictures are copies of others of their class, and {done}"
-            )
+        copies = _repeated(np.stack([asked, query.labels], 1))
+        done = "find their copies" if keep else "are left out"
+        _warn(query, copies, f"test images are copies of others of their class, and {done}")
         return dataset if keep else dataset._replace(query=_rows(query, ~copies))
     searched = np.asarray(gallery.contents)
-    both = np.isin(searched, pictures)
-    if both.any():
-        _warn_of(gallery, both, "pictures of the gallery are queries too; no query finds itself")
+    both = np.isin(searched, asked)
+    _warn(gallery, both, "images of the gallery are queries too; no query finds itself")
     # `gallery_ids` covers one copy of each.
     return dataset._replace(gallery=_rows(gallery, ~(both & _repeated(searched))))
 
@@ -167,9 +120,26 @@ def _repeated(values: np.ndarray) -> np.ndarray:
     return repeated
 
 
-def _warn_of(split: Split, rows: np.ndarray, what: str) -> None:
-    ids = [split.ids[i] for i in np.flatnonzero(rows)[:4]]
-    log.warning("%d of %d %s: %s", rows.sum(), len(rows), what, listed(ids, 3))
+def _warn(split: Split, chosen: np.ndarray, what: str) -> None:
+    """Reports the rows of a split that are chosen, [N] bool, if any are."""
+    if chosen.any():
+        ids = [split.ids[i] for i in np.flatnonzero(chosen)[:4]]
+        log.warning("%d of %d %s: %s", chosen.sum(), len(chosen), what, listed(ids, 3))
+
+
+def _warn_of_classes(dataset: Dataset) -> None:
+    """Reports what is allowed but changes what the numbers mean."""
+    train, query, gallery = dataset
+    tested, counts = np.unique(query.labels, return_counts=True)
+    alone = tested[counts == 1] if gallery is None else np.setdiff1d(tested, gallery.labels)
+    kinds = {
+        "have no second image to find, so that their queries count as misses or not at all": alone,
+        "are trained on too: they are not unseen": np.intersect1d(tested, train.labels),
+    }
+    for text, classes in kinds.items():
+        if len(classes):
+            names = listed([query.class_names[label] for label in classes.tolist()])
+            log.warning("%d of %d test classes %s: %s", len(classes), len(tested), text, names)
 
 
 def _rows(split: Split, chosen: np.ndarray) -> Split:

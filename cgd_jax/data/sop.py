@@ -1,4 +1,4 @@
-"""Stanford Online Products: product photographs from eBay.
+"""Stanford Online Products: images of products from eBay.
 
 Song, Xiang, Jegelka and Savarese, "Deep Metric Learning via Lifted Structured Feature
 Embedding", CVPR 2016, https://arxiv.org/abs/1511.06452.
@@ -6,16 +6,17 @@ Embedding", CVPR 2016, https://arxiv.org/abs/1511.06452.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from cgd_jax.data import archives
-from cgd_jax.data.builder import ImageBuilder, Photograph
+from cgd_jax.data.builder import ImageBuilder, ImageFile
 
 
 class Sop(ImageBuilder):
     """Stanford Online Products: 22,634 products, the first half of them for training.
 
-    Every test photograph searches all the others.
+    Every test image searches all the others.
     """
 
     PUBLISHED = {"train": (11_318, 59_551), "test": (11_316, 60_502)}
@@ -26,21 +27,14 @@ class Sop(ImageBuilder):
         "--config.data.source=PATH."
     )
 
-    def photographs(self, folders: list[Path]) -> dict[str, list[Photograph]]:
+    def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the rows of Ebay_train.txt and Ebay_test.txt."""
-        splits = {}
         for split in ("train", "test"):
-            path = archives.find(folders, f"Ebay_{split}.txt")
-            if path is None:
-                raise ValueError(
-                    f"sop: there is no Ebay_{split}.txt in {folders[0]}. {self.HOW_TO_GET}"
-                )
-            splits[split] = [
+            path = self.find(folders, f"Ebay_{split}.txt")
+            for _, label, _, name in archives.read_rows(path, columns=4, skip=1):
                 # Classes count from 1; the folder names the kind of product.
-                Photograph(name, path.parent / name, int(label) - 1, _class_name(name))
-                for _, label, _, name in archives.read_rows(path, columns=4, skip=1)
-            ]
-        return splits
+                file = path.parent / name
+                yield ImageFile(split, name, file, int(label) - 1, _class_name(name))
 
 
 def _class_name(name: str) -> str:

@@ -1,16 +1,23 @@
 """Classification losses: the paper's on logits, and those on angles to the centers of classes.
 
-The ones on angles compare `embeddings [B, D]` by cosine with `centers [M, S, D]`, which are
-trained with the network. S, above 1, are sub-centers: the class is as near as its nearest one
-(Deng et al., ECCV 2020, "Sub-center ArcFace").
+The ones on angles take `embeddings [B, D]`, floating point, `labels [B]`, integers in [0, M), and
+`centers [M, S, D]`, floating point, which are trained with the network, and compare them by
+cosine. S, above 1, are sub-centers: the class is as near as its nearest one (Deng et al., ECCV
+2020, "Sub-center ArcFace").
+
+All of them return a float32 scalar, the mean over the batch, and raise ValueError for wrong
+ranks, lengths or dtypes.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from cgd_jax.losses.pairs import check, safe_root, similarities
+from cgd_jax.losses.pairs import batch_mean, checked, safe_root, similarities
 
 __all__ = [
+    "CENTER_LOSSES",
     "arcface_loss",
     "class_similarities",
     "cosface_loss",
@@ -27,23 +34,14 @@ def normalized_softmax_loss(
     Zhai & Wu, BMVC 2019, https://arxiv.org/abs/1811.12649, equation 3.
 
     Args:
-      embeddings: [B, D], floating point.
-      labels: [B], integers in [0, M).
-      centers: [M, S, D], floating point.
       temperature: by which the cosines are divided.
-
-    Returns:
-      A float32 scalar, the mean over the batch.
-
-    Raises:
-      ValueError: wrong ranks, lengths or dtypes.
 
     >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{normalized_softmax_loss(x, jnp.array([0, 1]), centers, 1.0):.4f}")  # log(1 + 1/e)
     0.3133
     """
-    cosines, true = _cosines(embeddings, labels, centers)
-    return _cross_entropy(cosines / temperature, true)
+    cosines, true = cosines_to(centers, embeddings, labels)
+    return cross_entropy(cosines.max(2) / temperature, true, embeddings)
 
 
 def cosface_loss(
@@ -58,24 +56,15 @@ def cosface_loss(
     Wang et al., CVPR 2018, https://arxiv.org/abs/1801.09414, equation 4.
 
     Args:
-      embeddings: [B, D], floating point.
-      labels: [B], integers in [0, M).
-      centers: [M, S, D], floating point.
       margin: in units of cosine.
       scale: of the cosines.
-
-    Returns:
-      A float32 scalar, the mean over the batch.
-
-    Raises:
-      ValueError: wrong ranks, lengths or dtypes.
 
     >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{cosface_loss(x, jnp.array([0, 1]), centers, 1.0, 1.0):.4f}")  # log 2
     0.6931
     """
-    cosines, true = _cosines(embeddings, labels, centers)
-    return _cross_entropy(scale * (cosines - margin * true), true)
+    cosines, true = cosines_to(centers, embeddings, labels)
+    return cross_entropy(scale * (cosines.max(2) - margin * true), true, embeddings)
 
 
 def arcface_loss(
@@ -92,26 +81,18 @@ def arcface_loss(
     loss still falls with the angle.
 
     Args:
-      embeddings: [B, D], floating point.
-      labels: [B], integers in [0, M).
-      centers: [M, S, D], floating point.
       margin: in radians, in [0, π).
       scale: of the cosines.
-
-    Returns:
-      A float32 scalar, the mean over the batch.
-
-    Raises:
-      ValueError: wrong ranks, lengths or dtypes.
 
     >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{arcface_loss(x, jnp.array([0, 1]), centers, jnp.pi / 2, 1.0):.3f}")  # log 2
     0.693
     """
-    cosines, true = _cosines(embeddings, labels, centers)
+    all_cosines, true = cosines_to(centers, embeddings, labels)
+    cosines = all_cosines.max(2)
     moved = cosines * jnp.cos(margin) - safe_root(1 - cosines**2) * jnp.sin(margin)
     moved = jnp.where(cosines > -jnp.cos(margin), moved, cosines - margin * jnp.sin(margin))
-    return _cross_entropy(scale * jnp.where(true, moved, cosines), true)
+    return cross_entropy(scale * jnp.where(true, moved, cosines), true, embeddings)
 
 
 def smoothed_cross_entropy(
@@ -129,59 +110,60 @@ def smoothed_cross_entropy(
       temperature: τ > 0, by which the logits are divided; below 1 it sharpens.
       smoothing: ε in [0, 1).
 
-    Returns:
-      A float32 scalar, the mean over the batch.
-
     Raises:
-      ValueError: wrong ranks, lengths or dtypes; temperature or smoothing out of
-        range.
+      ValueError: as all do, and temperature or smoothing out of range.
 
     >>> logits, labels = jnp.array([[2.0, 0.0]]), jnp.array([0])
     >>> loss = smoothed_cross_entropy(logits, labels, temperature=0.5, smoothing=0.1)
     >>> print(f"{loss:.4f}")  # softmax of [4, 0] against the target [0.95, 0.05]
     0.2181
     """
-    check(logits, labels, "logits")
+    logits = checked(logits, labels, "logits")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive; got {temperature}.")
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1); got {smoothing}.")
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    log_probabilities = jax.nn.log_softmax(logits / temperature)
     true_class = jnp.take_along_axis(log_probabilities, labels[:, None], 1)[:, 0]
     return -jnp.mean((1 - smoothing) * true_class + smoothing * log_probabilities.mean(1))
 
 
 def class_similarities(embeddings: jax.Array, centers: jax.Array) -> jax.Array:
-    """Cosines to the nearest center of every class.
-
-    Args:
-      embeddings: [B, D], floating point.
-      centers: [M, S, D].
-
-    Returns:
-      [B, M], float32.
+    """Cosines to the nearest center of every class, [B, M] float32.
 
     >>> centers = jnp.array([[[2.0, 0.0], [0.0, 3.0]], [[-1.0, 0.0], [-1.0, 0.0]]])
     >>> class_similarities(jnp.eye(2), centers).tolist()
     [[1.0, -1.0], [1.0, 0.0]]
     """
-    classes, subs, dim = centers.shape
-    return similarities(embeddings, centers.reshape(-1, dim)).reshape(-1, classes, subs).max(2)
+    return _cosines(embeddings, centers).max(2)
 
 
-def _cosines(
-    embeddings: jax.Array, labels: jax.Array, centers: jax.Array
+def cosines_to(
+    vectors: jax.Array, embeddings: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """[B, M]: the cosine of every image to every class; whether the image is of that class."""
-    check(embeddings, labels, "embeddings")
-    if centers.ndim != 3 or centers.shape[2] != embeddings.shape[1]:
+    """[B, M, S] cosines to the vectors of classes; [B, M] whether the image is of that class."""
+    embeddings = checked(embeddings, labels)
+    if vectors.ndim != 3 or vectors.shape[2] != embeddings.shape[1]:
         raise ValueError(
-            f"centers must have shape [M, S, D] with the embeddings' D; got {centers.shape} for "
-            f"embeddings {embeddings.shape}."
+            f"proxies or centers must have shape [M, S, D] with the embeddings' D; got "
+            f"{vectors.shape} for embeddings {embeddings.shape}."
         )
-    return class_similarities(embeddings, centers), labels[:, None] == jnp.arange(len(centers))
+    return _cosines(embeddings, vectors), labels[:, None] == jnp.arange(len(vectors))
 
 
-def _cross_entropy(logits: jax.Array, true: jax.Array) -> jax.Array:
+def _cosines(embeddings: jax.Array, vectors: jax.Array) -> jax.Array:
+    classes, count, dim = vectors.shape
+    return similarities(embeddings, vectors.reshape(-1, dim)).reshape(-1, classes, count)
+
+
+def cross_entropy(logits: jax.Array, true: jax.Array, embeddings: jax.Array) -> jax.Array:
     """The mean of -log softmax at the true class; zero gradient where a label is no class."""
-    return -jnp.mean(jnp.where(true, jax.nn.log_softmax(logits), 0.0).sum(1))
+    cost = -jnp.where(true, jax.nn.log_softmax(logits), 0.0).sum(1)
+    return batch_mean(cost, jnp.ones(len(cost), bool), embeddings)
+
+
+CENTER_LOSSES: dict[str, Callable[..., jax.Array]] = {
+    "normalized_softmax": normalized_softmax_loss,
+    "cosface": cosface_loss,
+    "arcface": arcface_loss,
+}

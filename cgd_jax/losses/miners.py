@@ -1,8 +1,9 @@
 """Miners: which pairs of a batch a loss looks at, chosen by their distances.
 
-A miner takes distances [B, N] and boolean masks of the positive and the negative pairs [B, N],
-and returns the masks of those that it keeps. Every loss on pairs takes one as `miner`; its
-triplets are all that the kept pairs of an anchor form. Nothing here is differentiated.
+A miner takes `distances [B, N]` and boolean masks [B, N] of the `positive` and the `negative`
+pairs, and returns the masks of those that it keeps. Every loss on pairs takes one as `miner`; its
+triplets are all that the kept pairs of an anchor form. Nothing here is differentiated, but for
+what `hardest` returns.
 
 >>> distances = jnp.array([[0.0, 2.0, 1.0, 3.0]])
 >>> positive, negative = jnp.array([[False, True, False, False]]), jnp.array([[0, 0, 1, 1]]) > 0
@@ -20,9 +21,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-__all__ = ["MINERS", "batch_all", "batch_hard", "distance_weighted", "semi_hard"]
+__all__ = ["MINERS", "batch_all", "batch_hard", "distance_weighted", "hardest", "semi_hard"]
 
 Masks = tuple[jax.Array, jax.Array]
+
+
+def hardest(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+    """Returns every anchor's distance [B] to its farthest positive and to its nearest negative.
+
+    They are -inf and inf where there is none.
+
+    >>> hardest(jnp.array([[1.0, 2.0]]), jnp.ones((1, 2), bool), jnp.zeros((1, 2), bool))
+    (Array([2.], dtype=float32), Array([inf], dtype=float32))
+    """
+    farthest = jnp.where(positive, distances, -jnp.inf).max(1)
+    nearest = jnp.where(negative, distances, jnp.inf).min(1)
+    return farthest, nearest
 
 
 def batch_all(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
@@ -36,16 +50,15 @@ def batch_all(distances: jax.Array, positive: jax.Array, negative: jax.Array) ->
 
 
 def batch_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
-    """Keeps every anchor's farthest positive and nearest negative.
+    """Keeps every anchor's farthest positive and nearest negative; of equal ones all.
 
     Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 5.
 
     >>> batch_hard(jnp.array([[1.0, 2.0]]), jnp.ones((1, 2), bool), jnp.zeros((1, 2), bool))[0]
     Array([[False,  True]], dtype=bool)
     """
-    farthest = jnp.where(positive, distances, -jnp.inf).argmax(1)
-    nearest = jnp.where(negative, distances, jnp.inf).argmin(1)
-    return positive & _only(farthest, distances), negative & _only(nearest, distances)
+    farthest, nearest = hardest(distances, positive, negative)
+    return positive & (distances == farthest[:, None]), negative & (distances == nearest[:, None])
 
 
 def semi_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
@@ -58,14 +71,17 @@ def semi_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) ->
     >>> semi_hard(distances, first, ~first)[1].tolist()
     [[False, False, True]]
     """
-    order = jnp.argsort(jnp.where(negative, distances, jnp.inf), 1)
-    ordered = jnp.take_along_axis(jnp.where(negative, distances, jnp.inf), order, 1)
+    return positive, negative & _chosen(semi_hard_negatives(distances, negative), positive)
+
+
+def semi_hard_negatives(distances: jax.Array, negative: jax.Array) -> jax.Array:
+    """[B, N] columns: for every pair, taken for a positive one, its semi-hard negative."""
+    of_negatives = jnp.where(negative, distances, jnp.inf)
+    order = jnp.argsort(of_negatives, 1)
+    ordered = jnp.take_along_axis(of_negatives, order, 1)
     beyond = jax.vmap(lambda row, d: jnp.searchsorted(row, d, side="right"))(ordered, distances)
     last = jnp.maximum(negative.sum(1, keepdims=True) - 1, 0)
-    chosen = jnp.take_along_axis(order, jnp.minimum(beyond, last), 1)
-    rows = jnp.arange(len(distances))[:, None]
-    kept = jnp.zeros(distances.shape, jnp.int32).at[rows, chosen].max(positive.astype(jnp.int32))
-    return positive, negative & (kept > 0)
+    return jnp.take_along_axis(order, jnp.minimum(beyond, last), 1)
 
 
 def distance_weighted(
@@ -82,20 +98,13 @@ def distance_weighted(
 
     Wu et al., ICCV 2017, https://arxiv.org/abs/1706.07567, section 4: with a probability of one
     over the density of distances between random points on the sphere, ``d^(n-2) (1 - d²/4)^((n-3)
-    /2)``.
+    /2)``. An anchor has as many negatives as positives, but for those that were drawn twice.
 
     Args:
-      distances: [B, N], of unit vectors.
-      positive: [B, N] bool.
-      negative: [B, N] bool.
       key: of the draw; the same one gives the same pairs.
       dim: n, of the sphere's space.
       cutoff: distances below it are taken for it, so that noise is not drawn too often.
       nonzero_cutoff: negatives beyond it are not drawn, unless an anchor has no other.
-
-    Returns:
-      All positives; the negatives that were drawn, as many for an anchor as it has positives
-      but for those that were drawn twice.
 
     >>> distances, first = jnp.array([[1.0, 1.0, 2.0]]), jnp.array([[True, False, False]])
     >>> distance_weighted(distances, first, ~first, key=jax.random.key(0))[1].tolist()
@@ -107,16 +116,14 @@ def distance_weighted(
     allowed = jnp.where(near.any(1, keepdims=True), near, negative)
     logits = jnp.where(allowed, -log_density, -jnp.inf)
     logits = jnp.where(allowed.any(1, keepdims=True), logits, 0.0)  # the mask below drops them
-    rows, columns = distances.shape
-    chosen = jax.random.categorical(key, logits[:, None, :], axis=2, shape=(rows, columns))
-    kept = jnp.zeros((rows, columns), jnp.int32)
-    kept = kept.at[jnp.arange(rows)[:, None], chosen].max(positive.astype(jnp.int32))
-    return positive, negative & (kept > 0)
+    columns = jax.random.categorical(key, logits[:, None, :], axis=2, shape=distances.shape)
+    return positive, negative & _chosen(columns, positive)
 
 
-def _only(column: jax.Array, like: jax.Array) -> jax.Array:
-    """Boolean [B, N]: True in one column of every row."""
-    return jnp.arange(like.shape[1]) == column[:, None]
+def _chosen(columns: jax.Array, positive: jax.Array) -> jax.Array:
+    """[B, N] bool: whether a column is among those that the positives of its row have chosen."""
+    rows = jnp.arange(len(columns))[:, None]
+    return jnp.zeros_like(positive).at[rows, columns].max(positive)
 
 
 # The names under which configs select a miner.

@@ -5,17 +5,21 @@ of a cross-batch memory, if there is one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 
-from cgd_jax.combination import l2_normalize
+from cgd_jax.combination import l2_normalize, to_float32
 
 __all__ = ["Memory", "Miner", "empty_memory", "pairwise_distances", "push", "similarities"]
 
 # distances [B, N] float32, positive [B, N], negative [B, N] → the masks of what is kept.
 Miner = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+# Coordinates and distances beyond it count as it where a loss multiplies them with one another,
+# so that sums of its terms stay in float32.
+LIMIT = 1e12
 
 
 class Memory(NamedTuple):
@@ -28,12 +32,35 @@ class Memory(NamedTuple):
     labels: jax.Array  # [M] int32; -1 where nothing was stored yet
 
 
+class PairOptions(TypedDict, total=False):
+    """What every loss on pairs takes by keyword."""
+
+    memory: Memory | None
+    miner: Miner | None
+
+
 class Pairs(NamedTuple):
     """Which columns an anchor is to be near to, and which far from."""
 
+    embeddings: jax.Array  # [B, D] float32: the batch, the anchors
     references: jax.Array  # [N, D] float32: the batch, then the memory
     positive: jax.Array  # [B, N] bool: same class but another image
     negative: jax.Array  # [B, N] bool: another class
+
+    @property
+    def valid(self) -> jax.Array:
+        """[B] bool: whether an anchor has both."""
+        return self.positive.any(1) & self.negative.any(1)
+
+    @property
+    def distances(self) -> jax.Array:
+        """[B, N] float32."""
+        return pairwise_distances(self.embeddings, self.references)
+
+    @property
+    def similarities(self) -> jax.Array:
+        """[B, N] float32, cosines."""
+        return similarities(self.embeddings, self.references)
 
 
 def pairwise_distances(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
@@ -52,14 +79,18 @@ def pairwise_distances(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
     >>> pairwise_distances(jnp.array([[0.0, 0.0], [3.0, 4.0]])).tolist()
     [[0.0, 5.0], [5.0, 0.0]]
     """
-    x = x.astype(jnp.float32)
-    y = x if y is None else y.astype(jnp.float32)
+    x = to_float32(x)
+    y = x if y is None else to_float32(y)
+    # The squares of norms beyond 1e19 are infinite. A power of two, so that nothing is rounded.
+    largest = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
+    scale = jnp.ldexp(1.0, jnp.clip(jnp.frexp(jax.lax.stop_gradient(largest))[1], 0, 100))
+    x, y = x / scale, y / scale
     # Seen from their mean: |x|² + |y|² - 2 x·y of long vectors that lie close together has no
     # digit of their distance in it.
     center = jax.lax.stop_gradient(x.mean(0))
     x, y = x - center, y - center
     squared = jnp.sum(x**2, 1)[:, None] + jnp.sum(y**2, 1)[None, :] - 2 * products(x, y)
-    return safe_root(squared)
+    return scale * safe_root(squared)
 
 
 def similarities(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
@@ -75,8 +106,8 @@ def similarities(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
     >>> similarities(jnp.array([[2.0, 0.0], [0.0, 3.0]])).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    unit = lambda vectors: l2_normalize(vectors.astype(jnp.float32))
-    return products(unit(x), unit(x if y is None else y))
+    x = l2_normalize(to_float32(x))
+    return products(x, x if y is None else l2_normalize(to_float32(y)))
 
 
 def products(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -130,8 +161,8 @@ def pairs_of(
     miner: Miner | None = None,
 ) -> Pairs:
     """Finds the pairs of a batch, and of its images with a memory, that a miner keeps."""
-    check(embeddings, labels, "embeddings")
-    references, columns = embeddings.astype(jnp.float32), labels
+    embeddings = checked(embeddings, labels)
+    references, columns = embeddings, labels
     if memory is not None:
         references = jnp.concatenate([references, jax.lax.stop_gradient(memory.vectors)])
         columns = jnp.concatenate([labels, memory.labels.astype(labels.dtype)])
@@ -141,12 +172,21 @@ def pairs_of(
     if miner is not None:
         distances = jax.lax.stop_gradient(pairwise_distances(embeddings, references))
         positive, negative = miner(distances, positive, negative)
-    return Pairs(references, positive, negative)
+    return Pairs(embeddings, references, positive, negative)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
     """The mean of `values` where `mask`; 0 where the mask is empty."""
     return jnp.where(mask, values, 0.0).sum(axis) / jnp.maximum(mask.sum(axis), 1)
+
+
+def batch_mean(values: jax.Array, mask: jax.Array, embeddings: jax.Array) -> jax.Array:
+    """`masked_mean` as a loss: NaN if an embedding is not finite, whatever the mask."""
+    return nan_unless_finite(embeddings, masked_mean(values, mask))
+
+
+def nan_unless_finite(embeddings: jax.Array, loss: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(embeddings).all(), loss, jnp.nan)
 
 
 def masked_logsumexp(values: jax.Array, mask: jax.Array, axis: int = 1) -> jax.Array:
@@ -159,8 +199,8 @@ def soft_sum(values: jax.Array, mask: jax.Array, axis: int = 1) -> jax.Array:
     return jax.nn.softplus(masked_logsumexp(values, mask, axis))
 
 
-def check(values: jax.Array, labels: jax.Array, name: str) -> None:
-    """Raises ValueError for wrong ranks, lengths or dtypes."""
+def checked(values: jax.Array, labels: jax.Array, name: str = "embeddings") -> jax.Array:
+    """Returns `values` as float32; raises ValueError for wrong ranks, lengths or dtypes."""
     if values.ndim != 2 or labels.shape != values.shape[:1]:
         raise ValueError(
             f"{name} must have shape [B, ...] of rank 2 and labels [B]; got {name} "
@@ -170,3 +210,4 @@ def check(values: jax.Array, labels: jax.Array, name: str) -> None:
         raise ValueError(f"{name} must be floating point; got {values.dtype}.")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers; got {labels.dtype}.")
+    return to_float32(values)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax import pooling
-from cgd_jax.augment import Normalization
 from cgd_jax.models import (
     bninception,
     clip,
@@ -20,6 +19,7 @@ from cgd_jax.models import (
     shufflenet,
 )
 from cgd_jax.models.family import Family
+from cgd_jax.preprocess import Normalization
 
 __all__ = [
     "BACKBONES",
@@ -61,8 +61,6 @@ def create(config: Any, dtype: jnp.dtype) -> nn.Module:
     """
     family = BACKBONES[config.backbone]
     options = {name: getattr(config, name) for name in family.options}
-    if family.downsamples:
-        options["last_stride"] = config.last_stride
     backbone = family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
     # Backbones are written with flax's own convolution, which is slow on a CPU, its gradients most
     # of all. On other platforms nothing changes.
@@ -84,18 +82,13 @@ def refused_options(config: Any) -> list[str]:
     refused = []
     for option in dict.fromkeys(option for family in FAMILIES for option in family.options):
         having = [family for family in FAMILIES if option in family.options]
-        value, published = getattr(config, option), having[0].options[option]
-        if option not in chosen.options and value != published:
+        value, neutral = getattr(config, option), having[0].options[option]
+        if option not in chosen.options and value != neutral:
             titles = ", ".join(f"{family.title}s" for family in having)
             refused.append(
                 f"model.{option}={value!r} is an option of {titles}; {name} has none, leave "
-                f"{published!r}."
+                f"{neutral!r}."
             )
-    if not chosen.downsamples and config.last_stride != 1:
-        refused.append(
-            f"model.last_stride={config.last_stride} is of networks that make their feature map "
-            f"smaller from stage to stage; {name} does not, leave 1."
-        )
     if not chosen.batch_norm and config.freeze_batch_norm:
         refused.append(
             f"model.freeze_batch_norm=True keeps the statistics of BatchNorm, which {name} does "
@@ -134,8 +127,8 @@ def layer_factors(backbone: nn.Module, decay: float) -> Callable[[str], float]:
 
 def published(config: Mapping[str, Any]) -> str | None:
     """Returns the backbone whose weights a repository has, by the content of its config.json."""
-    names = (family.published(config) for family in FAMILIES)
-    return next((name for name in names if name is not None), None)
+    names = ((family.published(config), family) for family in FAMILIES)
+    return next((name for name, family in names if name in family.members), None)
 
 
 def listed(families: Sequence[Family] | None = None) -> str:

@@ -7,7 +7,6 @@ windows may reach over the lower and the right edge.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.augment import Normalization
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
+from cgd_jax.preprocess import Normalization
 
 __all__ = ["BACKBONES", "FAMILY", "BNInception"]
 
-ModuleDef = Any
 # Channels of the branches: 1×1 (0: none, and the block downsamples); 1×1 and 3×3; 1×1 and twice
-# 3×3; 1×1 behind the pooling (0: none). What is pooled is the mean, but the maximum in the end.
+# 3×3; 1×1 behind the pooling (0: none).
 BLOCKS = {
     "3a": (64, (64, 64), (64, 96), 32),
     "3b": (64, (64, 96), (64, 96), 64),
@@ -35,7 +34,6 @@ BLOCKS = {
     "5a": (352, (192, 320), (160, 224), 128),
     "5b": (352, (192, 320), (192, 224), 128),
 }
-LAST_DOWNSAMPLING, MAXIMUM = "4e", "5b"
 
 
 def _over_the_edge(x: jax.Array) -> jax.Array:
@@ -50,8 +48,8 @@ class Block(nn.Module):
     channels: tuple[int, tuple[int, int], tuple[int, int], int]
     stride: int
     maximum: bool  # whether it pools the maximum
-    conv: ModuleDef
-    norm: ModuleDef
+    conv: Layer
+    norm: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -76,67 +74,54 @@ class Block(nn.Module):
         return jnp.concatenate(outputs, -1)
 
 
-class BNInception(nn.Module):
+class BNInception(ConvNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, 1024], s = 32, or 16 with `last_stride=1`.
 
     Attributes:
       divisor: of all channels; 1 is the published network, more make narrow ones.
-      last_stride: of the last downsampling, 2 as published or 1 as in CGD.
-      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
-      remat: computes the inside of every block once more in the backward pass.
-      dtype: of the computation; parameters and statistics stay float32.
-      conv: the convolution, for `backbones.create` to replace.
     """
 
     divisor: int = 1
-    last_stride: int = 1
-    frozen_blocks: int = 0
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv
+
+    STEM = tuple(
+        f"{conv}{kind}"
+        for conv in ("conv1_7x7_s2", "conv2_3x3_reduce", "conv2_3x3")
+        for kind in ("", "_bn")
+    )
 
     @property
-    def layers(self) -> tuple[tuple[str, ...], ...]:
-        """The names of the modules below the network, see `backbones.layer_factors`."""
-        convs = ("conv1_7x7_s2", "conv2_3x3_reduce", "conv2_3x3")
-        stem = (*convs, *(f"{name}_bn" for name in convs))
-        return (stem, *((f"inception_{name}",) for name in BLOCKS))
+    def blocks(self) -> dict[str, dict[str, Any]]:
+        """See `Backbone.blocks`."""
+        strides = self.strides([1 if channels[0] else 2 for channels in BLOCKS.values()])
+        return {
+            f"inception_{name}": {
+                "channels": self.scaled(channels),
+                "stride": stride,
+                # The mean is pooled, but where the map is made smaller, and in the end.
+                "maximum": not channels[0] or name == "5b",
+            }
+            for (name, channels), stride in zip(BLOCKS.items(), strides, strict=True)
+        }
+
+    @nn.nowrap
+    def scaled(self, channels: Any) -> Any:
+        """Divides a number of channels, or all in a tuple."""
+        return jax.tree.map(lambda n: n // self.divisor, channels)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        # The initial weights of He et al. (https://arxiv.org/abs/1502.01852), fan-out mode.
-        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        conv = partial(self.conv, kernel_init=kernel_init, dtype=self.dtype)
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-        )
-        scaled = lambda channels: jax.tree.map(lambda n: n // self.divisor, channels)
+        conv, norm = self.conv_and_norm(train, use_bias=True)
 
         def layer(x, channels, side, name, stride=1):
-            x = conv(scaled(channels), (side, side), stride, padding=side // 2, name=name)(x)
+            x = conv(self.scaled(channels), (side, side), stride, side // 2, name=name)(x)
             return nn.relu(norm(name=f"{name}_bn")(x))
 
         x = layer(x[..., ::-1], 64, 7, "conv1_7x7_s2", 2)  # blue, green, red
         x = _over_the_edge(x)
         x = layer(layer(x, 64, 1, "conv2_3x3_reduce"), 192, 3, "conv2_3x3")
         x = _over_the_edge(x)
-        block_of = nn.remat(Block) if self.remat else Block
-        for number, (block, channels) in enumerate(BLOCKS.items(), 1):
-            last = block == LAST_DOWNSAMPLING
-            x = block_of(
-                channels=scaled(channels),
-                stride=1 if channels[0] else self.last_stride if last else 2,
-                maximum=block == MAXIMUM or last,
-                conv=conv,
-                norm=norm,
-                name=f"inception_{block}",
-            )(x)
-            if self.frozen_blocks == number:
-                x = jax.lax.stop_gradient(x)
+        for name, own in self.blocks.items():
+            x = self.run_block(Block, name, x, **own, conv=conv, norm=norm)
         return x
 
 
@@ -157,12 +142,12 @@ FAMILY = Family(
         Scheme(
             "Cadene BN-Inception",
             "conv1_7x7_s2.weight",
-            ("last_linear", "fc"),
+            ("last_linear.", "fc."),
             _cadene_name,
             _flat_norms,
         ),
     ),
     # Red, green, blue, of pixels from 0 to 1.
     normalization=Normalization.of((128 / 255, 117 / 255, 104 / 255), 1 / 255),
-    options={"frozen_blocks": 0},
+    options=OPTIONS,
 )

@@ -1,6 +1,6 @@
 """The CGD network: a backbone, branches of global descriptors, an auxiliary head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,22 +9,26 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax import combination, pooling
-from cgd_jax.augment import Normalization, center_crop, normalize
 from cgd_jax.combination import l2_normalize
 from cgd_jax.models import backbones
 from cgd_jax.models.family import Features
+from cgd_jax.models.layers import is_ampere
+from cgd_jax.preprocess import Normalization, center_crop, normalize
 
 __all__ = [
     "CENTERS",
     "CGD",
     "FC_INITS",
     "LEARN_P",
+    "LOSS_PARAMS",
     "Center",
     "Output",
     "branches_of",
     "compute_dtype",
     "create_model",
+    "create_model_of",
     "embed_model",
+    "network_params",
     "select_vector",
     "vectors_of",
 ]
@@ -45,6 +49,9 @@ FC_INITS = {
 }
 
 
+LOSS_PARAMS = "loss"  # where the parameters hold those of the losses, if there are any
+
+
 class Output(NamedTuple):
     """What the network computes for a batch of images."""
 
@@ -57,23 +64,12 @@ class Output(NamedTuple):
 class Center(nn.Module):
     """Subtracts the mean descriptor: of the batch in training, a running mean otherwise.
 
-    Descriptors behind a ReLU are not negative, so that all of them share a large part, and the
-    FC layer, which has no bias, passes it on. The embeddings then lie close together on the
-    sphere. As long as the hardest positive of most anchors is farther away than the hardest
-    negative, the fastest way down for a triplet loss is to make all distances smaller still:
-    d_p - d_n + margin goes to the margin, and the embedding into one point. Of centered
-    descriptors y_i = W (x_i - mean) the sum over the batch is zero whatever W and the backbone
-    are, so their unit vectors u_i = y_i / |y_i| fulfil Σ |y_i| u_i = 0: they cannot lie in one
-    half of the sphere, let alone in a point. The gradient passes through the mean, else the
-    backbone would be pushed along it. In evaluation this is an FC layer with a bias.
-
-    One image whose descriptor is far longer than the others' holds the sum at zero by itself, and
-    lets the others lie together after all: a ResNet-50 trained from scratch learns that. With
-    `unit`, descriptors are scaled to unit length before, which changes nothing in the paper's
-    embedding, where an FC layer without a bias and a normalization follow.
+    The embeddings of a batch then cannot collapse into one point (docs/collapse.md has the proof).
+    The gradient passes through the mean. In evaluation the FC layer behind it is one with a bias.
 
     Attributes:
-      unit: whether the descriptors are scaled to unit length first.
+      unit: whether the descriptors are scaled to unit length first, so that no long one can
+        hold the mean by itself.
       momentum: share of the old running mean in the new one, as BatchNorm's.
     """
 
@@ -195,10 +191,8 @@ def compute_dtype(name: str) -> jnp.dtype:
     """Returns a config's dtype; "auto" is bfloat16 where the device has units for it."""
     if name != "auto":
         return jnp.dtype(name)
-    device = jax.devices()[0]
-    # NVIDIA's since Ampere.
-    ampere = device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8
-    return jnp.dtype("bfloat16" if device.platform == "tpu" or ampere else "float32")
+    on_tpu = jax.devices()[0].platform == "tpu"
+    return jnp.dtype("bfloat16" if on_tpu or is_ampere() else "float32")
 
 
 def create_model(config: Any, num_classes: int) -> CGD:
@@ -226,6 +220,21 @@ def create_model(config: Any, num_classes: int) -> CGD:
         freeze_batch_norm=config.freeze_batch_norm,
         dtype=dtype,
     )
+
+
+def create_model_of(config: Any, variables: Mapping[str, Any]) -> CGD:
+    """Makes the network that variables belong to.
+
+    Args:
+      config: as for `create_model`.
+      variables: of the network, arrays or shapes; the number of classes is in them.
+    """
+    return create_model(config, variables["params"]["auxiliary_fc"]["bias"].shape[0])
+
+
+def network_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters without those of the losses."""
+    return {name: part for name, part in params.items() if name != LOSS_PARAMS}
 
 
 def vectors_of(descriptors: str, combination: str) -> list[str]:

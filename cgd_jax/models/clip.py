@@ -15,16 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax.augment import Normalization
-from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
+from cgd_jax.models.family import Scheme
+from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
+from cgd_jax.preprocess import Normalization
 
 __all__ = ["CLIP", "SIGLIP"]
 
-SIZES: dict[str, dict[str, Any]] = {
-    "base": {"width": 768, "depth": 12, "heads": 12},
-    "large": {"width": 1024, "depth": 24, "heads": 16},
-}
 _clip = partial(ViT, patch_bias=False, norm_pre=True, activation="quick_gelu", epsilon=1e-5)
 _siglip = partial(ViT, class_token=False, activation="gelu_tanh")
 # Size, pixels of a patch, pixels of an image; what is common stands in the name nowhere else.
@@ -76,46 +72,34 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return arrays
 
 
-def _vision_config(config: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
-    """Returns the part of a Hugging Face config that is of the image tower, if it is of `kind`."""
-    if config.get("model_type") == kind:
-        return config.get("vision_config", {})
-    return config if config.get("model_type") == f"{kind}_vision_model" else None
+def _published(
+    config: Mapping[str, Any], kind: str, timm: str, base_patch: int, activation: str
+) -> str | None:
+    """Returns the name of the image tower that a config describes, if it is of `kind`.
 
-
-def _published_clip(config: Mapping[str, Any]) -> str | None:
-    timm = re.fullmatch(
-        r"vit_(\w+)_patch(\d+)_clip_quickgelu_(\d+)", config.get("architecture", "")
-    )
-    vision = _vision_config(config, "clip")
-    if timm:
-        name = f"clip_{timm[1]}_patch{timm[2]}_{timm[3]}"
-    elif vision is not None and vision.get("hidden_act", "quick_gelu") == "quick_gelu":
-        patch, image = vision.get("patch_size", 32), vision.get("image_size", 224)
-        name = f"clip_{size_of(vision, SIZES)}_patch{patch}_{image}"
-    else:
+    Args:
+      config: of a repository.
+      kind: "clip" or "siglip".
+      timm: pattern of timm's names: size, pixels of a patch, pixels of an image.
+      base_patch: pixels of a patch in a config of Hugging Face that leaves them out.
+      activation: of the published networks, in the words of Hugging Face.
+    """
+    if found := re.fullmatch(timm, config.get("architecture", "")):
+        return f"{kind}_{found[1]}_patch{found[2]}_{found[3]}"
+    tower = config.get("vision_config", {}) if config.get("model_type") == kind else config
+    if tower is config and config.get("model_type") != f"{kind}_vision_model":
         return None
-    return name if name in CLIP_BACKBONES else None
-
-
-def _published_siglip(config: Mapping[str, Any]) -> str | None:
-    timm = re.fullmatch(r"vit_(\w+)_patch16_siglip_(\d+)", config.get("architecture", ""))
-    vision = _vision_config(config, "siglip")
-    if timm:
-        name = f"siglip_{timm[1]}_patch16_{timm[2]}"
-    elif vision is not None:
-        patch, image = vision.get("patch_size", 16), vision.get("image_size", 224)
-        name = f"siglip_{size_of(vision, SIZES)}_patch{patch}_{image}"
-    else:
+    if tower.get("hidden_act", activation) != activation:
         return None
-    return name if name in SIGLIP_BACKBONES else None
+    patch, image = tower.get("patch_size", base_patch), tower.get("image_size", 224)
+    return f"{kind}_{size_of(tower)}_patch{patch}_{image}"
 
 
-CLIP = Family(
+CLIP = ViTFamily(
     title="CLIP",
     members=CLIP_BACKBONES,
     schemes=(
-        Scheme("timm CLIP", "norm_pre.weight", "head", timm_name),
+        Scheme("timm CLIP", "norm_pre.weight", "head.", timm_name),
         Scheme(
             "Hugging Face CLIP", "embeddings.class_embedding", (), timm_name, _from_hugging_face
         ),
@@ -123,19 +107,27 @@ CLIP = Family(
     normalization=Normalization.of(
         (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     ),
-    options=OPTIONS,
-    downsamples=False,
-    batch_norm=False,
-    class_token=True,
-    published=_published_clip,
+    published=partial(
+        _published,
+        kind="clip",
+        timm=r"vit_(\w+)_patch(\d+)_clip_quickgelu_(\d+)",
+        base_patch=32,
+        activation="quick_gelu",
+    ),
 )
 SIGLIP = CLIP._replace(
     title="SigLIP",
     members=SIGLIP_BACKBONES,
     schemes=(
-        Scheme("timm SigLIP", "attn_pool.latent", "head", timm_name),
+        Scheme("timm SigLIP", "attn_pool.latent", "head.", timm_name),
         Scheme("Hugging Face SigLIP", "head.probe", (), timm_name, _from_hugging_face),
     ),
     normalization=Normalization.of(0.5, 0.5),
-    published=_published_siglip,
+    published=partial(
+        _published,
+        kind="siglip",
+        timm=r"vit_(\w+)_patch(16)_siglip_(\d+)",
+        base_patch=16,
+        activation="gelu_pytorch_tanh",
+    ),
 )

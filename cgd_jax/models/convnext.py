@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.residual import DropPath, LayerScale
+from cgd_jax.models.layers import OPTIONS, ConvNet, DropPath, Layer, LayerNorm, LayerScale
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
 
 _init = nn.initializers.truncated_normal(0.02)
-_norm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -45,7 +44,8 @@ class Block(nn.Module):
 
     v2: bool
     drop_path: float
-    conv: Any
+    train: bool
+    conv: Layer
     dtype: jnp.dtype
 
     @nn.compact
@@ -53,7 +53,7 @@ class Block(nn.Module):
         channels = x.shape[-1]
         conv = partial(self.conv, kernel_init=_init, dtype=self.dtype)
         y = conv(channels, (7, 7), padding=3, feature_group_count=channels, name="conv_dw")(x)
-        y = _norm(dtype=self.dtype, name="norm")(y)
+        y = LayerNorm(dtype=self.dtype, name="norm")(y)
         y = nn.Dense(4 * channels, kernel_init=_init, dtype=self.dtype, name="fc1")(y)
         y = nn.gelu(y, approximate=False)
         if self.v2:
@@ -61,10 +61,10 @@ class Block(nn.Module):
         y = nn.Dense(channels, kernel_init=_init, dtype=self.dtype, name="fc2")(y)
         if not self.v2:
             y = LayerScale(1e-6, name="scale")(y)
-        return x + DropPath(self.drop_path, name="drop_path")(y)
+        return x + DropPath(self.drop_path, name="drop_path")(y, self.train)
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(ConvNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`.
 
     Attributes:
@@ -72,61 +72,52 @@ class ConvNeXt(nn.Module):
       widths: their channels.
       v2: whether it is ConvNeXt V2.
       patch_size: side and stride of the first convolution in pixels, 0 for 4, as published.
-      last_stride: of the last stage, 2 as published; with 1 its downsampling keeps the
-        resolution, with a kernel of the same shape.
       drop_path: probability with which training leaves the last block out; it grows linearly
         from 0 at the first block.
-      frozen_blocks: so many of the lowest blocks, and all in front of them, get no gradient.
-      remat: computes the inside of every block once more in the backward pass.
-      dtype: of the computation; parameters stay float32.
-      conv: the convolution, for `backbones.create` to replace.
     """
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
     v2: bool = False
     patch_size: int = 0
-    last_stride: int = 1
     drop_path: float = 0.0
-    frozen_blocks: int = 0
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
-    conv: Any = nn.Conv
+
+    STEM = ("stem_conv", "stem_norm")
+
+    @property
+    def blocks(self) -> dict[str, dict[str, float]]:
+        """See `Backbone.blocks`."""
+        names = [f"stages{stage}_{i}" for stage, n in enumerate(self.depths) for i in range(n)]
+        rates = np.linspace(0, self.drop_path, len(names)).tolist()
+        return {name: {"drop_path": rate} for name, rate in zip(names, rates, strict=True)}
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
-        """The names of the modules below the network, see `backbones.layer_factors`."""
-        blocks: list[tuple[str, ...]] = []
-        for stage, depth in enumerate(self.depths):
-            names: list[tuple[str, ...]] = [(f"stages{stage}_{block}",) for block in range(depth)]
-            if stage:
-                names[0] = (f"downsample{stage}_norm", f"downsample{stage}_conv", *names[0])
-            blocks += names
-        return (("stem_conv", "stem_norm"), *blocks)
+        """See `Backbone.layers`; the downsampling of a stage is a part of its first block."""
+        downsampling = {
+            f"stages{stage}_0": (f"downsample{stage}_norm", f"downsample{stage}_conv")
+            for stage in range(1, len(self.depths))
+        }
+        return (self.STEM, *((*downsampling.get(name, ()), name) for name in self.blocks))
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(self.conv, kernel_init=_init, padding="VALID", dtype=self.dtype)
-        norm = partial(_norm, dtype=self.dtype)
+        conv = partial(self.conv, kernel_init=_init, dtype=self.dtype)
+        norm = partial(LayerNorm, dtype=self.dtype)
         side = self.patch_size or 4
-        x = conv(self.widths[0], (side, side), side, name="stem_conv")(x)
+        x = conv(self.widths[0], (side, side), side, padding="VALID", name="stem_conv")(x)
         x = norm(name="stem_norm")(x)
-        block_of = nn.remat(Block) if self.remat else Block
-        rates = iter(np.linspace(0, self.drop_path if train else 0, sum(self.depths)).tolist())
-        for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
-            if stage:
+        strides = self.strides([1] + [2] * (len(self.depths) - 1))
+        for name, own in self.blocks.items():
+            stage, block = map(int, name.removeprefix("stages").split("_"))
+            if stage and not block:
+                # With stride 1 the last row and column have no neighbour: they see zeros there.
+                padding = "VALID" if strides[stage] == 2 else ((0, 1), (0, 1))
                 x = norm(name=f"downsample{stage}_norm")(x)
-                name = f"downsample{stage}_conv"
-                if stage == len(self.depths) - 1 and self.last_stride == 1:
-                    # The last row and column have no neighbour: they see zeros there.
-                    x = conv(width, (2, 2), 1, padding=((0, 1), (0, 1)), name=name)(x)
-                else:
-                    x = conv(width, (2, 2), 2, name=name)(x)
-            for block in range(depth):
-                name = f"stages{stage}_{block}"
-                x = block_of(self.v2, next(rates), self.conv, self.dtype, name=name)(x)
-                if self.frozen_blocks and name in self.layers[self.frozen_blocks]:
-                    x = jax.lax.stop_gradient(x)
+                downsample = partial(conv, padding=padding, name=f"downsample{stage}_conv")
+                x = downsample(self.widths[stage], (2, 2), strides[stage])(x)
+            common = {"v2": self.v2, "train": train, "conv": self.conv, "dtype": self.dtype}
+            x = self.run_block(Block, name, x, **own, **common)
         return x
 
 
@@ -177,7 +168,7 @@ BACKBONES = {
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    if config.get("architecture") in BACKBONES:  # timm's, under the same names
+    if "architecture" in config:  # timm's, under the same names
         return config["architecture"]
     if config.get("model_type") not in ("convnext", "convnextv2"):
         return None
@@ -195,19 +186,19 @@ FAMILY = Family(
         Scheme(
             "timm ConvNeXt",
             "stages.0.blocks.0.conv_dw.weight",
-            ("head.norm", "head.fc"),
+            ("head.norm.", "head.fc."),
             _timm_name,
         ),
         Scheme(
             "Hugging Face ConvNeXt",
             "encoder.stages.0.layers.0.dwconv.weight",
-            ("layernorm", "classifier"),
+            ("layernorm.", "classifier."),
             _hugging_face_name,
             _from_hugging_face,
         ),
     ),
     normalization=IMAGENET,
-    options={"patch_size": 0, "drop_path": 0.0, "frozen_blocks": 0},
+    options=OPTIONS | {"patch_size": 0, "drop_path": 0.0},
     batch_norm=False,
     published=_published,
 )

@@ -46,13 +46,8 @@ def conv_general_dilated(
       lhs: [B, H, W, C]; with other axes, with dilations, with a precision or with groups of
         several channels all platforms use XLA's convolution.
       rhs: [k, l, C/groups, D].
-      window_strides: see `jax.lax.conv_general_dilated`, as for all that follow.
-      padding: ditto.
-      lhs_dilation: ditto.
-      rhs_dilation: ditto.
-      dimension_numbers: ditto; NHWC and HWIO, which is all that `flax.linen.Conv` has.
-      feature_group_count: ditto.
-      precision: ditto.
+      window_strides: of rows and columns; this and the others as JAX has them.
+      dimension_numbers: NHWC and HWIO, which is all that `flax.linen.Conv` has.
 
     Returns:
       [B, H', W', D], the dtype of `lhs`.

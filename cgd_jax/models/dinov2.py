@@ -13,24 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax.augment import IMAGENET
-from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
+from cgd_jax.models.family import Scheme
+from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY"]
 
-SIZES: dict[str, dict[str, Any]] = {
-    "small": {"width": 384, "depth": 12, "heads": 6},
-    "base": {"width": 768, "depth": 12, "heads": 12},
-    "large": {"width": 1024, "depth": 24, "heads": 16},
-}
 _registers: dict[str, Any] = {"registers": 4, "class_position": False, "antialias": True}
 BACKBONES = {
     f"dinov2_{size}{suffix}": partial(
-        ViT, published_patch=14, grid=37, layer_scale=True, **sizes, **variant
+        ViT, published_patch=14, grid=37, layer_scale=True, **SIZES[size], **variant
     )
     for suffix, variant in {"": {}, "_reg": _registers}.items()
-    for size, sizes in SIZES.items()
+    for size in ("small", "base", "large")
 }
 
 
@@ -66,27 +61,23 @@ def _published(config: Mapping[str, Any]) -> str | None:
     if timm:
         return f"dinov2_{timm[1]}{timm[2] or ''}"
     suffixes = {"dinov2": "", "dinov2_with_registers": "_reg"}
-    suffix, size = suffixes.get(config.get("model_type", "")), size_of(config, SIZES)
-    return None if suffix is None or size is None else f"dinov2_{size}{suffix}"
+    suffix = suffixes.get(config.get("model_type", ""))
+    return None if suffix is None else f"dinov2_{size_of(config)}{suffix}"
 
 
-FAMILY = Family(
+FAMILY = ViTFamily(
     title="DINOv2",
     members=BACKBONES,
     schemes=(
-        Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head", timm_name, _without_mask),
+        Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head.", timm_name, _without_mask),
         Scheme(
             "Hugging Face DINOv2",
             "encoder.layer.0.attention.attention.query.weight",
-            "classifier",
+            "classifier.",
             timm_name,
             _from_hugging_face,
         ),
     ),
     normalization=IMAGENET,
-    options=OPTIONS,
-    downsamples=False,
-    batch_norm=False,
-    class_token=True,
     published=_published,
 )

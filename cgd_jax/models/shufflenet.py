@@ -6,18 +6,16 @@ publishes ImageNet weights.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.augment import IMAGENET
 from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
+from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "ShuffleNet"]
-
-ModuleDef = Any
 
 
 class Block(nn.Module):
@@ -29,20 +27,18 @@ class Block(nn.Module):
     out: int  # channels
     stride: int
     first: bool  # of its stage
-    conv: ModuleDef
-    norm: ModuleDef
+    conv: Layer
+    norm: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         half = self.out // 2
-        depthwise = lambda x, name: self.conv(
-            x.shape[-1],
-            (3, 3),
-            self.stride,
-            padding=1,
-            feature_group_count=x.shape[-1],
-            name=name,
-        )(x)
+
+        def depthwise(x, name):
+            channels = x.shape[-1]
+            conv = partial(self.conv, padding=1, feature_group_count=channels, name=name)
+            return conv(channels, (3, 3), self.stride)(x)
+
         pointwise = partial(self.conv, half, (1, 1))
         if self.first:
             kept = self.norm(name="branch1_1")(depthwise(x, "branch1_0"))
@@ -55,60 +51,38 @@ class Block(nn.Module):
         return jnp.stack([kept, x], -1).reshape(*x.shape[:-1], self.out)
 
 
-class ShuffleNet(nn.Module):
+class ShuffleNet(ConvNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`.
 
     Attributes:
       widths: channels of the stem, of the three stages, and C.
       stage_sizes: blocks in each of the stages.
-      last_stride: of the last stage, 2 as published or 1 as in CGD.
-      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
-      remat: computes the inside of every block once more in the backward pass.
-      dtype: of the computation; parameters and statistics stay float32.
-      conv: the convolution, for `backbones.create` to replace.
     """
 
     widths: tuple[int, ...]
     stage_sizes: tuple[int, ...] = (4, 8, 4)
-    last_stride: int = 1
-    frozen_blocks: int = 0
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv
+
+    STEM = ("conv1_0", "conv1_1")
 
     @property
-    def layers(self) -> tuple[tuple[str, ...], ...]:
-        """The names of the modules below the network, see `backbones.layer_factors`."""
-        counts = enumerate(self.stage_sizes, 2)
-        blocks = [(f"stage{stage}_{i}",) for stage, count in counts for i in range(count)]
-        return (("conv1_0", "conv1_1"), *blocks)
+    def blocks(self) -> dict[str, dict[str, int]]:
+        """See `Backbone.blocks`."""
+        strides = self.strides([2] * len(self.stage_sizes))
+        stages = zip(self.stage_sizes, self.widths[1:-1], strides, strict=True)
+        return {
+            f"stage{stage}_{i}": {"out": width, "stride": 1 if i else stride, "first": i == 0}
+            for stage, (count, width, stride) in enumerate(stages, 2)
+            for i in range(count)
+        }
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        # The initial weights of He et al. (https://arxiv.org/abs/1502.01852), fan-out mode.
-        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        conv = partial(self.conv, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-        )
+        conv, norm = self.conv_and_norm(train)
         x = conv(self.widths[0], (3, 3), 2, padding=1, name="conv1_0")(x)
         x = nn.relu(norm(name="conv1_1")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        block_of = nn.remat(Block) if self.remat else Block
-        last = len(self.stage_sizes) + 1
-        for stage, (count, width) in enumerate(
-            zip(self.stage_sizes, self.widths[1:-1], strict=True), 2
-        ):
-            for block in range(count):
-                name, first = f"stage{stage}_{block}", block == 0
-                stride = (self.last_stride if stage == last else 2) if first else 1
-                x = block_of(width, stride, first, conv, norm, name=name)(x)
-                if self.frozen_blocks and name in self.layers[self.frozen_blocks]:
-                    x = jax.lax.stop_gradient(x)
+        for name, own in self.blocks.items():
+            x = self.run_block(Block, name, x, **own, conv=conv, norm=norm)
         x = conv(self.widths[-1], (1, 1), name="conv5_0")(x)
         return nn.relu(norm(name="conv5_1")(x))
 
@@ -126,7 +100,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 FAMILY = Family(
     title="ShuffleNet",
     members=BACKBONES,
-    schemes=(Scheme("torchvision ShuffleNet", "conv1.0.weight", "fc", _torchvision_name),),
+    schemes=(Scheme("torchvision ShuffleNet", "conv1.0.weight", "fc.", _torchvision_name),),
     normalization=IMAGENET,
-    options={"frozen_blocks": 0},
+    options=OPTIONS,
 )

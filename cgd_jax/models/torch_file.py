@@ -9,16 +9,19 @@ read: the zip archives of torch ≥ 1.6 and the chain of pickles from before.
 
 import collections
 import contextlib
-import json
+import functools
 import logging
 import pickle
 import shlex
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from cgd_jax.runtime.errors import InputError
 
 __all__ = ["read_torch_file"]
 
@@ -38,43 +41,21 @@ _DTYPES = {
 }
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first object of the old format
 # Of these modules a file may name nothing, but for what is harmless of Python's own.
-_REFUSED = {
-    *(
-        "_io",
-        "_pickle",
-        "builtins",
-        "__builtin__",
-        "code",
-        "commands",
-        "ctypes",
-        "imp",
-        "importlib",
-    ),
-    *("io", "marshal", "multiprocessing", "nt", "operator", "os", "pickle", "platform", "posix"),
-    *("pty", "pydoc", "runpy", "shutil", "signal", "socket", "subprocess", "sys", "webbrowser"),
-}
-_HARMLESS = {
-    *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"),
-    *("object", "range", "set", "slice", "str", "tuple"),
-}
+_REFUSED = """
+    _io _pickle builtins __builtin__ code commands ctypes imp importlib io marshal multiprocessing
+    nt operator os pickle platform posix pty pydoc runpy shutil signal socket subprocess sys
+    webbrowser
+""".split()
+_HARMLESS = """
+    bool bytearray bytes complex dict float frozenset int list object range set slice str tuple
+""".split()
 # Under which keys training scripts keep a network, the likeliest first.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")
-_CONVERT = """import sys, torch, safetensors.torch as s
+_CONVERT = f"""import sys, torch, safetensors.torch as s
 w = torch.load(sys.argv[1], map_location="cpu", weights_only=False)
-w = next((w[k] for k in {keys} if isinstance(w, dict) and k in w), w)
+w = next((w[k] for k in {_WRAPPERS} if isinstance(w, dict) and k in w), w)
 w = w if isinstance(w, dict) else w.state_dict()
 s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, sys.argv[2])"""
-
-
-class _SeveralNetworks(ValueError):
-    """Nobody can know which of these dicts of tensors is meant."""
-
-    def __init__(self, keys: list[str]):
-        super().__init__(
-            f"it holds {len(keys)} dicts of tensors, {', '.join(map(repr, keys))}; the command "
-            f"takes {keys[0]!r}, if that is the one"
-        )
-        self.keys = keys[:1]
 
 
 class _Storage(NamedTuple):
@@ -103,30 +84,37 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no such file, is damaged, holds several networks, or asks for what no
+      InputError: it is no such file, is damaged, holds several networks, or asks for what no
         checkpoint has use for.
     """
+    path = Path(path)
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
         if is_zip and not zipfile.is_zipfile(file):
-            raise ValueError(f"{path} has no end, as after a download that broke off; get it anew.")
-    try:
-        with open(path, "rb") as file:
-            content, storages = _read_zip(file) if is_zip else _read_pickles(file)
-        tensors, taken = _unwrap(content)
-        if taken:
-            log.info("Of %s, %s.", Path(path).name, taken)
-        return {name: _materialize(tensor, storages) for name, tensor in tensors.items()}
-    # A damaged pickle can raise anything; none of it is the caller's concern.
-    except Exception as error:
-        keys = json.dumps(error.keys if isinstance(error, _SeveralNetworks) else _WRAPPERS)
-        code = "; ".join(_CONVERT.format(keys=keys).splitlines())
-        command = ["python", "-c", code, str(path), f"{Path(path).name.split('.')[0]}.safetensors"]
-        raise ValueError(
-            f"{path} is not read: {error or type(error).__name__}. Only dicts of tensors are, "
-            f"without executing what else a torch file may contain. If you trust the file, "
-            f"convert it where torch is installed, and pass the .safetensors: {shlex.join(command)}"
-        ) from error
+            raise InputError(f"{path} has no end, as after a download that broke off; get it anew.")
+        file.seek(0)
+        try:
+            content, read_storage = _read_zip(file) if is_zip else _read_pickles(file)
+            tensors, taken = _unwrap(content)
+            arrays = {
+                name: _materialize(tensor, read_storage(tensor.storage.key))
+                for name, tensor in tensors.items()
+            }
+        except InputError as error:
+            raise InputError(f"{path} {error}") from error
+        # A damaged pickle can raise anything; none of it is the caller's concern.
+        except Exception as error:
+            code = "; ".join(_CONVERT.splitlines())
+            new = f"{path.name.split('.')[0]}.safetensors"
+            raise InputError(
+                f"{path} is not read: {error or type(error).__name__}. Only dicts of tensors are, "
+                f"without executing what else a torch file may contain. If you trust the file, "
+                f"convert it where torch is installed, and pass the .safetensors: "
+                f"{shlex.join(['python', '-c', code, str(path), new])}"
+            ) from error
+    if taken:
+        log.info("Of %s, %s.", path.name, taken)
+    return arrays
 
 
 class _Ignored:
@@ -182,20 +170,18 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, dtype)
 
 
-def _read_zip(file):
-    """The object and a function from a storage to its bytes; ≥ torch 1.6."""
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        (root,) = {name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")}
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise ValueError("it was written on a big-endian machine")
-        with archive.open(f"{root}data.pkl") as pickled:
-            content = _Unpickler(pickled).load()
-        keys = {tensor.storage.key for tensor in _unwrap(content)[0].values()}
-        return content, {key: archive.read(f"{root}data/{key}") for key in keys}
+def _read_zip(file: IO[bytes]) -> tuple[Any, Callable[[str], bytes]]:
+    """Returns the object, and what reads a storage by its key; of torch ≥ 1.6."""
+    archive = zipfile.ZipFile(file)
+    names = archive.namelist()
+    (root,) = {name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")}
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    content = _Unpickler(archive.open(f"{root}data.pkl")).load()
+    return content, functools.cache(lambda key: archive.read(f"{root}data/{key}"))
 
 
-def _read_pickles(file):
+def _read_pickles(file: IO[bytes]) -> tuple[Any, Callable[[str], bytes]]:
     """Likewise, of torch < 1.6: five pickles, then the storages one after another."""
     if _Unpickler(file).load() != _MAGIC:
         raise ValueError("it is no file of torch.save")
@@ -208,7 +194,7 @@ def _read_pickles(file):
     for key in _Unpickler(file).load():
         count = int.from_bytes(file.read(8), "little")
         storages[key] = file.read(count * np.dtype(_DTYPES[unpickler.dtypes[key]]).itemsize)
-    return content, storages
+    return content, storages.__getitem__
 
 
 def _unwrap(content: object) -> tuple[dict[str, _Tensor], str]:
@@ -227,17 +213,20 @@ def _unwrap(content: object) -> tuple[dict[str, _Tensor], str]:
     if not found:
         raise ValueError("it holds no dict of tensors")
     if not likely and len(found) > 1:
-        raise _SeveralNetworks([*found])
+        raise InputError(
+            f"holds {len(found)} dicts of tensors, {', '.join(map(repr, found))}; save the one "
+            f"that is meant in a file of its own."
+        )
     key = likely[0] if likely else next(iter(found))
     tensors, within = found.pop(key)
     taken = f"{key!r} was taken" + f", and of it {within}" * bool(within)
     return tensors, taken + f"; {', '.join(map(repr, found))} left out" * bool(found)
 
 
-def _materialize(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
+def _materialize(tensor: _Tensor, storage: bytes) -> np.ndarray:
     """The array, after checking that it lies within its storage."""
-    storage, offset, shape, strides = tensor
-    data = np.frombuffer(storages[storage.key], _DTYPES[storage.dtype])
+    (_, dtype), offset, shape, strides = tensor
+    data = np.frombuffer(storage, _DTYPES[dtype])
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"a tensor has shape {shape}, strides {strides}, offset {offset}")

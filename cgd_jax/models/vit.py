@@ -15,13 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Features
-from cgd_jax.models.residual import DropPath, LayerScale
+from cgd_jax.models.family import Family, Features
+from cgd_jax.models.layers import Backbone, DropPath, LayerNorm, LayerScale, is_ampere
 
-__all__ = ["ACTIVATIONS", "OPTIONS", "ViT", "fuse", "rename", "size_of", "timm_name"]
+__all__ = ["ACTIVATIONS", "SIZES", "ViT", "ViTFamily", "fuse", "rename", "size_of", "timm_name"]
 
-# The keys of a config's `model` that all vision transformers have.
-OPTIONS = {"patch_size": 0, "drop_path": 0.0, "frozen_blocks": 0}
+# A family of vision transformers, but for what is its own.
+ViTFamily = partial(
+    Family,
+    options={"patch_size": 0, "drop_path": 0.0, "frozen_blocks": 0},
+    batch_norm=False,
+    class_token=True,
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -35,11 +46,9 @@ Rotate = Callable[[jax.Array], jax.Array]
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Softmax attention of [B, T, N, H] over [B, S, N, H]; on a GPU in half precision cuDNN's."""
-    device = jax.devices()[0]
     flash = (
-        device.platform == "gpu"
+        is_ampere()
         and query.dtype in (jnp.bfloat16, jnp.float16)
-        and float(getattr(device, "compute_capability", 0)) >= 8
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 128
     )
@@ -49,16 +58,16 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Mlp(nn.Module):
-    """Two linear layers, [..., C] → same."""
+    """Two linear layers, [..., C] → [..., 4·C] → [..., C]."""
 
-    hidden: int
     activation: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
-        hidden = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
-        return dense(x.shape[-1], name="fc2")(hidden)
+        width = x.shape[-1]
+        hidden = ACTIVATIONS[self.activation](dense(4 * width, name="fc1")(x))
+        return dense(width, name="fc2")(hidden)
 
 
 class Attention(nn.Module):
@@ -88,23 +97,23 @@ class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and added to its input."""
 
     heads: int
-    hidden: int
     activation: str
     layer_scale: bool
     key_bias: bool
     drop_path: float
+    train: bool
     norm: Callable[..., nn.Module]
     rotate: Rotate
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         attend = Attention(self.heads, self.key_bias, self.rotate, name="attn")
-        mlp = Mlp(self.hidden, self.activation, name="mlp")
+        mlp = Mlp(self.activation, name="mlp")
         for number, branch in enumerate((attend, mlp), 1):
             y = branch(self.norm(name=f"norm{number}")(x))
             if self.layer_scale:
                 y = LayerScale(name=f"ls{number}")(y)
-            x = x + DropPath(self.drop_path, name=f"drop_path{number}")(y)
+            x = x + DropPath(self.drop_path, name=f"drop_path{number}")(y, self.train)
         return x
 
 
@@ -112,7 +121,6 @@ class AttentionPool(nn.Module):
     """A learned query that attends to all tokens, [B, T, C] → [B, C] (SigLIP's pooled output)."""
 
     heads: int
-    hidden: int
     activation: str
     norm: Callable[..., nn.Module]
 
@@ -127,10 +135,10 @@ class AttentionPool(nn.Module):
         pooled = attention(query, *jnp.split(key_value, 2, 2)).reshape(batch, width)
         pooled = dense(width, name="proj")(pooled)
         y = self.norm(name="norm")(pooled)
-        return pooled + Mlp(self.hidden, self.activation, name="mlp")(y)
+        return pooled + Mlp(self.activation, name="mlp")(y)
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """images [B, H, W, 3] → `Features`: patch tokens [B, H/p, W/p, C] and a pooled token [B, C].
 
     What H and W leave over behind the last whole patch is not seen.
@@ -139,7 +147,6 @@ class ViT(nn.Module):
       width: C.
       depth: blocks.
       heads: of the attention.
-      hidden: of the MLPs, 0 for 4·C.
       published_patch: p of the published network, in pixels.
       grid: side of the grid of learned positions. They are interpolated to other sizes, see
         `positions`; 0 for rotary positions of queries and keys instead (`rotary`).
@@ -156,16 +163,11 @@ class ViT(nn.Module):
       patch_size: p, 0 for the published one.
       drop_path: probability with which training leaves a branch of the last block out; it
         grows linearly from 0 at the first block.
-      frozen_blocks: so many of the lowest blocks, and all in front of them, get no gradient.
-      remat: computes the inside of every block once more in the backward pass.
-      dtype: of the computation; parameters stay float32.
-      conv: the convolution, for `backbones.create` to replace.
     """
 
     width: int
     depth: int
     heads: int
-    hidden: int = 0
     published_patch: int = 16
     grid: int = 14
     antialias: bool = False
@@ -180,10 +182,8 @@ class ViT(nn.Module):
     epsilon: float = 1e-6
     patch_size: int = 0
     drop_path: float = 0.0
-    frozen_blocks: int = 0
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
-    conv: Any = nn.Conv
+
+    STEM = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
 
     @property
     def patch(self) -> int:
@@ -191,16 +191,14 @@ class ViT(nn.Module):
         return self.patch_size or self.published_patch
 
     @property
-    def layers(self) -> tuple[tuple[str, ...], ...]:
-        """The names of modules and parameters below the network, see `backbones.layer_factors`."""
-        stem = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
-        return (stem, *((f"blocks_{i}",) for i in range(self.depth)))
+    def blocks(self) -> dict[str, dict[str, float]]:
+        """See `Backbone.blocks`."""
+        rates = np.linspace(0, self.drop_path, self.depth).tolist()
+        return {f"blocks_{i}": {"drop_path": rate} for i, rate in enumerate(rates)}
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Features:
-        norm = partial(
-            nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False, dtype=self.dtype
-        )
+        norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         x = self.conv(
             self.width,
             (self.patch, self.patch),
@@ -235,28 +233,22 @@ class ViT(nn.Module):
         if self.norm_pre:
             x = norm(name="norm_pre")(x)
 
-        block_of = nn.remat(Block) if self.remat else Block
-        rates = np.linspace(0, self.drop_path if train else 0, self.depth).tolist()
-        for i, rate in enumerate(rates):
-            x = block_of(
-                heads=self.heads,
-                hidden=self.hidden or 4 * width,
-                activation=self.activation,
-                layer_scale=self.layer_scale,
-                key_bias=self.key_bias,
-                drop_path=rate,
-                norm=norm,
-                rotate=rotate,
-                name=f"blocks_{i}",
-            )(x)
-            if self.frozen_blocks == i + 1:
-                x = jax.lax.stop_gradient(x)
+        common = {
+            "heads": self.heads,
+            "activation": self.activation,
+            "layer_scale": self.layer_scale,
+            "key_bias": self.key_bias,
+            "train": train,
+            "norm": norm,
+            "rotate": rotate,
+        }
+        for name, own in self.blocks.items():
+            x = self.run_block(Block, name, x, **(common | own))
         x = norm(name="norm")(x)
         if self.class_token:
             token = x[:, 0]
         else:
-            hidden = self.hidden or 4 * width
-            token = AttentionPool(self.heads, hidden, self.activation, norm, name="attn_pool")(x)
+            token = AttentionPool(self.heads, self.activation, norm, name="attn_pool")(x)
         patches = x[:, -rows * columns :].reshape(batch, rows, columns, width)
         return Features(patches, token)
 
@@ -295,21 +287,14 @@ def resampling(old: int, new: int, antialias: bool) -> np.ndarray:
     a = -0.5 if antialias else -0.75
     scale = old / new
     stretch = max(scale, 1.0) if antialias else 1.0
-    matrix = np.zeros((new, old))
-    for i in range(new):
-        center = (i + 0.5) * scale
-        if antialias:
-            taps = range(
-                max(int(center - 2 * stretch + 0.5), 0), min(int(center + 2 * stretch + 0.5), old)
-            )
-        else:
-            taps = range(int(np.floor(center - 0.5)) - 1, int(np.floor(center - 0.5)) + 3)
-        for tap in taps:
-            distance = abs(tap + 0.5 - center) / stretch
-            near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-            far = ((distance - 5) * distance + 8) * distance * a - 4 * a
-            weight = near if distance <= 1 else far if distance < 2 else 0.0
-            matrix[i, min(max(tap, 0), old - 1)] += weight  # the edge is repeated
+    beyond = 0 if antialias else 2  # so many places on both sides repeat the edge
+    taps = np.arange(-beyond, old + beyond)
+    centers = (np.arange(new)[:, None] + 0.5) * scale
+    distance = abs(taps + 0.5 - centers) / stretch
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * a - 4 * a
+    weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+    matrix = weights @ np.eye(old)[taps.clip(0, old - 1)]
     return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
 
 
@@ -391,12 +376,11 @@ def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -
     return fused
 
 
-def size_of(config: Mapping[str, Any], sizes: Mapping[str, Mapping[str, int]]) -> str | None:
-    """Returns which of several sizes a config of Hugging Face describes, None if none of them.
+def size_of(config: Mapping[str, Any]) -> str | None:
+    """Returns which of `SIZES` a config of Hugging Face describes, None if none of them.
 
     Args:
       config: what it leaves out is as in the base network.
-      sizes: by name, `width` and `depth` of each.
     """
     wanted = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
-    return next((n for n, size in sizes.items() if (size["width"], size["depth"]) == wanted), None)
+    return next((n for n, size in SIZES.items() if (size["width"], size["depth"]) == wanted), None)

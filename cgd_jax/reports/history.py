@@ -1,7 +1,6 @@
 """The numbers of a run by step: history.csv, TensorBoard, the progress bar."""
 
 import csv
-import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tqdm import tqdm
 
-from cgd_jax.reports.tables import metric_name
+from cgd_jax.reports.tables import metric_name, write_csv
 from cgd_jax.runtime import console, files
 
 
@@ -63,14 +63,11 @@ class History:
         self.track(step, values)
 
     def _write(self) -> None:
-        columns = dict.fromkeys(["step", *(key for row in self.rows for key in row)])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            numbers = {key: f"{value:.6g}" for key, value in row.items()}
-            writer.writerow(numbers | {"step": int(row["step"])})
-        files.write_atomically(self.path, text.getvalue())
+        rows = [
+            {name: f"{value:.6g}" for name, value in row.items()} | {"step": int(row["step"])}
+            for row in self.rows
+        ]
+        write_csv(self.path, rows)
 
 
 def read_history(path: str | Path) -> list[dict[str, float]]:
@@ -84,50 +81,30 @@ def read_history(path: str | Path) -> list[dict[str, float]]:
         ]
 
 
-class Progress:
+class Progress(tqdm):
     """A progress bar of the training steps, and log lines where the output is no terminal."""
 
     def __init__(self, step: int, steps: int):
         """Starts at `step` of `steps`."""
-        self.steps, self.width = steps, len(str(steps))
-        self.opened = console.progress(steps, "training", "step", log_every=None, initial=step)
-        self.first, self.started = step, time.time()
-
-    def __enter__(self):
-        self.bar = self.opened.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self.opened.__exit__(*exception)
-
-    def update(self) -> None:
-        """Counts one step."""
-        self.bar.update()
+        look = {"desc": "training", "unit": " step", "leave": False, "dynamic_ncols": True}
+        super().__init__(initial=step, total=steps, disable=None, smoothing=0.1, **look)
+        self.first, self.steps, self.started = step, steps, time.time()
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Shows a row of the history: losses in the bar or as a line, recalls as a line."""
-        losses = [f"{label} {row[key]:.3f}" for key, label in _LOSSES if key in row]
+        losses = [f"{label} {row[key]:.3f}" for key, label in _LOSSES.items() if key in row]
         if "images_per_second" in row:
             losses.append(f"{row['images_per_second']:.0f} img/s")
-        recalls = [
-            f"{metric_name(key)} {100 * row[key]:.2f} %" for key in row if key.startswith("recall@")
-        ]
-        left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
-        minutes, seconds = divmod(round(left), 60)
-        if not self.bar.disable:
-            shown = losses if console.columns() > 110 else losses[:1]
-            self.bar.set_postfix_str(", ".join(shown))
+        recalls = [f"{metric_name(k)} {100 * row[k]:.2f} %" for k in row if k.startswith("recall@")]
+        if not self.disable:
+            self.set_postfix_str(", ".join(losses if console.columns() > 110 else losses[:1]))
         elif losses:
-            self.say(step, [*losses, f"{minutes}:{seconds:02} left"])
-        if recalls:
-            self.say(step, recalls)
+            left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
+            minutes, seconds = divmod(round(left), 60)
+            losses.append(f"{minutes}:{seconds:02} left")
+        for parts in (losses if self.disable else [], recalls):
+            if parts:
+                console.log(f"step {step:{len(str(self.steps))}}/{self.steps}  {'  '.join(parts)}")
 
-    def say(self, step: int, parts: list[str]) -> None:
-        console.log(f"step {step:{self.width}}/{self.steps}  {'  '.join(parts)}")
 
-
-_LOSSES = (
-    ("loss", "loss"),
-    ("ranking_loss", "ranking"),
-    ("classification_loss", "class"),
-)
+_LOSSES = {"loss": "loss", "ranking_loss": "ranking", "classification_loss": "class"}

@@ -3,13 +3,22 @@
 import re
 import unicodedata
 
-__all__ = ["escape", "literal", "markdown"]
+__all__ = ["literal", "markdown", "shorten"]
 
 
 def literal(name: object) -> str:
     r"""Returns a name on one line: letters that cannot be seen become escapes, such as \n."""
     text = unicodedata.normalize("NFC", str(name))
-    return "".join(escape(letter) if _is_hidden(letter) else letter for letter in text)
+    return "".join(
+        letter.encode("unicode_escape").decode() if _is_hidden(letter) else letter
+        for letter in text
+    )
+
+
+def shorten(name: object, length: int) -> str:
+    """Returns a `literal` name of at most `length` letters; a longer one ends in "…"."""
+    text = literal(name)
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def markdown(name: object) -> str:
@@ -17,11 +26,6 @@ def markdown(name: object) -> str:
     text = re.sub(r"([\\`*\[\]<>|#~$])", r"\\\1", literal(name))
     text = re.sub(r"&(?=#?\w+;)|:(?=[\w+-]+:)", r"\\\g<0>", text)  # &amp; and :smile:
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text)  # a _ between letters is no markup
-
-
-def escape(letter: str) -> str:
-    r"""Returns a letter as Python writes it in ASCII, such as \u732b."""
-    return letter.encode("unicode_escape").decode()
 
 
 def _is_hidden(letter: str) -> bool:

@@ -1,22 +1,24 @@
-"""Pictures of a run: curves, batches, what was retrieved, and why."""
+"""Figures of a run: curves, batches, what was retrieved, and why."""
 
 import contextlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 
-from cgd_jax.augment import Normalization
-from cgd_jax.data import Dataset, Split
-from cgd_jax.reports import lettering
+from cgd_jax.data import Dataset
+from cgd_jax.preprocess import Normalization
+from cgd_jax.reports.names import literal, shorten
 from cgd_jax.reports.tables import metric_name
 from cgd_jax.runtime import files
 
@@ -28,29 +30,64 @@ _CONTRIBUTION = LinearSegmentedColormap.from_list(
 )
 
 
+# Matplotlib takes each letter from the first of its fonts that has it. DejaVu comes with it; of
+# these, those that are installed have the letters of China, Japan and Korea, and more symbols.
+_FAMILIES = (
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+    "Noto Sans Symbols 2",
+    "Segoe UI Symbol",
+)
+
+
 @contextlib.contextmanager
-def picture(
-    path: str | Path, width: float, height: float, texts: Iterable[str] = (), dpi: int = 120
-) -> Iterator[Figure]:
+def figure(path: str | Path, width: float, height: float, dpi: int = 120) -> Iterator[Figure]:
     """Yields an empty figure, and writes it as a PNG at the end.
 
-    Texts in it are drawn as they are: a $ or a _ is no markup.
+    Texts in it are drawn as they are: a $ or a _ is no markup, and a letter that no font has is a
+    box.
 
     Args:
       path: of the PNG.
       width, height: in inches.
-      texts: that are drawn, as far as they may hold more than Latin letters.
       dpi: pixels an inch.
     """
-    families = lettering.families(*texts)
+    families = [
+        "DejaVu Sans",
+        *(name for name in _FAMILIES if name in font_manager.get_font_names()),
+    ]
     with matplotlib.rc_context(
         {"text.parse_math": False, "text.usetex": False, "font.family": families}
     ):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        yield drawn
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            drawn.savefig(buffer, format="png", dpi=dpi)
     files.write_atomically(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def figure_of(path: str | Path, image: Image.Image, heading: int = 0) -> Iterator[Figure]:
+    """Yields a figure of an image, pixel by pixel, to write on, and writes it as a PNG at the end.
+
+    A hundred images on one canvas take no time, on axes of their own seconds.
+
+    Args:
+      path: of the PNG.
+      image: at the bottom of the figure.
+      heading: pixels of room above it.
+    """
+    dpi = 128  # a power of two: no size is rounded
+    with figure(path, image.width / dpi, (image.height + heading) / dpi, dpi) as drawn:
+        drawn.set_layout_engine("none")
+        drawn.figimage(np.asarray(image))
+        yield drawn
 
 
 # Columns of the history that show whether an embedding collapses, and how they are drawn.
@@ -82,9 +119,9 @@ def plot_curves(
       classes: whose recall it is, see `tables.describe_classes`.
     """
     has_signs = any(row.keys() & (_DISTANCES | _SHARES | _GRADIENTS).keys() for row in rows)
-    with picture(path, 11, 7.4 if has_signs else 4, [*baselines]) as figure:
+    with figure(path, 11, 7.4 if has_signs else 4) as drawn:
         layout = "aaabbb\nccddee" if has_signs else "ab"
-        axes = figure.subplot_mosaic(layout, height_ratios=[1, 0.8][: 1 + has_signs])
+        axes = drawn.subplot_mosaic(layout, height_ratios=[1, 0.8][: 1 + has_signs])
         _draw_losses(axes["a"], rows, margin)
         _draw_recalls(axes["b"], rows, baselines, classes)
         if has_signs:
@@ -114,7 +151,7 @@ def _draw_recalls(axes: Axes, rows: list[dict], baselines: dict[str, dict], clas
         _plot_column(axes, rows, key, metric_name(key), "o-", scale=100)
     styles = itertools.cycle(["--", ":", "-.", (0, (1, 4)), (0, (8, 4))])
     for (name, values), style in zip(baselines.items(), styles, strict=False):
-        label = f"{metric_name('recall@1')}, {lettering.drawable(name, 40)}"
+        label = f"{metric_name('recall@1')}, {shorten(name, 40)}"
         axes.axhline(100 * values["recall@1"], linestyle=style, color=GRAY, label=label)
     axes.set(title=classes[:1].upper() + classes[1:], ylabel="per cent")
 
@@ -160,15 +197,10 @@ def plot_samples(
       columns: images in a row.
       normalization: what was done to the pixels.
     """
-    pixels = (images * normalization.std + normalization.mean) * 255
-    side, gap = min(max(images.shape[1], 64), 128), 4
-    rows = -(-len(images) // columns)
-    size = (columns * (side + gap) + gap, rows * (side + gap) + gap)
-    canvas = Image.new("RGB", size, "white")
-    for i, image in enumerate(np.clip(pixels, 0, 255).astype(np.uint8)):
-        place = (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
-        canvas.paste(thumbnail(image, side), place)
-    files.write_picture(path, canvas)
+    pixels = np.clip((images * normalization.std + normalization.mean) * 255, 0, 255)
+    side = min(max(images.shape[1], 64), 128)
+    tiles = [thumbnail(image, side) for image in pixels.astype(np.uint8)]
+    files.write_picture(path, contact_sheet(tiles, columns, 4))
 
 
 def plot_retrievals(
@@ -176,49 +208,44 @@ def plot_retrievals(
 ) -> None:
     """Draws queries with their nearest neighbours: green frames are right, red ones wrong.
 
-    The first eight queries are drawn as they come; below them stand the next four
-    whose first neighbour is wrong.
+    The first eight queries are drawn as they come; below them stand the next four whose first
+    neighbour is wrong.
 
     Args:
       path: of the PNG.
       dataset: whose query and gallery images are drawn.
       rows: [R] positions of queries, in random order.
-      nearest: [R, k] positions of their neighbours in the gallery (among the
-        queries, if there is none).
-      title: of the picture.
+      nearest: [R, k] positions of their neighbours in the gallery (among the queries, if there
+        is none).
+      title: of the figure.
     """
     gallery = dataset.query if dataset.gallery is None else dataset.gallery
     right = gallery.labels[nearest] == dataset.query.labels[rows, None]
-    failing = [i for i in range(8, len(rows)) if not right[i, 0]][:4]
-    lines = [title, "Queries drawn at random", *range(min(8, len(rows)))]
-    if failing:
-        lines += ["Queries with a wrong first neighbour", *failing]
+    failing = 8 + np.flatnonzero(~right[8:, 0])[:4]
+    places = []
+    for i in [*range(min(8, len(rows))), *failing]:
+        colors = [GREEN if is_right else RED for is_right in right[i]]
+        places += [(dataset.query, rows[i], "black")]
+        places += [(gallery, j, color) for j, color in zip(nearest[i], colors, strict=True)]
+    tiles = [
+        ImageOps.expand(thumbnail(split.images[np.array([i])][0], 96), 5, color)
+        for split, i, color in places
+    ]
+    said = "Queries drawn at random, with their nearest neighbours"
+    if len(failing):
+        said += f"; in the last {len(failing)} rows those with a wrong first neighbour"
+    with figure_of(path, contact_sheet(tiles, 1 + nearest.shape[1], 8), heading=70) as drawn:
+        drawn.suptitle(f"{literal(title)}\n{said}", fontsize=10)
 
-    # One canvas instead of a hundred axes: matplotlib takes seconds for those.
-    cell, frame, gap, heading = 96, 5, 8, 40
-    step = cell + 2 * frame + gap
-    columns = 1 + nearest.shape[1]
-    heights = [heading if isinstance(line, str) else step for line in lines]
-    canvas = Image.new("RGB", (columns * step + 2 * gap, sum(heights) + gap), "white")
-    draw = ImageDraw.Draw(canvas)
 
-    def place(images: Split, position: int, x: int, y: int, color: str) -> None:
-        draw.rectangle((x, y, x + cell + 2 * frame - 1, y + cell + 2 * frame - 1), color)
-        pixels = images.images[np.array([position])][0]
-        canvas.paste(thumbnail(pixels, cell), (x + frame, y + frame))
-
-    y = 0
-    for line, height in zip(lines, heights, strict=True):
-        if isinstance(line, str):
-            size, color = (20, "black") if y == 0 else (16, GRAY)
-            lettering.write(draw, (gap, y + heading - 10), lettering.drawable(line), size, color)
-        else:
-            place(dataset.query, rows[line], gap, y, "black")
-            for i, neighbour in enumerate(nearest[line], 1):
-                color = GREEN if right[line, i - 1] else RED
-                place(gallery, neighbour, 2 * gap + i * step, y, color)
-        y += height
-    files.write_picture(path, canvas)
+def contact_sheet(tiles: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
+    """Lays images of one size out row by row, `gap` pixels apart, on white."""
+    width, height = (side + gap for side in tiles[0].size)
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (gap + i % columns * width, gap + i // columns * height))
+    return sheet
 
 
 def plot_explanations(path: str | Path, rows: list[tuple], letters: str, title: str) -> None:
@@ -232,19 +259,18 @@ def plot_explanations(path: str | Path, rows: list[tuple], letters: str, title: 
       rows: of each pair: images [2, S, S, 3] uint8 as the network sees them, their two
         names, whether the match is right (None: unknown), an `attribution.Explanation`.
       letters: the descriptor set.
-      title: of the picture.
+      title: of the figure.
     """
-    names = [[lettering.drawable(name, 26) for name in pair] for _, pair, _, _ in rows]
-    with picture(path, 12, 0.4 + 2.7 * len(rows), sum(names, []), dpi=110) as figure:
-        figure.suptitle(lettering.drawable(title), fontsize=12)
-        grid = figure.subplots(len(rows), 5, squeeze=False)
-        for axes, pair, (images, _, right, found) in zip(grid, names, rows, strict=True):
-            _draw_pair(axes[:4], images, pair, right, found.maps.sum(1))
+    with figure(path, 12, 0.4 + 2.7 * len(rows), dpi=110) as drawn:
+        drawn.suptitle(literal(title), fontsize=12)
+        grid = drawn.subplots(len(rows), 5, squeeze=False)
+        for axes, (images, names, right, found) in zip(grid, rows, strict=True):
+            _draw_pair(axes[:4], images, names, right, found.maps.sum(1))
             _draw_shares(axes[4], letters, found)
 
 
 def _draw_pair(
-    axes: np.ndarray, images: np.ndarray, names: list[str], right: bool | None, maps: np.ndarray
+    axes: np.ndarray, images: np.ndarray, names: Sequence[str], right: bool | None, maps: np.ndarray
 ) -> None:
     """Draws two images, each plain and under its map [H, W], on four axes."""
     limit = np.abs(maps).max() or 1.0
@@ -252,7 +278,7 @@ def _draw_pair(
     for i, (role, ink) in enumerate([("query", "black"), match[right]]):
         plain, overlaid = axes[2 * i : 2 * i + 2]
         plain.imshow(images[i])
-        plain.set_title(f"{role}\n{names[i]}", fontsize=10, color=ink)
+        plain.set_title(f"{role}\n{shorten(names[i], 26)}", fontsize=10, color=ink)
         # Black in the middle of the grays, so that no overlay drowns in it.
         overlaid.imshow(images[i].mean(-1), cmap="gray", vmin=-255, vmax=255)
         side = len(images[i]) - 0.5

@@ -1,27 +1,33 @@
-"""Maps of an embedding: a picture of the test set in the plane, files for TensorBoard's projector.
+"""Maps of an embedding: a figure of the test set in the plane, files for TensorBoard's projector.
 
 A map shows what the numbers do not: which classes lie together, and what an outlier looks
 like. Distances in the plane are only what is left of those in the embedding.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, colors
-from PIL import Image, ImageDraw
+from matplotlib.patches import Patch
+from PIL import Image, ImageOps
 
 from cgd_jax.data import Dataset
-from cgd_jax.reports import lettering, plots
+from cgd_jax.reports import plots
+from cgd_jax.reports.names import literal, shorten
+from cgd_jax.reports.tables import write_csv
 from cgd_jax.runtime import files
 
 __all__ = ["Sample", "draw_map", "project", "sample_test", "write_projector"]
 
-MOST = 10_000  # images: the projector in the browser, and UMAP, grow slow with more
-SPRITE = 8192  # pixels: the largest side of a sprite that TensorBoard shows
+# The projector in the browser, and UMAP, grow slow with more images. TensorBoard shows up to 8,192
+# pixels a side, which this many thumbnails keep to.
+MOST = 10_000
+SIDE, FRAME = 48, 3  # pixels of a thumbnail
+SIZE = np.array([1620, 1080])  # pixels of a map, whole multiples of a thumbnail with its frame
 COLORS = [colors.to_hex(colormaps["tab10"](i)) for i in range(10) if i != 7]  # no gray
-LIGHT_GRAY = "#c8c8c8"
 
 
 class Sample(NamedTuple):
@@ -44,17 +50,13 @@ def sample_test(
       seed: of the draw.
       most: images in the sample.
     """
-    named = zip(("query", "gallery"), embeddings, strict=True)
-    of = {name: x for name, x in named if x is not None}
-    places = [(name, i) for name, x in of.items() for i in range(len(x))]
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:most])
-    kept = [places[i] for i in chosen]
-    return Sample(
-        np.array([of[name][i] for name, i in kept]),
-        np.array([getattr(dataset, name).labels[i] for name, i in kept]),
-        kept,
-        len(places),
-    )
+    vectors = np.concatenate([x for x in embeddings if x is not None])
+    splits = {"query": dataset.query, "gallery": dataset.gallery}
+    named = {name: split for name, split in splits.items() if split is not None}
+    labels = np.concatenate([split.labels for split in named.values()])
+    places = [(name, i) for name, split in named.items() for i in range(len(split.labels))]
+    kept = np.sort(np.random.default_rng(seed).permutation(len(places))[:most])
+    return Sample(vectors[kept], labels[kept], [places[i] for i in kept], len(places))
 
 
 def project(vectors: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, str]:
@@ -71,168 +73,63 @@ def project(vectors: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, str]
     Raises:
       ImportError: "umap" without umap-learn.
     """
-    if kind == "pca":
-        points, shares = pca(vectors)
-        return points, f"PCA, {shares[0]:.1%} + {shares[1]:.1%} of the variance"
-    import umap  # pip install umap-learn; slow to import
+    if kind == "umap":
+        import umap  # pip install umap-learn; slow to import
 
-    neighbours = min(15, len(vectors) - 1)
-    reducer = umap.UMAP(neighbours, metric="cosine", random_state=seed, n_jobs=1)
-    return reducer.fit_transform(vectors), f"UMAP, {neighbours} neighbours"
-
-
-def pca(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Projects vectors onto their two principal components, with signs that the data decide.
-
-    An axis and its opposite are equally good: the one whose largest entry is positive is
-    taken, so that the picture does not depend on the machine's linear algebra.
-
-    Args:
-      vectors: [N, D] float, D at least 2.
-
-    Returns:
-      (points [N, 2] float64 around 0, the larger variance first; shares [2] of the
-      variance, 0 if there is none).
-    """
+        neighbours = min(15, len(vectors) - 1)
+        reducer = umap.UMAP(neighbours, metric="cosine", random_state=seed, n_jobs=1)
+        return reducer.fit_transform(vectors), f"UMAP, {neighbours} neighbours"
     x = vectors - np.mean(vectors, 0, dtype=np.float64)
     _, variance, axes = np.linalg.svd(x.T @ x)  # [D, D], however many vectors there are
-    axes = axes[:2]
-    largest = np.take_along_axis(axes, np.abs(axes).argmax(1, keepdims=True), 1)
-    axes = axes * np.where(largest < 0, -1, 1)
-    return x @ axes.T, variance[:2] / max(variance.sum(), np.finfo(float).tiny)
-
-
-def corners(points: np.ndarray, width: int, height: int, side: int) -> np.ndarray:
-    """Places squares so that all fit on a canvas, at one scale for both axes.
-
-    Args:
-      points: [N, 2] float; the second axis points up.
-      width, height: of the canvas, in pixels.
-      side: of a square.
-
-    Returns:
-      [N, 2] int: x and y of the upper left corners, from the left and the top.
-    """
-    low, high = points.min(0), points.max(0)
-    room = np.array([width - side, height - side])
-    spread = np.maximum(high - low, 1e-12 * max(1, np.abs(points).max()))
-    scaled = (points - (low + high) / 2) * np.min(room / spread) * [1, -1]
-    return np.rint(scaled + room / 2).astype(int)
-
-
-def without_overlap(places: np.ndarray, side: int) -> np.ndarray:
-    """Chooses the squares that overlap none of those chosen before them.
-
-    Args:
-      places: [N, 2] int, upper left corners, none negative; the first come first.
-      side: of a square, in pixels.
-
-    Returns:
-      [N] bool.
-    """
-    taken = np.zeros(places.max(0) + side, bool)
-    free = np.zeros(len(places), bool)
-    for i, (x, y) in enumerate(places):
-        square = taken[x : x + side, y : y + side]
-        free[i] = not square.any()
-        square |= free[i]
-    return free
-
-
-def coloured_classes(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Returns a class a colour: those with the most images, at random among equals."""
-    classes, counts = np.unique(labels, return_counts=True)
-    shuffled = np.random.default_rng(seed).permutation(len(classes))
-    order = shuffled[np.argsort(-counts[shuffled], kind="stable")]
-    return np.sort(classes[order[: len(COLORS)]])
-
-
-def drawing_order(labels: np.ndarray, coloured: np.ndarray, seed: int) -> np.ndarray:
-    """Returns positions [N] at random, but first ten images of every coloured class.
-
-    Without that few of them would find a place among thousands of others.
-    """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    first = [order[labels[order] == label][:10] for label in coloured]
-    return order[np.argsort(~np.isin(order, np.concatenate(first)), kind="stable")]
+    # An axis and its opposite are equally good; the figure must not depend on the machine.
+    axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes[:2]])
+    first, second = variance[:2] / max(variance.sum(), np.finfo(float).tiny)
+    return x @ axes.T, f"PCA, {first:.1%} + {second:.1%} of the variance"
 
 
 def draw_map(
-    path: str | Path,
-    points: np.ndarray,
-    sample: Sample,
-    dataset: Dataset,
-    title: str,
-    seed: int,
-    size: tuple[int, int] = (1600, 1200),
-) -> np.ndarray:
-    """Draws images where they lie in the plane, and dots for those that have no room.
+    path: str | Path, points: np.ndarray, sample: Sample, dataset: Dataset, title: str, seed: int
+) -> None:
+    """Draws images where they lie in the plane, on a grid: of those in one cell it draws one.
+
+    The classes with the most images have a color each, and precedence: else one would hardly see
+    them among thousands of others.
 
     Args:
       path: of the PNG.
-      points: [N, 2] float, of the sample's images.
+      points: [N, 2] float, of the sample's images; the second axis points up.
       sample: from `sample_test`.
       dataset: it was drawn from.
-      title: of the picture.
-      seed: of which classes are coloured and which images are drawn.
-      size: width of the map and its height at most, in pixels; the legend stands above it.
-
-    Returns:
-      [N] bool, which images are drawn.
+      title: of the figure.
+      seed: of which classes are colored and which images are drawn.
     """
-    pixels = len(_image(dataset, sample.places[0]))
-    cell = 44 // pixels * pixels if pixels <= 44 else 44  # of small images whole multiples
-    frame, margin = 3, 20
-    side = cell + 2 * frame
-    where = corners(points, *size, side)
-    where[:, 1] -= where[:, 1].min()  # no empty strips above and below
-    coloured = coloured_classes(sample.labels, seed)
-    color = dict(zip(coloured.tolist(), COLORS, strict=False))
-    shades = [color.get(label, LIGHT_GRAY) for label in sample.labels.tolist()]
-    order = drawing_order(sample.labels, coloured, seed)
-    drawn = np.zeros(len(points), bool)
-    drawn[order] = without_overlap(where[order], side + 2)  # not quite touching
+    order = np.random.default_rng(seed).permutation(len(points))
+    classes, counts = np.unique(sample.labels, return_counts=True)
+    colored = classes[np.argsort(-counts, kind="stable")[: len(COLORS)]]
+    color_of = dict(zip(colored.tolist(), COLORS, strict=False))
+    shades = [color_of.get(label, "#c8c8c8") for label in sample.labels.tolist()]
+    order = order[np.argsort(~np.isin(sample.labels[order], colored), kind="stable")]
 
-    names = {}
-    for name in {name for name, _ in sample.places}:
-        names |= getattr(dataset, name).class_names
-    subtitle = _subtitle(sample, int(drawn.sum()), len(coloured))
-    legend, lines = _legend([(shade, str(names.get(c, c))) for c, shade in color.items()], size[0])
-    heading = 90 + 28 * lines + margin
-    height = heading + int(where[:, 1].max()) + side + margin
-    canvas = Image.new("RGB", (size[0] + 2 * margin, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    lettering.write(draw, (margin, 42), lettering.drawable(title), 26, "black")
-    lettering.write(draw, (margin, 76), subtitle, 18, plots.GRAY)
-    for x, line, shade, name in legend:
-        x, y = x + margin, 90 + 28 * line
-        draw.rectangle((x, y + 5, x + 15, y + 20), shade)
-        lettering.write(draw, (x + 22, y + 19), name, 16, "black")
+    low, high = points.min(0), points.max(0)
+    side = SIDE + 2 * FRAME
+    scale = np.min((SIZE - side) / np.maximum(high - low, 1e-12 * max(1, np.abs(points).max())))
+    corners = (points - (low + high) / 2) * scale * [1, -1] + (SIZE - side) / 2
+    cells = np.rint(corners / side).astype(int) * side
+    drawn = order[np.unique(cells[order], axis=0, return_index=True)[1]]
+    canvas = Image.new("RGB", tuple(SIZE.tolist()), "white")
+    for i in drawn:
+        thumbnail = plots.thumbnail(_image(dataset, sample.places[i]), SIDE)
+        canvas.paste(ImageOps.expand(thumbnail, FRAME, shades[i]), tuple(cells[i].tolist()))
 
-    where = where + [margin, heading]
-    for i in np.flatnonzero(~drawn):
-        x, y = (where[i] + side // 2).tolist()
-        draw.ellipse((x - 2, y - 2, x + 2, y + 2), shades[i])
-    for i in np.flatnonzero(drawn):
-        x, y = where[i].tolist()
-        draw.rectangle((x, y, x + side - 1, y + side - 1), shades[i])
-        thumbnail = plots.thumbnail(_image(dataset, sample.places[i]), cell)
-        canvas.paste(thumbnail, (x + frame, y + frame))
-    files.write_picture(path, canvas)
-    return drawn
-
-
-def _subtitle(sample: Sample, drawn: int, coloured: int) -> str:
-    count, classes = len(sample.labels), len(np.unique(sample.labels))
-    text = (
-        f"{count:,} test images"
-        if count == sample.total
-        else (f"{count:,} of {sample.total:,} test images, drawn at random")
+    names = dataset.query.class_names | (dataset.gallery or dataset.query).class_names
+    legend = [Patch(color=c, label=shorten(names.get(k, k), 40)) for k, c in color_of.items()]
+    said = (
+        f"{literal(title)}\n{len(drawn):,} of {sample.total:,} test images, of those in one place "
+        f"one; the colors are {len(colored)} of {len(classes):,} classes:"
     )
-    if drawn < count:
-        text += f"; {drawn:,} of them have room, the others are dots"
-    frames = "classes" if coloured == classes else f"{coloured} of {classes:,} classes"
-    return f"{text}; the colours are {frames}:"
+    with plots.figure_of(path, canvas, heading=160) as figure:
+        box = figure.legend(handles=legend, title=said, loc="upper left", ncols=3, frameon=False)
+        box.set_alignment("left")
 
 
 def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title: str) -> None:
@@ -251,33 +148,25 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
     """
     below = Path(folder, "projector")
     below.mkdir(parents=True, exist_ok=True)
-    rows = ("\t".join(f"{x:.5g}" for x in vector) for vector in sample.vectors.tolist())
-    files.write_atomically(below / "vectors.tsv", "\n".join(rows) + "\n")
-
-    lines = ["class\tlabel\tid\tsplit"]
+    with files.replacing(below / "vectors.tsv") as part:
+        np.savetxt(part, sample.vectors, "%.5g", "\t")
+    rows = []
     for label, (name, i) in zip(sample.labels.tolist(), sample.places, strict=True):
-        part = getattr(dataset, name)
-        cells = [part.class_names.get(label, label), label, part.ids[i], name]
-        lines.append("\t".join(map(lettering.literal, cells)))
-    files.write_atomically(below / "metadata.tsv", "\n".join(lines) + "\n")
-
-    # Row by row; what the last row lacks is white.
-    columns = math.ceil(math.sqrt(len(sample.labels)))
-    side = min(64, SPRITE // columns, len(_image(dataset, sample.places[0])))
-    height = math.ceil(len(sample.labels) / columns)
-    sprite = Image.new("RGB", (columns * side, height * side), "white")
-    for i, place in enumerate(sample.places):
-        thumbnail = plots.thumbnail(_image(dataset, place), side)
-        sprite.paste(thumbnail, (i % columns * side, i // columns * side))
+        split = getattr(dataset, name)
+        shown = literal(split.class_names.get(label, label))
+        rows.append({"class": shown, "label": label, "id": literal(split.ids[i]), "split": name})
+    write_csv(below / "metadata.tsv", rows, "\t")
+    tiles = [plots.thumbnail(_image(dataset, place), SIDE) for place in sample.places]
+    sprite = plots.contact_sheet(tiles, math.ceil(math.sqrt(len(tiles))), 0)
     files.write_picture(below / "sprite.png", sprite)
 
-    quoted = lettering.literal(title).replace("\\", "\\\\").replace('"', '\\"')
+    quoted = json.dumps(literal(title), ensure_ascii=False)
     files.write_atomically(
         Path(folder, "projector_config.pbtxt"),
-        f'embeddings {{\n  tensor_name: "{quoted}"\n'
+        f"embeddings {{\n  tensor_name: {quoted}\n"
         f'  tensor_path: "projector/vectors.tsv"\n  metadata_path: "projector/metadata.tsv"\n'
         f'  sprite {{\n    image_path: "projector/sprite.png"\n'
-        f"    single_image_dim: {side}\n    single_image_dim: {side}\n  }}\n}}\n",
+        f"    single_image_dim: {SIDE}\n    single_image_dim: {SIDE}\n  }}\n}}\n",
     )
 
 
@@ -285,16 +174,3 @@ def _image(dataset: Dataset, place: tuple[str, int]) -> np.ndarray:
     """Returns the pixels of one image, [S, S, 3] uint8."""
     name, i = place
     return getattr(dataset, name).images[np.array([i])][0]
-
-
-def _legend(entries: list[tuple[str, str]], width: int) -> tuple[list[tuple], int]:
-    """Lays (colour, name) out in lines: ([(x, line, colour, name)], number of lines)."""
-    placed, x, line = [], 0.0, 0
-    for shade, name in entries:
-        name = lettering.drawable(name, 40)
-        length = 22 + lettering.width(name, 16) + 28
-        if x and x + length > width:
-            x, line = 0, line + 1
-        placed.append((int(x), line, shade, name))
-        x += length
-    return placed, line + 1

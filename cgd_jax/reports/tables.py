@@ -1,13 +1,16 @@
 """Numbers in columns: data sets, metrics, branches."""
 
+import csv
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
 from cgd_jax.data import Dataset
 from cgd_jax.reports.names import literal, markdown
-from cgd_jax.runtime import console
+from cgd_jax.runtime import console, files
 
 __all__ = [
     "complementarity_text",
@@ -17,6 +20,7 @@ __all__ = [
     "metrics_table",
     "run_table",
     "table",
+    "write_csv",
 ]
 
 
@@ -63,6 +67,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple"
         )
         for part in parts
     )
+
+
+def write_csv(path: str | Path, rows: Sequence[dict], delimiter: str = ",") -> None:
+    """Writes rows with the columns that any of them has; cells that a row lacks stay empty.
+
+    >>> write_csv("classes.csv", [{"class": 7, "recall@1": 0.5}, {"class": 8}])
+    >>> print(open("classes.csv").read().strip())
+    class,recall@1
+    7,0.5
+    8,
+    """
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_atomically(path, text.getvalue())
 
 
 def _parts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[int]]:

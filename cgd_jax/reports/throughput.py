@@ -8,22 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax.augment import normalize
 from cgd_jax.models.cgd import CGD, compute_dtype
-from cgd_jax.train_step import State
+from cgd_jax.preprocess import Normalization, normalize
+from cgd_jax.runtime import console
 
 
 class Meter:
     """Measures how fast training is, over the steps since it was last read."""
 
-    def __init__(self, images: int, flops: float, peak: float):
+    def __init__(self, images: int, flops: float, peak: float, started: float = float("nan")):
         """Starts the clock.
 
         Args:
           images: of a step.
           flops: floating-point operations of a step; nan if not known.
           peak: FLOP/s of all devices; nan if not known.
+          started: when the program started, in seconds since the epoch.
         """
+        self.started = started
         self.images, self.flops, self.peak = images, flops, peak
         self.restart()
 
@@ -35,6 +37,11 @@ class Meter:
         """Counts one step."""
         self.steps += 1
 
+    def first_step(self) -> None:
+        """Tells how long the first step took to come, and starts anew."""
+        console.log(f"First step after {console.duration(time.time() - self.started)}.")
+        self.restart()
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Counts the time inside as waiting for a batch."""
@@ -45,30 +52,33 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Returns columns of the history, of what is known, and starts anew."""
         seconds = max(time.time() - self.since, 1e-9)
+        flops = self.steps * self.flops / seconds
         row = {
             "images_per_second": self.steps * self.images / seconds,
             "input_wait": self.waited / seconds,
-            "tflops_per_second": self.steps * self.flops / seconds / 1e12,
+            "tflops_per_second": flops / 1e12,
+            "share_of_peak": flops / self.peak,
         }
-        row["share_of_peak"] = 1e12 * row["tflops_per_second"] / self.peak
         self.restart()
         return {name: value for name, value in row.items() if np.isfinite(value)}
 
 
-def flops_per_image(model: CGD, state: State, image_size: int) -> float:
+def flops_per_image(
+    model: CGD, variables: dict, normalization: Normalization, image_size: int
+) -> float:
     """Counts the floating-point operations of a forward pass, as the compiler does; or nan.
 
     The compiler of the CPU, since that of a GPU does not tell.
     """
+
+    def embed(variables, images):
+        return model.apply(variables, normalize(images, normalization)).embedding
+
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-
-    def embed(state, images):
-        return model.apply(state.variables(), normalize(images, state.normalization)).embedding
-
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            lowered = jax.jit(embed).lower(state, images)
+            lowered = jax.jit(embed).lower(shapes, images)
             return (lowered.cost_analysis() or {}).get("flops", float("nan"))
     except RuntimeError:  # JAX_PLATFORMS names no CPU
         return float("nan")

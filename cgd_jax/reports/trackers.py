@@ -10,9 +10,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from cgd_jax.config import flatten
+from flax.traverse_util import flatten_dict
+
 from cgd_jax.runtime import console, files, processes
 from cgd_jax.runtime.errors import ConfigError
 
@@ -22,58 +22,41 @@ log = logging.getLogger(__name__)
 
 Track = Callable[[int, dict[str, float]], object]
 
-PROJECT = "cgd_jax"  # unless the environment names another
-
 
 @contextlib.contextmanager
-def _wandb(name: str, identity: str | None, config: dict, folder: Path) -> Iterator[tuple]:
+def _wandb(identity: str | None, config: dict, folder: Path) -> Iterator[tuple[str, Track]]:
     import wandb
 
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=name,
-        id=identity,
-        resume="allow",
-        config=config,
-        dir=folder,
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    done = run.step  # a resumed run has the rows up to here, and takes none before it
-
-    def track(step: int, values: dict[str, float]) -> None:
-        if step >= done:
-            run.log(values, step=step)
-
-    with run:
-        # Asked for the address of an offline run, wandb warns.
-        yield run.id, f"{run.dir}, offline" if run.offline else run.url, track
+    project = os.environ.get("WANDB_PROJECT", "cgd_jax")
+    known = {"project": project, "name": folder.name, "id": identity, "resume": "allow"}
+    settings = wandb.Settings(silent=True, console="off")
+    with wandb.init(**known, config=config, dir=folder, settings=settings) as run:
+        # Rows that a resumed run has already are ignored.
+        yield run.id, lambda step, values: run.log(values, step=step)
 
 
 @contextlib.contextmanager
-def _mlflow(name: str, identity: str | None, config: dict, folder: Path) -> Iterator[tuple]:
+def _mlflow(identity: str | None, config: dict, folder: Path) -> Iterator[tuple[str, Track]]:
     import mlflow
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it tells how it makes its tables
-    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
 
     def track(step: int, values: dict[str, float]) -> None:
         # MLflow takes no @ in a name.
-        named = {key.replace("@", "_at_"): value for key, value in values.items()}
-        mlflow.log_metrics(named, step=step)
+        mlflow.log_metrics({k.replace("@", "_at_"): x for k, x in values.items()}, step=step)
 
-    with mlflow.start_run(run_id=identity, run_name=None if identity else name) as run:
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it tells how it makes its tables
+    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "cgd_jax"))
+    with mlflow.start_run(run_id=identity, run_name=None if identity else folder.name) as run:
         if identity is None:
-            mlflow.log_params(flatten(config))
-        yield run.info.run_id, mlflow.get_tracking_uri(), track
+            mlflow.log_params(flatten_dict(config, sep="."))
+        yield run.info.run_id, track
 
 
-# Each opens a tracker's run, new or known by its identity, and yields its identity, where it is
-# seen, and what logs a row.
+# Each opens a run, new or known by its identity, and yields its identity and what logs a row.
 TRACKERS = {"wandb": _wandb, "mlflow": _mlflow}
 
 
 @contextlib.contextmanager
-def tracking(tracker: str, folder: Path, config: dict[str, Any]) -> Iterator[Track]:
+def tracking(tracker: str, folder: Path, config: dict) -> Iterator[Track]:
     """Opens the run of a tracker, or goes on with it.
 
     Args:
@@ -94,22 +77,20 @@ def tracking(tracker: str, folder: Path, config: dict[str, Any]) -> Iterator[Tra
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     with contextlib.ExitStack() as stack:
         try:
-            opened = TRACKERS[tracker](folder.name, known.get(tracker), config, folder)
-            identity, place, track = stack.enter_context(opened)
+            opened = TRACKERS[tracker](known.get(tracker), config, folder)
+            identity, track = stack.enter_context(opened)
         except Exception as error:  # each library has its own
-            text = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(
-                f"train.tracker={tracker!r} does not take the run: {text}. Set it up, or leave it "
+                f"train.tracker={tracker!r} does not take the run: {error}. Set it up, or leave it "
                 f"out; history.csv and TensorBoard's events are written in any case."
             ) from error
         files.write_json(path, known | {tracker: identity})
-        console.log(f"The history is also in {tracker}: {place}\n")
+        console.log(f"The history is also in {tracker}, as run {identity}.\n")
 
         def track_if_possible(step: int, values: dict[str, float]) -> None:
             try:
                 track(step, values)
             except Exception as error:
-                text = " ".join(str(error).split())[:300]
-                log.warning("%s did not take the row of step %d: %s", tracker, step, text)
+                log.warning("%s did not take the row of step %d: %s", tracker, step, error)
 
         yield track_if_possible

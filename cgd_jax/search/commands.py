@@ -1,12 +1,12 @@
 """What --mode=index and --mode=search do."""
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from cgd_jax.runtime import console
-from cgd_jax.search import indexing, queries, stores
+from cgd_jax.search import indexing, queries, report
+from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
 from cgd_jax.search.index import Index
 
 __all__ = ["default_address", "fill_index", "search_index"]
@@ -17,39 +17,20 @@ def default_address(workdir: str | None) -> str:
     return str(Path(workdir or "runs", "index"))
 
 
-def keep_compiled(address: str) -> None:
-    """Keeps compiled programs beside an index, as those of runs are kept beside their folders."""
-    if stores.is_local(address):
-        # JAX reads this when it is imported, if it is.
-        folder = Path(address).absolute().parent / ".compiled"
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-
-
 def fill_index(
     address: str,
     sources: Sequence[str],
     model: str | None = None,
     *,
-    vector: str | None = None,
-    precision: str | None = None,
-    whiten: int | None = None,
     share: tuple[int, int] = (0, 1),
+    **options,
 ) -> None:
-    """Brings an index up to date and says what was done; see `indexing.update`."""
-    keep_compiled(address)
+    """Brings an index up to date and says what was done; takes what `indexing.update` does."""
     begin = time.monotonic()
-    changes = indexing.update(
-        address,
-        sources,
-        model,
-        vector=vector,
-        precision=precision,
-        whiten=whiten,
-        share=share,
-    )
+    changes = indexing.update(address, sources, model, share=share, **options)
     mine = f" (by process {share[0]} of {share[1]})" if share[1] > 1 else ""
     console.log(
-        f"{address}: {changes.added:,} pictures added, {changes.changed:,} changed, "
+        f"{address}: {changes.added:,} images added, {changes.changed:,} changed, "
         f"{changes.removed:,} removed, {changes.unchanged:,} unchanged, {len(changes.skipped):,} "
         f"files left out{mine}, in {console.duration(time.monotonic() - begin)}."
     )
@@ -66,44 +47,37 @@ def search_index(
     crop: str | None = None,
     duplicates: float | None = None,
     as_json: bool = False,
-    picture: str = "search.png",
+    figure: str = "search.png",
 ) -> None:
-    """Searches an index and shows what is found; see `queries.ask` and `find_duplicates`.
+    """Searches an index and shows what is found; see `Index.open`, `queries.ask`.
 
     Args:
       address: of the index.
       asked: files and folders to search by; None to look for duplicates.
-      model: as `Index.open` takes it.
+      model: of the index.
       k: hits of each query, at most.
-      where: as for `Index.search`.
-      exact: likewise.
+      where: which images to look at.
+      exact: whether to compare with every image.
       crop: "x,y,width,height", the part of each query to search by.
-      duplicates: similarity from which pictures count as duplicates; None is the default.
+      duplicates: similarity from which images count as duplicates; None is the default.
       as_json: whether to print JSON, and nothing else, and draw nothing.
-      picture: PNG to draw.
+      figure: PNG to draw.
     """
     box = queries.parse_crop(crop) if crop else None
-    keep_compiled(address)
     index = Index.open(address, model)
-    # Not at the top of the file: an index is filled without what draws.
-    from cgd_jax.search import report
-    from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
-
     if asked is None:
         similarity = SIMILARITY if duplicates is None else duplicates
-        groups = find_duplicates(index, similarity, where, exact)
-        if as_json:
-            print(report.groups_as_json(groups))
-        elif groups:
-            print(report.groups_as_text(groups))
-            report.draw_groups(Path(picture), index, groups)
-        else:
-            print(f"No two pictures have a similarity of {similarity:g} or more.")
+        groups = find_duplicates(index, similarity, where)
+        if not groups and not as_json:
+            print(f"No two images have a similarity of {similarity:g} or more.")
+            return
+        print(report.groups_as_json(groups) if as_json else report.groups_as_text(groups))
+        if not as_json:
+            report.draw_groups(Path(figure), index, groups)
     else:
         found = queries.ask(index, asked, k, where, exact, box)
         print(report.as_json(found) if as_json else report.as_text(found))
-        groups = []
         if not as_json:
-            report.draw(Path(picture), index, found.answers)
-    if not as_json and (asked or groups):
-        console.log(f"Look at {picture}.")
+            report.draw(Path(figure), index, found.answers)
+    if not as_json:
+        console.log(f"Look at {figure}.")

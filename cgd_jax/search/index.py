@@ -1,4 +1,4 @@
-"""An index: pictures and their vectors, to search by a picture.
+"""An index: images and their vectors, to search by an image.
 
     index = Index.open("runs/index")
     for hit in index.search("query.jpg", k=5, where="label = 'shoes'"):
@@ -9,35 +9,39 @@ it is never searched with another.
 """
 
 import base64
-import contextlib
 import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
-from cgd_jax.runtime.threads import CORES, parallel
-from cgd_jax.search import pictures, stores
-from cgd_jax.search.stores import COLUMNS, Columns, Hit, Store, open_store
+from cgd_jax import network as networks
+from cgd_jax import rerank, retrieval
+from cgd_jax.data.images import is_one, listed
+from cgd_jax.network import Network
+from cgd_jax.runtime.errors import InputError
+from cgd_jax.search import images as reading
+from cgd_jax.search import stores
+from cgd_jax.search.opening import open_store, writing
+from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from cgd_jax.search.indexing import Changes
 
-    from cgd_jax.network import Network
+__all__ = ["Index", "IndexInfo", "Query"]
 
-__all__ = ["Index", "IndexInfo", "Query", "Record"]
+# As many equally similar images are put in order; a Milvus server finds 16,384 at once.
+EQUALS = 16_000
 
-# An accelerator embeds batches of these sizes, each of which is compiled once; any number is a sum
-# of them. On a CPU every core embeds one image at a time: in a batch, an image takes longer.
-BATCHES = (1, 16, 128)
-
-# A file, an image, its pixels [H, W, 3] uint8, or a vector [D] of floats.
-Query = str | Path | Image.Image | np.ndarray
+# An image as `data.images` reads it: a file, its bytes, of Pillow, or pixels [H, W, 3].
+Query = str | Path | bytes | Image.Image | np.ndarray
 Whitening = tuple[np.ndarray, np.ndarray]  # mean and projection, see `rerank.learn_whitening`
 
 
@@ -56,38 +60,35 @@ class IndexInfo(NamedTuple):
     created: str  # ISO 8601
 
 
-class Record(NamedTuple):
-    """What an index knows of a picture, beside its vector and thumbnail."""
-
-    id: str
-    path: str
-    label: str | None
-    size: int  # bytes
-    hash: str  # of the file
-    width: int  # pixels, as displayed
-    height: int
-
-
 class Index:
-    """Pictures and their vectors in a database. `open` and `create` make one.
+    """Images and their vectors in a database. `open` and `create` make one.
 
     Attributes:
       info: an `IndexInfo`.
       store: the database.
     """
 
-    def __init__(self, store: Store, network: "Network | str | None" = None):
+    def __init__(self, store: Store, network: Network | str | None = None):
         self.store = store
-        self.info = _read_info(store)
-        self._whitening = _read_whitening(store)
+        self.info, self._whitening = _read_about(store)
         self._network = network
-        self._everything: tuple[Any, list[Hit], np.ndarray] | None = None
+        self._remembered: tuple[int, list[str], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.count()
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"Index({self.store.address!r}, network={info.network!r}, vector={info.vector!r}, "
+            f"dimension={info.dimension})"
+        )
 
     @classmethod
     def open(
         cls,
         address: str | Path,
-        model: "Network | str | Path | None" = None,
+        model: Network | str | Path | None = None,
         *,
         create: bool = False,
         vector: str | None = None,
@@ -95,15 +96,15 @@ class Index:
         """Opens an index.
 
         Args:
-          address: of the index, see `stores.open_store`.
+          address: of the index, see `opening.open_store`.
           model: the network, see `network.open_network`. None is the one that the index was
             made with; of a new index, the packaged EfficientNet-Lite0.
           create: whether to make the index if there is none.
           vector: as `network.open_network` takes it; None likewise.
 
         Raises:
-          FileNotFoundError: there is no index, or no such network.
-          ValueError: the index is of another network.
+          NoIndexError: there is no index.
+          InputError: the index is of another network.
           StoreError: the index cannot be reached or read.
           ImportError: the package of the database is missing.
         """
@@ -112,34 +113,23 @@ class Index:
         except stores.NoIndexError:
             if not create:
                 raise
-            return cls.create(address, opened(model, vector))
-        info = _read_info(store)
-        if model is not None:
-            if isinstance(model, str | Path):
-                from cgd_jax import network
-
-                name, found = network.identify(model)
-            else:
-                name, found, vector = model.name, model.weights_hash, vector or model.vector
-            if found != info.weights_hash:
-                raise ValueError(
-                    f"The index {address} was made with the network {info.network} (weights "
-                    f"{info.weights_hash}); it cannot be used with {name} (weights {found}), "
-                    f"whose vectors mean something else. Use that network, or make another index "
-                    f"with --index=."
-                )
-        if vector not in (None, info.vector):
-            raise ValueError(
-                f"The index {address} holds the vectors {info.vector} of {info.network}, not "
-                f"{vector}. Leave --vector out, or make another index with --index=."
-            )
-        return cls(store, str(model) if isinstance(model, Path) else model)
+            opened = model if isinstance(model, Network) else networks.open_network(model, vector)
+            return cls.create(address, opened)
+        index = cls(store, str(model) if isinstance(model, Path) else model)
+        if isinstance(model, Network):
+            index._check(model.name, _remembered_of(model))
+        elif model is not None:  # known by its weights, without building it
+            name, weights_hash = networks.identify(model)
+            index._check(name, {"weights_hash": weights_hash})
+        if vector is not None:
+            index._check(index.info.network, {"vector": vector})
+        return index
 
     @classmethod
     def create(
         cls,
         address: str | Path,
-        network: "Network",
+        network: Network,
         *,
         precision: str = "float32",
         whitening: Whitening | None = None,
@@ -147,7 +137,7 @@ class Index:
         """Makes an empty index; one that is there already is opened.
 
         Args:
-          address: of the index, see `stores.open_store`.
+          address: of the index, see `opening.open_store`.
           network: whose vectors it is to hold.
           precision: of the vectors, "float32" or "float16".
           whitening: applied to the vectors, from `rerank.learn_whitening`.
@@ -155,18 +145,13 @@ class Index:
         Raises:
           As `open`.
         """
-        scale = network.normalization._asdict()
         info = IndexInfo(
             network=network.name,
-            weights_hash=network.weights_hash,
-            vector=network.vector,
             dimension=network.dimension if whitening is None else whitening[1].shape[1],
-            image_size=network.image_size,
-            resize=network.resize,
-            normalization={name: np.asarray(value).tolist() for name, value in scale.items()},
             precision=precision,
             whitened_from=None if whitening is None else network.dimension,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            **_remembered_of(network),
         )
         about = {"info": json.dumps(info._asdict())}
         if whitening is not None:
@@ -176,104 +161,118 @@ class Index:
         return cls(open_store(str(address), about, info.dimension), network)
 
     @property
-    def network(self) -> "Network":
+    def network(self) -> Network:
         """The network, opened when it is needed first.
 
         Raises:
-          FileNotFoundError: it is no longer where it was.
-          ValueError: what is there now is another network.
+          InputError: it is no longer where it was, or another network is there now.
         """
-        if self._network is None or isinstance(self._network, str):
+        if not isinstance(self._network, Network):
             source = self._network or self.info.network
             try:
-                network = opened(source, self.info.vector)
+                network = networks.open_network(source, self.info.vector)
             except FileNotFoundError as error:
-                raise FileNotFoundError(
+                raise InputError(
                     f"The index {self.store.address} was made with the network {source}, which is "
                     f"not there: {error} If it is elsewhere now, say so with --model=."
                 ) from error
-            if network.weights_hash != self.info.weights_hash:
-                raise ValueError(
-                    f"The index {self.store.address} was made with the network {source} (weights "
-                    f"{self.info.weights_hash}), which has changed since (now "
-                    f"{network.weights_hash}). Say with --model= where that network is, or make "
-                    f"another index with --index=."
-                )
+            self._check(network.name, _remembered_of(network))
             self._network = network
         return self._network
 
-    def embed(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
-        """Returns the vectors of images, [B, D] float32 of unit length."""
-        side = self.info.resize
-        return self.embed_pixels(np.stack([pictures.read_image(im, side).pixels for im in images]))
+    def _check(self, name: str, found: dict[str, Any]) -> None:
+        """Raises InputError if a network is not the one that the index was made with."""
+        known = self.info._asdict()
+        differing = [key for key, value in found.items() if value != known[key]]
+        if differing:
+            values = "; ".join(f"{key} {known[key]}, here {found[key]}" for key in differing)
+            raise InputError(
+                f"The index {self.store.address} was made with the network {self.info.network}; "
+                f"{name} is another one, or has changed since ({values}). Their vectors cannot be "
+                f"compared: say with --model= where the index's network is, or make another index "
+                f"with --index=."
+            )
+
+    def _check_not_replaced(self) -> None:
+        """Raises StoreError if another index has come in the place of the one that was opened.
+
+        Not only when the version changes: that of another index may be the same number.
+        """
+        if json.loads(self.store.about().get("info", "null")) != self.info._asdict():
+            raise stores.StoreError(
+                f"The index {self.store.address} was replaced by another one after it had been "
+                f"opened. Open it again; if it is served, start the server again."
+            )
+
+    def embed(self, images: Query | Sequence[Query]) -> np.ndarray:
+        """Returns the vectors of images, [B, D] float32 of unit length; see `Network.embed`."""
+        return self._whitened(self.network.embed(images))
 
     def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the vectors of [B, resize, resize, 3] uint8 as `embed` does."""
-        vectors = embed_pixels(self.network, pixels)
-        if self._whitening is None:
-            return vectors
-        from cgd_jax import rerank
+        return self._whitened(self.network.embed_pixels(pixels))
 
-        return rerank.whiten(vectors, *self._whitening)
+    def _whitened(self, vectors: np.ndarray) -> np.ndarray:
+        return vectors if self._whitening is None else rerank.whiten(vectors, *self._whitening)
 
-    def vector_of(self, query: Query, crop: pictures.Box | None = None) -> np.ndarray:
-        """Returns the vector [D] of a query; one that is a vector as it is.
-
-        Args:
-          query: what to search by.
-          crop: the part of the image to search by, (x0, y0, x1, y1) in pixels.
-
-        Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: it is no image, or a vector of another size.
-        """
-        if isinstance(query, np.ndarray) and query.ndim == 1:
-            return self._checked(query[None])[0]
-        if isinstance(query, str | Path):
-            try:
-                pixels = pictures.decode(Path(query).read_bytes(), crop, self.info.resize)
-            except ValueError as error:
-                raise ValueError(f"{query}: {error}.") from error
-        else:
-            if crop is not None:
-                query = query if isinstance(query, Image.Image) else Image.fromarray(query)
-                left, top, right, bottom = map(round, crop)
-                query = query.crop((left, top, right, bottom))
-            pixels = pictures.read_image(query, self.info.resize).pixels
-        return self.embed_pixels(pixels[None])[0]
-
+    @overload
     def search(
         self, query: Query, k: int = 20, where: str | None = None, exact: bool = False
-    ) -> list[Hit]:
-        """Finds the pictures most similar to a query.
+    ) -> list[Hit]: ...
+
+    @overload
+    def search(
+        self, query: list[Any], k: int = 20, where: str | None = None, exact: bool = False
+    ) -> list[list[Hit]]: ...
+
+    def search(self, query, k=20, where=None, exact=False):
+        """Finds the images most similar to an image, or to each of a list of them.
 
         Args:
-          query: what to search by.
-          k: how many pictures, at most.
+          query: one image, its vector [D], or a list of images.
+          k: how many images, at most.
           where: which of them to look at, as SQL: "label = 'shoes' AND width > 500".
-          exact: whether to compare with every picture, where the index is so large that it
-            does not do so anyway.
+          exact: whether to compare with every image, where the index is so large that it
+            does not do so anyway. All vectors are then read into memory.
 
         Returns:
-          The most similar first.
+          The most similar first; of several queries, a list for each.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: the query is no image, or `where` is not understood.
+          InputError: something is no image, or `where` is not understood.
           StoreError: the index cannot be read.
         """
-        return self.search_vectors(self.vector_of(query)[None], k, where, exact)[0]
+        if isinstance(query, np.ndarray) and query.ndim == 1:
+            return self.search_vectors(query[None], k, where, exact)[0]
+        found = self.search_vectors(self.embed(query), k, where, exact)
+        return found[0] if is_one(query) else found
 
     def search_vectors(
         self, vectors: np.ndarray, k: int = 20, where: str | None = None, exact: bool = False
     ) -> list[list[Hit]]:
-        """Finds the pictures most similar to each of [B, D] vectors, as `search` does."""
+        """Finds the images most similar to each of [B, D] vectors, as `search` does.
+
+        Of equally similar images those with the lower ids come first, so that a larger k only
+        adds to what a smaller one finds. Similarities have six digits: more are noise.
+        """
         if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+            raise InputError(f"k must be at least 1, got {k}.")
         vectors = self._checked(vectors)
-        if exact and (_on_accelerator() or not self.store.exact):
-            return self._search_on_device(vectors, k, where)
-        return self.store.search(vectors, k, where, exact)
+        if not len(vectors):  # which the databases do not take
+            return []
+        self._check_not_replaced()
+        in_memory = exact and self.store.approximate()
+        search = self._search_in_memory if in_memory else self.store.search
+        limit = k + 1
+        while True:
+            found = [_in_order(hits) for hits in search(vectors, limit, _composed(where))]
+            # A database cuts off between equals where it likes: what is asked for must end
+            # beyond them.
+            cut = [len(h) == limit and h[k - 1].similarity == h[-1].similarity for h in found]
+            if not any(cut) or limit >= EQUALS:
+                return [hits[:k] for hits in found]
+            limit = min(4 * limit, EQUALS)
 
     def _checked(self, vectors: np.ndarray) -> np.ndarray:
         vectors = np.asarray(vectors, np.float32)
@@ -287,93 +286,96 @@ class Index:
             raise ValueError("a vector to search by is zero, NaN or infinite.")
         return vectors / norms
 
-    def _search_on_device(self, vectors: np.ndarray, k: int, where: str | None) -> list[list[Hit]]:
-        """Searches exactly in memory, with `retrieval.top_k`."""
-        from cgd_jax import retrieval
-
-        hits, gallery = self.in_memory(where)
-        if not hits:
+    def _search_in_memory(self, vectors: np.ndarray, k: int, where: str | None) -> list[list[Hit]]:
+        ids, gallery = self.vectors(where)
+        if not ids:
             return [[] for _ in vectors]
-        similarity, at = retrieval.top_k(vectors, gallery, min(k, len(hits)))
+        similarity, at = retrieval.top_k(vectors, gallery, min(k, len(ids)))
+        known = self.hits(ids[i] for i in np.unique(at))
         return [
-            [hits[i]._replace(similarity=float(s)) for s, i in zip(*row, strict=True)]
+            [known[ids[i]]._replace(similarity=float(s)) for s, i in zip(*row, strict=True)]
             for row in zip(similarity, at, strict=True)
         ]
 
-    def in_memory(self, where: str | None) -> tuple[list[Hit], np.ndarray]:
-        """Returns the pictures, as hits without similarity, and their vectors [N, D].
-
-        What all pictures are stays in memory until they change.
-        """
-        version = self.store.version()
-        if where is None and version is not None and self._everything is not None:
-            if self._everything[0] == version:
-                return self._everything[1:]
-        hits, vectors = [], [np.zeros((0, self.info.dimension), np.float32)]
-        for columns in self.store.read(["id", "label", "path", "vector"], where):
-            rows = zip(columns["id"], columns["label"], columns["path"], strict=True)
-            hits += [Hit(id, 0.0, label, path) for id, label, path in rows]
-            vectors.append(np.asarray(columns["vector"]))
-        gallery = np.concatenate(vectors)
-        gallery /= np.maximum(np.linalg.norm(gallery, axis=1, keepdims=True), 1e-12)
-        if where is None:
-            self._everything = version, hits, gallery
-        return hits, gallery
+    def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
+        """Returns images of the index by id, as hits of similarity 0."""
+        found, ids = {}, list(ids)
+        for at in range(0, len(ids), 1000):
+            for batch in self.store.read(HIT_COLUMNS, stores.among(ids[at : at + 1000])):
+                found |= {row["id"]: Hit(similarity=0.0, **row) for row in batch.to_pylist()}
+        return found
 
     def count(self, where: str | None = None) -> int:
-        """Counts the pictures, or those that `where` selects."""
-        return self.store.count(where)
+        """Counts the images, or those that `where` selects."""
+        self._check_not_replaced()
+        return self.store.count(_composed(where))
 
     def get(self, id: str) -> Record | None:
-        """Returns what is known of a picture; None if there is none of this id."""
-        columns = self._row(id, Record._fields)
-        return None if columns is None else Record(**columns)
+        """Returns what is known of an image; None if there is none of this id."""
+        for batch in self.store.read(list(COLUMNS), stores.among([id])):
+            for row in batch.to_pylist():
+                return Record(**row)
+        return None
 
     def thumbnail(self, id: str) -> bytes:
-        """Returns a small JPEG of a picture; KeyError if there is none of this id."""
-        return self._existing(id, "thumbnail")
+        """Returns a small JPEG of an image; KeyError if there is none of this id."""
+        return self._batch_of(id, "thumbnail")["thumbnail"][0].as_py()
 
     def vector(self, id: str) -> np.ndarray:
-        """Returns the vector [D] of a picture; KeyError if there is none of this id."""
-        return np.asarray(self._existing(id, "vector"))
+        """Returns the vector [D] of an image; KeyError if there is none of this id."""
+        return stores.vectors_in(self._batch_of(id, "vector"))[0]
+
+    def _batch_of(self, id: str, name: str) -> pa.RecordBatch:
+        for batch in self.store.read([name], stores.among([id])):
+            if batch.num_rows:
+                return batch
+        raise KeyError(f"the index has no image {id!r}")
 
     def labels(self) -> dict[str, int]:
-        """Counts the pictures of every label, in alphabetical order."""
+        """Counts the images of every label, in alphabetical order."""
         counts = Counter()
-        for columns in self.store.read(["label"]):
-            counts.update(label for label in columns["label"] if label is not None)
+        for batch in self.store.read(["label"]):
+            counts.update(batch["label"].drop_null().to_pylist())
         return dict(sorted(counts.items()))
 
-    def vectors(self) -> tuple[list[str], np.ndarray]:
-        """Returns all ids, and their vectors [N, D] float32."""
-        hits, vectors = self.in_memory(None)
-        return [hit.id for hit in hits], vectors
+    def vectors(self, where: str | None = None) -> tuple[list[str], np.ndarray]:
+        """Returns ids, and their vectors [N, D] float32 of unit length.
 
-    def to_arrow(self) -> "pa.Table":
-        """Returns all records and vectors as an Arrow table, for other tools."""
-        import pyarrow as pa
+        Those of the whole index stay in memory until it changes.
 
-        kinds = {str: pa.string(), int: pa.int64()}
-        names = Record._fields
-        fields = [pa.field(name, kinds[COLUMNS[name]]) for name in names]
-        fields.append(pa.field("vector", pa.list_(pa.float32(), self.info.dimension)))
-        batches = []
-        for columns in self.store.read([*names, "vector"]):
-            flat = pa.array(np.asarray(columns["vector"], np.float32).reshape(-1))
-            vectors = pa.FixedSizeListArray.from_arrays(flat, self.info.dimension)
-            arrays = [pa.array(columns[name], kinds[COLUMNS[name]]) for name in names]
-            batches.append(pa.record_batch([*arrays, vectors], schema=pa.schema(fields)))
-        return pa.Table.from_batches(batches, schema=pa.schema(fields))
+        Args:
+          where: of which images, as for `search`.
+        """
+        version = self.store.version()
+        if where is None and self._remembered is not None and self._remembered[0] == version:
+            return self._remembered[1:]
+        ids, pieces = [], [np.zeros((0, self.info.dimension), np.float32)]
+        for batch in self.store.read(["id", "vector"], _composed(where)):
+            ids += batch["id"].to_pylist()
+            pieces.append(stores.vectors_in(batch))
+        vectors = np.concatenate(pieces)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        if where is None and version is not None:
+            self._remembered = version, ids, vectors
+        return ids, vectors
+
+    def to_arrow(self) -> pa.Table:
+        """Returns all records, but for thumbnails, and vectors as an Arrow table."""
+        names = [name for name in COLUMNS if name != "thumbnail"]
+        schema = stores.schema_with_vectors(self.info.dimension)
+        schema = pa.schema([schema.field(name) for name in (*names, "vector")])
+        batches = [batch.cast(schema) for batch in self.store.read(schema.names)]
+        return pa.Table.from_batches(batches, schema)
 
     def add(
         self,
-        images: Iterable[str | Path | Image.Image | np.ndarray],
+        images: Query | Iterable[Query],
         labels: Sequence[str | None] | None = None,
     ) -> list[str]:
-        """Adds pictures; those of a path that is there already are replaced.
+        """Adds images; those of a path that is there already are replaced.
 
         Args:
-          images: files, images of Pillow, or pixels [H, W, 3] uint8.
+          images: one image or several.
           labels: of each, if they are known.
 
         Returns:
@@ -381,161 +383,79 @@ class Index:
 
         Raises:
           ValueError: one is no image; nothing is added then.
-          BlockingIOError: somebody else writes to the index.
+          BusyError: somebody else writes to the index.
         """
-        images = list(images)
-        labels = [None] * len(images) if labels is None else list(labels)
-        rows = []
+        images, side = listed(images), self.info.resize
+        labels = [None] * len(images) if labels is None else labels
+        ids, rows = [], {}
         for image, label in zip(images, labels, strict=True):
-            path, size, modified = "", 0, 0
+            pixels, content = reading.read(image, side)
+            record = Record(content["hash"][:20], label=stores.composed(label))
             if isinstance(image, str | Path):
-                file = Path(image).absolute()
-                path, status = str(file), file.stat()
-                size, modified = status.st_size, status.st_mtime_ns
-                try:
-                    picture = pictures.read(file.read_bytes(), self.info.resize)
-                except ValueError as error:
-                    raise ValueError(f"{image}: {error}.") from error
-            else:
-                picture = pictures.read_image(image, self.info.resize)
-            id = pictures.id_of(path) if path else picture.hash[:20]
-            rows.append((pictures.File(id, path, label, Path(path), size, modified), picture))
-        ids = [file.id for file, _ in rows]
+                path = Path(image).absolute()
+                record = reading.record_of(path, str(path), label)
+            ids.append(record.id)
+            # An image that is given twice would be two rows to insert.
+            rows[record.id] = record._replace(**content), pixels
         if rows:
-            # A picture that is given twice would be two rows to insert.
-            rows = list({file.id: (file, picture) for file, picture in rows}.values())
-            vectors = self.embed_pixels(np.stack([picture.pixels for _, picture in rows]))
+            vectors = self.embed_pixels(np.stack([pixels for _, pixels in rows.values()]))
             with writing(self.store.address):
-                self.write(rows, vectors, [""] * len(rows))
+                self.write([record for record, _ in rows.values()], vectors)
         return ids
 
-    def write(
-        self,
-        rows: Sequence[tuple[pictures.File, pictures.Picture]],
-        vectors: np.ndarray,
-        sources: Sequence[str],
-    ) -> None:
-        """Writes pictures of distinct ids with their vectors [N, D], within `writing`.
-
-        Args:
-          rows: the files, and what was read of them.
-          vectors: of each.
-          sources: what each was listed from; vanished ones are looked for among the same.
-        """
-        columns: Columns = {
-            "id": [file.id for file, _ in rows],
-            "path": [file.path for file, _ in rows],
-            "label": [file.label for file, _ in rows],
-            "size": [file.size for file, _ in rows],
-            "hash": [picture.hash for _, picture in rows],
-            "width": [picture.width for _, picture in rows],
-            "height": [picture.height for _, picture in rows],
-            "source": list(sources),
-            "modified": [file.modified for file, _ in rows],
-            "thumbnail": [picture.thumbnail for _, picture in rows],
-            "vector": vectors,
-        }
-        self.store.upsert(columns)
+    def write(self, records: Sequence[Record], vectors: np.ndarray) -> None:
+        """Writes images of distinct ids with their vectors [N, D], within `writing`."""
+        self.store.upsert(stores.as_table(records, vectors))
 
     def remove(self, ids: Iterable[str]) -> None:
-        """Removes pictures; ids that there are not count for nothing.
+        """Removes images; unknown ids are ignored.
 
         Raises:
-          BlockingIOError: somebody else writes to the index.
+          BusyError: somebody else writes to the index.
         """
-        ids = list(ids)
-        if ids:
-            with writing(self.store.address):
-                self.store.delete(ids)
+        with writing(self.store.address):
+            self.store.delete(list(ids))
 
-    def _row(self, id: str, names: Sequence[str]) -> dict[str, Any] | None:
-        for columns in self.store.read(names, f"id = {stores.quoted(id)}"):
-            if len(columns[names[0]]):
-                return {name: columns[name][0] for name in names}
-        return None
+    def update(self, *sources: str | Path) -> "Changes":
+        """Brings the index up to date with folders, archives and CSVs; see `indexing.update`."""
+        from cgd_jax.search import indexing  # which is written in terms of this class
 
-    def _existing(self, id: str, name: str) -> Any:
-        row = self._row(id, [name])
-        if row is None:
-            raise KeyError(f"the index has no picture {id!r}")
-        return row[name]
+        return indexing.update(self.store.address, sources, self.network)
 
 
-@contextlib.contextmanager
-def writing(address: str) -> Iterator[None]:
-    """Keeps other writers out of an index on this machine; elsewhere the database does.
-
-    Raises:
-      BlockingIOError: somebody else writes to the index.
-    """
-    if not stores.is_local(address) or address.endswith(".db"):  # milvus-lite has its own lock
-        yield
-        return
-    from cgd_jax.runtime import locks
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locks.one_at_a_time(Path(address, ".lock"), wait=False))
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"Another process writes to the index {address}. Wait for it, or stop it; what it "
-                f"has written stays."
-            ) from None
-        yield
+def _in_order(hits: list[Hit]) -> list[Hit]:
+    rounded = [hit._replace(similarity=round(hit.similarity, 6)) for hit in hits]
+    return sorted(rounded, key=lambda hit: (-hit.similarity, hit.id))
 
 
-def batch_sizes() -> tuple[int, ...]:
-    """Returns how many images the device embeds at a time, each of which is compiled once."""
-    return BATCHES if _on_accelerator() else (1,)
+def _composed(where: str | None) -> str | None:
+    """Writes the labels of a condition as they are kept; those of files have either form."""
+    columns = re.sub(r"'(?:[^']|'')*'", "", where or "")
+    return where if re.search(r"\b(path|source)\b", columns) else stores.composed(where)
 
 
-def enough() -> int:
-    """Returns how many images, embedded together, keep the device busy."""
-    return BATCHES[-1] if _on_accelerator() else 4 * CORES
+def _remembered_of(network: Network) -> dict[str, Any]:
+    """Returns what an index remembers of its network: all that its vectors depend on."""
+    scale = network.normalization._asdict()
+    return {
+        "weights_hash": network.weights_hash,
+        "vector": network.vector,
+        "image_size": network.image_size,
+        "resize": network.resize,
+        "normalization": {name: np.asarray(value).tolist() for name, value in scale.items()},
+    }
 
 
-def embed_pixels(network: "Network", pixels: np.ndarray) -> np.ndarray:
-    """Embeds any number of images [B, resize, resize, 3] uint8: [B, D] float32."""
-    sizes, batches, at = batch_sizes(), [], 0
-    while at < len(pixels):
-        size = max(size for size in sizes if size <= len(pixels) - at)
-        batches.append(pixels[at : at + size])
-        at += size
-    each = map if _on_accelerator() else parallel
-    return np.concatenate(
-        list(each(lambda x: np.asarray(network.embed_pixels(x), np.float32), batches))
-    )
-
-
-def opened(model: "Network | str | Path | None", vector: str | None) -> "Network":
-    """Returns a network that is open, or opens it."""
-    from cgd_jax import network  # with JAX, which an index that is up to date does without
-
-    return (
-        network.open_network(model, vector)
-        if model is None or isinstance(model, str | Path)
-        else model
-    )
-
-
-def _on_accelerator() -> bool:
-    import jax
-
-    return jax.default_backend() != "cpu"
-
-
-def _read_info(store: Store) -> IndexInfo:
+def _read_about(store: Store) -> tuple[IndexInfo, Whitening | None]:
+    about = store.about()
     try:
-        return IndexInfo(**json.loads(store.about["info"]))
+        info = IndexInfo(**json.loads(about["info"]))
+        if "whitening" not in about:
+            return info, None
+        with np.load(io.BytesIO(base64.b64decode(about["whitening"]))) as arrays:
+            return info, (arrays["mean"], arrays["projection"])
     except (KeyError, TypeError, ValueError) as error:
         raise stores.StoreError(
             f"The index {store.address} does not say what it holds: it is damaged, or was made by "
-            f"another version of this program. Delete it and index the pictures anew."
+            f"another version of this program. Delete it and index the images anew."
         ) from error
-
-
-def _read_whitening(store: Store) -> Whitening | None:
-    if "whitening" not in store.about:
-        return None
-    with np.load(io.BytesIO(base64.b64decode(store.about["whitening"]))) as arrays:
-        return arrays["mean"], arrays["projection"]

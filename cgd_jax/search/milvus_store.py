@@ -12,11 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from cgd_jax.runtime.errors import InputError, UserError
 from cgd_jax.search import stores
-from cgd_jax.search.stores import COLUMNS, Columns, Hit, StoreError
+from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, StoreError
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is raised as well
 try:
@@ -29,29 +32,23 @@ except ImportError as error:
 
 # milvus-lite closes connections of clients that ask every ten seconds whether it is still there.
 NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
-# Collections: of the pictures, and of texts about the index. Milvus wants vectors in the latter
+# Collections: of the images, and of texts about the index. Milvus wants vectors in the latter
 # too, of two dimensions at least.
-PICTURES, ABOUT = "cgd_pictures", "cgd_about"
+IMAGES, ABOUT = "cgd_images", "cgd_about"
 TEXT = 60_000  # bytes of a text in one row; Milvus has 65,535 at most
 PIECE = 1000  # rows that are read or written at a time
-LENGTHS = {"id": 64, "hash": 64, "label": 4096, "path": 16384, "source": 16384, "thumbnail": 65535}
+# Bytes; of other texts 4,096. All together a row may have no more than Milvus allows.
+LENGTHS = {"id": 64, "hash": 64, "path": 16384, "source": 16384, "text": 65535, "thumbnail": 65535}
 
 
 class MilvusStore:
     """See `stores.Store`."""
 
-    exact = False  # Milvus decides by itself how it searches
-
-    def __init__(self, address: str, client: MilvusClient, about: dict[str, str]):
-        self.address, self.about, self._client = address, about, client
-
-    @classmethod
-    def open(cls, address: str, about: dict[str, str] | None, dimension: int) -> "MilvusStore":
-        """Opens an index, or makes one; see `stores.open_store`."""
+    def __init__(self, address: str, about: dict[str, str] | None = None, dimension: int = 0):
         for library in ("pymilvus", "milvus_lite"):
             logging.getLogger(library).setLevel(logging.CRITICAL)  # they log what they raise
         if about is not None and json.loads(about["info"])["precision"] != "float32":
-            raise ValueError(
+            raise InputError(
                 f"--index={address}: an index in Milvus holds vectors in float32. Leave "
                 f"--precision out; --whiten= makes them smaller."
             )
@@ -59,74 +56,69 @@ class MilvusStore:
             if about is None and not Path(address).exists():
                 raise stores.no_index(address)
             Path(address).parent.mkdir(parents=True, exist_ok=True)
-        with _failures(address, "opened"):
+        self.address = address
+        with self._failures("opened"):
             options = NO_PINGS if stores.is_local(address) else {}
-            client = MilvusClient(address, grpc_options=options)
-            if not client.has_collection(PICTURES):
+            self._client = MilvusClient(address, grpc_options=options)
+            if not self._client.has_collection(IMAGES):
                 if about is None:
-                    client.close()
+                    self._client.close()
                     raise stores.no_index(address)
-                _write_about(client, about)
+                self._write_about(about)
                 # Last: from now on there is an index.
-                _create_pictures(client, dimension)
-            client.load_collection(ABOUT)
-            client.load_collection(PICTURES)
-            return cls(address, client, _read_about(client))
+                self._create(IMAGES, COLUMNS, dimension)
+            self._client.load_collection(ABOUT)
+            self._client.load_collection(IMAGES)
 
-    def upsert(self, columns: Columns) -> None:
-        rows = [{name: columns[name][i] for name in COLUMNS} for i in range(len(columns["id"]))]
-        for row, vector in zip(rows, columns["vector"], strict=True):
-            row["thumbnail"] = base64.b64encode(row["thumbnail"]).decode()
-            row["vector"] = np.asarray(vector, np.float32)
-        with _failures(self.address, "written"):
-            for at in range(0, len(rows), PIECE):
-                self._client.upsert(PICTURES, rows[at : at + PIECE])
+    def about(self) -> dict[str, str]:
+        with self._failures("read"):
+            rows = self._query(ABOUT, "id != ''", ["id", "text"], limit=10_000)
+        about: dict[str, str] = {}
+        for row in sorted(rows, key=lambda row: row["id"]):
+            name = row["id"].partition(".")[0]
+            about[name] = about.get(name, "") + row["text"]
+        return about
+
+    def upsert(self, rows: pa.Table) -> None:
+        with self._failures("written"):
+            for batch in rows.to_batches(max_chunksize=PIECE):
+                some = batch.to_pylist()
+                for row in some:
+                    row["thumbnail"] = base64.b64encode(row["thumbnail"]).decode()
+                self._client.upsert(IMAGES, some)
 
     def delete(self, ids: Sequence[str]) -> None:
-        with _failures(self.address, "written"):
+        with self._failures("written"):
             for at in range(0, len(ids), PIECE):
-                some = ", ".join(map(stores.quoted, ids[at : at + PIECE]))
-                self._client.delete(PICTURES, filter=translate(f"id IN ({some})"))
+                some = translate(stores.among(ids[at : at + PIECE]))
+                self._client.delete(IMAGES, filter=some)
 
-    def search(
-        self, vectors: np.ndarray, k: int, where: str | None = None, exact: bool = False
-    ) -> list[list[Hit]]:
-        with _failures(self.address, "read", where):
+    def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
+        with self._failures("read", where):
             found = self._client.search(
-                PICTURES,
+                IMAGES,
                 data=list(vectors),
                 limit=k,
                 filter=translate(where),
-                output_fields=["id", "label", "path"],
+                output_fields=HIT_COLUMNS,
                 consistency_level="Strong",
             )
-        return [
-            [
-                Hit(
-                    hit["entity"]["id"],
-                    hit["distance"],
-                    hit["entity"]["label"],
-                    hit["entity"]["path"],
-                )
-                for hit in hits
+            return [
+                [
+                    Hit(similarity=hit["distance"], **{n: hit["entity"][n] for n in HIT_COLUMNS})
+                    for hit in hits
+                ]
+                for hits in found
             ]
-            for hits in found
-        ]
 
     def count(self, where: str | None = None) -> int:
-        with _failures(self.address, "read", where):
-            rows = self._client.query(
-                PICTURES,
-                filter=translate(where),
-                output_fields=["count(*)"],
-                consistency_level="Strong",
-            )
-            return rows[0]["count(*)"]
+        with self._failures("read", where):
+            return self._query(IMAGES, translate(where), ["count(*)"])[0]["count(*)"]
 
-    def read(self, names: Sequence[str], where: str | None = None) -> Iterator[Columns]:
-        with _failures(self.address, "read", where):
+    def read(self, names: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        with self._failures("read", where):
             pieces = self._client.query_iterator(
-                PICTURES,
+                IMAGES,
                 batch_size=PIECE,
                 filter=translate(where),
                 output_fields=list(names),
@@ -134,27 +126,78 @@ class MilvusStore:
             )
             try:
                 while rows := pieces.next():
-                    columns: Columns = {name: [row[name] for row in rows] for name in names}
-                    if "thumbnail" in names:
-                        columns["thumbnail"] = list(map(base64.b64decode, columns["thumbnail"]))
-                    if "vector" in names:
-                        columns["vector"] = np.asarray(columns["vector"], np.float32)
-                    yield columns
+                    for row in rows if "thumbnail" in names else ():
+                        row["thumbnail"] = base64.b64decode(row["thumbnail"])
+                    schema = stores.schema_with_vectors(len(rows[0].get("vector", ())))
+                    fields = [schema.field(name) for name in names]
+                    yield pa.RecordBatch.from_pylist(rows, pa.schema(fields))
             finally:
                 pieces.close()
 
     def approximate(self) -> bool:
-        return True  # a server builds such an index when it sees fit
+        return True  # a server decides by itself how it searches
 
-    def version(self) -> int | None:
+    def version(self) -> None:
         return None
 
     def finish(self) -> None:
-        with _failures(self.address, "written"):
-            self._client.flush(PICTURES)
+        with self._failures("written"):
+            self._client.flush(IMAGES)
 
-    def close(self) -> None:
-        self._client.close()
+    def _query(self, collection: str, where: str, names: list[str], **options) -> list[dict]:
+        return self._client.query(
+            collection,
+            filter=where,
+            output_fields=names,
+            consistency_level="Strong",
+            **options,
+        )
+
+    def _create(self, collection: str, columns: dict[str, Any], dimension: int) -> None:
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        for name, kind in columns.items():
+            if kind is int:
+                schema.add_field(name, DataType.INT64)
+            else:
+                schema.add_field(
+                    name,
+                    DataType.VARCHAR,
+                    max_length=LENGTHS.get(name, 4096),
+                    is_primary=name == "id",
+                    nullable=kind == (str | None),
+                )
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
+        parameters = self._client.prepare_index_params()
+        parameters.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
+        self._client.create_collection(collection, schema=schema, index_params=parameters)
+
+    def _write_about(self, about: dict[str, str]) -> None:
+        if self._client.has_collection(ABOUT):  # of an index that was never finished
+            self._client.drop_collection(ABOUT)
+        self._create(ABOUT, {"id": str, "text": str}, 2)
+        for name, text in about.items():
+            for i, at in enumerate(range(0, len(text), TEXT)):
+                row = {"id": f"{name}.{i:04}", "text": text[at : at + TEXT], "vector": [1.0, 0.0]}
+                self._client.upsert(ABOUT, [row])
+
+    @contextlib.contextmanager
+    def _failures(self, done: str, where: str | None = None) -> Iterator[None]:
+        """Raises what Milvus raises as the errors that `stores.Store` promises."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (MilvusException, OSError, RuntimeError, ValueError) as error:
+            text = " ".join(str(getattr(error, "message", error)).split())
+            # So servers and milvus-lite say that a filter is wrong.
+            signs = r"pars|expr|unexpected|unknown field|expected|column"
+            if where and re.search(signs, text, re.I):
+                raise InputError(f"--where={where!r} is not understood: {text}") from error
+            raise StoreError(
+                f"The index {self.address} could not be {done}: {text}. What was written before "
+                f"is kept; mend what is named here (is the server running? does another process "
+                f"use the file?) and repeat the command."
+            ) from error
 
 
 def translate(where: str | None) -> str:
@@ -177,72 +220,3 @@ def translate(where: str | None) -> str:
             token = {"=": "==", "<>": "!="}.get(token, token)
         out.append(token)
     return "".join(out)
-
-
-def _create_pictures(client: MilvusClient, dimension: int) -> None:
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    for name, kind in COLUMNS.items():
-        if kind is int:
-            schema.add_field(name, DataType.INT64)
-        else:
-            schema.add_field(
-                name,
-                DataType.VARCHAR,
-                max_length=LENGTHS[name],
-                is_primary=name == "id",
-                nullable=name == "label",
-            )
-    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
-    parameters = client.prepare_index_params()
-    parameters.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
-    client.create_collection(PICTURES, schema=schema, index_params=parameters)
-
-
-def _write_about(client: MilvusClient, about: dict[str, str]) -> None:
-    if client.has_collection(ABOUT):  # of an index that was never finished
-        client.drop_collection(ABOUT)
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    schema.add_field("id", DataType.VARCHAR, max_length=64, is_primary=True)
-    schema.add_field("text", DataType.VARCHAR, max_length=65535)
-    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)
-    parameters = client.prepare_index_params()
-    parameters.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
-    client.create_collection(ABOUT, schema=schema, index_params=parameters)
-    for name, text in about.items():
-        for i, at in enumerate(range(0, len(text), TEXT)):
-            row = {"id": f"{name}.{i:04}", "text": text[at : at + TEXT], "vector": [1.0, 0.0]}
-            client.upsert(ABOUT, [row])
-
-
-def _read_about(client: MilvusClient) -> dict[str, str]:
-    rows = client.query(
-        ABOUT,
-        filter="id != ''",
-        output_fields=["id", "text"],
-        limit=10_000,
-        consistency_level="Strong",
-    )
-    about: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: row["id"]):
-        name = row["id"].partition(".")[0]
-        about[name] = about.get(name, "") + row["text"]
-    return about
-
-
-@contextlib.contextmanager
-def _failures(address: str, done: str, where: str | None = None) -> Iterator[None]:
-    """Raises what Milvus raises as the errors that `stores.Store` promises."""
-    try:
-        yield
-    except (StoreError, stores.NoIndexError):
-        raise
-    except (MilvusException, OSError, RuntimeError, ValueError) as error:
-        text = " ".join(str(getattr(error, "message", error)).split())
-        # So servers and milvus-lite say that a filter is wrong.
-        if where and re.search(r"pars|expr|unexpected|unknown field|expected|column", text, re.I):
-            raise ValueError(f"--where={where!r} is not understood: {text}") from error
-        raise StoreError(
-            f"The index {address} could not be {done}: {text}. What was written before is kept; "
-            f"mend what is named here (is the server running? does another process use the file?) "
-            f"and repeat the command."
-        ) from error

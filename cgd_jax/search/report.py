@@ -1,4 +1,4 @@
-"""What was found, for people and for programs: a table, a picture, JSON."""
+"""What was found, for people and for programs: a table, a figure, JSON."""
 
 import io
 import json
@@ -6,38 +6,36 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from tabulate import tabulate
 
-from cgd_jax.reports.names import literal
-from cgd_jax.runtime import files
+from cgd_jax.reports.names import literal, shorten
 from cgd_jax.search.duplicates import Group
+from cgd_jax.search.images import THUMBNAIL
 from cgd_jax.search.index import Index
-from cgd_jax.search.pictures import THUMBNAIL
 from cgd_jax.search.queries import Answer, Found
+from cgd_jax.search.stores import Hit
 
 __all__ = ["as_json", "as_text", "draw", "draw_groups", "groups_as_json", "groups_as_text"]
 
 ROWS, HITS = 20, 7  # in a picture: rows at most, and hits in one
-GAP, LINE, FONT = 14, 18, 13  # pixels: between thumbnails, of a line of a caption, of its letters
+GAP, LINE = 14, 18  # pixels: between thumbnails, of a line of a caption
+FONT = 7.5  # points of 1.8 pixels, of its letters
 
-Cell = tuple[str, str, bytes]  # two lines below a picture, and the picture as JPEG
+Cell = tuple[str, str, bytes]  # two lines below an image, and the image as JPEG
 
 
 def as_text(found: Found) -> str:
     """Writes a table for every query: rank, similarity, label, path."""
-    tables = []
-    for answer in found.answers:
-        rows = [
-            (rank, f"{hit.similarity:.4f}", literal(hit.label or ""), literal(hit.path))
-            for rank, hit in enumerate(answer.hits, 1)
-        ]
-        table = _table(["rank", "similarity", "label", "path"], rows)
-        tables.append(f"{literal(answer.query)}\n{table}")
+    tables = [
+        f"{literal(answer.query)}\n"
+        + _table(["rank"], [[rank] for rank in range(1, len(answer.hits) + 1)], answer.hits)
+        for answer in found.answers
+    ]
     tables += [f"Left out: {literal(path)}: {reason}." for path, reason in found.skipped]
     count = len(found.answers)
     tables.append(
-        f"Searched {found.searched:,} pictures by {count} {'query' if count == 1 else 'queries'} "
+        f"Searched {found.searched:,} images by {count} {'query' if count == 1 else 'queries'} "
         f"in {found.milliseconds:.0f} ms."
     )
     return "\n\n".join(tables)
@@ -57,43 +55,39 @@ def as_json(found: Found) -> str:
     return json.dumps({"answers": answers, "skipped": skipped, **values}, indent=2)
 
 
-def groups_as_text(groups: list[Group]) -> str:
+def groups_as_text(groups: Sequence[Group]) -> str:
     """Writes a table of groups of duplicates."""
-    rows = [
-        (
-            *(number, len(group.members), f"{hit.similarity:.4f}"),
-            *(literal(hit.label or ""), literal(hit.path)),
-        )
-        for number, group in enumerate(groups, 1)
-        for hit in group.members
-    ]
-    return _table(["group", "pictures", "similarity", "label", "path"], rows)
+    first = [[i, len(group.members)] for i, group in enumerate(groups, 1) for _ in group.members]
+    return _table(["group", "images"], first, [hit for group in groups for hit in group.members])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """Lays out rows that end with a path; names the folder that all paths are in only once."""
-    try:
-        folder = os.path.commonpath([os.path.dirname(row[-1]) for row in rows])
-    except ValueError:  # no rows, or paths of which only some begin at the root
-        folder = ""
-    if folder.strip("/"):
-        rows = [(*row[:-1], os.path.relpath(row[-1], folder)) for row in rows]
-        above = f"in {folder}:\n"
-    else:
-        above = ""
-    return above + tabulate(rows, header, disable_numparse=True)
-
-
-def groups_as_json(groups: list[Group]) -> str:
+def groups_as_json(groups: Sequence[Group]) -> str:
     """Writes the same for programs."""
     values = [
-        {
-            "similarity": group.similarity,
-            "pictures": [member._asdict() for member in group.members],
-        }
+        {"similarity": group.similarity, "images": [hit._asdict() for hit in group.members]}
         for group in groups
     ]
     return json.dumps({"groups": values}, indent=2)
+
+
+def _table(header: list[str], first: Sequence[list], hits: Sequence[Hit]) -> str:
+    """Lays out hits behind other columns; names the folder that all are in only once."""
+    try:
+        folder = os.path.commonpath([os.path.dirname(hit.path) for hit in hits])
+    except ValueError:  # no rows, or paths of which only some begin at the root
+        folder = ""
+    shared = bool(folder.strip("/"))
+    rows = [
+        [
+            *cells,
+            f"{hit.similarity:.4f}",
+            literal(hit.label or ""),
+            literal(os.path.relpath(hit.path, folder) if shared else hit.path),
+        ]
+        for cells, hit in zip(first, hits, strict=True)
+    ]
+    table = tabulate(rows, [*header, "similarity", "label", "path"], disable_numparse=True)
+    return f"in {literal(folder)}:\n{table}" if shared else table
 
 
 def draw(path: Path, index: Index, answers: Sequence[Answer]) -> None:
@@ -110,7 +104,7 @@ def draw(path: Path, index: Index, answers: Sequence[Answer]) -> None:
         query = ("query", Path(answer.query).name, answer.thumbnail)
         rows.append([query, *cells[:HITS]])
         rows += [[None, *cells[at : at + HITS]] for at in range(HITS, len(cells), HITS)]
-    _draw(path, rows, behind_first=GAP)
+    _draw(path, rows)
 
 
 def draw_groups(path: Path, index: Index, groups: Sequence[Group]) -> None:
@@ -125,35 +119,28 @@ def draw_groups(path: Path, index: Index, groups: Sequence[Group]) -> None:
     _draw(path, rows)
 
 
-def _draw(path: Path, rows: Sequence[Sequence[Cell | None]], behind_first: int = 0) -> None:
-    """Draws rows of cells.
+def _draw(path: Path, rows: Sequence[Sequence[Cell | None]]) -> None:
+    """Draws rows of at least one cell each, as a PNG; None stays empty."""
+    # Not at the top of the file: tables and JSON do without Matplotlib.
+    from cgd_jax.reports import plots
 
-    Args:
-      path: of the PNG.
-      rows: each of at least one cell; None stays empty.
-      behind_first: pixels between the first cell of a row and the others.
-    """
-    # Not at the top of the file: tables and JSON do without Matplotlib, where the fonts are.
-    from cgd_jax.reports import lettering
-
-    pictures = [[cell and Image.open(io.BytesIO(cell[2])) for cell in row] for row in rows]
-    heights = [max(picture.height for picture in row if picture) for row in pictures]
-    width = GAP + behind_first + max(map(len, rows)) * (THUMBNAIL + GAP)
+    step = THUMBNAIL + GAP
+    thumbnails = [[cell and Image.open(io.BytesIO(cell[2])) for cell in row] for row in rows]
+    heights = [max(image.height for image in row if image) for row in thumbnails]
     height = GAP + sum(heights) + len(rows) * (2 * LINE + GAP)
-    sheet = Image.new("RGB", (width, height), "white")
-    canvas = ImageDraw.Draw(sheet)
-    bottom = 0
-    for row, row_pictures, high in zip(rows, pictures, heights, strict=True):
+    sheet = Image.new("RGB", (GAP + max(map(len, rows)) * step, height), "white")
+    bottom, captions = 0, []
+    for row, images, high in zip(rows, thumbnails, heights, strict=True):
         bottom += GAP + high
-        for column, (cell, picture) in enumerate(zip(row, row_pictures, strict=True)):
-            if cell is None or picture is None:
+        for column, (cell, image) in enumerate(zip(row, images, strict=True)):
+            if cell is None or image is None:
                 continue
-            left = GAP + column * (THUMBNAIL + GAP) + (behind_first if column else 0)
-            sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, bottom - picture.height))
+            middle = GAP + column * step + THUMBNAIL // 2
+            sheet.paste(image, (middle - image.width // 2, bottom - image.height))
             for line, (text, color) in enumerate(zip(cell[:2], ("black", "#555555"), strict=True)):
-                shown = lettering.drawable(text, 26)
-                x = left + (THUMBNAIL - lettering.width(shown, FONT)) / 2
-                place = x, bottom + (line + 1) * LINE - 3
-                lettering.write(canvas, place, shown, FONT, color)
+                place = height - (bottom + (line + 1) * LINE - 3)
+                captions.append((middle, place, shorten(text, 26), color))
         bottom += 2 * LINE
-    files.write_picture(path, sheet)
+    with plots.figure_of(path, sheet) as figure:
+        for x, y, text, color in captions:
+            figure.text(x, y, text, ha="center", fontsize=FONT, color=color, transform=None)

@@ -1,47 +1,51 @@
-"""Where an index lives: the little that is asked of a vector database.
+"""What an index keeps of an image, and the little that is asked of a vector database.
 
-Two adapters answer: `lancedb_store` for a folder, on disk or in object storage, and `milvus_store`
-for a Milvus server or a file of milvus-lite. The address says which.
-
-Rows travel as columns: a dict of equally long sequences, "vector" an array [N, D].
+`Record` is the schema: each field is a column in every database. `lancedb_store` and
+`milvus_store` are the databases; `opening.open_store` chooses by the address.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, get_type_hints
 
 import numpy as np
+import pyarrow as pa
 
-__all__ = ["COLUMNS", "Hit", "NoIndexError", "Store", "StoreError", "open_store"]
+from cgd_jax.runtime.errors import UserError
 
-# What is kept of a picture beside its vector: name → Python type. `source` is what it was listed
-# from, `modified` the time of the file's last change in ns.
-COLUMNS: dict[str, type] = {
-    "id": str,
-    "path": str,
-    "label": str,
-    "size": int,
-    "hash": str,
-    "width": int,
-    "height": int,
-    "source": str,
-    "modified": int,
-    "thumbnail": bytes,
-}
-
-Columns = dict[str, Any]
+__all__ = ["Hit", "NoIndexError", "Record", "SCHEMA", "Store", "StoreError"]
 
 
-class StoreError(OSError):
+class StoreError(UserError, OSError):
     """An index that cannot be opened, read or written; the message says what to do."""
 
 
-class NoIndexError(FileNotFoundError):
+class NoIndexError(UserError, FileNotFoundError):
     """There is no index at an address."""
 
 
+class BusyError(StoreError, BlockingIOError):
+    """Another process writes to the index."""
+
+
+class Record(NamedTuple):
+    """What an index keeps of an image beside its vector."""
+
+    id: str
+    path: str = ""
+    label: str | None = None
+    size: int = 0  # bytes
+    hash: str = ""  # of the file
+    width: int = 0  # pixels, as displayed
+    height: int = 0
+    source: str = ""  # what it was listed from
+    modified: int = 0  # ns, when the file was changed last
+    thumbnail: bytes = b""  # JPEG
+
+
 class Hit(NamedTuple):
-    """A picture that was found."""
+    """An image that was found: its similarity, and those fields of `Record` that are shown."""
 
     id: str
     similarity: float  # cosine
@@ -49,41 +53,43 @@ class Hit(NamedTuple):
     path: str
 
 
+COLUMNS = get_type_hints(Record)
+HIT_COLUMNS = [name for name in Hit._fields if name in COLUMNS]
+_TYPES = {str: pa.string(), str | None: pa.string(), int: pa.int64(), bytes: pa.binary()}
+SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in COLUMNS.items()])
+
+
 class Store(Protocol):
     """One index in a database.
 
-    Every method raises `StoreError` where the database fails, and ValueError for a `where` that
-    it does not understand.
-
-    Attributes:
-      about: texts by name, written when the index is made and never changed.
-      address: where it is.
-      exact: whether `search` can be exact although there is an approximate index.
+    An adapter is made with an address; `about`, texts that describe a new index; and the
+    dimension D of its vectors. Without `about` it opens what is there, or raises `NoIndexError`.
+    Every method raises `StoreError` where the database fails, and `InputError` for a `where` that
+    it does not understand. Rows travel as Arrow tables of `SCHEMA` and "vector".
     """
 
-    about: dict[str, str]
     address: str
-    exact: bool
 
-    def upsert(self, columns: Columns) -> None:
+    def about(self) -> dict[str, str]:
+        """Returns the texts that were written when the index was made."""
+
+    def upsert(self, rows: pa.Table) -> None:
         """Inserts rows, or replaces those with the same ids: all of them or none."""
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Deletes rows; ids that there are not count for nothing."""
+        """Deletes rows; unknown ids are ignored."""
 
-    def search(
-        self, vectors: np.ndarray, k: int, where: str | None = None, exact: bool = False
-    ) -> list[list[Hit]]:
-        """Finds the k nearest rows to each of [B, D] unit vectors, nearest first."""
+    def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
+        """Finds the k nearest rows to each of [B, D] unit vectors, in any order."""
 
     def count(self, where: str | None = None) -> int:
         """Counts rows."""
 
-    def read(self, names: Sequence[str], where: str | None = None) -> Iterator[Columns]:
+    def read(self, names: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
         """Yields some columns of all rows, or of those that `where` selects, in pieces."""
 
     def approximate(self) -> bool:
-        """Returns whether a search that is not told to be exact may be approximate."""
+        """Returns whether `search` may miss some of the nearest."""
 
     def version(self) -> int | None:
         """Returns a number that changes with the rows; None where the database has none."""
@@ -91,29 +97,25 @@ class Store(Protocol):
     def finish(self) -> None:
         """Tidies up after writing; from some size on, builds what approximate search needs."""
 
-    def close(self) -> None:
-        """Lets go of files and connections."""
+
+def schema_with_vectors(dimension: int, number: pa.DataType | None = None) -> pa.Schema:
+    """Returns `SCHEMA` with the column "vector", in float32 unless another type is given."""
+    return SCHEMA.append(pa.field("vector", pa.list_(number or pa.float32(), dimension)))
 
 
-def open_store(address: str, about: dict[str, str] | None = None, dimension: int = 0) -> Store:
-    """Opens an index, or makes one.
+def as_table(records: Sequence[Record], vectors: np.ndarray) -> pa.Table:
+    """Returns records and their vectors [N, D] as rows."""
+    numbers = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(numbers, vectors.shape[1])
+    rows = pa.Table.from_pylist([record._asdict() for record in records], SCHEMA)
+    return rows.append_column("vector", column)
 
-    Args:
-      address: a folder or an address of object storage (s3://..., gs://..., az://...) for
-        LanceDB; http://HOST:PORT, or the name of a file that ends in .db, for Milvus.
-      about: of the index to make, if there is none; None to make none.
-      dimension: D of the index to make.
 
-    Raises:
-      NoIndexError: there is no index, and none is to be made.
-      ImportError: the package of the database is missing.
-      StoreError: the database cannot be reached, or the index is damaged.
-    """
-    if address.startswith(("http://", "https://", "tcp://")) or address.endswith(".db"):
-        from cgd_jax.search.milvus_store import MilvusStore as Adapter
-    else:
-        from cgd_jax.search.lancedb_store import LanceStore as Adapter  # type: ignore[assignment]
-    return Adapter.open(address, about, dimension)
+def vectors_in(batch: pa.RecordBatch) -> np.ndarray:
+    """Returns the vectors of some rows, [N, D] float32."""
+    column = batch["vector"]
+    numbers = column.flatten().to_numpy(zero_copy_only=False)
+    return numbers.reshape(-1, column.type.list_size).astype(np.float32)
 
 
 def is_local(address: str) -> bool:
@@ -121,9 +123,19 @@ def is_local(address: str) -> bool:
     return re.match(r"[a-z0-9+]{2,}://", address) is None
 
 
+def composed(label: str | None) -> str | None:
+    """Returns a label in the one form in which labels are kept: "ü" may be one letter or two."""
+    return label and unicodedata.normalize("NFC", label)
+
+
 def quoted(text: str) -> str:
     """Writes a text as SQL does."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def among(ids: Iterable[str]) -> str:
+    """Returns the SQL condition that a row has one of these ids."""
+    return f"id IN ({', '.join(map(quoted, ids))})"
 
 
 def no_index(address: str) -> NoIndexError:

@@ -21,11 +21,12 @@ import numpy as np
 import simplejpeg
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from cgd_jax.data.decode import decode, dimensions
+from cgd_jax.data.images import Box
 from cgd_jax.search import Index, StoreError, stores
-from cgd_jax.search.pictures import Box, hash_of
+from cgd_jax.search.images import hash_of
 from cgd_jax.serve import uploads
 from cgd_jax.serve.device import Device, Gate
 from cgd_jax.serve.guard import Guard
@@ -68,8 +69,9 @@ class Refusal(BaseModel):
 
 
 class Match(BaseModel):
-    """A picture that was found."""
+    """An image that was found; every field of `stores.Hit`."""
 
+    model_config = ConfigDict(extra="allow")
     id: str
     similarity: float = Field(description="cosine of the two vectors")
     label: str | None
@@ -98,7 +100,7 @@ class Explanation(BaseModel):
 class About(BaseModel):
     """What is searched."""
 
-    pictures: int
+    images: int
     labels: dict[str, int] = Field(description="pictures of every label")
     network: str
     explains: bool = Field(description="whether GET /explanation answers")
@@ -217,12 +219,7 @@ def create_app(
             elapsed = 1e3 * (time.perf_counter() - begin)
             searched = await asyncio.to_thread(index.count, where)
         hits = [
-            Match(
-                id=hit.id,
-                similarity=hit.similarity,
-                label=hit.label,
-                path=hit.path if show_paths else None,
-            )
+            Match(**hit._asdict() | ({} if show_paths else {"path": None}))
             for hit in found[0][offset:]
         ]
         return Answer(
@@ -273,7 +270,7 @@ def create_app(
         """Says what is searched."""
         name = index.info.network
         return About(
-            pictures=index.count(),
+            images=index.count(),
             labels=summary.labels(),
             network=name if show_paths else Path(name).name,
             explains=heat.possible,

@@ -3,9 +3,11 @@
 import os
 import socket
 
+import numpy as np
+
+from cgd_jax import network
 from cgd_jax.runtime import console, packages
 from cgd_jax.search import Index
-from cgd_jax.search.commands import keep_compiled
 
 __all__ = ["serve"]
 
@@ -36,7 +38,6 @@ def serve(
       OSError: the address is in use, or not of this machine.
       ValueError: the index is of another network, or the token is short.
     """
-    keep_compiled(address)  # before JAX is imported, which reads it then
     packages.require("--mode=serve", "serve", "fastapi", "uvicorn")
     import uvicorn
 
@@ -88,10 +89,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
-    import numpy as np
-
-    from cgd_jax.search.index import batch_sizes
-
     side = index.info.resize
-    for size in batch_sizes():
+    for size in network.batch_sizes():
         index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cgd_jax import attribution
-from cgd_jax.search import Index
+from cgd_jax.search import Index, stores
 
 __all__ = ["Heat"]
 
@@ -44,8 +44,8 @@ class Heat:
 
     def _mean_vector(self) -> np.ndarray:
         total, count = np.zeros(self._index.info.dimension), 0
-        for columns in self._index.store.read(["vector"]):
-            vectors = np.asarray(columns["vector"], np.float32)
+        for batch in self._index.store.read(["vector"]):
+            vectors = stores.vectors_in(batch)
             total += vectors.sum(0)
             count += len(vectors)
             if count >= SAMPLE:

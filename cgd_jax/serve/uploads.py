@@ -7,7 +7,7 @@ from threading import Lock
 from fastapi import HTTPException, Request
 
 from cgd_jax.data.decode import dimensions
-from cgd_jax.search.pictures import hash_of
+from cgd_jax.search.images import hash_of
 
 __all__ = ["PREFIX", "Uploads", "check_picture", "read_body"]
 

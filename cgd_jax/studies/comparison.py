@@ -2,46 +2,46 @@
 
 The intervals are Student's, over seeds. A seed stands for weights, batches and augmentation,
 so that two variants are compared seed by seed: what the same batches do to both cancels.
+
+Rows are those of a study's NAME.csv as `csv.DictReader` gives them, of one vector each.
 """
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from scipy import stats
 
-from cgd_jax.reports import lettering, plots
+from cgd_jax.reports import plots
+from cgd_jax.reports.names import shorten
 from cgd_jax.reports.tables import metric_name, table
 
-__all__ = [
-    "COLUMNS",
-    "Row",
-    "compare",
-    "comparison_table",
-    "mean_interval",
-    "plot",
-    "to_csv",
-]
+__all__ = ["Comparison", "compare", "comparison_table", "mean_interval", "plot"]
 
-COLUMNS = (
-    "vector", "metric", "variant", "seeds", "mean", "low", "high",
-    "difference", "difference_low", "difference_high", "differs",
-)  # fmt: skip
+Rows = list[dict[str, str]]
+
+# Columns whose means stand beside the metrics, their titles and formats. Near a mean norm of 1
+# the embedding has collapsed, whatever its recall is.
+FACTS = {
+    "training_seconds": ("training", "{:.0f} s"),
+    "dimension": ("embedding", "{:.0f}"),
+    "mean_embedding_norm": ("mean norm", "{:.3f}"),
+}
 
 
-class Row(NamedTuple):
+class Comparison(NamedTuple):
     """One metric of one variant. What too few seeds leave open is nan."""
 
-    values: dict[int, float]  # seed → the metric
+    values: list[float]  # one of each seed
     mean: float
     half: float  # half of the 95 % interval of the mean
     difference: float  # to the reference, over the seeds that both have
     difference_half: float  # half of its 95 % interval
-    differs: bool  # whether that interval excludes zero
+
+    def differs(self) -> bool:
+        """Whether the interval of the difference excludes zero."""
+        return abs(self.difference) > self.difference_half  # never where either is nan
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:
@@ -55,58 +55,65 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
-def compare(measured: dict[str, dict[int, float]], reference: str) -> dict[str, Row]:
+def compare(rows: Rows, column: str, reference: str) -> dict[str, Comparison]:
     """Works out means with intervals, and differences to one variant paired by seed.
 
     Args:
-      measured: variant → seed → a metric; seeds may be missing.
-      reference: the variant that the others are compared with.
+      rows: with variant, seed and what is compared; cells may be empty.
+      column: what is compared.
+      reference: the variant that the others are compared with; its own difference is nan.
 
     Returns:
-      variant → its row, in the order of `measured`. The reference's own difference is nan.
+      variant → its comparison, in the order of the rows.
     """
-    rows = {}
+    measured: dict[str, dict[str, float]] = {}  # variant → seed → value
+    for row in rows:
+        values = measured.setdefault(row["variant"], {})
+        if row[column]:
+            values[row["seed"]] = float(row[column])
+    compared = {}
     for variant, values in measured.items():
         others = {} if variant == reference else measured.get(reference, {})
-        shared = sorted(values.keys() & others.keys())
-        difference, half = mean_interval(values[seed] - others[seed] for seed in shared)
-        differs = bool(abs(difference) > half)  # never where either is nan
-        rows[variant] = Row(values, *mean_interval(values.values()), difference, half, differs)
-    return rows
-
-
-def comparison_table(
-    metrics: dict[str, dict[str, dict[int, float]]],
-    reference: str,
-    facts: dict[str, dict[str, str]],
-    style: str,
-) -> str:
-    """Shows every metric of every variant in per cent, differences for the first metric.
-
-    Args:
-      metrics: name, such as "recall@1" → variant → seed → between 0 and 1.
-      reference: the variant that the others are compared with.
-      facts: name of a column → variant → what stands there, on the right.
-      style: as for `tables.table`.
-
-    Returns:
-      The table. A star marks a difference whose 95 % interval excludes zero.
-    """
-    compared = {metric_name(name): compare(found, reference) for name, found in metrics.items()}
-    first, *others = compared
-    header = ["", "seeds", first, f"{first} − {reference}", *others, *facts]
-    cells = []
-    for variant, row in compared[first].items():
-        difference = "reference" if variant == reference else ""
-        if np.isfinite(row.difference):
-            difference = _per_cent(row.difference, row.difference_half, "+") + " *" * row.differs
-        rest = [compared[name][variant] for name in others]
-        cells.append(
-            [variant, len(row.values), _per_cent(row.mean, row.half), difference]
-            + [_per_cent(other.mean, other.half) for other in rest]
-            + [column.get(variant, "") for column in facts.values()]
+        differences = [values[seed] - others[seed] for seed in values if seed in others]
+        compared[variant] = Comparison(
+            list(values.values()), *mean_interval(values.values()), *mean_interval(differences)
         )
-    return table(header, cells, style)
+    return compared
+
+
+def comparison_table(rows: Rows, reference: str, style: str = "simple") -> str:
+    """Shows Recall@K and MAP@R of every variant in per cent, and differences of R@1.
+
+    A star marks a difference whose 95 % interval excludes zero. Arguments are those of `compare`
+    and `tables.table`.
+    """
+    compared = {
+        name: compare(rows, name, reference)
+        for name in rows[0]
+        if name in FACTS or name.startswith("recall@") or name == "map@r"
+        if any(row[name] for row in rows)
+    }
+    recalls = compared["recall@1"]
+    differences = [
+        "reference"
+        if variant == reference
+        else _per_cent(found.difference, found.difference_half, "+") + " *" * found.differs()
+        for variant, found in recalls.items()
+    ]
+    columns: dict[str, list] = {
+        "": list(recalls),
+        "seeds": [len(found.values) for found in recalls.values()],
+        "R@1": [],
+        f"R@1 − {reference}": differences,
+    }
+    for name, by_variant in compared.items():
+        if name not in FACTS:
+            cells = [_per_cent(found.mean, found.half) for found in by_variant.values()]
+            columns[metric_name(name)] = cells
+    for name, (title, shape) in FACTS.items():
+        if name in compared:
+            columns[title] = [shape.format(found.mean) for found in compared[name].values()]
+    return table(list(columns), list(zip(*columns.values(), strict=True)), style)
 
 
 def _per_cent(value: float, half: float, sign: str = "") -> str:
@@ -116,67 +123,28 @@ def _per_cent(value: float, half: float, sign: str = "") -> str:
     return f"{100 * value:{sign}.2f}{interval}"
 
 
-def to_csv(metrics: dict[str, dict[str, dict[int, float]]], reference: str, vector: str) -> str:
-    """Writes the same for programs: a line a metric and variant, without a header.
-
-    Args:
-      metrics: as for `comparison_table`.
-      reference: likewise.
-      vector: which of the network's vectors was measured.
-
-    Returns:
-      Lines with the columns `COLUMNS`; numbers are shares between 0 and 1, or empty.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for name, measured in metrics.items():
-        for variant, row in compare(measured, reference).items():
-            numbers = []
-            for center, half in (row.mean, row.half), (row.difference, row.difference_half):
-                numbers += [center, center - half, center + half]
-            cells = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
-            differs = "yes" if row.differs else "no"
-            writer.writerow([vector, name, variant, len(row.values), *cells, differs])
-    return text.getvalue()
-
-
-def plot(path: str | Path, rows: dict[str, Row], reference: str, metric: str, title: str) -> None:
-    """Draws every variant's seeds, mean and interval, and beside it the paired differences.
-
-    Args:
-      path: of the PNG.
-      rows: from `compare`.
-      reference: the variant that the others are compared with.
-      metric: its name, for the axes.
-      title: of the picture.
-    """
-    names = [lettering.drawable(name, 40) for name in rows]
-    title, shown = lettering.drawable(title, 90), lettering.drawable(reference, 40)
-    with plots.picture(path, 10, 1.5 + 0.38 * len(rows), [*names, title, shown]) as figure:
+def plot(path: str | Path, rows: Rows, reference: str, title: str) -> None:
+    """Draws R@1: every variant's seeds, mean and interval, and beside it the paired differences."""
+    compared = compare(rows, "recall@1", reference)
+    look = {"fmt": "D", "markersize": 5, "capsize": 4}
+    with plots.figure(path, 10, 1.5 + 0.38 * len(compared)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        figure.suptitle(title, fontsize=12)
-        for height, row in enumerate(rows.values()):
-            seeds = [100 * value for value in row.values.values()]
+        figure.suptitle(shorten(title, 90), fontsize=12)
+        for height, found in enumerate(compared.values()):
+            seeds = 100 * np.array(found.values)
             left.plot(seeds, [height] * len(seeds), "o", color=plots.GRAY, alpha=0.45, markersize=4)
-            _draw_interval(left, height, row.mean, row.half, "black")
-            color = plots.GREEN if row.difference > 0 else plots.RED
-            color = color if row.differs else plots.GRAY
-            _draw_interval(right, height, row.difference, row.difference_half, color)
+            left.errorbar(100 * found.mean, height, xerr=100 * found.half, color="black", **look)
+            color = plots.GREEN if found.difference > 0 else plots.RED
+            color = color if found.differs() else plots.GRAY
+            half = 100 * found.difference_half
+            right.errorbar(100 * found.difference, height, xerr=half, color=color, **look)
         right.axvline(0, color="black", linewidth=1)
-        left.set_yticks(range(len(rows)), names)
-        left.set_ylim(len(rows) - 0.5, -0.5)
-        left.set_xlabel(f"{metric}, per cent")
+        left.set_yticks(range(len(compared)), [shorten(name, 40) for name in compared])
+        left.set_ylim(len(compared) - 0.5, -0.5)
+        left.set_xlabel("R@1, per cent")
         left.set_title("Mean, 95 % interval, every seed", fontsize=10)
-        right.set_xlabel(f"difference to {shown}, points")
+        right.set_xlabel(f"difference to {shorten(reference, 40)}, points")
         right.set_title("Difference by seed, 95 % interval", fontsize=10)
         for axes in (left, right):
             axes.grid(axis="x", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_interval(axes: Axes, height: int, value: float, half: float, color: str) -> None:
-    if np.isfinite(value):
-        error = None if np.isnan(half) else [100 * half]
-        axes.errorbar(
-            100 * value, height, xerr=error, fmt="D", color=color, markersize=5, capsize=4
-        )

@@ -1,154 +1,108 @@
-"""The report of a study: NAME.md, NAME.csv and NAME.png, of the runs that are finished."""
+"""What came out of a study: NAME.csv, of every finished run, and what follows from it."""
 
+import csv
 import json
 from pathlib import Path
 
 import numpy as np
 
 from cgd_jax.reports.history import read_history
-from cgd_jax.reports.names import literal, markdown
-from cgd_jax.reports.tables import describe_classes, metric_name
-from cgd_jax.runtime import console, files
-from cgd_jax.studies.comparison import COLUMNS, compare, comparison_table, plot, to_csv
+from cgd_jax.reports.names import markdown
+from cgd_jax.reports.tables import describe_classes, write_csv
+from cgd_jax.runtime import files
+from cgd_jax.studies.comparison import Rows, compare, comparison_table, plot
 from cgd_jax.studies.study import Run, Study
 
-__all__ = ["read_result", "write_report"]
+__all__ = ["measured", "report_text", "write_report"]
 
 # Fewer seeds leave next to nothing to judge the noise by.
 FEW_SEEDS = 3
 
-# Where variants differ in one of these, the same seed has other images in a batch.
-BATCHES = {
-    "data.name",
-    "data.source",
-    "data.split_seed",
-    "data.test_fraction",
-    "data.nested_classes",
-    "train.classes_per_batch",
-    "train.images_per_class",
-}
-
-
-def read_result(run: Run) -> dict:
-    """Returns the results.json of a finished run."""
-    return json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-
-
-def training_seconds(run: Run) -> float:
-    """Returns how long the steps of a run took, without compiling and evaluating."""
-    images = run.config.train.classes_per_batch * run.config.train.images_per_class
-    seconds, before = 0.0, 0.0
-    for row in read_history(run.folder / "history.csv"):
-        if "images_per_second" in row:
-            seconds += (row["step"] - before) * images / row["images_per_second"]
-            before = row["step"]
-    return seconds
-
 
 def write_report(study: Study, runs: list[Run], workdir: str) -> str:
-    """Writes the comparison of what is finished: NAME.md, NAME.csv, NAME.png in `workdir`.
+    """Writes NAME.csv with the values of what is finished; from these NAME.md and NAME.png.
 
     Returns:
-      What NAME.md says, laid out for the terminal; "" if nothing is finished.
+      The table of the embeddings for the terminal; "" if nothing is finished.
     """
-    finished = [run for run in runs if run.finished()]
-    if not finished:
+    values = [row for run in runs if run.finished() for row in measured(run)]
+    if not values:
         return ""
-    results = [read_result(run) for run in finished]
-    measured = {}  # vector → metric → variant → seed → value
-    seconds, norms = {}, {}  # variant → one a seed
-    for run, result in zip(finished, results, strict=True):
-        seconds.setdefault(run.variant, []).append(training_seconds(run))
-        if "geometry" in result:  # else of an older version
-            norm = result["geometry"]["mean_embedding_norm"]
-            norms.setdefault(run.variant, []).append(norm)
-        for vector, values in {"embedding": result["metrics"], **result["with options"]}.items():
-            for name, value in values.items():
-                if name.startswith("recall@") or name == "map@r":
-                    by_variant = measured.setdefault(vector, {}).setdefault(name, {})
-                    by_variant.setdefault(run.variant, {})[run.seed] = value
-    facts = {
-        "training": {name: f"{np.mean(values):.0f} s" for name, values in seconds.items()},
-        "embedding": {run.variant: str(run.config.model.embedding_dim) for run in runs},
-    }
-    # Near 1 the embedding has collapsed, whatever its recall is.
-    norm = {"mean norm": {name: f"{np.mean(values):.3f}" for name, values in norms.items()}}
+    table = Path(workdir, f"{study.name}.csv")
+    write_csv(table, values)
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    files.write_atomically(table.with_suffix(".md"), report_text(study, runs, rows))
     config = runs[0].config
-    recalls = measured["embedding"]["recall@1"]
-    seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
-    begin = [
-        study.question,
-        f"{config.train.steps:,} steps, seeds {seeds}; {len(finished)} of {len(runs)} runs are "
-        f"finished. {describe_measurement(results)}",
-    ]
-    end = [explain_intervals(study, runs, measured)]
-    fewest = min(len(values) for values in recalls.values())
-    if fewest < FEW_SEEDS:
-        end.append(
-            f"**Warning:** there are variants with {fewest} seed{'s' * (fewest > 1)}. Fewer than "
-            f"{FEW_SEEDS} leave next to nothing to judge the noise by."
-        )
-
-    def text(style: str) -> str:
-        show, fold = (markdown, str) if style == "github" else (literal, console.fold)
-        blocks = [f"# {show(study.name)}, {show(config.data.name)}", *map(fold, begin)]
-        for vector, metrics in measured.items():
-            if len(measured) > 1:
-                blocks.append(f"## Vector: {show(vector)}")
-            known = facts | norm if norms and vector == "embedding" else facts
-            blocks.append(comparison_table(metrics, study.reference, known, style))
-        return "\n\n".join([*blocks, *map(fold, end)]) + "\n"
-
-    files.write_atomically(Path(workdir, f"{study.name}.md"), text("github"))
-    table = [",".join(COLUMNS) + "\n"]
-    table += [to_csv(found, study.reference, vector) for vector, found in measured.items()]
-    files.write_atomically(Path(workdir, f"{study.name}.csv"), "".join(table))
     title = f"{study.name}, {config.data.name}, {config.train.steps:,} steps"
-    rows = compare(recalls, study.reference)
-    path = Path(workdir, f"{study.name}.png")
-    plot(path, rows, study.reference, metric_name("recall@1"), title)
-    return text("simple")
+    embeddings = [row for row in rows if row["vector"] == "embedding"]
+    plot(table.with_suffix(".png"), embeddings, study.reference, title)
+    return comparison_table(embeddings, study.reference)
 
 
-def describe_measurement(results: list[dict]) -> str:
-    """Says on which classes and at which step the runs were measured.
+def measured(run: Run) -> list[dict]:
+    """Returns a row for every vector that was measured, metrics as shares between 0 and 1.
 
-    Args:
-      results: of the runs. Their "classes", if they have it, is {"tested": how many, "trained
-        on": how many of those}.
+    That of the embedding comes first, and has its geometry too, see `geometry.describe_set`.
     """
-    steps = sorted({result["step"] for result in results})
-    when = f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps)}"
-    counts = [result["classes"] for result in results if "classes" in result]
-    if len(counts) < len(results):  # runs of an older version
-        return f"Per cent, at {when}."
-    said = dict.fromkeys(describe_classes(c["tested"], c["trained on"]) for c in counts)
-    return f"Per cent, on {'; '.join(said)}, at {when}."
+    result = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    config = run.config
+    # The steps alone, without compiling and evaluating.
+    logged = [row for row in read_history(run.folder / "history.csv") if "images_per_second" in row]
+    images = config.train.classes_per_batch * config.train.images_per_class
+    steps = np.diff([row["step"] for row in logged], prepend=0)
+    seconds = np.sum(steps * images / [row["images_per_second"] for row in logged])
+    of_run = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "step": result["step"],
+        "dimension": config.model.embedding_dim,
+        "training_seconds": round(float(seconds), 1),
+        "classes": result["classes"]["tested"],
+        "classes_trained_on": result["classes"]["trained on"],
+    }
+    vectors = {"embedding": result["metrics"] | result["geometry"], **result["with options"]}
+    return [
+        of_run | {"vector": vector} | {k: x for k, x in found.items() if not isinstance(x, dict)}
+        for vector, found in vectors.items()
+    ]
 
 
-def explain_intervals(study: Study, runs: list[Run], measured: dict) -> str:
-    """Says what the intervals and stars of the tables mean, as far as there are any.
+def report_text(study: Study, runs: list[Run], rows: Rows) -> str:
+    """Returns the report as Markdown.
 
     Args:
       study: from `load`.
       runs: of the study, finished or not.
-      measured: vector → metric → variant → seed → value.
+      rows: of NAME.csv.
     """
-    compared = [compare(metrics["recall@1"], study.reference) for metrics in measured.values()]
-    rows = [row for rows in compared for row in rows.values()]
-    sentences = []
-    if any(np.isfinite(row.half) for row in rows):
-        sentences.append("Intervals are 95 %, by Student's t over seeds.")
-    if any(np.isfinite(row.difference) for row in rows):
-        varied = {key for run in runs for key in study.variants[run.variant]}
-        batches = "the same batches"
-        if changed := sorted(varied & BATCHES):
-            batches = f"other batches, though, where {' or '.join(changed)} differ"
-        sentences.append(f"Differences are paired: the same seed has {batches}.")
-    if tried := sum(np.isfinite(row.difference_half) for row in rows):
-        sentences.append(
-            f"A star marks one whose interval excludes zero; if no variant differed, chance alone "
-            f"would star {tried / 20:g} of the {tried} here."
+    config = runs[0].config
+    seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
+    finished = len({(row["variant"], row["seed"]) for row in rows})
+    counts = dict.fromkeys((int(row["classes"]), int(row["classes_trained_on"])) for row in rows)
+    blocks = [
+        f"# {markdown(study.name)}, {markdown(config.data.name)}",
+        study.question,
+        f"{config.train.steps:,} steps, seeds {seeds}; {finished} of {len(runs)} runs are "
+        f"finished. Per cent, on {'; '.join(describe_classes(*count) for count in counts)}.",
+    ]
+    compared = []
+    for vector in dict.fromkeys(row["vector"] for row in rows):
+        of_vector = [row for row in rows if row["vector"] == vector]
+        blocks += [f"## Vector: {markdown(vector)}"]
+        blocks += [comparison_table(of_vector, study.reference, "github")]
+        compared += compare(of_vector, "recall@1", study.reference).values()
+    tried = sum(np.isfinite(found.difference_half) for found in compared)
+    blocks.append(
+        "Intervals are 95 %, by Student's t over seeds. Differences are paired: runs of the same "
+        "seed have the same batches, unless the variants change these. A star marks a difference "
+        f"whose interval excludes zero; if no variant differed, chance alone would star "
+        f"{tried / 20:g} of the {tried} here. Training time is that of the steps alone."
+    )
+    fewest = min(len(found.values) for found in compared)
+    if fewest < FEW_SEEDS:
+        blocks.append(
+            f"**Warning:** there are variants with {fewest} seed{'s' * (fewest > 1)}. Fewer than "
+            f"{FEW_SEEDS} leave next to nothing to judge the noise by."
         )
-    sentences.append("Training time is that of the steps alone.")
-    return " ".join(sentences)
+    return "\n\n".join(blocks) + "\n"

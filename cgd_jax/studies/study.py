@@ -1,8 +1,9 @@
 """What a study is: a file of four names, and the training runs that follow from it."""
 
 import hashlib
-import importlib.util
 import os
+import re
+import runpy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from cgd_jax import config_files
-from cgd_jax.config import validate
+from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import check_workdir
 
@@ -69,50 +70,36 @@ def load(name: str) -> Study:
             f"--study={name}: there is no such study or file; there are "
             f"{config_files.listed(FOLDER)}."
         )
-    spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a file that ends in .py has both
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        question = " ".join((module.__doc__ or "").split())
-        variants, seeds = dict(module.VARIANTS), tuple(module.SEEDS)
-        config, reference = str(config_files.find(module.CONFIG) or ""), module.REFERENCE
-    except Exception as error:
+        found = runpy.run_path(str(path))
+        question = " ".join((found["__doc__"] or "").split())
+        config, reference = config_files.find(found["CONFIG"]), found["REFERENCE"]
+        variants, seeds = dict(found["VARIANTS"]), tuple(found["SEEDS"])
+        if config is None:
+            raise ValueError(f"there is no config {found['CONFIG']!r}")
+        if reference not in variants:
+            raise ValueError(f"REFERENCE {reference!r} is none of VARIANTS, {', '.join(variants)}")
+        if not seeds or any("seed" in changes for changes in variants.values()):
+            raise ValueError("the seeds are those of SEEDS, at least one")
+    except Exception as error:  # whatever the user's file raises
         raise ConfigError(
-            f"{path} is not a study: {type(error).__name__}: {error}. It needs CONFIG, VARIANTS "
-            f"(name → dict of config keys), REFERENCE (one of them) and SEEDS."
+            f"{path} is not a study: {type(error).__name__}: {error}. It needs CONFIG (a config "
+            f"file), VARIANTS (name → dict of config keys), REFERENCE (one of them) and SEEDS."
         ) from error
-    if not seeds:
-        raise ConfigError(f"{path}: SEEDS is empty.")
-    if reference not in variants:
-        raise ConfigError(
-            f"{path}: REFERENCE={reference!r} is none of VARIANTS, {', '.join(variants)}."
-        )
-    if not config:
-        raise ConfigError(f"{path}: there is no file CONFIG={module.CONFIG!r}.")
-    return Study(path.stem, question, config, reference, variants, seeds)
+    return Study(path.stem, question, str(config), reference, variants, seeds)
 
 
 def with_base_config(argv: list[str]) -> list[str]:
     """Adds --config of a study to a command line that has --study, but no --config.
 
-    Args:
-      argv: the command line, flags written as `--flag=value` or `--flag value`.
-
     Raises:
-      SystemExit: there is no such study.
+      ConfigError: there is no such study.
     """
-    given = {}
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-"):
-            given[flag] = value if equals else following
-    if "study" not in given or "config" in given:
+    lines = "\n".join(argv[1:])  # --flag=value, or value on the next line
+    study = re.search(r"^--?study[=\n](.*)", lines, re.MULTILINE)
+    if not study or re.search(r"^--?config[=\n]", lines, re.MULTILINE):
         return argv
-    try:
-        return [argv[0], f"--config={load(given['study']).config}", *argv[1:]]
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+    return [argv[0], f"--config={load(study[1]).config}", *argv[1:]]
 
 
 def plan(
@@ -124,9 +111,6 @@ def plan(
     seeds: list[int] | None = None,
 ) -> list[Run]:
     """Returns all runs of a study, every seed of all variants before the next one.
-
-    A run's folder is called after what it changes in the base config, so that studies with
-    the same work folder share the runs that they have in common.
 
     Args:
       study: from `load`.
@@ -140,74 +124,47 @@ def plan(
       ConfigError: a run that could not be trained, or whose folder holds another one.
     """
     chosen = list(study.variants) if variants is None else variants
-    check_choice(study, chosen, given)
-    base = config.copy_and_resolve_references()
-    values = flatten_dict(base.to_dict(), sep=".")
-    runs = {}
-    for seed in study.seeds if seeds is None else seeds:
-        for name in chosen:
-            changes = study.variants[name]
-            fixed = FIXED | {"train.eval_every": base.train.steps}
-            overrides = fixed | changes | {"seed": seed}
-            run_config = base.copy_and_resolve_references()
-            if absent := sorted(changes.keys() - values.keys()):
-                raise ConfigError(
-                    f"{study.name}, variant {name}: the config has no key {', '.join(absent)}."
-                )
-            try:
-                run_config.update_from_flattened_dict(overrides)
-                validate(run_config)
-            except (KeyError, TypeError, ConfigError) as error:
-                text = " ".join(str(error.args[0]).split())
-                raise ConfigError(f"{study.name}, variant {name}: {text}") from error
-            parts = [f"{key}={new}" for key, new in sorted(changes.items()) if values[key] != new]
-            folder = Path(workdir, folder_name([*parts, f"seed={seed}"]))
-            run = Run(name, seed, overrides, run_config, folder)
-            if folder in runs:
-                twins = f"{runs[folder].name()} and {run.name()}"
-                raise ConfigError(f"{study.name}: {twins} are the same experiment.")
-            check_workdir(run_config, str(folder))
-            runs[folder] = run
-    return list(runs.values())
-
-
-def folder_name(parts: list[str]) -> str:
-    """Joins what a run changes to the name of its folder, at most 255 bytes long."""
-    # Without what separates folders, and what `checkpoint.check_folder` refuses.
-    name = ",".join(parts).translate(str.maketrans("/\\[]*?", "__()__"))
-    encoded = os.fsencode(name)
-    if len(encoded) <= 255:
-        return name
-    digest = hashlib.sha256(encoded).hexdigest()[:16]
-    return f"{encoded[:230].decode(errors='ignore')},{digest}"
-
-
-def check_choice(study: Study, chosen: list[str], given: dict) -> None:
-    """Refuses variants that cannot be compared, and values that contradict them.
-
-    Args:
-      study: from `load`.
-      chosen: names of variants.
-      given: path of a config key → value from the command line.
-
-    Raises:
-      ConfigError: what is wrong with which of them.
-    """
-    unknown = [name for name in chosen if name not in study.variants]
-    if unknown:
+    if study.reference not in chosen or not set(chosen) <= study.variants.keys():
         raise ConfigError(
-            f"--variants: {study.name} has no {', '.join(unknown)}; it has "
-            f"{', '.join(study.variants)}."
+            f"--variants={','.join(chosen)}: {study.name} has {', '.join(study.variants)}, and "
+            f"compares them with {study.reference}, which cannot be left out."
         )
-    if len(set(chosen)) < len(chosen):
-        raise ConfigError(f"--variants={','.join(chosen)} names one twice.")
-    if study.reference not in chosen:
-        raise ConfigError(
-            f"--variants={','.join(chosen)} lacks {study.reference}, which {study.name} compares "
-            f"with."
-        )
-    varied = {key for name in chosen for key in study.variants[name]}
-    if "seed" in varied:
-        raise ConfigError(f"{study.name} varies the seed itself; SEEDS are for that.")
-    if both := sorted((varied | {"seed"}) & given.keys()):
+    varied = {"seed"}.union(*(study.variants[name] for name in chosen))
+    if both := sorted(varied & given.keys()):
         raise ConfigError(f"--config.{both[0]} was given, but it is what {study.name} varies.")
+    seeds = list(study.seeds) if seeds is None else seeds
+    runs = [run_of(study, name, seed, config, workdir) for seed in seeds for name in chosen]
+    folders = [run.folder for run in runs]
+    if twins := [run.name() for run in runs if folders.count(run.folder) > 1]:
+        raise ConfigError(f"{study.name}: {' and '.join(twins)} are the same experiment.")
+    return runs
+
+
+def run_of(study: Study, variant: str, seed: int, config: ConfigDict, workdir: str) -> Run:
+    """Returns one run; arguments as for `plan`.
+
+    Its folder is called after what it changes in the base config, so that studies with the same
+    work folder share the runs that they have in common.
+    """
+    config = config.copy_and_resolve_references()
+    base, changes = flatten_dict(config.to_dict(), sep="."), study.variants[variant]
+    overrides = FIXED | {"train.eval_every": config.train.steps} | changes | {"seed": seed}
+    if absent := sorted(changes.keys() - base.keys()):
+        raise ConfigError(
+            f"{study.name}, variant {variant}: the config has no key {', '.join(absent)}."
+        )
+    try:
+        config.update_from_flattened_dict(overrides)
+        validate(config)
+    except (TypeError, ConfigError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{study.name}, variant {variant}: {text}") from error
+    parts = [f"{key}={new}" for key, new in sorted(changes.items()) if base[key] != new]
+    # Without what separates folders, and what `checkpoint.check_folder` refuses.
+    name = ",".join([*parts, f"seed={seed}"]).translate(str.maketrans("/\\[]*?", "__()__"))
+    encoded = os.fsencode(name)
+    if len(encoded) > 255:  # more than a file system takes
+        digest = hashlib.sha256(encoded).hexdigest()[:16]
+        name = f"{encoded[:230].decode(errors='ignore')},{digest}"
+    check_workdir(config, Path(workdir, name))
+    return Run(variant, seed, overrides, config, Path(workdir, name))

@@ -410,7 +410,7 @@ async function begin() {
   show(read());
   try {
     about = await ask("/about");
-    $("size").textContent = `${about.pictures.toLocaleString("en")} pictures`;
+    $("size").textContent = `${about.images.toLocaleString("en")} pictures`;
     const labels = Object.entries(about.labels);
     $("filter").hidden = !labels.length;
     $("labels").append(...labels.map(([value, count]) => element("option", { value, label: `${value} (${count})` })));

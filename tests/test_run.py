@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from cgd_jax.config import to_dict
 from cgd_jax.data import Dataset, Split
-from cgd_jax.from_config import check_batch, check_options
+from cgd_jax.run import check_batch, check_options, fit_to_data
+from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import ConfigError
-from configs import glyphs
+from cgd_jax.workdir import check_workdir
+from configs import glyphs, image_folder
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,37 @@ def test_whitening_to_more_dimensions_than_the_embedding_has():
     config.eval.whitening_dim = config.model.embedding_dim + 1
     with pytest.raises(ConfigError, match=f"at most {config.model.embedding_dim} can be used"):
         check_options(config, dataset)
+
+
+@pytest.mark.parametrize(
+    "classes,devices,images,batch,steps",
+    [(25, 1, 58, 12, 450), (7, 1, 30, 7, 110), (7, 8, 30, 6, 130), (3, 1, 5, 3, 60)]
+    + [(12, 1, 90000, 12, 1200)],
+)
+def test_batch_and_steps_that_suit_the_images(classes, devices, images, batch, steps, capsys):
+    config = image_folder.get_config()
+    config.model.backbone = "efficientnet_lite0"
+    labels = np.repeat(np.arange(classes), images)
+    fitted = fit_to_data(config, labels, devices)
+    assert (fitted.train.classes_per_batch, fitted.train.steps) == (batch, steps)
+    assert fitted.train.classes_per_batch * fitted.train.images_per_class % devices == 0
+    assert f"train.classes_per_batch={batch}, train.steps={steps}." in capsys.readouterr().out
+    assert config.train.steps == 0
+
+
+@pytest.mark.parametrize("classes,remedy", [(1, "give more folders, or search"), (6, "batch=6 or")])
+def test_too_few_classes(classes, remedy):
+    config = glyphs.get_config()
+    config.train.classes_per_batch = 0 if classes == 1 else 7
+    with pytest.raises(ConfigError, match=f"glyphs has {classes} classes to train on.*{remedy}"):
+        fit_to_data(config, np.repeat(np.arange(classes), 5), 1)
+
+
+def test_a_run_goes_on_with_what_was_chosen_for_it(tmp_path):
+    config = glyphs.get_config()
+    config.train.update(steps=70, classes_per_batch=5)
+    files.write_json(tmp_path / "config.json", to_dict(config))
+    config.train.update(steps=0, classes_per_batch=0)
+    check_workdir(config, tmp_path)
+    fitted = fit_to_data(config, np.arange(100), 1, str(tmp_path))
+    assert (fitted.train.steps, fitted.train.classes_per_batch) == (70, 5)

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from cgd_jax.data import photo_list
+from cgd_jax.data import image_list
 from tests.dataset_samples import write
 
 FILES = {f"{name}/{i}.jpg": "" for name in ("Äpfel", "b c", "d") for i in range(2)}
@@ -15,7 +15,7 @@ TEXT = "path,label\nÄpfel/0.jpg,Äpfel\nÄpfel/1.jpg,Äpfel\nb c/0.jpg,b\nd/1.j
 def read(tmp_path, text, encoding="utf-8", files=FILES):
     root = write(tmp_path / "in", files)
     (root / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
-    return [row[:3] for row in photo_list.read(root / "list.csv")]
+    return [row[:3] for row in image_list.read(root / "list.csv")]
 
 
 EXPECTED = [
@@ -51,7 +51,7 @@ def test_an_encoding_that_nothing_proves_is_refused_with_the_line_and_the_remedy
         read(tmp_path, only_labels, "cp1252")
     with pytest.raises(ValueError, match="line 2: .*not valid UTF-8"):
         read(tmp_path / "2", TEXT, "cp1252", files={"other/1.jpg": ""})
-    with pytest.raises(ValueError, match="not valid utf-16"):
+    with pytest.raises(ValueError, match="not valid UTF-16"):
         read(tmp_path, codecs.BOM_UTF16_LE + b"p\0a\0t")
 
 

@@ -1,4 +1,8 @@
-"""What a config describes: the data set, the network, the optimizer, the state at step 0."""
+"""A run: what a config describes, and where it is kept.
+
+`create_run` opens the data set and makes the network, `initial_state` draws its weights, and
+`open_run` is a run of the past at one of its checkpoints.
+"""
 
 import dataclasses
 import math
@@ -11,26 +15,31 @@ import optax
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint
-from cgd_jax.config import AUTO, validate
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
-from cgd_jax.models import backbones, pretrained, weight_files
-from cgd_jax.models.cgd import CGD, create_model
-from cgd_jax.objective import loss_param_counts, network_of
+from cgd_jax.models import pretrained, weight_files
+from cgd_jax.models.cgd import CGD, create_model, network_params
+from cgd_jax.objective import loss_param_counts
 from cgd_jax.optimizer import make_optimizer
-from cgd_jax.runtime import processes
+from cgd_jax.rules import AUTO, validate
+from cgd_jax.runtime import compiled, console, processes
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.train_step import State, create_state, shardings
+from cgd_jax.train_step import State, create_state, draw_state, shardings
+from cgd_jax.workdir import check_workdir, data_changes, read_config
+
+__all__ = ["Run", "create_run", "initial_state", "name_backbone", "open_data", "open_run"]
 
 
-class Setup(NamedTuple):
-    """What training and evaluation both start from."""
+class Run(NamedTuple):
+    """All that training, evaluation and explanation start from, but for the weights."""
 
+    config: ConfigDict
+    workdir: str
+    folder: Path  # where this process writes reports: the work folder in the first process
     dataset: Dataset
     labels: np.ndarray  # [N] int32, of the training images, in [0, M)
     model: CGD
     optimizer: optax.GradientTransformation
-    state: State  # at step 0, on all devices
     batch_sharding: jax.sharding.NamedSharding  # divides the first axis over all devices
 
     @property
@@ -40,35 +49,79 @@ class Setup(NamedTuple):
         assert isinstance(mesh, jax.sharding.Mesh)  # an abstract one has no devices
         return mesh
 
+    def create_state(self) -> State:
+        """Returns the state at step 0 with random weights; the same config gives the same."""
+        return create_state(self.config, self.model, self.optimizer, shardings(self.mesh)[0])
 
-def set_up(config: ConfigDict) -> Setup:
-    """Opens the data set and makes the network of a valid config.
+    def state_shapes(self) -> State:
+        """Returns the shapes, dtypes and shardings of a state."""
+        replicated = shardings(self.mesh)[0]
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+            jax.eval_shape(lambda: draw_state(self.config, self.model, self.optimizer)),
+        )
 
-    Returns:
-      The parts of a run; the same config gives the same state.
+
+def create_run(config: ConfigDict, workdir: str) -> Run:
+    """Opens the data set of a config, building it first if need be, and makes its network.
 
     Raises:
-      ConfigError: The data cannot be used, or a batch does not fit the data or the devices.
+      ConfigError: The config cannot be run, the work folder holds a run of another one, the data
+        cannot be used, or a batch does not fit the data or the devices.
     """
+    config = name_backbone(config)
+    check_workdir(config, workdir)
+    compiled.keep_compiled()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
-    replicated, batch_sharding = shardings(mesh)
-    check_batch(config.train, mesh.size)
+    if config.train.classes_per_batch:
+        check_batch(config.train, mesh.size)
     dataset, labels = open_data(config)
+    config = fit_to_data(config, labels, mesh.size, workdir)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
     proxies = bool(loss_param_counts(config.loss))
     optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone, proxies)
-    state = create_state(
-        model,
-        optimizer,
-        config.seed,
-        config.data.image_size,
-        replicated,
-        average=config.optimizer.ema_decay > 0,
-        normalization=backbones.normalization_of(config.model.backbone),
-        loss=config.loss,
-    )
-    return Setup(dataset, labels, model, optimizer, state, batch_sharding)
+    folder, (_, batch_sharding) = processes.report_folder(workdir), shardings(mesh)
+    return Run(config, workdir, folder, dataset, labels, model, optimizer, batch_sharding)
+
+
+def open_run(
+    workdir: str, step: int | None = None, config: ConfigDict | None = None
+) -> tuple[Run, State]:
+    """Opens a run of the past at one of its checkpoints.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; None for the one with the best R@1.
+      config: the run's own, perhaps with another `eval` part; None for just the run's.
+
+    Returns:
+      The run, and its state.
+
+    Raises:
+      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
+      ConfigError: as `create_run`.
+    """
+    config = read_config(workdir) if config is None else config
+    run = create_run(config, workdir)
+    for change in data_changes(workdir, run.dataset):
+        console.log(f"The data set is not the one that the run was trained on: {change}.")
+    with checkpoint.manager(workdir) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        checkpoint.check_step(checkpoints, step, workdir)
+        return run, checkpoint.restore(checkpoints, run.state_shapes(), step)
+
+
+def initial_state(run: Run) -> State:
+    """Returns the state at step 0: random weights, or those that `model.pretrained` names.
+
+    Raises:
+      ConfigError: There is no such source, or it does not fit the network.
+    """
+    state = run.create_state()
+    if run.config.model.pretrained:
+        state = load_pretrained(run.config.model, state)
+    return state
 
 
 def name_backbone(config: ConfigDict) -> ConfigDict:
@@ -154,7 +207,7 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     Raises:
       ConfigError: There is no such source, or it does not fit the network.
     """
-    variables = {"params": network_of(state.params), "batch_stats": state.batch_stats}
+    variables = {"params": network_params(state.params), "batch_stats": state.batch_stats}
     source = config.pretrained
     run = Path(source).expanduser()
     try:
@@ -194,10 +247,51 @@ def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
             processes.wait_for_all("the data set is built")
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    classes, labels = np.unique(dataset.train.labels, return_inverse=True)
-    if config.train.classes_per_batch > len(classes):
-        raise ConfigError(
-            f"train.classes_per_batch={config.train.classes_per_batch}, but {config.data.name} "
-            f"has {len(classes)} training classes."
-        )
+    _, labels = np.unique(dataset.train.labels, return_inverse=True)
     return dataset, labels.astype(np.int32)
+
+
+def fit_to_data(
+    config: ConfigDict, labels: np.ndarray, devices: int, workdir: str | None = None
+) -> ConfigDict:
+    """Returns a config in which batch and steps, where they are 0, suit the training images.
+
+    Args:
+      config: of the experiment.
+      labels: [N], of the training images.
+      devices: how many share a batch.
+      workdir: of the run; what it began with counts, if it has begun.
+
+    Raises:
+      ConfigError: There are fewer classes than a batch needs; it says what can be done.
+    """
+    train, classes = config.train, len(np.unique(labels))
+    fitted = {}
+    if not train.classes_per_batch:
+        step = devices // math.gcd(devices, train.images_per_class)
+        fitted["classes_per_batch"] = min(classes, 12) // step * step
+    batch = fitted.get("classes_per_batch", train.classes_per_batch)
+    least = 2 if config.loss.ranking_weight else 1
+    if batch < least or batch > classes:
+        remedy = (
+            f"give --train.classes_per_batch={classes // 2 * 2} or less"
+            if classes >= 2 * least
+            else "give more folders, or search with the pretrained network: `cgd_jax serve IMAGES`"
+        )
+        raise ConfigError(
+            f"{config.data.name} has {classes} classes to train on, and a batch needs "
+            f"{max(batch, least)}: {remedy}."
+        )
+    if not train.steps:
+        epochs = 15 * len(labels) / (batch * train.images_per_class)
+        fitted["steps"] = int(np.clip(round(epochs, -1), 60, 1200))
+    if not fitted:
+        return config
+    if workdir and Path(workdir, "config.json").exists():
+        fitted = {key: read_config(workdir).train[key] for key in fitted}
+    chosen = ", ".join(f"train.{key}={value}" for key, value in fitted.items())
+    console.log(f"Chosen for {len(labels):,} images of {classes} classes: {chosen}.")
+    config = config.copy_and_resolve_references()
+    config.train.update(fitted)
+    validate(config)
+    return config

@@ -1,4 +1,4 @@
-"""A CSV that says which photograph is what, from whatever machine it comes.
+"""A CSV that says which image is what, from whatever machine it comes.
 
 Columns are separated by commas, semicolons, tabs or |, and the first line names them. Text is
 UTF-8, UTF-16 or UTF-32; or cp1252, where the files on disk prove it. Paths are relative to the
@@ -6,10 +6,11 @@ CSV, with slashes or backslashes, and find files as Windows and macOS do: whethe
 capital, and how accents are encoded, only matters where several files are alike otherwise.
 """
 
-import codecs
 import csv
 import io
+import json
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,19 +18,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor
-
-BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
 class Row(NamedTuple):
-    """One photograph of a list."""
+    """One image of a list."""
 
     split: str  # in lower case; "" where the list names none
     id: str  # the path relative to the list, as it is on disk
@@ -47,35 +41,31 @@ def read(path: Path) -> list[Row]:
       Its rows; a path that leads nowhere stays as it was written.
 
     Raises:
-      ValueError: the list cannot be understood; names file, line and remedy.
+      InputError: the list cannot be understood; names file, line and remedy.
     """
     data = path.read_bytes()
     if impostor := describe_impostor(data):
-        raise ValueError(f"{path} is {impostor}, not a CSV.")
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), None)
-    if encoding is None and b"\0" in data[:2]:  # UTF-16 of ASCII letters, without a mark
-        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+        raise InputError(f"{path} is {impostor}, not a CSV.")
+    encoding = json.detect_encoding(data)  # which tells UTF-8, UTF-16 and UTF-32 apart
     try:
-        return _rows(path, data.decode(encoding or "utf-8"))
+        return _rows(path, data.decode(encoding))
     except UnicodeDecodeError as error:
         wrong = error
-    for other in () if encoding else (("cp1252", "replace"), ("utf-8", "surrogateescape")):
-        rows = _rows(path, data.decode(*other))
+    for other, errors in (("cp1252", "replace"), ("utf-8", "surrogateescape")):
+        rows = _rows(path, data.decode(other, errors)) if encoding == "utf-8" else []
         accented = [row for row in rows if not row.id.isascii()]
-        if accented and all(_exists(row.path) for row in accented):
+        if accented and all(os.path.exists(row.path) for row in accented):
             return rows
     line = data[: wrong.start].count(b"\n") + 1
-    raise ValueError(
-        f"{path}, line {line}: the text is not valid {encoding or 'UTF-8'} ({wrong.reason}). Save "
+    raise InputError(
+        f"{path}, line {line}: the text is not valid {encoding.upper()} ({wrong.reason}). Save "
         "the list as UTF-8; spreadsheets call it `CSV UTF-8`."
     )
 
 
 def _rows(path: Path, text: str) -> list[Row]:
-    lines = text.splitlines(keepends=True)
-    if lines and lines[0].strip().lower().startswith("sep="):  # for Excel
-        lines[0] = "\n"
-    header = next((line for line in lines if line.strip()), "")
+    text = re.sub(r"\Asep=[^\r\n]*", "", text, flags=re.IGNORECASE)  # for Excel
+    header = next((line for line in text.splitlines() if line.strip()), "")
     for delimiter in ",;\t|":
         names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
         header_cells = [name.strip() for name in names]
@@ -83,7 +73,7 @@ def _rows(path: Path, text: str) -> list[Row]:
         if {"path", "label"} <= set(columns):
             break
     else:
-        raise ValueError(
+        raise InputError(
             f"{path}: the first line names the columns, which must be path,label or "
             f"path,label,split; found {header.strip() or 'an empty file'}."
         )
@@ -94,32 +84,32 @@ def _rows(path: Path, text: str) -> list[Row]:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             where = f"{path}, line {reader.line_num}"
-            if not any(cells) or cells == header_cells or cells[0].lower().startswith("sep="):
+            if not any(cells) or cells == header_cells:
                 continue
             if len(cells) > len(columns) and any(cells[len(columns) :]):
-                raise ValueError(
+                raise InputError(
                     f"{where}: there are {len(cells)} cells, but {len(columns)} columns. Put a "
                     f'name that holds {delimiter!r} in quotation marks: "a{delimiter}b.jpg".'
                 )
             row = dict(zip(columns, cells, strict=False))
             if not row.get("path") or not row.get("label"):
-                raise ValueError(f"{where}: a path or a label is missing.")
+                raise InputError(f"{where}: a path or a label is missing.")
             id = _find(path.parent, row["path"], names_in)
             split, label = row.get("split", "").lower(), _composed(row["label"])
             rows.append(Row(split, id, label, path.parent / id))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
     return rows
 
 
 def _find(folder: Path, name: str, names_in: Callable[[Path], dict[str, list[str]]]) -> str:
     """Returns the path of the file that a name in a list means; the name if there is none."""
-    if _exists(folder / name):
+    if os.path.exists(folder / name):
         return name
     found = PurePosixPath()
     for part in name.replace("\\", "/").split("/"):
-        if part != ".." and not _exists(folder / found / part):
-            alike = names_in(folder / found).get(_folded(part), [])
+        if part != ".." and not os.path.exists(folder / found / part):
+            alike = names_in(folder / found)[_composed(part).casefold()]
             same = [candidate for candidate in alike if _composed(candidate) == _composed(part)]
             if len(same or alike) != 1:
                 return name
@@ -131,22 +121,10 @@ def _find(folder: Path, name: str, names_in: Callable[[Path], dict[str, list[str
 def _names_in(folder: Path) -> dict[str, list[str]]:
     """Returns the names in a folder by what they are compared as."""
     names = defaultdict(list)
-    if folder.is_dir():
-        for name in os.listdir(folder):
-            names[_folded(name)].append(name)
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        names[_composed(name).casefold()].append(name)
     return names
 
 
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def _folded(name: str) -> str:
-    return _composed(name).casefold()
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long
-        return False

@@ -1,0 +1,187 @@
+"""Images to embeddings, in batches over all devices."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cgd_jax import metrics
+from cgd_jax.data import Dataset
+from cgd_jax.data.batches import prefetch
+from cgd_jax.runtime import console, files, processes
+
+__all__ = [
+    "Embeddings",
+    "embed_dataset",
+    "embed_images",
+    "embed_pixels",
+    "embed_raw_pixels",
+    "nearest",
+    "own_rows",
+    "ranking_inputs",
+    "save_embeddings",
+]
+
+
+class Embeddings(NamedTuple):
+    """Vectors of the test images, aligned with the splits of the data set."""
+
+    query: np.ndarray  # [N, D] float32
+    gallery: np.ndarray | None  # [G, D] float32; None: queries search each other
+
+
+def embed_dataset(
+    embed: Callable[[jax.Array], jax.Array],
+    dataset: Dataset,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding,
+) -> Embeddings:
+    """Embeds the test images of a data set. Arguments as for `embed_images`."""
+    query = embed_images(embed, dataset.query.images, batch_size, sharding, "embedding queries")
+    if dataset.gallery is None:
+        return Embeddings(query, None)
+    gallery = embed_images(embed, dataset.gallery.images, batch_size, sharding, "embedding gallery")
+    return Embeddings(query, gallery)
+
+
+def embed_images(
+    embed: Callable[[jax.Array], jax.Array],
+    images: np.ndarray,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding,
+    title: str = "embedding",
+) -> np.ndarray:
+    """Embeds all images of a split in batches over all devices.
+
+    Args:
+      embed: [B, S, S, 3] uint8 → [B, D], a jitted function.
+      images: [N, S, S, 3] uint8.
+      batch_size: images at a time; rounded up to a multiple of the devices.
+      sharding: how a batch is laid over the devices.
+      title: of the progress bar.
+
+    Returns:
+      [N, D] float32, in the order of `images`.
+    """
+    devices = sharding.mesh.size
+    batch_size = -(-batch_size // devices) * devices
+    count = len(images)
+
+    rows = processes.local_rows(sharding, batch_size)
+
+    def make_batch(i):
+        chosen = np.arange(i * batch_size, min((i + 1) * batch_size, count))
+        # The last batch is filled up: another shape would compile once more.
+        return (images[np.resize(chosen, batch_size)[rows]],)
+
+    parts = []
+    with console.progress(count, title, log_every=None) as bar:
+        for (batch,) in prefetch(make_batch, range(-(-count // batch_size)), sharding):
+            parts.append(processes.to_host(embed(batch)))
+            bar.update(min(batch_size, count - bar.n))
+    return np.concatenate(parts)[:count].astype(np.float32)
+
+
+def embed_raw_pixels(
+    dataset: Dataset, batch_size: int, sharding: jax.sharding.NamedSharding
+) -> Embeddings:
+    """The pixels of the test images as embeddings. Arguments as for `embed_images`."""
+    query, gallery = embed_dataset(embed_pixels, dataset, batch_size, sharding)
+    parts = [part.reshape(len(part), -1, 3) for part in (query, gallery) if part is not None]
+    if all(
+        np.array_equal(p[..., 0], p[..., 1]) and np.array_equal(p[..., 1], p[..., 2]) for p in parts
+    ):
+        # Gray images hold every number three times.
+        query, gallery = query[:, ::3], None if gallery is None else gallery[:, ::3]
+    return Embeddings(query, gallery)
+
+
+@jax.jit
+def embed_pixels(images: jax.Array) -> jax.Array:
+    """The baseline without any network: the pixels themselves, at 32 × 32 at most.
+
+    Args:
+      images: [B, S, S, 3] uint8.
+
+    Returns:
+      [B, D] float32.
+    """
+    side = min(32, images.shape[1])
+    shape = (len(images), side, side, 3)
+    return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
+
+
+def own_rows(dataset: Dataset) -> np.ndarray | None:
+    """Returns the gallery row that each query itself is, which must not match it.
+
+    Returns:
+      [Q] integers, -1 for queries that are not in the gallery; None if it is not known that
+      any is.
+    """
+    if dataset.gallery is None:  # the queries search themselves
+        return np.arange(len(dataset.query.labels))
+    query_ids, gallery_ids = dataset.query_ids, dataset.gallery_ids
+    if query_ids is None or gallery_ids is None:
+        return None
+    own = metrics.own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
+    return own if (own >= 0).any() else None
+
+
+def nearest(embeddings: Embeddings, own: np.ndarray | None, rows: np.ndarray, k: int) -> np.ndarray:
+    """Finds the nearest neighbours of some queries, for people to look at.
+
+    Args:
+      embeddings: of the test images.
+      own: from `own_rows`.
+      rows: [R] positions of queries.
+      k: how many neighbours.
+
+    Returns:
+      [R, k] positions in the gallery (among the queries, if there is none), nearest first,
+      never the query itself.
+    """
+    gallery = embeddings.query if embeddings.gallery is None else embeddings.gallery
+    similarities = embeddings.query[rows] @ gallery.T
+    if own is not None:
+        known = np.flatnonzero(own[rows] >= 0)
+        similarities[known, own[rows][known]] = -np.inf
+    return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+
+
+def ranking_inputs(embeddings: Embeddings, dataset: Dataset) -> dict:
+    """Returns embeddings, labels and ids as `metrics` takes them."""
+    arrays = {"query": embeddings.query, "query_labels": dataset.query.labels}
+    if embeddings.gallery is None:
+        return arrays
+    split = dataset.query if dataset.gallery is None else dataset.gallery
+    arrays |= {"gallery": embeddings.gallery, "gallery_labels": split.labels}
+    own = own_rows(dataset)
+    if own is not None:
+        rows = np.arange(len(split.labels))
+        # Queries that are not in the gallery have ids of their own.
+        elsewhere = len(rows) + np.arange(len(own))
+        arrays |= {"query_ids": np.where(own >= 0, own, elsewhere), "gallery_ids": rows}
+    return arrays
+
+
+def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:
+    """Writes vectors with ids and labels for other tools: `numpy.load(path)["query"]`.
+
+    Args:
+      path: of the .npz; its arrays are query [N, D], query_labels [N], query_ids [N],
+        and the same for a gallery.
+      embeddings: from `embed_dataset`.
+      dataset: the data set that was embedded.
+    """
+    arrays = {}
+    for name, vectors in embeddings._asdict().items():
+        split = getattr(dataset, name)
+        if vectors is not None and split is not None:
+            arrays[name] = vectors
+            arrays[f"{name}_labels"] = split.labels
+            arrays[f"{name}_ids"] = np.array(split.ids)
+    with files.replacing(path) as part:
+        np.savez(part, **arrays)

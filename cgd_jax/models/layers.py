@@ -1,0 +1,136 @@
+"""What the networks of all families have, and the layers that several of them are made of."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+__all__ = [
+    "OPTIONS",
+    "Backbone",
+    "ConvNet",
+    "DropPath",
+    "Layer",
+    "LayerNorm",
+    "LayerScale",
+    "is_ampere",
+]
+
+# Makes a layer of a network: its convolution or norm with what all of them have in common.
+Layer = Callable[..., nn.Module]
+
+# The keys of a config's `model` that all networks take whose feature maps become smaller.
+OPTIONS = {"last_stride": 1, "frozen_blocks": 0}
+
+LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+
+
+class Backbone(nn.Module, kw_only=True):
+    """A network of blocks: images [B, H, W, 3] and `train` → feature map [B, H', W', C].
+
+    A subclass has `STEM` and `blocks`, and runs every block by `run_block`.
+
+    Attributes:
+      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
+      remat: computes the inside of every block once more in the backward pass.
+      dtype: of the computation; parameters and statistics stay float32.
+      conv: the convolution, for `backbones.create` to replace.
+    """
+
+    # The names of the modules and parameters below the first block.
+    STEM: ClassVar[tuple[str, ...]] = ()
+
+    frozen_blocks: int = 0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    conv: Layer = nn.Conv
+
+    @property
+    def blocks(self) -> Mapping[str, Mapping[str, Any]]:
+        """The blocks from the lowest to the highest: name → the options that differ."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the modules and parameters of the stem, then of every block."""
+        return (self.STEM, *((name,) for name in self.blocks))
+
+    @nn.nowrap
+    def run_block(self, block: type[nn.Module], name: str, x: jax.Array, **options) -> jax.Array:
+        """Makes the block of this name and runs it."""
+        block = nn.remat(block) if self.remat else block
+        x = block(**options, name=name)(x)
+        highest_frozen = self.frozen_blocks and name in self.layers[self.frozen_blocks]
+        return jax.lax.stop_gradient(x) if highest_frozen else x
+
+
+class ConvNet(Backbone, kw_only=True):
+    """A backbone that makes its feature map smaller from stage to stage.
+
+    Attributes:
+      last_stride: of the last downsampling, 2 as published or 1 as in CGD.
+    """
+
+    last_stride: int = 1
+
+    @nn.nowrap
+    def strides(self, published: Sequence[int]) -> list[int]:
+        """Returns the strides of the stages, with `last_stride` in the place of the last 2."""
+        strides = list(published)
+        if 2 in strides:
+            strides[-1 - strides[::-1].index(2)] = self.last_stride
+        return strides
+
+    @nn.nowrap
+    def conv_and_norm(
+        self, train: bool, momentum: float = 0.9, epsilon: float = 1e-5, use_bias: bool = False
+    ) -> tuple[Layer, Layer]:
+        """Returns what makes the network's convolutions, and BatchNorms.
+
+        The initial weights are those of He et al. (https://arxiv.org/abs/1502.01852), fan-out.
+        """
+        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        conv = partial(self.conv, use_bias=use_bias, kernel_init=kernel_init, dtype=self.dtype)
+        norm = partial(
+            nn.BatchNorm, not train, momentum=momentum, epsilon=epsilon, dtype=self.dtype
+        )
+        return conv, norm
+
+
+class LayerScale(nn.Module):
+    """Multiplies every channel by a learned factor (https://arxiv.org/abs/2103.17239)."""
+
+    initial: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", nn.initializers.constant(self.initial), x.shape[-1:])
+        return x * gamma.astype(x.dtype)
+
+
+class DropPath(nn.Module):
+    """Leaves a branch out for some images (stochastic depth, https://arxiv.org/abs/1603.09382).
+
+    Attributes:
+      rate: the share of the images; what is kept is divided by 1 - rate. With 0, and outside of
+        training, nothing is drawn.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or not self.rate:
+            return x
+        shape = (len(x), *[1] * (x.ndim - 1))
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - self.rate, shape)
+        return jnp.where(kept, x / (1 - self.rate), 0)
+
+
+def is_ampere() -> bool:
+    """Returns whether the device is a GPU of NVIDIA's since Ampere, with units for bfloat16."""
+    device = jax.devices()[0]
+    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8

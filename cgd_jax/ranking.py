@@ -1,0 +1,269 @@
+"""At which ranks do a query's true matches stand? Exact, whatever the size of the gallery.
+
+A block of queries is multiplied with the whole gallery. In each row of that product the
+query's positives are read and taken out, as is what it ignores (first of all itself); the
+rank of a positive is then the number of remaining items at least as similar, plus the
+positives before it. Since positives and the others are compared within one product, they
+are rounded alike. Similarity is cosine.
+
+On a CPU, rows are counted by NumPy in threads; on other devices, by the program that made
+the product, so that no row leaves the device, whose memory must hold the gallery.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cgd_jax.runtime import processes, threads
+
+__all__ = ["TIE", "Places", "Relevance", "normalize", "ranks_of_positives"]
+
+# Two float32 cosines closer than this count as equal: the order of summation alone, which
+# differs between kernels, moves them as much.
+TIE = 1e-6
+# Similarities that are held at a time, on each device: 256 MB.
+HELD = 2**26
+# Gallery items in one product on a CPU: few enough that memory for them is used again, where
+# the C library would ask the system for more than 32 MB anew each time.
+PART = 2**12
+# Up to so many positives, comparing a row with each of them is cheaper than sorting it.
+FEW = 64
+
+
+class Places(NamedTuple):
+    """For every query some places in the gallery: query q's are items[start[q] : end[q]].
+
+    Several queries may share their places. A place stands there once.
+    """
+
+    items: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+    def of(self, query: int) -> np.ndarray:
+        """Returns the places of one query."""
+        return self.items[self.start[query] : self.end[query]]
+
+    def padded(self, queries: np.ndarray, fill: int) -> np.ndarray:
+        """Returns the places of some queries, [B, W] int32; W is a power of two."""
+        start, end = self.start[queries, None], self.end[queries, None]
+        at = start + np.arange(2 ** int(np.ceil(np.log2(max(1, (end - start).max())))))
+        places = self.items[np.minimum(at, len(self.items) - 1)]
+        return np.where(at < end, places, fill).astype(np.int32)
+
+
+class Relevance(NamedTuple):
+    """What the gallery holds for every query.
+
+    Attributes:
+      positives: where its true matches are.
+      ignored: what is not searched, such as the query itself; also if it is a positive.
+      matches: [Q], the number of its positives that are not ignored.
+    """
+
+    positives: Places
+    ignored: Places
+    matches: np.ndarray
+
+
+def ranks_of_positives(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    relevance: Relevance,
+    *,
+    first: bool = False,
+    precision: str = "highest",
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ranks all positives of every query that has any.
+
+    Args:
+      query: [Q, D] float32, finite, of any length.
+      gallery: [G, D], likewise.
+      relevance: of the gallery for the queries.
+      first: True ranks only the most similar positive.
+      precision: of the product, "highest", "high" or "default"; a CPU knows only the first.
+      mesh: whose devices share the queries; None for one device. Of several processes each
+        ranks its share of the queries.
+
+    Yields:
+      (queries [B], ranks [B, M] float64), in ascending order from 1, and infinite beyond a
+      query's last positive.
+
+    >>> positives = Places(items=np.array([2]), start=np.array([0]), end=np.array([1]))
+    >>> ignored = positives._replace(items=np.array([0]))
+    >>> query, gallery = np.float32([[1, 0]]), np.float32([[1, 0], [1, 1], [0, 1]])
+    >>> relevance = Relevance(positives, ignored, matches=np.array([1]))
+    >>> list(ranks_of_positives(query, gallery, relevance))
+    [(array([0]), array([[2.]]))]
+    """
+    if mesh is None:
+        mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
+    # Alike numbers of positives beside each other, as a block is as wide as its widest row.
+    rows = np.argsort(relevance.matches, kind="stable")
+    rows = rows[relevance.matches[rows] > 0]
+    rows = rows[processes.share_of_rows(mesh, len(rows))]
+    mesh = processes.local_mesh(mesh)
+    if _is_cpu(mesh):
+        yield from _ranks_on_cpu(query, gallery, relevance, rows, first)
+    else:
+        yield from _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh)
+
+
+def _is_cpu(mesh):
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _ranks_on_cpu(query, gallery, relevance, rows, first):
+    gallery = _of_unit_length(gallery)
+    size = _even(len(gallery), PART)
+    parts = [slice(at, at + size) for at in range(0, len(gallery), size)]
+    block = _even(len(rows), max(1, HELD // len(gallery)))
+
+    def ranks_of_block(some):
+        # All products have one shape and so add in one order: the last block repeats queries,
+        # the last part has rows of zeros.
+        queries = normalize(query[np.resize(some, block)])
+        products = [np.asarray(_product(queries, _padded(gallery[p], size))) for p in parts]
+
+        def ranks_of_few(few):
+            width = 1 if first else relevance.matches[some[few]].max()
+            ranks = np.full((len(few), width), np.inf)
+            for i, place in zip(few, ranks, strict=True):
+                row = np.concatenate([product[i] for product in products])[: len(gallery)]
+                positives, ignored = (p.of(some[i]) for p in relevance[:2])
+                found = _ranks_in_row(row, positives, ignored, first)
+                place[: len(found)] = found
+            return some[few], ranks
+
+        step = int(np.clip(2**18 // relevance.matches[some].max(), 1, 64))
+        starts = range(0, len(some), step)
+        few = (np.arange(at, min(at + step, len(some))) for at in starts)
+        yield from threads.parallel(ranks_of_few, few)
+
+    for at in range(0, len(rows), block):
+        yield from ranks_of_block(rows[at : at + block])
+
+
+@jax.jit
+def _product(query, items):
+    return jnp.matmul(query, items.T, precision="highest")
+
+
+def _ranks_in_row(row, positives, ignored, first):
+    """Ranks in similarities [G], which are overwritten, as `_ranks_in_block` finds them."""
+    row[ignored] = -np.inf
+    true = row[positives]
+    row[positives] = -np.inf
+    true = true.max(keepdims=True) if first else np.sort(true[true > -np.inf])[::-1]
+    limits = true - np.float32(TIE)
+    if len(limits) <= FEW:
+        others = [np.count_nonzero(row > limit) for limit in limits]
+    else:
+        near = np.sort(row[row > limits[-1]])
+        others = len(near) - np.searchsorted(near, limits, "right")
+    return np.arange(1, len(true) + 1) + others
+
+
+def _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh):
+    divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
+    items = normalize(jax.device_put(gallery, everywhere))
+    # A query holds a row of similarities, and some numbers for each of its positives.
+    most = max(1, HELD // (len(gallery) + 16 * relevance.matches.max()))
+    block = mesh.size * _even(-(-len(rows) // mesh.size), most)
+    for at in range(0, len(rows), block):
+        some = rows[at : at + block]
+        repeated = np.resize(some, block)
+        positives, ignored = (p.padded(repeated, len(gallery)) for p in relevance[:2])
+        arrays = jax.device_put((query[repeated], positives, ignored), divided)
+        found = _ranks_in_block(items, *arrays, first=first, precision=precision, mesh=mesh)
+        ranks = np.asarray(found)[: len(some)]
+        yield some, np.where(ranks > 0, ranks, np.inf)
+
+
+@partial(jax.jit, static_argnames=("first", "precision", "mesh"))
+def _ranks_in_block(gallery, query, positives, ignored, *, first, precision, mesh):
+    """Multiplies and counts on the devices of a mesh, which share the queries.
+
+    Args:
+      gallery: [G, D], of unit length.
+      query: [B, D].
+      positives: [B, W], places in the gallery, G for none.
+      ignored: [B, I], likewise.
+      first: True for the most similar positive only.
+      precision: of the product.
+      mesh: the devices.
+
+    Returns:
+      [B, W] int32, or [B, 1] with `first`: ranks in ascending order, then 0.
+    """
+
+    def local(gallery, query, positives, ignored):
+        row = jnp.arange(len(query))[:, None]
+        similarity = jnp.matmul(normalize(query), gallery.T, precision=precision)
+        similarity = similarity.at[row, ignored].set(-jnp.inf, mode="drop")
+        true = similarity.at[row, positives].get(mode="fill", fill_value=-jnp.inf)
+        similarity = similarity.at[row, positives].set(-jnp.inf, mode="drop")
+        true = true.max(1, keepdims=True) if first else jnp.sort(true, 1, descending=True)
+        limits = true - TIE
+
+        def count(j, others):
+            return others.at[:, j].set(jnp.sum(similarity > limits[:, j, None], 1))
+
+        if limits.shape[1] <= FEW:
+            others = lax.fori_loop(0, limits.shape[1], count, jnp.zeros(limits.shape, int))
+        else:
+            search = jax.vmap(partial(jnp.searchsorted, side="right"))
+            others = len(gallery) - search(jnp.sort(similarity, 1), limits)
+        return jnp.where(true > -jnp.inf, jnp.arange(1, limits.shape[1] + 1) + others, 0)
+
+    divided = P(mesh.axis_names)
+    specs = (P(), divided, divided, divided)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=divided, check_vma=False)(
+        gallery, query, positives, ignored
+    )
+
+
+@jax.jit
+def normalize(x: jax.Array) -> jax.Array:
+    """Scales vectors [..., D] to unit length, in float32; zero vectors stay zero.
+
+    Unlike `combination.l2_normalize` it has no floor, and neither the largest nor the
+    smallest numbers overflow or vanish.
+
+    >>> normalize(np.array([[3e38, 3e38, 3e38, 3e38], [0, 0, 0, 0]])).tolist()
+    [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
+    """
+    x = x.astype(jnp.float32)
+    # First to about 1, so that no square overflows or vanishes. Products, because XLA makes
+    # x / a / b into x / (a * b), which does overflow.
+    x = x * (1 / jnp.clip(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-37, 8e37))
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x * (1 / jnp.where(norm > 0, norm, 1))
+
+
+def _of_unit_length(x):
+    """Rows of unit length: x itself and not a copy where they have it, as embeddings do."""
+    with np.errstate(over="ignore"):
+        if np.abs(np.vecdot(x, x) - 1).max() < TIE / 2:
+            return x
+    scaled = np.empty(x.shape, np.float32)
+    for at in range(0, len(x), PART):
+        scaled[at : at + PART] = normalize(x[at : at + PART])
+    return scaled
+
+
+def _padded(rows, size):
+    return rows if len(rows) == size else np.pad(rows, ((0, size - len(rows)), (0, 0)))
+
+
+def _even(total, most):
+    """The size of equal parts, of at most ``most`` each, that together cover ``total``."""
+    return -(-total // -(-total // most))

@@ -1,0 +1,57 @@
+"""Images on their way to vectors: read ahead by all cores while the device embeds."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cgd_jax.network import BATCHES, enough
+from cgd_jax.runtime.console import progress
+from cgd_jax.runtime.threads import CORES, parallel
+
+__all__ = ["read_and_embed"]
+
+Item = TypeVar("Item")
+
+
+def read_and_embed(
+    items: Sequence[Item],
+    read: Callable[[Item], tuple[np.ndarray, dict[str, Any]] | str | None],
+    embed: Callable[[np.ndarray], np.ndarray],
+    what: str | None = None,
+) -> Iterator[tuple[Item, Any, np.ndarray | None]]:
+    """Reads images ahead in threads, while the device embeds those that could be read.
+
+    Args:
+      items: to read.
+      read: returns what `images.read` does, or anything else where there is nothing to embed.
+      embed: [B, side, side, 3] uint8 → [B, D].
+      what: is being done, for a progress bar; None for none.
+
+    Yields:
+      For every item: itself, the fields that `read` found, and the vector [D]; or itself, what
+      `read` returned instead, and None.
+    """
+    waiting: list[tuple[Item, tuple[np.ndarray, dict]]] = []
+    # So many are ahead that the next batch is there when the device is free.
+    outcomes = parallel(read, items, 2 * BATCHES[-1] // CORES)
+    with progress(len(items), what) if what and items else contextlib.nullcontext() as bar:
+        for item, outcome in zip(items, outcomes, strict=True):
+            if bar:
+                bar.update()
+            if not isinstance(outcome, tuple):
+                yield item, outcome, None
+                continue
+            waiting.append((item, outcome))
+            if len(waiting) == enough():
+                yield from _embedded(waiting, embed)
+                waiting.clear()
+        if waiting:
+            yield from _embedded(waiting, embed)
+
+
+def _embedded(waiting: list, embed: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple]:
+    vectors = embed(np.stack([pixels for _, (pixels, _) in waiting]))
+    for (item, (_, fields)), vector in zip(waiting, vectors, strict=True):
+        yield item, fields, vector

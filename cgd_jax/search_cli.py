@@ -1,0 +1,179 @@
+"""The commands of search: index, search, serve."""
+
+from absl import flags
+
+from cgd_jax.flags import Command, Flag
+
+__all__ = ["COMMANDS", "FLAGS", "check", "run"]
+
+COMMANDS = {
+    "index": Command(
+        "embeds your own images into an index, or brings it up to date",
+        "IMAGES",
+        ("index", "model", "images", "vector", "precision", "whiten"),
+        ("images",),
+        "search",
+    ),
+    "search": Command(
+        "finds the images of an index that are most like another one",
+        "A.jpg",
+        (
+            "index",
+            "model",
+            "query",
+            "k",
+            "where",
+            "exact",
+            "crop",
+            "duplicates",
+            "similarity",
+            "json",
+            "picture",
+        ),
+        ("query",),
+        "search",
+    ),
+    "serve": Command(
+        "shows an index in the browser; of a folder that has none yet, it makes one first",
+        "IMAGES",
+        ("index", "model", "images", "host", "port", "show_paths"),
+        ("images",),
+        "serve",
+    ),
+}
+FLAGS = {
+    "query": Flag(
+        flags.DEFINE_multi_string,
+        "An image; for search also a folder, and several times. Without it explain takes pairs of "
+        "the test set.",
+        "FILE",
+    ),
+    "index": Flag(
+        flags.DEFINE_string,
+        "A folder, s3://..., a file that ends in .db, or the address of a Milvus server; else the "
+        "folder index of the run, or runs/index.",
+        "ADDRESS",
+    ),
+    "images": Flag(
+        flags.DEFINE_multi_string,
+        "A folder, an archive or a CSV; may be given several times.",
+        "FOLDER",
+    ),
+    "model": Flag(
+        flags.DEFINE_string,
+        "An exported network: a file, a folder, or a Hugging Face repository, owner/name or "
+        "owner/name@revision; else that of --workdir, else the index's, else EfficientNet-Lite0 "
+        "with G.",
+        "FILE",
+    ),
+    "vector": Flag(
+        flags.DEFINE_string,
+        "Which vector, as config.eval.vector; else what was trained.",
+        "NAME",
+    ),
+    "precision": Flag(
+        flags.DEFINE_enum,
+        "Of the vectors: float32 or float16; else float32.",
+        "NAME",
+        options=("float32", "float16"),
+    ),
+    "whiten": Flag(
+        flags.DEFINE_integer,
+        "Dimensions of PCA-whitened vectors; else all as they are.",
+        options=(1,),
+    ),
+    "k": Flag(flags.DEFINE_integer, "How many images; else 20.", default=20, options=(1,)),
+    "where": Flag(
+        flags.DEFINE_string, "Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"
+    ),
+    "exact": Flag(flags.DEFINE_bool, "Compares with every image.", "", False),
+    "crop": Flag(
+        flags.DEFINE_string, "The part of the query to search by, in pixels.", "X,Y,WIDTH,HEIGHT"
+    ),
+    "duplicates": Flag(
+        flags.DEFINE_bool, "Lists groups of images that are nearly the same.", "", False
+    ),
+    "similarity": Flag(
+        flags.DEFINE_float, "With --duplicates: the cosine from which they are; else 0.94."
+    ),
+    "json": Flag(flags.DEFINE_bool, "Prints JSON, and nothing else.", "", False),
+    "picture": Flag(
+        flags.DEFINE_string,
+        "The PNG that shows what was found; else search.png.",
+        "FILE",
+        "search.png",
+    ),
+    "host": Flag(
+        flags.DEFINE_string,
+        "The address of this machine to listen at, such as 0.0.0.0 for all, where a token is "
+        "needed; else 127.0.0.1.",
+        "ADDRESS",
+        "127.0.0.1",
+    ),
+    "port": Flag(
+        flags.DEFINE_integer, "Where to listen; else 8000.", default=8000, options=(0, 65535)
+    ),
+    "show_paths": Flag(flags.DEFINE_bool, "Tells where images lie.", "", False),
+}
+
+
+def check(name: str, given: flags.FlagValues) -> None:
+    """Refuses flags that are missing or do not go together."""
+    if given.workdir and given.model:
+        raise flags.Error("--workdir and --model both name a network; give one of them.")
+    if name == "index" and not given.images:
+        raise flags.Error("say what to index: --images=IMAGES, a folder, an archive or a CSV.")
+    if name != "search":
+        return
+    if bool(given.query) == given.duplicates:
+        raise flags.Error("say what to search by, --query=a.jpg, or look for --duplicates.")
+    if given.duplicates and (given.crop or given["k"].present):
+        raise flags.Error("--crop and --k do not go with --duplicates.")
+    if given["similarity"].present and not given.duplicates:
+        raise flags.Error("--similarity goes with --duplicates.")
+
+
+def run(name: str, given: flags.FlagValues) -> None:
+    """Does what a command says."""
+    from cgd_jax.search import commands
+
+    address = given.index or commands.default_address(given.workdir)
+    model = given.model or given.workdir
+    if name == "index":
+        commands.fill_index(
+            address,
+            given.images,
+            model,
+            vector=given.vector,
+            precision=given.precision,
+            whiten=given.whiten,
+            share=share_of_files(given),
+        )
+    elif name == "search":
+        commands.search_index(
+            address,
+            given.query,
+            model,
+            k=given.k,
+            where=given.where,
+            exact=given.exact,
+            crop=given.crop,
+            duplicates=given.similarity,
+            as_json=given.json,
+            figure=given.picture,
+        )
+    else:
+        from cgd_jax.serve.command import serve
+
+        if given.images:
+            commands.fill_index(address, given.images, model)
+        serve(address, model, host=given.host, port=given.port, show_paths=given.show_paths)
+
+
+def share_of_files(given: flags.FlagValues) -> tuple[int, int]:
+    """Returns which of several processes this is, and how many there are."""
+    if not (given.distributed or given.coordinator):
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()

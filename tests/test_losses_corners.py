@@ -1,0 +1,120 @@
+"""Every loss where numbers end: zero rows, huge norms, lone classes, NaN, in every precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cgd_jax import losses
+from cgd_jax.combination import l2_normalize
+
+SIZE, DIM = 12, 5
+LABELS = np.repeat(np.arange(4, dtype=np.int32), 3)
+ONE_CLASS, ONE_EACH = np.zeros(SIZE, np.int32), np.arange(SIZE, dtype=np.int32)
+RNG = np.random.default_rng(0)
+UNIT = RNG.normal(size=(SIZE, DIM))
+UNIT = np.float32(UNIT / np.linalg.norm(UNIT, axis=1, keepdims=True))
+VECTORS = RNG.normal(size=(SIZE, 1, DIM)).astype(np.float32)
+BY_LENGTH = {"n_pair"} | {name for name in losses.PAIR_LOSSES if "triplet" in name}
+BY_LENGTH |= {"contrastive", "lifted_structure", "softmax"}
+# A power of two near the end of each dtype, so that what is scaled by it keeps its directions.
+HUGE = {"float16": 2.0**15, "bfloat16": 2.0**100, "float32": 2.0**100}
+
+
+@jax.jit
+def every_loss(x, labels, vectors=VECTORS):
+    """{name: (value, gradient)} of all losses; what is learned is [M, 1, D]."""
+    every = {name: loss for name, loss in losses.RANKING_LOSSES.items()}
+    for name, loss in {**losses.PROXY_LOSSES, **losses.CENTER_LOSSES}.items():
+        every[name] = lambda x, y, loss=loss: loss(x, y, vectors)
+    every["softmax"] = lambda x, y: losses.smoothed_cross_entropy(x, y % DIM)
+    return {name: jax.value_and_grad(loss)(x, labels) for name, loss in every.items()}
+
+
+def rows(kind, dtype):
+    x = UNIT.copy()
+    if kind == "a zero row":
+        x[0] = 0
+    elif kind == "zero":
+        x[:] = 0
+    elif kind == "tiny":
+        x *= 1e-7
+    elif kind == "huge":
+        x *= HUGE[dtype]
+    elif kind == "one huge row":
+        x[0] *= HUGE[dtype]
+    return jnp.asarray(x, dtype)
+
+
+KINDS = ("unit", "a zero row", "zero", "tiny", "huge", "one huge row")
+
+
+@pytest.mark.parametrize("dtype", HUGE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_finite(kind, dtype):
+    ordinary = every_loss(rows("unit", dtype), LABELS)
+    for labels in (LABELS, ONE_CLASS, ONE_EACH):
+        for name, (value, gradient) in every_loss(rows(kind, dtype), labels).items():
+            assert np.isfinite(value) and value >= 0, name
+            assert gradient.dtype == dtype and np.all(np.isfinite(gradient)), name
+            if kind in ("a zero row", "zero", "tiny"):
+                largest = np.abs(np.float32(ordinary[name][1])).max()
+                assert np.abs(np.float32(gradient)).max() <= 5 * largest, name
+            if kind == "huge" and labels is LABELS and name not in BY_LENGTH:
+                np.testing.assert_allclose(value, ordinary[name][0], rtol=1e-4, err_msg=name)
+            if kind == "huge" and labels is LABELS and name.startswith(("batch", "soft_margin")):
+                assert value > HUGE[dtype] / 10, name
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("labels", [LABELS, ONE_CLASS, ONE_EACH])
+def test_what_is_not_finite_is_not_lost(bad, labels):
+    x = UNIT.copy()
+    x[3, 1] = bad
+    for name, (value, _) in every_loss(jnp.asarray(x), labels).items():
+        assert np.isnan(value), name
+    vectors = VECTORS.copy()
+    vectors[0, 0, 0] = bad
+    found = every_loss(jnp.asarray(UNIT), LABELS, vectors)
+    for name in (*losses.PROXY_LOSSES, *losses.CENTER_LOSSES):
+        assert np.isnan(found[name][0]), name
+
+
+@pytest.mark.parametrize("dtype", HUGE)
+def test_l2_normalize(dtype):
+    x = jnp.asarray(UNIT, dtype)
+    weights = jnp.asarray(RNG.normal(size=UNIT.shape), jnp.float32)
+    value_and_grad = jax.value_and_grad(lambda x: jnp.sum(weights * l2_normalize(x)))
+    value, gradient = value_and_grad(x)
+    huge, huge_gradient = value_and_grad(HUGE[dtype] * x)
+    assert value == pytest.approx(float(huge), rel=1e-6)
+    scaled = np.float32(huge_gradient) * HUGE[dtype]  # in float16 nearly all digits are gone
+    np.testing.assert_allclose(
+        scaled, np.float32(gradient), atol=1.0 if dtype == "float16" else 0.02
+    )
+    for short in (0.0, 2.0**-24, 1e-7, 2e-6, 1e-5):
+        assert np.all(np.isfinite(value_and_grad(short * x)[1]))
+    assert np.all(value_and_grad(0 * x)[1] == 0)
+    # Of one coordinate alone the length has its whole gradient: none is left along it.
+    slope = jax.grad(lambda x: l2_normalize(x)[0])(jnp.asarray([3.0, 0, 0], dtype))
+    assert np.all(slope == 0)
+
+
+def test_l2_normalize_of_ordinary_vectors_against_float64():
+    for scale in (1e-5, 1.0, 1e4, 1e30, 3e37):
+        x = np.float32(scale * UNIT.astype(np.float64))
+        expected = x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+        np.testing.assert_allclose(l2_normalize(jnp.asarray(x)), expected, rtol=1e-6)
+        if scale <= 1e4:
+            jacobian = jax.vmap(jax.jacobian(l2_normalize))(jnp.asarray(x))
+            by_hand = np.eye(DIM) - expected[:, :, None] * expected[:, None, :]
+            by_hand /= np.linalg.norm(x.astype(np.float64), axis=1)[:, None, None]
+            np.testing.assert_allclose(jacobian, by_hand, rtol=1e-4, atol=1e-6 / scale)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e30, 1e37])
+def test_distances_of_huge_vectors(scale):
+    x = np.float32(scale * UNIT.astype(np.float64))
+    expected = np.linalg.norm(x[:, None].astype(np.float64) - x[None], axis=-1)
+    found = losses.pairwise_distances(jnp.asarray(x))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * scale)
