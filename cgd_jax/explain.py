@@ -33,7 +33,7 @@ def explain_run(
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1.
+      step: of the checkpoint; None for the chosen one, see `checkpoint.save`.
       query: file of an image, treated as the data set's are; None for pairs of the test set,
         see `right_and_wrong`.
       match: file of another image; None likewise.

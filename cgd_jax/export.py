@@ -39,7 +39,7 @@ def export_run(workdir: str | Path, step: int | None = None) -> Path:
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1.
+      step: of the checkpoint; None for the chosen one, see `checkpoint.save`.
 
     Returns:
       The folder.

@@ -179,7 +179,7 @@ def open_network(
         published weights of a known backbone, which its name begins with.
       vector: which of the network's vectors is computed, see `models.cgd.select_vector`. None is
         what was trained: the embedding, or of a published backbone the class token or else GeM.
-      step: of a run's checkpoint; None for the one with the best R@1.
+      step: of a run's checkpoint; None for the chosen one, see `checkpoint.save`.
       revision: of a repository: a branch, a tag or a commit; None for its main branch.
 
     Raises:
