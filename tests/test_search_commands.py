@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cgd_jax import cli
+from cgd_jax import network as networks
 from cgd_jax.search import commands, duplicates, queries
-from cgd_jax.search import network as networks
 from tests.search_samples import folder_of_photographs, photograph, stand_in
 from tests.test_main import run_here
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cgd_jax.runtime import console
-from cgd_jax.search import indexing, queries
+from cgd_jax.search import indexing, queries, report
+from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
 from cgd_jax.search.index import Index
 
 __all__ = ["default_address", "fill_index", "search_index"]
@@ -65,11 +66,6 @@ def search_index(
     figure = figure or ("duplicates.png" if asked is None else "search.png")
     box = queries.parse_crop(crop) if crop else None
     index = Index.open(address, model)
-    # Not at the top of the file: they import JAX and Matplotlib, which filling an index may not
-    # need.
-    from cgd_jax.search import report
-    from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
-
     if asked is None:
         similarity = SIMILARITY if duplicates is None else duplicates
         groups = find_duplicates(index, similarity, where)

@@ -3,6 +3,9 @@
 import os
 import socket
 
+import numpy as np
+
+from cgd_jax import network
 from cgd_jax.runtime import console, packages
 from cgd_jax.search import Index
 
@@ -86,10 +89,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
-    import numpy as np
-
-    from cgd_jax.search.embedding import batch_sizes
-
     side = index.info.resize
-    for size in batch_sizes():
+    for size in network.batch_sizes():
         index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))
