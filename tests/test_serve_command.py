@@ -68,8 +68,8 @@ def test_to_others_with_a_token(address, started, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--query=a"], "--query goes with --mode=explain and --mode=search."),
-        (["--images=a"], "--images goes with --mode=index."),
+        (["--query=a"], "--query goes with `explain` and `search`"),
+        (["--push_to_hub=a"], "--push_to_hub goes with `export`"),
         (["--host=203.0.113.7"], "--host=203.0.113.7 --port=8000 cannot be listened at: "),
         (["--index=/nowhere", "--port=0"], "--index=/nowhere: there is no index."),
     ],
@@ -91,7 +91,7 @@ def test_a_port_that_is_taken(address, started):
 
 def test_flags_of_serve_go_with_it_alone():
     status, _, errors = run_here("--mode=search", "--query=a", "--port=1")
-    assert status == 1 and "--port goes with --mode=serve." in errors
+    assert status == 1 and "--port goes with `serve`" in errors
 
 
 @pytest.fixture(scope="module")
