@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -357,9 +356,7 @@ def clip(
 def _read(file: ImageFile) -> tuple[bytes, tuple[int, int, bool] | str]:
     """Returns the bytes of a file, and what `decode.check` says of it or why it is unusable."""
     try:
-        if not stat.S_ISREG(file.path.stat().st_mode):  # Reading a pipe would never end.
-            return b"", "not a file"
-        data = file.path.read_bytes()
+        data = decode.read_file(file.path)
         return data, decode.check(data)
     except FileNotFoundError:
         return b"", "a link to nowhere" if file.path.is_symlink() else "no such file"

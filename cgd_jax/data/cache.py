@@ -32,7 +32,7 @@ from cgd_jax.runtime.threads import parallel
 log = logging.getLogger(__name__)
 
 # Raised whenever decode.py would give other pixels for the same bytes.
-FORMAT = 1
+FORMAT = 2
 CHUNK = 16  # examples that a thread takes at once
 
 

@@ -5,10 +5,13 @@ import io
 import json
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cgd_jax.runtime.console import quantity
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,6 +51,22 @@ def write_picture(path: str | Path, picture: "Image.Image") -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def read_regular(path: str | os.PathLike, most: int = 1 << 30, head: int | None = None) -> bytes:
+    """Reads a file, or its first `head` bytes; pipes and devices, which may never end, are refused.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no regular file, or has more than `most` bytes; the reason in a few words.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a file")
+    if head is None and status.st_size > most:
+        raise ValueError(f"larger than {quantity(most, 'B')}")
+    with open(path, "rb") as file:
+        return file.read(status.st_size if head is None else head)
 
 
 def describe_impostor(data: bytes) -> str | None:
