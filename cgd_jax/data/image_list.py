@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.runtime.files import describe_impostor, read_regular
+from cgd_jax.runtime.files import describe_impostor
 
 
 class Row(NamedTuple):
@@ -43,7 +43,7 @@ def read(path: Path) -> list[Row]:
     Raises:
       InputError: the list cannot be understood; names file, line and remedy.
     """
-    data = read_regular(path)
+    data = path.read_bytes()
     if impostor := describe_impostor(data):
         raise InputError(f"{path} is {impostor}, not a CSV.")
     encoding = json.detect_encoding(data)  # which tells UTF-8, UTF-16 and UTF-32 apart
