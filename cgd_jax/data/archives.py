@@ -83,8 +83,7 @@ def is_archive(path: Path) -> bool:
 def fingerprint(path: Path) -> str:
     """Returns 12 hexadecimal digits that change when an archive, file or folder changes.
 
-    They depend on the name, size and time of last change of every file below a folder, so that
-    100,000 files take about a second. A folder that is moved keeps its fingerprint.
+    Of every file the name, size and time count, relative to the folder, which may be moved.
     """
     digest = hashlib.sha256()
     for file, _ in sorted(_walk(path, _raise)):
@@ -102,10 +101,9 @@ def _raise(error: OSError) -> None:
 
 
 def files_below(path: Path, onerror: Callable[[OSError], object] = _raise) -> list[Path]:
-    """Lists every file below a folder, sorted, without litter (see `is_litter`).
+    """Lists every file below a folder, sorted, links to folders included, litter left out.
 
-    Links to folders are followed. A file that several names lead to counts once, under the first
-    one that is no link if there is one. `onerror` is told of folders that cannot be read.
+    A file counts once, if possible under a name that is no link. `onerror` gets what is unreadable.
     """
     return sorted(file for file, is_new in _walk(path, onerror) if is_new)
 
@@ -149,8 +147,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
     """Finds the file or folder `name` (may hold slashes) nearest below some folders, or None.
 
-    So the folder somebody unpacked, its parent, and an archive that wraps everything in one
-    more folder all work. Of several on one level it is the first in alphabetical order.
+    Of several on one level it is the first in alphabetical order.
     """
     level = list(folders)
     for _ in range(depth + 1):
@@ -170,13 +167,9 @@ def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
 def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
     """Yields a folder with the files of an archive; anything else is yielded as it is.
 
-    Symbolic links are never made: a link to a file of the archive becomes a second name of it, any
-    other is left out with a warning, as are devices and names that cannot be written.
-
-    Raises:
-      InputError: the archive is damaged, wants a password, unpacks to far more than its size, or
-        has members that point outside of it (absolute paths, `..`), or does not fit on the disk;
-        none of it is used then.
+    Links become second names of files of the archive; other links, devices and names that cannot be
+    written are left out with a warning. Raises InputError for an archive that is damaged, wants a
+    password, holds far more than its size or than the disk, or points outside of itself.
     """
     if source.is_dir() or not is_archive(source):
         yield source
@@ -354,12 +347,9 @@ def is_litter(name: str) -> bool:
 
 
 def download(wanted: Download, folder: Path) -> Path:
-    """Fetches an archive into a folder unless it is there already; returns its path.
+    """Fetches an archive into a folder unless it is there; returns its path.
 
-    It gets its name only when it is whole and, where a checksum is known, right.
-
-    Raises:
-      InputError: the server cannot be reached or broke off, or the checksum differs.
+    Raises InputError: the server cannot be reached or broke off, or the checksum differs.
     """
     import pooch  # here: indexes read archives, and download none
 
@@ -385,11 +375,7 @@ def download(wanted: Download, folder: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Reads a list that belongs to a data set; bytes that are not UTF-8 become surrogates.
-
-    Raises:
-      InputError: the file is something else under the name of a list.
-    """
+    """Reads a list of a data set; bytes that are not UTF-8 become surrogates."""
     data = path.read_bytes()
     if impostor := describe_impostor(data):
         raise InputError(f"{path} is {impostor}, not a list of images.")
@@ -397,11 +383,7 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
-    """Reads the rows of a list of whitespace-separated columns; the last may hold spaces.
-
-    Raises:
-      InputError: a row has fewer columns, with its line number.
-    """
+    """Reads a list of whitespace-separated columns; the last may hold spaces."""
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines[skip:], start=skip + 1):
         if not line.strip():

@@ -74,18 +74,8 @@ def example_features(boxes: bool = False) -> tfds.features.FeaturesDict:
 class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders that read images from a source: a folder, or an archive of one.
 
-    The folder of a prepared data set is keyed by its source and options, so that another
-    source, or one that changed, is never taken for it.
-
-    Args:
-      source: path of the archive or folder; "auto" downloads where a server is known.
-      allow_incomplete: whether counts may differ from the published ones.
-      max_bad_fraction: share of files, 0 to 1, that may be missing or unreadable.
-      data_dir: where prepared data sets live.
-      **keywords: of `tfds.core.DatasetBuilder`.
-
-    Raises:
-      InputError: no such source, or none given; says what to get and where.
+    The folder of a prepared data set is keyed by its source and options, so that another source, or
+    one that changed, is never taken for it.
     """
 
     # Arguments of the constructor that the `data` part of a config has under the same names.
@@ -389,12 +379,7 @@ def _write_report(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def build_once(builder: tfds.core.DatasetBuilder, build: Callable[[], None]) -> None:
-    """Builds a TFDS data set unless it is on disk; of several processes at once, one does.
-
-    Args:
-      builder: of the data set.
-      build: builds it, as `tfds.core.DatasetBuilder.download_and_prepare` does.
-    """
+    """Builds a TFDS data set unless it is on disk; of several processes at once, one does."""
     folder = Path(builder.data_dir).parent
     if not os.path.exists(builder.data_dir):  # A prepared data set may be read-only.
         with one_at_a_time(folder / "lock") as alone:

@@ -76,17 +76,11 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
 
 
 def decode(data: bytes, bbox: Box | None = None, size: int | None = None) -> np.ndarray:
-    """Decodes an image, cuts out a box and resizes it to a square.
+    """Decodes an image, cuts out a box and resizes it: uint8 [size, size, 3] of sRGB, or [H, W, 3].
 
-    The box is clipped to the image, and widened to whole pixels. Transparency is laid on white,
-    16 bits are scaled to 8, the first frame stands for an animation.
-
-    Returns:
-      uint8 [size, size, 3], RGB; [H, W, 3] without `size`.
-
-    Raises:
-      ValueError: not a readable, whole image of at most `MAX_PIXELS`, or an empty box.
-        The message is the reason in a few words.
+    The box is clipped to the image and widened to whole pixels. Transparency is laid on white, 16
+    bits are scaled to 8, the first frame stands for an animation. Raises ValueError, whose message
+    is the reason in a few words: not a whole image of at most `MAX_PIXELS`, or an empty box.
     """
     pixels, _ = decode_once(data, bbox, size)
     return pixels if size is None else resize(pixels, size)
@@ -95,11 +89,10 @@ def decode(data: bytes, bbox: Box | None = None, size: int | None = None) -> np.
 def decode_once(
     data: bytes, bbox: Box | None = None, least: int | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decodes an image and cuts out a box, for whoever needs several sizes of it.
+    """Decodes and cuts as `decode` does, for whoever needs several sizes.
 
-    Returns:
-      uint8 [H, W, 3], which a JPEG may have reduced, but to no side below `least`; and the whole
-      image's (height, width) as displayed. Raises as `decode` does.
+    Returns pixels [H, W, 3] uint8, which are reduced if it is a JPEG, but to no side below `least`;
+    and (height, width) of the whole image as displayed.
     """
     with _opened(data) as image:
         height, width = _size(image)
@@ -129,9 +122,9 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def check(data: bytes) -> tuple[int, int, bool]:
-    """Reads an image to its end: all bits, few pixels; raises as `decode` does.
+    """Reads an image to its end, all bits and few pixels; raises as `decode` does.
 
-    Returns (height, width) as displayed, and whether it is nearly black or of one color.
+    Returns height and width as displayed, and whether it is nearly black or of one color.
     """
     pixels, (height, width) = decode_once(data, least=1)
     high, low = pixels.max((0, 1)), pixels.min((0, 1))
@@ -180,9 +173,7 @@ def _read(image: Image.Image, data: bytes, reduction: int) -> np.ndarray:
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Turns an image of Pillow as its EXIF says, in any mode, into uint8 [H, W, 3] of sRGB.
 
-    Raises:
-      ValueError: it holds numbers of a range that cannot be shown. Damaged files raise nearly
-        anything.
+    Damaged files raise nearly anything.
     """
     image.load()
     profile = image.info.get("icc_profile")
@@ -222,8 +213,8 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Returns what makes sRGB of a profile's colors.
 
-    None for a profile that is damaged, of another mode, or sRGB under whatever name: no color
-    changes by more than two levels of 255, to which profiles are rounded.
+    None for one that is damaged, of another mode, or sRGB under whatever name: no color changes by
+    more than two levels of 255, to which profiles are rounded.
     """
     try:
         transform = ImageCms.buildTransform(

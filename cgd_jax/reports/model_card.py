@@ -14,10 +14,8 @@ __all__ = ["model_card"]
 def model_card(config: ConfigDict, result: dict, torch_code: str) -> str:
     """Returns the card in Markdown, with the header that Hugging Face reads.
 
-    Args:
-      config: of the run.
-      result: what was measured of a checkpoint, see `evaluate.evaluate_checkpoint`.
-      torch_code: PyTorch code that computes the embedding, from `torch_code.torch_code`.
+    `result` is that of `evaluate.evaluate_checkpoint`, `torch_code` that of
+    `torch_code.torch_code`.
     """
     model, size, measured = config.model, config.data.image_size, result["metrics"]
     side = config.data.resize if config.eval.center_crop else size

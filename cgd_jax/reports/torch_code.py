@@ -67,14 +67,9 @@ def torch_code(
 ) -> str:
     """Returns Python source with a function `embed` of images.
 
-    Where `reads_backbone` is false, `embed` calls a `backbone` that the reader has to provide:
-    images as it normalizes them to a feature map [B, C, H, W], and the class token [B, C] beside
-    it if that is a descriptor.
-
-    Args:
-      config: of the run.
-      normalization: of its pixels.
-      feature_map: H and W of what the backbone computes, which R-MAC's regions depend on.
+    Where `reads_backbone` is false, `embed` calls a `backbone` that the reader has to provide: from
+    normalized images to a feature map [B, C, H, W], with the class token [B, C] if that is a
+    descriptor. R-MAC's regions depend on H and W, `feature_map`.
     """
     model, size = config.model, config.data.image_size
     side = config.data.resize if config.eval.center_crop else size

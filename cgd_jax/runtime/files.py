@@ -24,7 +24,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields where to write a file; it gets the name `path` when the block ends without an error.
 
     A reader sees the old file or the new one, never half of it, whoever else writes it too.
-    The path to write to lies in the same folder and has the same suffix.
     """
     path = Path(path)
     part = path.with_name(f"incomplete.{uuid.uuid4().hex[:12]}{path.suffix}")
@@ -54,11 +53,9 @@ def write_picture(path: str | Path, picture: "Image.Image") -> None:
 
 
 def read_regular(path: str | os.PathLike, most: int = 1 << 30, head: int | None = None) -> bytes:
-    """Reads a file, or its first `head` bytes; pipes and devices, which may never end, are refused.
+    """Reads a file, or its first `head` bytes.
 
-    Raises:
-      OSError: it cannot be read.
-      ValueError: it is no regular file, or has more than `most` bytes; the reason in a few words.
+    Raises ValueError for what is too large and for pipes and devices, which may never end.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -70,13 +67,9 @@ def read_regular(path: str | os.PathLike, most: int = 1 << 30, head: int | None 
 
 
 def describe_impostor(data: bytes) -> str | None:
-    """Names what often lies under the name of a picture, an archive or a file of weights.
+    """Names what often lies under the name of an image, an archive or a file of weights.
 
-    Args:
-      data: the file, or its first 512 bytes.
-
-    Returns:
-      "a Git LFS pointer (...)" or "an HTML page (...)", with what to do; None for neither.
+    That is a Git LFS pointer or a page of HTML, by the first 512 bytes; None for neither.
     """
     if data.startswith(b"version https://git-lfs.github.com/"):
         return "a Git LFS pointer (run `git lfs pull` where the file came from)"

@@ -22,8 +22,7 @@ FEW_SEEDS = 3
 def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     """Writes NAME.csv with the values of what is finished; from these NAME.md and NAME.png.
 
-    Returns:
-      The table of the embeddings for the terminal; "" if nothing is finished.
+    Returns the table of the embeddings for the terminal; "" if nothing is finished.
     """
     values = [row for run in runs if run.finished() for row in measured(run)]
     if not values:
@@ -69,13 +68,7 @@ def measured(run: Run) -> list[dict]:
 
 
 def report_text(study: Study, runs: list[Run], rows: Rows) -> str:
-    """Returns the report as Markdown.
-
-    Args:
-      study: from `load`.
-      runs: of the study, finished or not.
-      rows: of NAME.csv.
-    """
+    """Returns the report as Markdown."""
     config = runs[0].config
     seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
     finished = len({(row["variant"], row["seed"]) for row in rows})
