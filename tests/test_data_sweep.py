@@ -40,7 +40,6 @@ def photographs():
     turned = Image.Exif()
     turned[0x0112] = 6
     return files | {
-        "Train/a*b?/float.tif": encoded(Image.fromarray(grey), "TIFF"),
         "Train/a*b?/16 bits.png": encoded(Image.fromarray((grey * 65535).astype("u2")), "PNG"),
         "Train/a*b?/cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
         "Train/a*b?/turned.jpg": encoded(image, "JPEG", exif=turned),
@@ -50,6 +49,7 @@ def photographs():
 
 GOOD = photographs()
 BAD = {
+    "Train/_under_/float.tif": encoded(Image.new("F", (9, 9)), "TIFF"),
     "Train/_under_/empty.jpg": b"",
     "Train/_under_/cut.jpg": picture(1, 200, 200)[:-100],
     "query/#1/lfs.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",

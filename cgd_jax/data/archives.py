@@ -16,6 +16,7 @@ import posixpath
 import re
 import shutil
 import stat
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -353,19 +354,12 @@ def download(wanted: Download, folder: Path) -> Path:
     """
     import pooch  # here: indexes read archives, and download none
 
-    pooch.get_logger().setLevel(logging.WARNING)  # else it says what the progress bar says
+    log.info("Downloading %s", wanted.url)
+    pooch.get_logger().setLevel(logging.WARNING)  # else it says so too
+    bar = sys.stderr.isatty()
+    server = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 20, timeout=60)
     try:
-        with progress(1, f"downloading {wanted.filename}", unit="B") as bar:
-            # pooch sets the total, and at the end counts anew from 0: tqdm's way to do so
-            # would forget when it started.
-            bar.reset = lambda: setattr(bar, "n", 0)
-            path = pooch.retrieve(
-                wanted.url,
-                wanted.sha256,
-                wanted.filename,
-                folder,
-                downloader=pooch.HTTPDownloader(bar, chunk_size=1 << 20, timeout=60),
-            )
+        path = pooch.retrieve(wanted.url, wanted.sha256, wanted.filename, folder, downloader=server)
     except (OSError, ValueError) as error:
         raise InputError(
             f"Downloading {wanted.url} failed ({error}). Try again later, or get the archive "

@@ -139,12 +139,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         self._notes[report].append({"split": split, "id": id, "reason": reason})
 
     def download_and_prepare(self, **keywords) -> None:
-        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`.
-
-        Raises:
-          InputError: counts differ from the published ones, too many files are bad, or the
-            source is not this data set. Nothing is left that looks complete.
-        """
+        """Builds the data set unless it is built; of a failed build nothing looks complete."""
         build_once(self, partial(super().download_and_prepare, **keywords))
         # It may have been built earlier, under more generous options.
         self._check_written(self.report("skipped"))

@@ -27,7 +27,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from cgd_jax.runtime.files import describe_impostor, read_regular
 
@@ -57,6 +57,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 ORIENTATION = 0x0112  # the EXIF tag
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+PNG = b"\x89PNG\r\n\x1a\n"  # how it begins
 
 # Pillow knows other formats: icons, films, what it only recognizes, and EPS, for which it starts
 # Ghostscript.
@@ -150,23 +151,23 @@ def looks_like_image(path: str | os.PathLike) -> bool:
         head = read_regular(path, head=12)
     except (OSError, ValueError):
         return False
-    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")) or (
+    return head.startswith((b"\xff\xd8\xff", PNG, b"GIF8")) or (
         head[:4] == b"RIFF" and head[8:] == b"WEBP"
     )
 
 
 def _read(image: Image.Image, data: bytes, reduction: int) -> np.ndarray:
     """Reads the pixels of an opened image, a JPEG's at a fraction of its size."""
-    least = [-(-side // reduction) for side in image.size]
+    width, height = (-(-side // reduction) for side in image.size)
     profile = image.info.get("icc_profile")
     plain = image.mode == "RGB" or image.mode == "L" and not profile
     if image.format in ("JPEG", "MPO") and plain and _orientation(image) == 1:
         # What is damaged, or merely odd, Pillow can tell apart.
         with contextlib.suppress(ValueError):
-            pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=least[0], min_height=least[1])
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
             transform = profile and _to_srgb(profile, "RGB")
             return np.asarray(transform.apply(Image.fromarray(pixels))) if transform else pixels
-    image.draft(None, tuple(least))  # Nothing happens for formats but JPEG.
+    image.draft(None, (width, height))  # Nothing happens for formats but JPEG.
     return to_rgb(image)
 
 
@@ -273,12 +274,11 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         if not data:
             raise ValueError("empty file")
-        png = data.startswith(b"\x89PNG\r\n\x1a\n")
-        with Image.open(
-            io.BytesIO(_metadata_first(data) if png else data), formats=FORMATS
-        ) as image:
+        file = io.BytesIO(_metadata_first(data) if data.startswith(PNG) else data)
+        with Image.open(file, formats=FORMATS) as image:
             _check_size(*image.size)
-            if image.format == "TIFF":  # A tile may be larger than the image, and is decoded whole.
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                # A tile may be larger than the image, and is decoded whole.
                 _check_size(*(image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_LENGTH)))
             yield image
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
@@ -290,22 +290,14 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"{width}x{height} is {TOO_MANY}")
 
 
-def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Scales 16 bits, or floating-point values from 0 to 1, to uint8 [H, W].
-
-    Raises:
-      ValueError: numbers of another range.
-    """
-    low, high = grey.min(), grey.max()
-    if np.issubdtype(grey.dtype, np.floating):
-        if low >= 0 and high <= 255:  # false for NaN
-            return np.rint(grey * (255 if high <= 1 else 1)).astype(np.uint8)
-        meant = "0 to 1 or 0 to 255"
-    else:
-        if low >= 0 and high <= 65535:
-            return (grey.astype(np.int64) >> 8).astype(np.uint8)
-        meant = "0 to 65,535"
-    raise ValueError(f"holds values from {low:,} to {high:,}; {meant} can be shown")
+def _eight_bits(gray: np.ndarray) -> np.ndarray:
+    """Scales whole numbers of 16 bits to uint8 [H, W]."""
+    low, high = gray.min(), gray.max()
+    if gray.dtype.kind == "f" or low < 0 or high > 65535:
+        raise ValueError(
+            f"holds values from {low:,} to {high:,}; whole numbers from 0 to 65,535 can be shown"
+        )
+    return (gray >> 8).astype(np.uint8)
 
 
 def _reason(error: Exception, data: bytes) -> str:

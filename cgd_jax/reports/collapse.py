@@ -7,8 +7,6 @@ network retrieves it owes to the classification loss.
 
 import numpy as np
 
-__all__ = ["warnings"]
-
 ROWS = 5  # of the history, the last ones, that are judged together
 NEAR_MARGIN = 0.05  # of the margin: how near the ranking loss is when it sits there
 ALL_ACTIVE = 0.95  # share of active triplets

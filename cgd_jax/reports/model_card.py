@@ -8,8 +8,6 @@ from cgd_jax.reports import tables
 from cgd_jax.reports.names import markdown
 from cgd_jax.reports.torch_code import reads_backbone
 
-__all__ = ["model_card"]
-
 
 def model_card(config: ConfigDict, result: dict, torch_code: str) -> str:
     """Returns the card in Markdown, with the header that Hugging Face reads.
@@ -88,32 +86,22 @@ vectors = embed(images)  # [B, {side}, {side}, 3] uint8 → [B, {model.embedding
 def _metadata(config: ConfigDict, measured: dict, title: str) -> str:
     """Returns what Hugging Face reads of a model, in YAML."""
     shown = [key for key in measured if key.startswith("recall@") or key == "map@r"]
-    metrics = {tables.metric_name(key): 100 * measured[key] for key in shown}
+    metrics = [
+        {"type": "recall", "name": tables.metric_name(key), "value": round(100 * measured[key], 2)}
+        for key in shown
+    ]
+    result = {
+        "task": {"type": "image-feature-extraction", "name": "Image retrieval"},
+        "dataset": {"name": config.data.name, "type": config.data.name, "split": "test"},
+        "metrics": metrics,
+    }
     text = {
         "library_name": "cgd_jax",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["image-retrieval", "metric-learning", "jax"],
         "datasets": [config.data.name],
         "metrics": ["recall"],
-        "model-index": [
-            {
-                "name": title,
-                "results": [
-                    {
-                        "task": {"type": "image-feature-extraction", "name": "Image retrieval"},
-                        "dataset": {
-                            "name": config.data.name,
-                            "type": config.data.name,
-                            "split": "test",
-                        },
-                        "metrics": [
-                            {"type": "recall", "name": name, "value": round(value, 2)}
-                            for name, value in metrics.items()
-                        ],
-                    }
-                ],
-            }
-        ],
+        "model-index": [{"name": title, "results": [result]}],
     }
     return yaml.safe_dump(text, sort_keys=False, allow_unicode=True)
 

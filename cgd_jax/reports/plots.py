@@ -33,6 +33,7 @@ _CONTRIBUTION = LinearSegmentedColormap.from_list(
 # Matplotlib takes each letter from the first of its fonts that has it. DejaVu comes with it; of
 # these, those that are installed have the letters of China, Japan and Korea, and more symbols.
 _FAMILIES = (
+    "DejaVu Sans",
     "Noto Sans CJK JP",
     "WenQuanYi Zen Hei",
     "Hiragino Sans",
@@ -50,13 +51,9 @@ def figure(path: str | Path, width: float, height: float, dpi: int = 120) -> Ite
 
     Texts in it are drawn as they are: a $ or a _ is no markup; a letter that no font has is a box.
     """
-    families = [
-        "DejaVu Sans",
-        *(name for name in _FAMILIES if name in font_manager.get_font_names()),
-    ]
-    with matplotlib.rc_context(
-        {"text.parse_math": False, "text.usetex": False, "font.family": families}
-    ):
+    families = [name for name in _FAMILIES if name in font_manager.get_font_names()]
+    texts = {"text.parse_math": False, "text.usetex": False, "font.family": families}
+    with matplotlib.rc_context(texts):
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
         buffer = io.BytesIO()

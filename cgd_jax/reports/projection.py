@@ -20,8 +20,6 @@ from cgd_jax.reports.names import literal, shorten
 from cgd_jax.reports.tables import write_csv
 from cgd_jax.runtime import files
 
-__all__ = ["Sample", "draw_map", "project", "sample_test", "write_projector"]
-
 # The projector in the browser, and UMAP, grow slow with more images. TensorBoard shows up to 8,192
 # pixels a side, which this many thumbnails keep to.
 MOST = 10_000

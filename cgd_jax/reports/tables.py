@@ -12,17 +12,6 @@ from cgd_jax.data import Dataset
 from cgd_jax.reports.names import literal, markdown
 from cgd_jax.runtime import console, files
 
-__all__ = [
-    "complementarity_text",
-    "dataset_table",
-    "describe_classes",
-    "metric_name",
-    "metrics_table",
-    "run_table",
-    "table",
-    "write_csv",
-]
-
 
 def metric_name(key: str) -> str:
     """Returns how people write a metric: recall@1 is R@1."""
@@ -62,14 +51,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple"
 
 
 def write_csv(path: str | Path, rows: Sequence[dict], delimiter: str = ",") -> None:
-    """Writes rows with the columns that any of them has; cells that a row lacks stay empty.
-
-    >>> write_csv("classes.csv", [{"class": 7, "recall@1": 0.5}, {"class": 8}])
-    >>> print(open("classes.csv").read().strip())
-    class,recall@1
-    7,0.5
-    8,
-    """
+    """Writes rows with the columns that any of them has; cells that a row lacks stay empty."""
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, columns, delimiter=delimiter, lineterminator="\n")

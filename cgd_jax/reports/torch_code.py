@@ -6,8 +6,6 @@ from cgd_jax import pooling
 from cgd_jax.models import resnet
 from cgd_jax.preprocess import Normalization
 
-__all__ = ["reads_backbone", "torch_code"]
-
 _START = """\
 import torch
 import torch.nn.functional as F

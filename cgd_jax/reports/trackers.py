@@ -16,8 +16,6 @@ from flax.traverse_util import flatten_dict
 from cgd_jax.runtime import console, files, processes
 from cgd_jax.runtime.errors import ConfigError
 
-__all__ = ["TRACKERS", "tracking"]
-
 log = logging.getLogger(__name__)
 
 Track = Callable[[int, dict[str, float]], object]

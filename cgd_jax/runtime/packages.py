@@ -2,8 +2,6 @@
 
 import importlib.util
 
-__all__ = ["missing", "require"]
-
 
 def require(what: str, extra: str, *modules: str) -> None:
     """Raises ModuleNotFoundError with the first of some modules that is missing, and its extra."""

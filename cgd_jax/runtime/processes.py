@@ -15,20 +15,6 @@ from jax.experimental import multihost_utils
 
 from cgd_jax.runtime.errors import UserError
 
-__all__ = [
-    "NotFound",
-    "is_first",
-    "local_mesh",
-    "local_rows",
-    "merge_rows",
-    "report_folder",
-    "share_of_rows",
-    "start",
-    "stop_together",
-    "to_host",
-    "wait_for_all",
-]
-
 
 class NotFound(UserError):
     """The processes did not find each other."""

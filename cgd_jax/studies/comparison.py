@@ -17,8 +17,6 @@ from cgd_jax.reports import plots
 from cgd_jax.reports.names import shorten
 from cgd_jax.reports.tables import metric_name, table
 
-__all__ = ["Comparison", "compare", "comparison_table", "mean_interval", "plot"]
-
 Rows = list[dict[str, str]]
 
 # Columns whose means stand beside the metrics, their titles and formats. Near a mean norm of 1

@@ -13,8 +13,6 @@ from cgd_jax.runtime import files
 from cgd_jax.studies.comparison import Rows, compare, comparison_table, plot
 from cgd_jax.studies.study import Run, Study
 
-__all__ = ["measured", "report_text", "write_report"]
-
 # Fewer seeds leave next to nothing to judge the noise by.
 FEW_SEEDS = 3
 
@@ -40,10 +38,7 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
 
 
 def measured(run: Run) -> list[dict]:
-    """Returns a row for every vector that was measured, metrics as shares between 0 and 1.
-
-    That of the embedding comes first, and has its geometry too, see `geometry.describe_set`.
-    """
+    """Returns a row for every vector that was measured, the embedding's first."""
     result = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
     config = run.config
     # The steps alone, without compiling and evaluating.

@@ -18,8 +18,6 @@ from cgd_jax.runtime.errors import UserError
 from cgd_jax.studies.report import measured, write_report
 from cgd_jax.studies.study import Run, Study
 
-__all__ = ["run_study"]
-
 
 def run_study(
     study: Study,

@@ -15,8 +15,6 @@ from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import check_workdir
 
-__all__ = ["Run", "Study", "load", "plan", "with_base_config"]
-
 FOLDER = config_files.FOLDER / "studies"
 
 # Recall is taken at the last step, not at the step where the test classes liked it best:
@@ -121,10 +119,7 @@ def plan(
 
 
 def run_of(study: Study, variant: str, seed: int, config: ConfigDict, workdir: str) -> Run:
-    """Returns one run, whose folder is called after what it changes in the base config.
-
-    So studies with the same work folder share the runs that they have in common.
-    """
+    """Returns one run; studies share those whose folders, named after the changes, are alike."""
     config = config.copy_and_resolve_references()
     base, changes = flatten_dict(config.to_dict(), sep="."), study.variants[variant]
     overrides = FIXED | {"train.eval_every": config.train.steps} | changes | {"seed": seed}
