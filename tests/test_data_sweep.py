@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax import evaluate, explain, export, train
+from cgd_jax import embed, evaluate, explain, export, metrics, train
 from cgd_jax.data.dataset import printable
 from cgd_jax.data.load import load_dataset
 from configs import image_folder
@@ -175,7 +175,7 @@ def test_noise_from_files_scores_at_chance(tmp_path, form):
     model = export.open_model(export.export_run(str(tmp_path / "run")))
     dataset = load_dataset(config.data)
     parts = [np.asarray(model.embed(part.images[:])) for part in (dataset.query, dataset.gallery)]
-    exported = evaluate.recall(evaluate.Embeddings(*parts), dataset, (1,))
+    exported = metrics.evaluate(**embed.ranking_inputs(embed.Embeddings(*parts), dataset), ks=(1,))
     again = evaluate.evaluate_run(str(tmp_path / "run"))["metrics"]
     chance = (each - 1) / (classes * each - 1) if both else 1 / classes
     queries = classes * each if both else classes * each // 2
