@@ -278,7 +278,7 @@ def test_thumbnails_bins_and_previews_are_no_images(tmp_path):
     kept = [
         "photos/1.jpg",
         "thumbs up/2.jpg",
-        "Recycle bins/3.jpg",
+        "recycled/3.jpg",
         "P.photoslibrary/originals/A/4.heic",
         "Old.photolibrary/Masters/5.jpg",
         "@home/6.jpg",

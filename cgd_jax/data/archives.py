@@ -40,7 +40,7 @@ ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz
 LITTER = re.compile(
     r"\.(?!\.?$).*"  # hidden
     r"|@(eaDir|tmp|Recycle|Recently-Snapshot|__thumb)|#(recycle|snapshot)"  # of Synology and QNAP
-    r"|\$RECYCLE\.BIN|RECYCLE[RD]|System Volume Information|desktop\.ini|(eh)?thumbs.*\.db"
+    r"|\$RECYCLE\.BIN|(?-i:RECYCLE[RD])|System Volume Information|desktop\.ini|(eh)?thumbs.*\.db"
     r"|__MACOSX|Network Trash Folder|Temporary Items|lost\+found"
     r"|thumbnails|.+\.(lrdata|cocatalog|cosessiondb)",  # of photo programs
     re.IGNORECASE | re.DOTALL,
