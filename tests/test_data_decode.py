@@ -532,3 +532,17 @@ def test_what_never_ends_or_is_too_much_is_refused_in_little_memory(tmp_path):
     )
     for (name, reason), line in zip(expected.items(), done.stdout.splitlines(), strict=True):
         assert reason in line, (name, line)
+
+
+@pytest.mark.parametrize("most, expected", [("255", "bomb"), ("256", "(16, 16)")])
+def test_the_limit_of_pixels_is_set_by_the_environment(most, expected):
+    code = "import sys; from cgd_jax.data import decode; "
+    code += "print(decode.dimensions(sys.stdin.buffer.read()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=encoded(photograph(16, 16), "PNG"),
+        capture_output=True,
+        env=os.environ | {"CGD_JAX_MAX_PIXELS": most},
+        check=False,
+    )
+    assert expected in (done.stdout + done.stderr).decode()

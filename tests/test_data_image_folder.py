@@ -170,6 +170,12 @@ def test_bad_csv(tmp_path, text, message):
         built(tmp_path, tmp_path / "x.csv")
 
 
+def test_a_pipe_is_no_source(tmp_path):
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="x.csv is neither a folder nor one of"):
+        built(tmp_path, tmp_path / "x.csv")
+
+
 @pytest.mark.parametrize("files", [{"readme.txt": b""}, {"a/1.jpg": picture()}, {"1.jpg": b""}])
 def test_too_little(tmp_path, files):
     with pytest.raises(ValueError, match="found [01] classes.*at least two"):
