@@ -59,8 +59,8 @@ class Cars196(ImageBuilder):
             annotations = None if halves else annotations
         if annotations:
             root = (find("car_ims") or annotations.parent / "car_ims").parent
-            names = [(row["relative_im_path"], row) for row in _rows(annotations)]
-            rows = [(name, root / name, row["class"], _box(row)) for name, row in names]
+            found = [(row["relative_im_path"], row) for row in _rows(annotations)]
+            rows = [(name, root / name, row["class"], _box(row)) for name, row in found]
         elif halves:
             if labelled is None:
                 raise InputError(

@@ -52,8 +52,9 @@ def figure(path: str | Path, width: float, height: float, dpi: int = 120) -> Ite
     Texts in it are drawn as they are: a $ or a _ is no markup; a letter that no font has is a box.
     """
     families = [name for name in _FAMILIES if name in font_manager.get_font_names()]
-    texts = {"text.parse_math": False, "text.usetex": False, "font.family": families}
-    with matplotlib.rc_context(texts):
+    with matplotlib.rc_context(
+        {"text.parse_math": False, "text.usetex": False, "font.family": families}
+    ):
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
         buffer = io.BytesIO()

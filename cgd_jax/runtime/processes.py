@@ -16,24 +16,21 @@ from jax.experimental import multihost_utils
 from cgd_jax.runtime.errors import UserError
 
 
-class NotFound(UserError):
-    """The processes did not find each other."""
-
-
 def start(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
     """Joins this process to the others, before anything else is done with JAX.
 
     The first one's address:port, the number of processes and which of them this is are None where
-    the environment says so itself (SLURM, Open MPI, Cloud TPU). Raises NotFound.
+    the environment says so itself (SLURM, Open MPI, Cloud TPU). Raises UserError
+    if they do not find each other.
     """
     # For CPUs; other devices have their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
-        raise NotFound(
+        raise UserError(
             f"The processes did not find each other: {' '.join(str(error).split())} Where neither "
             f"SLURM nor a TPU pod says who takes part, give every process --coordinator=HOST:PORT "
             f"(of the first one), --num_processes= and its own --process_id=."
