@@ -20,6 +20,7 @@ from cgd_jax.models import (
 )
 from cgd_jax.models.family import Family
 from cgd_jax.preprocess import Normalization
+from cgd_jax.runtime.errors import InputError
 
 __all__ = [
     "BACKBONES",
@@ -35,6 +36,7 @@ __all__ = [
 FAMILIES: tuple[Family, ...] = (
     resnet.FAMILY,
     efficientnet_lite.FAMILY,
+    efficientnet_lite.TIMM,
     shufflenet.FAMILY,
     bninception.FAMILY,
     convnext.FAMILY,
@@ -44,6 +46,15 @@ FAMILIES: tuple[Family, ...] = (
     clip.SIGLIP,
 )
 
+# Arguments of timm's networks that change nothing, or what shows in the shapes of their weights.
+_HARMLESS = {
+    "drop_path_rate",
+    "drop_rate",
+    "dynamic_img_size",
+    "global_pool",
+    "img_size",
+    "num_classes",
+}
 # The family of every name under which configs select a backbone.
 BACKBONES: dict[str, Family] = {name: family for family in FAMILIES for name in family.members}
 
@@ -126,7 +137,15 @@ def layer_factors(backbone: nn.Module, decay: float) -> Callable[[str], float]:
 
 
 def published(config: Mapping[str, Any]) -> str | None:
-    """Returns the backbone whose weights a repository has, by the content of its config.json."""
+    """Returns the backbone whose weights a repository has, by the content of its config.json.
+
+    Raises InputError if it differs from what is computed here in what weights do not show.
+    """
+    if "architecture" in config:  # timm's
+        found = (family.timm.get(config["architecture"]) for family in FAMILIES)
+        if changed := sorted((config.get("model_args") or {}).keys() - _HARMLESS):
+            raise InputError(f"its model_args set {', '.join(changed)}, which is not computed here")
+        return next(filter(None, found), None)
     names = ((family.published(config), family) for family in FAMILIES)
     return next((name for name, family in names if name in family.members), None)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.family import Family, Scheme, require
 from cgd_jax.models.layers import OPTIONS, ConvNet, DropPath, Layer, LayerNorm, LayerScale
 from cgd_jax.preprocess import IMAGENET
 
@@ -168,10 +168,10 @@ BACKBONES = {
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    if "architecture" in config:  # timm's, under the same names
-        return config["architecture"]
     if config.get("model_type") not in ("convnext", "convnextv2"):
         return None
+    # Its layer_norm_eps is that of the norm behind the global pooling only.
+    require(config, {"patch_size": 4, "hidden_act": "gelu"})
     sizes = {
         "depths": tuple(config.get("depths", SIZES["tiny"]["depths"])),
         "widths": tuple(config.get("hidden_sizes", SIZES["tiny"]["widths"])),
@@ -200,5 +200,6 @@ FAMILY = Family(
     normalization=IMAGENET,
     options=OPTIONS | {"patch_size": 0, "drop_path": 0.0},
     batch_norm=False,
+    timm={name: name for name in BACKBONES},
     published=_published,
 )

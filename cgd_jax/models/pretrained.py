@@ -70,6 +70,7 @@ def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normal
     """
     path = weight_files.find(source)
     arrays, metadata = weight_files.read(path)
+    weight_files.check_backbone(path.parent, backbone, metadata)
     if all(name.startswith(("params/", "batch_stats/")) for name in arrays):
         weights = unflatten_dict(arrays, sep="/")
     else:

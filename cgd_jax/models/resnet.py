@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.family import Family, Scheme, require
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
@@ -152,20 +152,18 @@ def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    if "architecture" in config:  # timm's
-        return {"seresnet50": "se_resnet50"}.get(config["architecture"], config["architecture"])
-    if config.get("model_type") != "resnet" or config.get("embedding_size", 64) != 64:
+    if config.get("model_type") != "resnet":
         return None
-    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
-    wanted = tuple(config.get("depths", (3, 4, 6, 3))), bottleneck
-    for number in ("18", "34", "50", "101", "152"):
-        member = BACKBONES[f"resnet{number}"].keywords
-        if (member["stage_sizes"], member.get("bottleneck", True)) == wanted:
-            return f"resnet{number}"
-    return None
+    strides = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+    require(config, {"embedding_size": 64, "hidden_act": "relu"} | strides)
+    wanted: dict[str, Any] = {"stage_sizes": tuple(config.get("depths", (3, 4, 6, 3)))}
+    if config.get("layer_type", "bottleneck") == "basic":
+        wanted["bottleneck"] = False
+    found = (name for name, member in BACKBONES.items() if member.keywords == wanted)
+    return next(found, None)
 
 
-BACKBONES = {
+BACKBONES: dict[str, partial[ResNet]] = {
     "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
     "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
     "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
@@ -189,5 +187,7 @@ FAMILY = Family(
     ),
     normalization=IMAGENET,
     options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2},
+    timm={name: name for name in BACKBONES if name not in ("resnet10", "se_resnet50")}
+    | {"seresnet50": "se_resnet50"},
     published=_published,
 )

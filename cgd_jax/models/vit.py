@@ -376,11 +376,8 @@ def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -
     return fused
 
 
-def size_of(config: Mapping[str, Any]) -> str | None:
-    """Returns which of `SIZES` a config of Hugging Face describes, None if none of them.
-
-    Args:
-      config: what it leaves out is as in the base network.
-    """
-    wanted = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
-    return next((n for n, size in SIZES.items() if (size["width"], size["depth"]) == wanted), None)
+def size_of(config: Mapping[str, Any], default: str = "base") -> str | None:
+    """Returns which of `SIZES` a config of Hugging Face describes; it leaves out the default's."""
+    keys = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
+    wanted = {ours: config.get(theirs, SIZES[default][ours]) for ours, theirs in keys.items()}
+    return next((name for name, size in SIZES.items() if size == wanted), None)
