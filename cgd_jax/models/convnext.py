@@ -65,21 +65,13 @@ class Block(nn.Module):
 
 
 class ConvNeXt(ConvNet):
-    """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`.
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`."""
 
-    Attributes:
-      depths: blocks in each of the four stages.
-      widths: their channels.
-      v2: whether it is ConvNeXt V2.
-      patch_size: side and stride of the first convolution in pixels, 0 for 4, as published.
-      drop_path: probability with which training leaves the last block out; it grows linearly
-        from 0 at the first block.
-    """
-
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
+    depths: tuple[int, ...]  # blocks in each of the stages
+    widths: tuple[int, ...]  # their channels
     v2: bool = False
-    patch_size: int = 0
+    patch_size: int = 0  # side and stride of the first convolution in pixels; 0: 4, as published
+    # Probability with which training leaves the last block out; linearly less from the first on.
     drop_path: float = 0.0
 
     STEM = ("stem_conv", "stem_norm")

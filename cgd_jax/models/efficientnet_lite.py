@@ -60,17 +60,11 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(ConvNet):
-    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1280], s = 16 or 32.
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1280], s = 16 or 32."""
 
-    Attributes:
-      width: factor of the channels between stem and head.
-      depth: factor of the blocks in all stages but the first and the last.
-      torch: whether padding is symmetric, and epsilon torch's, as in the networks trained by timm.
-    """
-
-    width: float = 1.0
-    depth: float = 1.0
-    torch: bool = False
+    width: float = 1.0  # factor of the channels between stem and head
+    depth: float = 1.0  # factor of the blocks in all stages but the first and the last
+    torch: bool = False  # padding and epsilon are torch's, as in networks that timm trained
 
     STEM = ("stem_conv", "stem_bn")
 

@@ -74,30 +74,18 @@ class Block(nn.Module):
 class ResNet(ConvNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, C].
 
-    With the published stem s is 32, or 16 with `last_stride=1`, which is how CGD gets
-    14 × 14 positions from 224 × 224 pixels (paper, figure 1). The 3×3 stem is meant
-    for images of 64 pixels and less; with stride 1 throughout, s is 8, or 4.
-
-    Attributes:
-      stage_sizes: blocks in each of the four stages.
-      bottleneck: bottleneck blocks (C = 32·width) or basic ones (C = 8·width).
-      width: channels of the stem and base of all others; 64 is the published
-        network, smaller numbers make tiny ones.
-      stem: "7x7" with a max-pool of stride 2 behind it, or "3x3" without.
-      stem_stride: stride of the stem's convolution, 2 as published or 1.
-      groups: groups of the 3×3 convolution in a bottleneck (ResNeXt's cardinality).
-      width_per_group: ResNeXt's bottleneck width at `width=64`.
-      squeeze_excite: adds squeeze-and-excitation to every block.
+    With the published stem s is 32, or 16 with `last_stride=1`, which is how CGD gets 14 × 14
+    positions from 224 × 224 pixels (paper, figure 1); with the 3×3 stem of stride 1, 8 or 4.
     """
 
-    stage_sizes: tuple[int, ...]
-    bottleneck: bool = True
-    width: int = 64
-    stem: str = "7x7"
-    stem_stride: int = 2
-    groups: int = 1
-    width_per_group: int = 64
-    squeeze_excite: bool = False
+    stage_sizes: tuple[int, ...]  # blocks in each of the stages
+    bottleneck: bool = True  # bottleneck blocks (C = 32·width) or basic ones (C = 8·width)
+    width: int = 64  # channels of the stem and base of all others; less makes tiny networks
+    stem: str = "7x7"  # with a max-pool of stride 2 behind it; "3x3", for small images, without
+    stem_stride: int = 2  # of the stem's convolution, 2 as published or 1
+    groups: int = 1  # of the 3×3 convolution in a bottleneck (ResNeXt's cardinality)
+    width_per_group: int = 64  # ResNeXt's bottleneck width at `width=64`
+    squeeze_excite: bool = False  # adds squeeze-and-excitation to every block
 
     STEM = ("conv1", "bn1")
 
