@@ -127,6 +127,12 @@ def test_the_layers_of_every_backbone_are_names_of_its_parts(name):
             "last_stride=2 .*ResNets.*dinov2_small has none, leave 1",
         ),
         ({"backbone": "convnext_tiny", "freeze_batch_norm": True}, "convnext_tiny does not have"),
+        ({"stride_removed": "layer3"}, "'layer3' is an option of ResNets"),
+        (
+            {"backbone": "resnet50", "descriptors": "S", "stride_removed": "layer3"}
+            | {"last_stride": 2},
+            "last_stride=2 keeps them all",
+        ),
         ({"backbone": "resnet50", "drop_path": 0.1}, "option of ConvNeXts, DINOv2s, .*leave 0.0"),
         ({"backbone": "dinov2_small", "patch_size": 15}, "image_size=224 is no multiple of the 15"),
         ({"backbone": "dinov2_small", "frozen_blocks": 13}, "dinov2_small has 12 blocks"),

@@ -19,9 +19,10 @@ from cgd_jax.models.family import Family, Scheme, require
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY", "STEMS", "ResNet"]
+__all__ = ["BACKBONES", "FAMILY", "STEMS", "STRIDES_REMOVED", "ResNet"]
 
 STEMS = ("7x7", "3x3")
+STRIDES_REMOVED = ("layer4", "layer3")
 
 
 class SqueezeExcite(nn.Module):
@@ -86,15 +87,26 @@ class ResNet(ConvNet):
     groups: int = 1  # of the 3×3 convolution in a bottleneck (ResNeXt's cardinality)
     width_per_group: int = 64  # ResNeXt's bottleneck width at `width=64`
     squeeze_excite: bool = False  # adds squeeze-and-excitation to every block
+    # Which stage has `last_stride`: layer4, as the paper's words say, or layer3, whose 14 × 14
+    # positions are computed from one more convolution of stride 2, as in leftthomas/CGD.
+    stride_removed: str = "layer4"
 
     STEM = ("conv1", "bn1")
+
+    @property
+    def stage_strides(self) -> list[int]:
+        """The strides of layer1, layer2, …."""
+        strides = self.strides([1] + [2] * (len(self.stage_sizes) - 1))
+        if self.stride_removed == "layer3":
+            strides[2:] = strides[:1:-1]
+        return strides
 
     @property
     def blocks(self) -> dict[str, dict[str, int]]:
         """See `Backbone.blocks`."""
         blocks = {}
-        strides = self.strides([1] + [2] * (len(self.stage_sizes) - 1))
-        for stage, (count, stride) in enumerate(zip(self.stage_sizes, strides, strict=True)):
+        stages = zip(self.stage_sizes, self.stage_strides, strict=True)
+        for stage, (count, stride) in enumerate(stages):
             planes = self.width * 2**stage
             width = planes * self.width_per_group // 64 * self.groups
             out = planes * 4 if self.bottleneck else planes
@@ -174,7 +186,7 @@ FAMILY = Family(
         ),
     ),
     normalization=IMAGENET,
-    options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2},
+    options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2, "stride_removed": "layer4"},
     timm={name: name for name in BACKBONES if name not in ("resnet10", "se_resnet50")}
     | {"seresnet50": "se_resnet50"},
     published=_published,

@@ -122,17 +122,18 @@ def torch_code(
 
 def _resnet(model: ConfigDict) -> str:
     network = resnet.BACKBONES[model.backbone].keywords
-    strides = (1, 2, 2, model.last_stride)
+    options = {"last_stride": model.last_stride, "stride_removed": model.stride_removed}
+    strides = resnet.BACKBONES[model.backbone](**options).stage_strides
     stages = list(zip(network["stage_sizes"], strides, strict=True))
     bottleneck = network.get("bottleneck", True)
     as_published = (model.width, model.stem, model.stem_stride) == (64, "7x7", 2)
     if as_published and model.backbone in _IN_TORCHVISION:
-        first = f"network.layer4[0].conv{2 if bottleneck else 1}"
+        block = f"network.{model.stride_removed}[0]"
         return "\n".join(
             [
                 f"network = torchvision.models.{model.backbone}()",
                 'network.load_state_dict(load_file("backbone.safetensors"), strict=False)',
-                f"for layer in ({first}, network.layer4[0].downsample[0]):",
+                f"for layer in ({block}.conv{2 if bottleneck else 1}, {block}.downsample[0]):",
                 f"    layer.stride = ({model.last_stride}, {model.last_stride})",
                 "backbone = torch.nn.Sequential(*list(network.children())[:-2]).eval()",
             ]
