@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cgd_jax import attribution, combination, run
 from cgd_jax.gradient_caching import make_gradients_of_batch
 from cgd_jax.models import backbones, pretrained, vit, weight_files
 from cgd_jax.models.cgd import CGD
-from cgd_jax.models.layers import DropPath
+from cgd_jax.models.layers import drop_path
 from cgd_jax.models.vit import ViT
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.preprocess import Normalization
@@ -68,8 +69,9 @@ def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none(
 
 
 def test_drop_path_leaves_whole_branches_out_and_keeps_the_mean():
-    model = DropPath(0.75)
-    drop = jax.jit(lambda key: model.apply({}, jnp.ones((1000, 2)), True, rngs={"drop_path": key}))
+    x, rngs = jnp.ones((1000, 2)), lambda key: {"drop_path": key}
+    branch = nn.Sequential([partial(drop_path, rate=0.75, train=True, name="branch")])
+    drop = jax.jit(lambda key: branch.apply({}, x, rngs=rngs(key)))
     kept = np.asarray(drop(jax.random.key(0)))
     assert set(np.unique(kept)) == {0, 4} and np.all(kept[:, 0] == kept[:, 1])
     assert 0.8 < kept.mean() < 1.2

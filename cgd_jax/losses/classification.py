@@ -6,7 +6,7 @@ cosine. S, above 1, are sub-centers: the class is as near as its nearest one (De
 2020, "Sub-center ArcFace"). A `scale` multiplies cosines, a `temperature`, above 0, divides them.
 
 All of them return a float32 scalar, the mean over the batch, and raise ValueError for wrong
-ranks, lengths or dtypes.
+ranks, lengths or dtypes, or a hyper-parameter out of its range.
 """
 
 from collections.abc import Callable
@@ -96,11 +96,8 @@ def smoothed_cross_entropy(
     Args:
       logits: [B, M], floating point, before the temperature.
       labels: [B], integers in [0, M).
-      temperature: τ > 0, by which the logits are divided; below 1 it sharpens.
+      temperature: τ; below 1 it sharpens.
       smoothing: ε in [0, 1).
-
-    Raises:
-      ValueError: as all do, and temperature or smoothing out of range.
 
     >>> logits, labels = jnp.array([[2.0, 0.0]]), jnp.array([0])
     >>> loss = smoothed_cross_entropy(logits, labels, temperature=0.5, smoothing=0.1)

@@ -90,10 +90,7 @@ def recall_at_k_loss(
       k_temperature: of the sigmoid of k - rank.
       mixup: virtual images for each image, mixed with the next ones of its class, cyclically;
         half the number of the others makes every pair once.
-      key: draws the shares of the mixture, uniformly; needed if `mixup` is not 0.
-
-    Raises:
-      ValueError: as all do, and mixup without a key.
+      key: draws the shares of the mixture, uniformly; ValueError if `mixup` is not 0 without it.
 
     >>> x, labels = jnp.repeat(jnp.eye(2), 2, 0), jnp.array([0, 0, 1, 1])
     >>> print(f"{recall_at_k_loss(x, labels, ks=(1, 2), k_temperature=0.01):.4f}")  # σ(0), σ(1)

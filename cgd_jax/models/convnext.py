@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Scheme, require
-from cgd_jax.models.layers import OPTIONS, ConvNet, DropPath, Layer, LayerNorm, LayerScale
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer, LayerNorm, LayerScale, drop_path
 from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
@@ -61,7 +61,7 @@ class Block(nn.Module):
         y = nn.Dense(channels, kernel_init=_init, dtype=self.dtype, name="fc2")(y)
         if not self.v2:
             y = LayerScale(1e-6, name="scale")(y)
-        return x + DropPath(self.drop_path, name="drop_path")(y, self.train)
+        return x + drop_path(y, self.drop_path, self.train, "drop_path")
 
 
 class ConvNeXt(ConvNet):

@@ -12,10 +12,10 @@ __all__ = [
     "OPTIONS",
     "Backbone",
     "ConvNet",
-    "DropPath",
     "Layer",
     "LayerNorm",
     "LayerScale",
+    "drop_path",
     "is_ampere",
 ]
 
@@ -98,18 +98,10 @@ class LayerScale(nn.Module):
         return x * gamma.astype(x.dtype)
 
 
-class DropPath(nn.Module):
+def drop_path(x: jax.Array, rate: float, train: bool, name: str) -> jax.Array:
     """Leaves a branch out for some images (stochastic depth, https://arxiv.org/abs/1603.09382)."""
-
-    rate: float  # the share of the images; what is kept is divided by 1 - rate
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or not self.rate:
-            return x
-        shape = (len(x), *[1] * (x.ndim - 1))
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - self.rate, shape)
-        return jnp.where(kept, x / (1 - self.rate), 0)
+    axes = range(1, x.ndim)
+    return nn.Dropout(rate, axes, not train, rng_collection="drop_path", name=name)(x)
 
 
 def is_ampere() -> bool:

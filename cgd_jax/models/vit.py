@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Features
-from cgd_jax.models.layers import Backbone, DropPath, LayerNorm, LayerScale, is_ampere
+from cgd_jax.models.layers import Backbone, LayerNorm, LayerScale, drop_path, is_ampere
 
 __all__ = ["ACTIVATIONS", "SIZES", "ViT", "ViTFamily", "fuse", "rename", "size_of", "timm_name"]
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
             y = branch(self.norm(name=f"norm{number}")(x))
             if self.layer_scale:
                 y = LayerScale(name=f"ls{number}")(y)
-            x = x + DropPath(self.drop_path, name=f"drop_path{number}")(y, self.train)
+            x = x + drop_path(y, self.drop_path, self.train, f"drop_path{number}")
         return x
 
 
