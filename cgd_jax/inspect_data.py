@@ -29,7 +29,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
       ConfigError: a config that cannot be run, or data that cannot be used.
     """
     validate(config)
-    dataset, labels = open_data(config)
+    dataset, _, labels = open_data(config)
     console.log(tables.dataset_table(dataset))
     problem = None
     try:
