@@ -187,7 +187,7 @@ def test_training_and_evaluation(followed, ends):
     result = json.loads((followed / "new/results.json").read_text())
     assert 0 < result["metrics"]["ndcg"] <= 1
     (again,) = followed.glob("new/eval-*.json")
-    assert "flip" in json.loads(again.read_text())["with options"]
+    assert list(json.loads(again.read_text())["with options"]) == ["embedding, flip"]
     config = json.loads((followed / "new/config.json").read_text())
     assert config["loss"]["generalized_lifted"] == {"margin": 0.1}
     assert config["model"]["backbone"] == "plain" and config["augment"]["grayscale"] == 0.5
