@@ -15,8 +15,7 @@ from cgd_jax.flags import Command, Flag, parse, program
 from cgd_jax.runtime import compiled, console, interrupts, memory, packages
 from cgd_jax.runtime.errors import UserError
 
-# Whatever imports JAX is imported where it is needed: --help, and an index that is up to date,
-# end before it would be there.
+# Whatever imports JAX is imported where it is needed: --help ends before it would be there.
 
 __all__ = ["main"]
 

@@ -318,5 +318,6 @@ def report_history(run: Run, history: History, baselines: dict) -> None:
         classes = f"{len(np.unique(run.validation.query.labels))} validation classes"
     with files.warn_on_write_error("curves.png"):
         plots.plot_curves(run.folder / "curves.png", history.rows, baselines, margin, classes)
-    for warning in collapse.warnings(history.rows, margin, run.config.model.center):
-        console.log(f"Warning: {warning}")
+    if history.rows and history.rows[-1]["step"] >= run.config.train.steps / 2:  # else it is early
+        for warning in collapse.warnings(history.rows, margin, run.config.model.center):
+            console.log(f"Warning: {warning}")

@@ -24,8 +24,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from cgd_jax.data.decode import decode, dimensions
+from cgd_jax.data.images import Box
 from cgd_jax.search import Index, StoreError, stores
-from cgd_jax.search.images import Box, hash_of
+from cgd_jax.search.images import hash_of
 from cgd_jax.serve import uploads
 from cgd_jax.serve.device import Device, Gate
 from cgd_jax.serve.guard import Guard

@@ -3,7 +3,11 @@
 import os
 import socket
 
+import numpy as np
+
+from cgd_jax import network
 from cgd_jax.runtime import console, packages
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import Index
 
 __all__ = ["serve"]
@@ -33,7 +37,7 @@ def serve(
       FileNotFoundError: there is no index, or no such network.
       ImportError: a package is missing.
       OSError: the address is in use, or not of this machine.
-      ValueError: the index is of another network, or the token is short.
+      InputError: the index is of another network, or the token is short.
     """
     packages.require("--mode=serve", "serve", "fastapi", "uvicorn")
     import uvicorn
@@ -44,7 +48,7 @@ def serve(
     if token is None and host not in guard.LOOPBACK:
         token = guard.new_token()
     if token is not None and len(token) < SHORTEST:
-        raise ValueError(f"{TOKEN} is shorter than {SHORTEST} characters; take a longer one.")
+        raise InputError(f"{TOKEN} is shorter than {SHORTEST} characters; take a longer one.")
     with listen(host, port) as listener:
         index = Index.open(address, model)
         warm_up(index)
@@ -86,10 +90,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
-    import numpy as np
-
-    from cgd_jax.search.embedding import batch_sizes
-
     side = index.info.resize
-    for size in batch_sizes():
+    for size in network.batch_sizes():
         index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))
