@@ -50,7 +50,8 @@ SESSION = """
 import json
 import numpy as np
 from safetensors.numpy import save_file
-from cgd_jax import cli, export
+import cgd_jax
+from cgd_jax import cli
 from cgd_jax.models import pretrained
 from cgd_jax.models.plain import PlainNet
 from tests.variables import random_variables
@@ -62,7 +63,7 @@ NEW += ["--train.classes_per_batch=4", "--train.images_per_class=3", "--train.ev
 NEW += ["--eval.batch_size=16", "--eval.baselines=false"]
 ends = {}
 
-def cgd_jax(name, *arguments):
+def run(name, *arguments):
     try:
         cli.main(["cgd_jax", *arguments])
         ends[name] = "done"
@@ -71,16 +72,16 @@ def cgd_jax(name, *arguments):
 
 variables = random_variables(PlainNet(), np.zeros((1, 8, 8, 3), np.float32))
 save_file(pretrained.to_torchvision(variables, "plain"), "plain.safetensors")
-cgd_jax("train", "train", "--config=shoes:SK", "--workdir=new", "--train.steps=4", *NEW)
-cgd_jax("eval", "eval", "new", "--eval.flip")
-cgd_jax("explain", "explain", "new")
-cgd_jax("export", "export", "new")
+run("train", "train", "--config=shoes:SK", "--workdir=new", "--train.steps=4", *NEW)
+run("eval", "eval", "new", "--eval.flip")
+run("explain", "explain", "new")
+run("export", "export", "new")
 if ends["export"] == "done":
-    ends["exported"] = export.open_model("new/export").embed(np.zeros((2, 8, 8, 3), "uint8")).shape
-cgd_jax("index", "index", "shoes", "--index=new.sqlite", "--workdir=new")
-cgd_jax("search", "search", "shoes/0_0.jpg", "--index=new.sqlite", "--workdir=new", "--k=3")
-cgd_jax("train without K", "train", "--config=shoes:S", "--workdir=S", "--train.steps=2", *NEW)
-cgd_jax("explain without K", "explain", "S")
+    ends["exported"] = cgd_jax.open("new/export").embed(np.zeros((2, 8, 8, 3), "uint8")).shape
+run("index", "index", "shoes", "--index=new.sqlite", "--workdir=new")
+run("search", "search", "shoes/0_0.jpg", "--index=new.sqlite", "--workdir=new", "--k=3")
+run("train without K", "train", "--config=shoes:S", "--workdir=S", "--train.steps=2", *NEW)
+run("explain without K", "explain", "S")
 print(json.dumps(ends))
 """
 
