@@ -17,10 +17,10 @@ from cgd_jax.data.decode import decode, dimensions, looks_like_image, resize, to
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search.stores import Record, composed
 
-__all__ = ["id_of", "list_images", "read", "record_of"]
+__all__ = ["as_jpeg", "id_of", "list_images", "read", "record_of"]
 
 THUMBNAIL = 192  # pixels, the longer side
-QUALITY = 80  # of the thumbnails' JPEG
+QUALITY = 80  # of their JPEG, and of what a page shows
 # (x0, y0, x1, y1) in pixels of the image as displayed.
 Box = tuple[float, float, float, float]
 # What folders of splits are called, above those of classes.
@@ -83,13 +83,13 @@ def read(
         pixels, small = resize(array, side), resize(array, THUMBNAIL)
         digest = hash_of(f"{array.shape}".encode() + array.tobytes())
     width, height = x1 - x0, y1 - y0
-    thumbnail = _thumbnail(small, width, height)
+    thumbnail = as_jpeg(small, width, height)
     return pixels, {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
 
 
-def _thumbnail(square: np.ndarray, width: int, height: int) -> bytes:
-    """Gives an image that was resized to a square its shape again, as a small JPEG."""
-    scale = min(1.0, THUMBNAIL / max(width, height))
+def as_jpeg(square: np.ndarray, width: int, height: int, side: int = THUMBNAIL) -> bytes:
+    """Gives an image that was resized to a square its shape again, as a JPEG of at most `side`."""
+    scale = min(1.0, side / max(width, height))
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     small = cv2.resize(square, size, interpolation=cv2.INTER_AREA)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)

@@ -1,0 +1,105 @@
+"""Connections that nobody can hoard: uvicorn itself waits for ever for the head of a request."""
+
+import asyncio
+from typing import Any, cast
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn import Config, Server
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["server_of"]
+
+HEADERS = 10  # seconds that the head of a request may take
+STALLED = 30  # seconds that a client may not read what it is sent
+MOST = 256  # connections at a time
+MOST_OF_ADDRESS = 64  # of one address
+
+
+def server_of(application: ASGIApp) -> Server:
+    """Returns the server of an application; `run(sockets=...)` runs it."""
+    config = Config(
+        application,
+        http=Connection,
+        ws="none",
+        log_level="error",
+        log_config=None,  # errors go to stderr; requests, which may hold tokens, nowhere
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    return Server(config)
+
+
+class Connection(H11Protocol):
+    """A connection that ends when its client is too slow, and whose request ends with it.
+
+    Where there are too many, a new connection takes the place of the one that has been without a
+    request for the longest: silent ones keep nobody out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.idle_since = 0.0
+        self._stalled: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task | None = None
+        self._application, self.app = self.app, self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._task = asyncio.current_task()
+        try:
+            await self._application(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self.transport.is_closing():
+                raise
+
+    def idle(self) -> bool:
+        """Returns whether there is no request that has not been answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Makes room, and waits for the head of a request."""
+        super().connection_made(transport)
+        self._wait_for_head()
+        everybody = cast(set[Connection], self.connections)
+        mine = [one for one in everybody if one.address() == self.address()]
+        for others, most in ((mine, MOST_OF_ADDRESS), (everybody, MOST)):
+            if len(others) > most:
+                oldest = min(filter(Connection.idle, others), key=lambda one: one.idle_since)
+                everybody.discard(oldest)
+                oldest.transport.abort()
+
+    def address(self) -> str | None:
+        """Returns the client's address; None if it has left already."""
+        return self.client and self.client[0]
+
+    def on_response_complete(self) -> None:
+        """Waits for the next request."""
+        self._wait_for_head()
+        super().on_response_complete()
+
+    def _wait_for_head(self) -> None:
+        """Ends the connection unless a request begins in time; bytes of it do not suffice."""
+
+        def end() -> None:
+            if self.idle() and self.idle_since == since:
+                self.transport.abort()
+
+        self.idle_since = since = self.loop.time()
+        self.loop.call_later(HEADERS, end)
+
+    def pause_writing(self) -> None:
+        """Ends the connection unless its client reads in time."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Goes on."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Cancels the work for a client that has left."""
+        super().connection_lost(exc)
+        if self._task is not None:
+            self._task.cancel()
