@@ -1,6 +1,7 @@
 """Connections that nobody can hoard: uvicorn itself waits for ever for the head of a request."""
 
 import asyncio
+import itertools
 from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,6 +14,7 @@ HEADERS = 10  # seconds that the head of a request may take
 STALLED = 30  # seconds that a client may not read what it is sent
 MOST = 256  # connections at a time
 MOST_OF_ADDRESS = 64  # of one address
+MOMENTS = itertools.count()
 
 
 def server_of(application: ASGIApp) -> Server:
@@ -21,6 +23,7 @@ def server_of(application: ASGIApp) -> Server:
         application,
         http=Connection,
         ws="none",
+        lifespan="off",
         log_level="error",
         log_config=None,  # errors go to stderr; requests, which may hold tokens, nowhere
         access_log=False,
@@ -33,13 +36,13 @@ def server_of(application: ASGIApp) -> Server:
 class Connection(H11Protocol):
     """A connection that ends when its client is too slow, and whose request ends with it.
 
-    Where there are too many, a new connection takes the place of the one that has been without a
-    request for the longest: silent ones keep nobody out.
+    Where there are too many, a new connection takes the place of the one whose client has not sent
+    a whole request for the longest: silent and slow ones keep nobody out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.idle_since = 0.0
+        self.idle_since = 0  # of `MOMENTS`
         self._stalled: asyncio.TimerHandle | None = None
         self._task: asyncio.Task | None = None
         self._application, self.app = self.app, self._answer
@@ -56,6 +59,10 @@ class Connection(H11Protocol):
         """Returns whether there is no request that has not been answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    def waiting(self) -> bool:
+        """Returns whether it is the client's turn: there is no request, or not all of its body."""
+        return self.idle() or self.cycle.more_body
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Makes room, and waits for the head of a request."""
         super().connection_made(transport)
@@ -64,7 +71,7 @@ class Connection(H11Protocol):
         mine = [one for one in everybody if one.address() == self.address()]
         for others, most in ((mine, MOST_OF_ADDRESS), (everybody, MOST)):
             if len(others) > most:
-                oldest = min(filter(Connection.idle, others), key=lambda one: one.idle_since)
+                oldest = min(filter(Connection.waiting, others), key=lambda one: one.idle_since)
                 everybody.discard(oldest)
                 oldest.transport.abort()
 
@@ -84,7 +91,7 @@ class Connection(H11Protocol):
             if self.idle() and self.idle_since == since:
                 self.transport.abort()
 
-        self.idle_since = since = self.loop.time()
+        self.idle_since = since = next(MOMENTS)
         self.loop.call_later(HEADERS, end)
 
     def pause_writing(self) -> None:
