@@ -58,7 +58,7 @@ def gap(state, other):
 def main():
     config = glyphs.get_config()
     config.train.steps = STEPS
-    dataset, labels = run.open_data(config)
+    dataset, _, labels = run.open_data(config)
     choose = batches.batch_positions(config, labels)
     make_batch = batches.make_batches(choose, dataset, labels)
     model = create_model(config.model, len(np.unique(labels)))

@@ -95,25 +95,26 @@ def indexing(photos: str | None, count: int) -> None:
 
 
 def embed_alone(count: int) -> None:
-    from cgd_jax.search import embedding, network
+    from cgd_jax import network
 
-    opened, size = network.open_network(), embedding.enough()
+    opened, size = network.open_network(), network.enough()
     pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), np.uint8)
-    embedding.embed_pixels(opened, pixels)
+    opened.embed_pixels(pixels)
     begin, used = time.perf_counter(), time.process_time()
     for _ in range(max(count // size, 1)):
-        embedding.embed_pixels(opened, pixels)
+        opened.embed_pixels(pixels)
     done = size * max(count // size, 1)
     rate, cost = done / (time.perf_counter() - begin), (time.process_time() - used) / done
     print(f"{rate:.1f} images/s, {1e3 * cost:.1f} ms of the processor each")
 
 
 def index_alone(address: str, photos: str) -> None:
-    from cgd_jax.search import embedding, indexing, network
+    from cgd_jax import network
+    from cgd_jax.search import indexing
 
     opened = network.open_network()
     blank = np.zeros((1, 224, 224, 3), np.uint8)
-    embedding.embed_pixels(opened, blank)  # compiles
+    opened.embed_pixels(blank)  # compiles
     begin, used = time.perf_counter(), time.process_time()
     changes = indexing.update(address, [photos], opened)
     rate = changes.added / (time.perf_counter() - begin)
@@ -182,14 +183,15 @@ def index_slowly(address: str, photos: str) -> None:
     from cgd_jax.search import embedding, indexing
     from tests.search_samples import stand_in
 
-    network = stand_in()
+    network, slow = stand_in(), stand_in()
 
     def embed(images):
         time.sleep(0.02)
-        return network.embed(images)
+        return network.embed_batch(images)
 
     embedding.enough, indexing.WRITE_EVERY = lambda: 8, 8
-    indexing.update(address, [photos], network._replace(embed=embed))
+    slow.embed_batch = embed
+    indexing.update(address, [photos], slow)
 
 
 def clusters(count: int, dimension: int, seed: int) -> np.ndarray:
@@ -300,23 +302,22 @@ def compression(photos: str | None, steps: int) -> None:
 
 def _embed_photographs(photos: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors and labels of photographs; of each, the label is its folder."""
+    from cgd_jax import network
     from cgd_jax.data.decode import decode
-    from cgd_jax.search import embedding, network
 
     opened = network.open_network()
     files = sorted(Path(photos).rglob("*.jpg"))
     vectors = []
     for at in range(0, len(files), 64):
         pixels = [decode(f.read_bytes(), None, opened.resize) for f in files[at : at + 64]]
-        vectors.append(embedding.embed_pixels(opened, np.stack(pixels)))
+        vectors.append(opened.embed_pixels(np.stack(pixels)))
     labels = np.unique([str(file.parent) for file in files], return_inverse=True)[1]
     return np.concatenate(vectors), labels
 
 
 def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors and labels of the glyphs that a network was not trained on."""
-    from cgd_jax import checkpoint, evaluate, from_config
-    from cgd_jax.models.cgd import create_model_of, embed_model
+    from cgd_jax import embed, network, run
     from cgd_jax.train import train_and_evaluate
     from configs import glyphs
 
@@ -325,15 +326,13 @@ def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
         config.data.dir = str(Path(scratch, "data"))
         config.train.steps = config.train.eval_every = steps
         config.eval.baselines = False
-        train_and_evaluate(config, str(Path(scratch, "run")))
-        variables, normalization, _ = checkpoint.read_weights(Path(scratch, "run"))
-        model = create_model_of(config.model, variables)
-        setup = from_config.set_up(config)
-        embed = embed_model(model, variables, normalization, config.data.image_size)
-        vectors = evaluate.embed_dataset(
-            embed, setup.dataset, config.eval.batch_size, setup.batch_sharding
-        ).query
-    return vectors, setup.dataset.query.labels
+        workdir = str(Path(scratch, "run"))
+        train_and_evaluate(config, workdir)
+        trained, finished = network.open_network(workdir), run.create_run(config, workdir)
+        vectors = embed.embed_dataset(
+            trained.embed_batch, finished.dataset, config.eval.batch_size, finished.batch_sharding
+        )
+    return vectors.query, finished.dataset.query.labels
 
 
 def main() -> None:

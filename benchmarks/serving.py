@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 def make_index(address: str, count: int, dimension: int) -> None:
     """Fills an index of the packaged network with clusters of unit vectors."""
+    from cgd_jax.network import open_network
     from cgd_jax.search import Index, Record
-    from cgd_jax.search.network import open_network
 
     rng = np.random.default_rng(0)
     network = open_network()

@@ -16,24 +16,21 @@ A position of the feature map has seen more of the image than its own cell, so m
 the network found something, not which pixels it is made of.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cgd_jax import combination, pooling
+from cgd_jax import pooling
 from cgd_jax.combination import EPS
 from cgd_jax.models.cgd import CGD, running_mean
 from cgd_jax.models.family import Features
 from cgd_jax.preprocess import Normalization, center_crop, normalize
+from cgd_jax.runtime.errors import InputError
 
-__all__ = ["Explanation", "contributions", "explain_pair", "pooled_map"]
-
-NO_MAP = (
-    "C, the class token, is no sum over the positions of the feature map: attention and MLPs mix "
-    "them in every block. Only networks without C in model.descriptors are explained."
-)
+__all__ = ["Explanation", "contributions", "explain_pair", "pooled_map", "why_no_map"]
 
 
 class Explanation(NamedTuple):
@@ -62,7 +59,7 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
     as those of the L2 norms behind the FC layers do.
 
     Args:
-      letter: of `pooling.POOLINGS`.
+      letter: of `MAPS`.
       features: [H, W, C], floating point.
       p: GeM's exponent, a scalar or [C].
 
@@ -70,66 +67,86 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
       [H, W, C] float32; its sum over the positions is the descriptor.
 
     Raises:
-      ValueError: an unknown letter, or the class token's.
+      InputError: there is no map for the letter.
+
+    >>> features = jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])
+    >>> pooled_map("S", features)[..., 0].tolist()  # of the mean, 3
+    [[0.25, 0.5], [0.75, 1.5]]
+    >>> pooled_map("M", features)[..., 0].tolist()
+    [[0.0, 0.0], [0.0, 6.0]]
     """
+    if reason := why_no_map(letter):
+        raise InputError(reason)
     features = features.astype(jnp.float32)
-    height, width = features.shape[:2]
-    if letter == "S":
-        return features / (height * width)
-    if letter == "M":
-        return _maxima(features)
-    if letter == "G":
-        # A channel that is dead everywhere is shared evenly, as the floor is.
-        weights = jax.nn.softmax(p * jnp.log(jnp.maximum(features, pooling.EPS)), (0, 1))
-        return weights * pooling.gem(features, p)
-    if letter == "R":
-        total = jnp.zeros_like(features)
-        for top, left, side in pooling.rmac_regions(height, width):
-            region = slice(top, top + side), slice(left, left + side)
-            maxima = _maxima(features[region])
-            squared_norm = jnp.maximum(jnp.sum(maxima.sum((0, 1)) ** 2), pooling.EPS)
-            total = total.at[region].add(maxima * jax.lax.rsqrt(squared_norm))
-        return total
-    if letter == pooling.CLASS_TOKEN:
-        raise ValueError(NO_MAP)
-    raise ValueError(f"unknown descriptor {letter!r}; known are {', '.join(pooling.POOLINGS)}.")
+    return MAPS[letter](features, p) if letter == "G" else MAPS[letter](features)
 
 
-def _maxima(features: jax.Array) -> jax.Array:
-    """Keeps the maxima of every channel of [H, W, C], shared out where there are several."""
+def why_no_map(descriptors: str, vector: str = "embedding") -> str:
+    """Returns why a vector of a network cannot be taken apart; "" if it can.
+
+    Args:
+      descriptors: the letters of its descriptor set. The class token has no map: attention and
+        MLPs mix the positions in every block.
+      vector: see `models.cgd.select_vector`.
+
+    >>> why_no_map("SG"), why_no_map("CG", "descriptor_G")
+    ('', '')
+    >>> why_no_map("CG")
+    'there is no map for C, which is not known as a sum over positions; S, M, G, R are.'
+    """
+    missing = [letter for letter in _letters(descriptors, vector) if letter not in MAPS]
+    which = f"there is no map for {', '.join(missing)}, which is not known as a sum over positions"
+    return f"{which}; {', '.join(MAPS)} are." if missing else ""
+
+
+def _letters(descriptors: str, vector: str) -> str:
+    """Returns the letters of the descriptors that a vector is made of."""
+    kind, _, letter = vector.partition("_")
+    if kind == "first":
+        return descriptors[0]
+    return letter if kind in ("descriptor", "branch") else descriptors
+
+
+def _spoc(features: jax.Array) -> jax.Array:
+    return features / (features.shape[0] * features.shape[1])
+
+
+def _mac(features: jax.Array) -> jax.Array:
     highest = features == features.max((0, 1))
     return jnp.where(highest, features / highest.sum((0, 1)), 0)
 
 
-def linear_maps(descriptors: jax.Array, kernels: list[jax.Array], combination: str) -> jax.Array:
-    """Writes `combination.combine` for one image as the linear function that it is there.
-
-    Args:
-      descriptors: [n, C].
-      kernels: the FC weights, as `combine` takes them.
-      combination: one of `combination.COMBINATIONS`.
-
-    Returns:
-      [n, C, D]: Σ_b descriptors[b] @ maps[b] is the embedding. FC layers and the lengths
-      that the norms divide by are in it; the columns of other branches are 0 where branches
-      are concatenated.
-    """
-    count, channels = descriptors.shape
-    if combination == "raw":  # one FC layer for all, one norm
-        maps = kernels[0].reshape(count, channels, -1)
-    else:
-        units = [
-            kernel / _length(d @ kernel) for d, kernel in zip(descriptors, kernels, strict=True)
-        ]
-        if combination == "sum":
-            maps = jnp.stack(units)
-        else:
-            maps = jax.scipy.linalg.block_diag(*units).reshape(count, channels, -1)
-    return maps / _length(jnp.einsum("nc,ncd->d", descriptors, maps))
+def _gem(features: jax.Array, p: float | jax.Array) -> jax.Array:
+    # A channel that is dead everywhere is shared evenly, as the floor is.
+    weights = jax.nn.softmax(p * jnp.log(jnp.maximum(features, pooling.EPS)), (0, 1))
+    return weights * pooling.gem(features, p)
 
 
-def _length(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(jnp.sum(x**2), combination.EPS))  # as l2_normalize divides by
+def _rmac(features: jax.Array) -> jax.Array:
+    total = jnp.zeros_like(features)
+    for top, left, side in pooling.rmac_regions(*features.shape[:2]):
+        region = slice(top, top + side), slice(left, left + side)
+        maxima = _mac(features[region])
+        squared_norm = jnp.maximum(jnp.sum(maxima.sum((0, 1)) ** 2), pooling.EPS)
+        total = total.at[region].add(maxima * jax.lax.rsqrt(squared_norm))
+    return total
+
+
+# How [H, W, C] is taken apart, by the letters of `pooling.POOLINGS`.
+MAPS: dict[str, Callable[..., jax.Array]] = {"S": _spoc, "M": _mac, "G": _gem, "R": _rmac}
+
+
+def _embed(descriptors: jax.Array, kernels: list[jax.Array], combination: str) -> jax.Array:
+    """Embeds [n, C] as `combination.combine` does; linear, as lengths count as constants."""
+    if combination == "raw":
+        descriptors = descriptors.reshape(1, -1)
+    units = [_over_length(d @ kernel) for d, kernel in zip(descriptors, kernels, strict=True)]
+    total = sum(units[1:], units[0]) if combination == "sum" else jnp.concatenate(units)
+    return _over_length(total)
+
+
+def _over_length(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jax.lax.stop_gradient(jnp.maximum(jnp.sum(x**2), EPS)))
 
 
 def contributions(
@@ -161,7 +178,12 @@ def contributions(
       cosine of the two embeddings, less the image's dot product with the reference.
 
     Raises:
-      ValueError: an unknown letter.
+      InputError: there is no map for a letter.
+
+    >>> features = jnp.array([[[[1.0, 0.0], [0.0, 1.0]]], [[[1.0, 0.0], [1.0, 0.0]]]])
+    >>> contributions(features, [jnp.eye(2)], "S").round(2)[:, 0, 0]  # both have the first channel
+    Array([[0.71, 0.  ],
+           [0.35, 0.35]], dtype=float32)
     """
     with jax.default_matmul_precision("highest"):
         pooled = jnp.stack([jnp.stack([pooled_map(s, f, p) for s in letters]) for f in features])
@@ -172,14 +194,14 @@ def contributions(
             height, width = features.shape[1:3]
             pooled -= centers[:, None, None] / (height * width)
         descriptors = pooled.sum((2, 3))
-        linear = jnp.stack([linear_maps(d, kernels, combination) for d in descriptors])
-        embeddings = jnp.einsum("inc,incd->id", descriptors, linear)
+        embed = partial(_embed, kernels=kernels, combination=combination)
+        embeddings, transposed = jax.vjp(jax.vmap(embed), descriptors)
         # What a unit of every channel adds to the dot product with the other image.
-        worth = jnp.einsum("incd,id->inc", linear, embeddings[::-1] - reference)
+        (worth,) = transposed(embeddings[::-1] - reference)
         return jnp.einsum("inhwc,inc->inhw", pooled, worth)
 
 
-@partial(jax.jit, static_argnames=("model", "image_size"))
+@partial(jax.jit, static_argnames=("model", "image_size", "vector"))
 def explain_pair(
     model: CGD,
     variables: dict,
@@ -187,42 +209,51 @@ def explain_pair(
     images: jax.Array,
     image_size: int,
     reference: float | jax.Array = 0.0,
+    vector: str = "embedding",
 ) -> Explanation:
-    """Takes what `embed_model` computes of two images apart.
+    """Takes what `embed_model` computes of two images apart; the other arguments are its.
 
     Args:
-      model: the network.
-      variables: its weights and BatchNorm statistics.
-      normalization: of the pixels; it belongs to the weights.
       images: [2, S, S, 3] uint8.
-      image_size: what the network sees, of larger images the center.
       reference: as for `contributions`.
 
     Returns:
       The explanation. With "concat" and "separate", and without a reference, both images
       have the same shares; with "sum" and "raw" a branch also meets the others, and the
       images differ.
+
+    Raises:
+      InputError: there is no map for a letter.
+
+    >>> from cgd_jax.preprocess import IMAGENET
+    >>> from cgd_jax.models.resnet import ResNet
+    >>> backbone = ResNet(stage_sizes=(1,), bottleneck=False, width=2, stem="3x3")
+    >>> model = CGD(backbone, num_classes=1, descriptors="SG", embedding_dim=8)
+    >>> images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype("uint8")
+    >>> variables = model.init(jax.random.key(0), images / 255)
+    >>> found = explain_pair(model, variables, IMAGENET, images, image_size=8)
+    >>> found.maps.shape  # of 2 images, 2 branches
+    (2, 2, 4, 4)
+    >>> bool(jnp.allclose(found.maps.sum((1, 2, 3)), found.similarity, atol=1e-5))
+    True
     """
+    model, variables = _with_embedding(model, variables, vector)
     images = normalize(center_crop(images, image_size), normalization)
     is_backbone = lambda module, _: module.name == "backbone"
     output, captured = model.apply(variables, images, capture_intermediates=is_backbone)
     (features,) = captured["intermediates"]["backbone"]["__call__"]
-    if isinstance(features, Features):
-        features = features.map
     params = variables["params"]
     names = ["raw"] if model.combination == "raw" else model.descriptors
-    kernels = [params[f"fc_{name}"] for name in names]
-    p = params.get("gem_p_learned", model.gem_p)
     centers = None
     if model.center != "none":
         stats = [variables["batch_stats"][f"center_{letter}"] for letter in model.descriptors]
         centers = jnp.stack([running_mean(s["mean"], s["weight"]) for s in stats])
     maps = contributions(
-        features,
-        kernels,
+        features.map if isinstance(features, Features) else features,
+        [params[f"fc_{name}"] for name in names],
         model.descriptors,
         model.combination,
-        p,
+        params.get("gem_p_learned", model.gem_p),
         reference,
         centers,
         unit=model.center == "direction",
@@ -232,3 +263,24 @@ def explain_pair(
         similarity = output.embedding[0] @ output.embedding[1]
     common = jnp.sum(output.embedding.mean(0) * reference)
     return Explanation(maps, shares, similarity, common, similarity - shares.sum() - common)
+
+
+def _with_embedding(model: CGD, variables: dict, vector: str) -> tuple[CGD, dict]:
+    """Returns a network whose embedding is the given vector of another, and its variables.
+
+    A descriptor as it comes out of the pooling is what a network embeds that has an identity for
+    its FC layer, and takes nothing from the descriptor before.
+    """
+    if vector == "embedding":
+        return model, variables
+    letters = _letters(model.descriptors, vector)
+    if vector.startswith("branch"):
+        size = variables["params"][f"fc_{letters}"].shape[1]
+        return model.clone(descriptors=letters, embedding_dim=size), variables
+    channels = len(variables["params"]["auxiliary_bn"]["bias"])
+    size = channels * len(letters)
+    model = model.clone(
+        descriptors=letters, embedding_dim=size, combination="concat", center="none"
+    )
+    identities = {f"fc_{letter}": jnp.eye(channels) for letter in letters}
+    return model, {**variables, "params": variables["params"] | identities}

@@ -65,18 +65,16 @@ def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManag
     """
     check_folder(workdir)
 
-    def recall_at_1(metrics):
-        return metrics["recall_at_1"]
+    def score(metrics):
+        return metrics.get("score", metrics.get("recall_at_1"))  # so it was called in 0.1.0
 
     policies = [
         preservation_policy.LatestN(keep),
-        preservation_policy.BestN(
-            get_metric_fn=recall_at_1, n=1, keep_checkpoints_without_metrics=False
-        ),
+        preservation_policy.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
     ]
     writing = keep is not None
     options = ocp.CheckpointManagerOptions(
-        best_fn=recall_at_1,
+        best_fn=score,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         create=writing,
         # A killed run may have left an unfinished save.
@@ -102,7 +100,7 @@ def check_step(checkpoints: ocp.CheckpointManager, step: int | None, workdir: st
         )
 
 
-def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = None) -> None:
+def save(checkpoints: ocp.CheckpointManager, state, score: float | None = None) -> None:
     """Saves a state under its step; the writing goes on in the background.
 
     If it cannot be written, a warning says so and nothing of it stays on the disk.
@@ -110,12 +108,13 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
     Args:
       checkpoints: from `manager`.
       state: a `train_step.State`.
-      recall_at_1: of this state, if it was evaluated: what the best is chosen by.
+      score: of this state, if it was evaluated; the highest is chosen. R@1 of the validation
+        classes, or, where there are none, the step, so that the last one is.
     """
     finish(checkpoints)  # one at a time, and room is made for this one
     step = int(state.step)
     if step in checkpoints.all_steps():
-        if recall_at_1 is None or checkpoints.metrics(step) is not None:
+        if score is None or checkpoints.metrics(step) is not None:
             return
         checkpoints.delete(step)  # it was saved without metrics when a signal came
     with files.warn_on_write_error(f"The checkpoint of step {step}"):
@@ -125,7 +124,7 @@ def save(checkpoints: ocp.CheckpointManager, state, recall_at_1: float | None = 
             raise OSError(f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
         # A copy, since the next training step takes over the state's own buffers.
         state = jax.tree.map(jnp.copy, _fields(state))
-        metrics = None if recall_at_1 is None else {"recall_at_1": recall_at_1}
+        metrics = None if score is None else {"score": score}
         checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
 

@@ -15,8 +15,7 @@ from cgd_jax.flags import Command, Flag, parse, program
 from cgd_jax.runtime import compiled, console, interrupts, memory, packages
 from cgd_jax.runtime.errors import UserError
 
-# Whatever imports JAX is imported where it is needed: --help, and an index that is up to date,
-# end before it would be there.
+# Whatever imports JAX is imported where it is needed: --help ends before it would be there.
 
 __all__ = ["main"]
 
@@ -27,8 +26,8 @@ COMMANDS = {
     "eval": Command(
         "evaluates a checkpoint again, with other options if you like",
         "runs/glyphs --eval.flip",
-        ("config", "step"),
-        ("workdir",),
+        ("config", "step", "together"),
+        ("workdir", "together"),
     ),
     "data": Command(
         "builds and counts a data set, draws a batch as the network sees it",
@@ -67,6 +66,9 @@ FLAGS = {
         flags.DEFINE_string,
         "The folder of the run; else runs/CONFIG, or runs/studies/CONFIG.",
         "FOLDER",
+    ),
+    "together": Flag(
+        flags.DEFINE_multi_string, "Other runs, evaluated with the first as one ensemble.", "RUN"
     ),
     "step": Flag(flags.DEFINE_integer, "The checkpoint; else the one with the best R@1."),
     "match": Flag(flags.DEFINE_string, "The image that --query is compared with.", "FILE"),
@@ -128,7 +130,7 @@ def run(name: str, given: flags.FlagValues) -> None:
     """Does what a command says."""
     if name in search_cli.COMMANDS:
         return search_cli.run(name, given)
-    from cgd_jax import evaluate, explain, export, inspect_data, train
+    from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
     from cgd_jax.studies import runner, study
     from cgd_jax.workdir import default_workdir
 
@@ -146,7 +148,10 @@ def run(name: str, given: flags.FlagValues) -> None:
         case "data":
             inspect_data.show_data(given.config, workdir)
         case "eval":
-            evaluate.evaluate_run(workdir, given.step, given.config)
+            if given.together:
+                ensemble.evaluate_together([workdir, *given.together])
+            else:
+                evaluate.evaluate_run(workdir, given.step, given.config)
         case "explain":
             query = (given.query or [None])[0]
             pictures = explain.explain_run(workdir, given.step, query, given.match)

@@ -4,21 +4,20 @@ The embedding of `combination`'s "concat" and "separate" is its branches side by
 that its n equal parts search by themselves without the network running again. Branches
 that find the same neighbours and err on the same queries add nothing to one another.
 
-    complementarity.measure(embeddings, labels, names=("S", "G"))
-
 Nothing here grows with queries × gallery: `retrieval.top_k` and `metrics` stream both.
 """
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Unpack
 
 import numpy as np
-from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from cgd_jax import metrics, retrieval
+from cgd_jax.metrics import RankingOptions
 
-__all__ = ["measure", "outcomes", "overlap", "phi"]
+__all__ = ["measure"]
 
 
 def measure(
@@ -29,12 +28,9 @@ def measure(
     *,
     names: Sequence[str],
     k: int = 10,
-    query_ids: ArrayLike | None = None,
-    gallery_ids: ArrayLike | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
-    precision: str = "highest",
-    mesh: Mesh | None = None,
+    **options: Unpack[RankingOptions],
 ) -> dict:
     """Measures how the branches of an embedding agree, err, and gain from being combined.
 
@@ -42,12 +38,13 @@ def measure(
     a true match is the nearest neighbour, and no other class ties with it.
 
     Args:
-      query: [Q, D], the branches side by side; and query_labels, gallery, gallery_labels,
-        query_ids, gallery_ids, precision, mesh: as for `metrics.evaluate`.
+      query: [Q, D], the branches side by side; and query_labels, gallery, gallery_labels:
+        as for `metrics.evaluate`.
       names: of the n branches, in their order; n divides D.
       k: neighbours to compare; as many as there are if there are fewer.
       bootstrap: resamplings of the classes for the 95 % interval of the gain.
       seed: of the resampling.
+      **options: see `metrics.RankingOptions`.
 
     Returns:
       dict of plain numbers, over the queries that have a true match:
@@ -62,11 +59,17 @@ def measure(
         gain: {"total": combined minus best branch; "confidence": its [low, high];
           "won", "lost": queries that only the combination, only the best branch is
           right about}.
-        outcomes: see `outcomes`; the gains in it add up to won - lost.
+        outcomes: see `_outcomes`; the gains in it add up to won - lost.
 
     Raises:
       ValueError: as `metrics.evaluate`; D that cannot be cut into n parts; fewer than two
         names.
+
+    >>> bits = np.array([[0, 0], [0, 1], [1, 0], [1, 1]] * 2)  # a class each
+    >>> branches = [np.eye(2)[bit] for bit in bits.T]  # each tells two classes from two others
+    >>> found = measure(np.hstack(branches), ["a", "b", "c", "d"] * 2, names=("left", "right"))
+    >>> found["branches"], found["combined"]
+    ({'left': 0.0, 'right': 0.0}, 1.0)
     """
     query = np.asarray(query)
     if len(names) < 2 or query.ndim != 2 or query.shape[1] % len(names):
@@ -74,43 +77,34 @@ def measure(
             f"an embedding [N, D] of two or more branches of one size is needed; got "
             f"{query.shape} for the branches {', '.join(names)}"
         )
-    own = None  # where in the gallery each query itself is
-    if gallery is None:
-        own = np.arange(len(query))
-    else:
-        gallery = np.asarray(gallery)
-        if query_ids is not None and gallery_ids is not None:
-            own = metrics.own_index(query_ids, gallery_ids, len(query), len(gallery))
-    k = min(k, len(query if gallery is None else gallery) - (own is not None))
+    searched = query if gallery is None else np.asarray(gallery)
 
-    def first_ranks(query, gallery):
-        ids = {"query_ids": query_ids, "gallery_ids": gallery_ids}
-        options = {**ids, "precision": precision, "mesh": mesh}
+    def first_ranks(query: np.ndarray, gallery: np.ndarray | None) -> np.ndarray:
         return metrics.first_ranks(query, query_labels, gallery, gallery_labels, **options)
 
-    ranks = first_ranks(query, gallery)
+    ranks = first_ranks(query, None if gallery is None else searched)
     rows = np.flatnonzero(np.isfinite(ranks))
     combined = ranks[rows] == 1
+    own = rows if gallery is None else None  # where in the gallery each query itself is
+    query_ids, gallery_ids = options.get("query_ids"), options.get("gallery_ids")
+    if gallery is not None and query_ids is not None and gallery_ids is not None:
+        own = metrics.own_index(query_ids, gallery_ids, len(query), len(searched))[rows]
+    k = min(k, len(searched) - (own is not None))
+    precision, mesh = options.get("precision", "highest"), options.get("mesh")
     right, found = [], []
-    for part, gallery_part in zip(
-        np.split(query, len(names), 1),
-        [None] * len(names) if gallery is None else np.split(gallery, len(names), 1),
-        strict=True,
+    for part, other in zip(
+        np.split(query, len(names), 1), np.split(searched, len(names), 1), strict=True
     ):
-        right.append(first_ranks(part, gallery_part)[rows] == 1)
-        part = np.asarray(metrics.normalize(part))
-        gallery_part = part if gallery is None else np.asarray(metrics.normalize(gallery_part))
-        exclude = None if own is None else own[rows]
-        _, index = retrieval.top_k(
-            part[rows], gallery_part, k, exclude=exclude, precision=precision, mesh=mesh
-        )
-        found.append(index)
+        right.append(first_ranks(part, None if gallery is None else other)[rows] == 1)
+        part, other = np.asarray(metrics.normalize(part)), np.asarray(metrics.normalize(other))
+        nearest = retrieval.top_k(part[rows], other, k, exclude=own, precision=precision, mesh=mesh)
+        found.append(nearest[1])
 
     pairs = [
         {
             "branches": [names[i], names[j]],
-            "overlap": overlap(found[i], found[j]),
-            "error_correlation": phi(~right[i], ~right[j]),
+            "overlap": _overlap(found[i], found[j]),
+            "error_correlation": _phi(~right[i], ~right[j]),
         }
         for i, j in combinations(range(len(names)), 2)
     ]
@@ -134,23 +128,23 @@ def measure(
             "won": int(np.sum(difference == 1)),
             "lost": int(np.sum(difference == -1)),
         },
-        "outcomes": outcomes(names, np.array(right), combined, difference),
+        "outcomes": _outcomes(names, np.array(right), combined, difference),
     }
 
 
-def overlap(index: np.ndarray, other: np.ndarray) -> float:
+def _overlap(index: np.ndarray, other: np.ndarray) -> float:
     """Mean share of common ones among two lists of neighbours per query, [Q, k] each."""
     return float((index[:, :, None] == other[:, None, :]).any(2).mean())
 
 
-def phi(a: np.ndarray, b: np.ndarray) -> float | None:
+def _phi(a: np.ndarray, b: np.ndarray) -> float | None:
     """Correlation of two [Q] bools (Pearson's, called phi); None if one of them is constant."""
     if a.all() or b.all() or not (a.any() and b.any()):
         return None
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def outcomes(
+def _outcomes(
     names: Sequence[str], right: np.ndarray, combined: np.ndarray, difference: np.ndarray
 ) -> list[dict]:
     """Counts queries by the set of branches that are right about them.

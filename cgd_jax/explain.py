@@ -1,4 +1,4 @@
-"""Pictures of why a run's network finds images alike; how, says `cgd_jax.attribution`.
+"""Figures of why a run's network finds images alike; how, says `cgd_jax.attribution`.
 
 cgd_jax --mode=explain --workdir=runs/glyphs --query=a.png --match=b.png
 """
@@ -9,17 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from cgd_jax import checkpoint, embed, pooling, retrieval, run
-from cgd_jax.attribution import NO_MAP, explain_pair
+from cgd_jax import embed, retrieval, run
+from cgd_jax.attribution import why_no_map
 from cgd_jax.data import Dataset
-from cgd_jax.data.decode import decode
-from cgd_jax.models.cgd import create_model_of, embed_model
+from cgd_jax.network import open_network
 from cgd_jax.preprocess import center_crop
 from cgd_jax.reports import plots
 from cgd_jax.runtime import processes
-from cgd_jax.runtime.errors import ConfigError
+from cgd_jax.runtime.errors import ConfigError, InputError
 from cgd_jax.workdir import read_config
 
 __all__ = ["explain_run"]
@@ -35,47 +33,43 @@ def explain_run(
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1.
+      step: of the checkpoint; None for the chosen one, see `checkpoint.save`.
       query: file of an image, treated as the data set's are; None for pairs of the test set,
         see `right_and_wrong`.
       match: file of another image; None likewise.
 
     Returns:
-      The pictures, in `workdir`: explain-QUERY-MATCH.png of the two files (long names are
+      The figures, in `workdir`: explain-QUERY-MATCH.png of the two files (long names are
       cut), or explain-right.png and explain-wrong.png (one that has no pair is left out).
 
     Raises:
-      ValueError: one of `query` and `match` without the other.
       FileNotFoundError: there is no such file, run or checkpoint.
-      ConfigError: a file is no image, or the data set cannot be used.
+      InputError: one of `query` and `match` without the other, or a file is no image.
+      ConfigError: there is no map for a descriptor, or the data set cannot be used.
     """
     if bool(query) != bool(match):
-        raise ValueError("query and match go together: the two images to compare.")
-    given = {"query": query, "match": match} if query and match else {}
-    for flag, file in given.items():
-        if not Path(file).is_file():
+        raise InputError("query and match go together: the two images to compare.")
+    for flag, file in (("query", query), ("match", match)):
+        if file and not Path(file).is_file():
             raise FileNotFoundError(f"--{flag}={file}: there is no such file.")
     config = read_config(workdir)
-    if pooling.CLASS_TOKEN in config.model.descriptors:
-        raise ConfigError(f"model.descriptors={config.model.descriptors!r}: {NO_MAP}")
-    pixels = read_images(given, config)
-    variables, normalization, step = checkpoint.read_weights(workdir, step)
-    model = create_model_of(config.model, variables)
-    size, batch = config.data.image_size, config.eval.batch_size
+    if reason := why_no_map(config.model.descriptors):
+        raise ConfigError(f"model.descriptors={config.model.descriptors!r}: {reason}")
+    network = open_network(workdir, step=step)
+    given = [Path(file) for file in (query, match) if file]
+    pixels = network.to_pixels(given) if given else None
 
     setup = run.create_run(config, workdir)
-    dataset = setup.dataset
-    embed_batch = embed_model(model, variables, normalization, size)
-    if given:
+    dataset, batch, embed_batch = setup.dataset, config.eval.batch_size, network.embed_batch
+    if pixels is not None:
         count = len(dataset.query.labels)
         sample = np.sort(np.random.default_rng(config.seed).permutation(count)[:SAMPLE])
         images = dataset.query.images[sample]
         reference = embed.embed_images(embed_batch, images, batch, setup.batch_sharding).mean(0)
-        names = [Path(file).name for file in given.values()]
         # Both names in one, which file systems allow 255 bytes.
-        stems = [os.fsencode(Path(file).stem)[:100] for file in given.values()]
-        file = f"explain-{b'-'.join(stems).decode(errors='ignore')}.png"
-        chosen = {file: [(pixels, names, None)]}
+        stems = [os.fsencode(path.stem)[:100] for path in given]
+        name = f"explain-{b'-'.join(stems).decode(errors='ignore')}.png"
+        chosen = {name: [(pixels, [path.name for path in given], None)]}
     else:
         embeddings = embed.embed_dataset(embed_batch, dataset, batch, setup.batch_sharding)
         reference = embeddings.query.mean(0)
@@ -85,40 +79,17 @@ def explain_run(
             "explain-wrong.png": pairs_of(dataset, wrong, False),
         }
 
-    title = f"{config.data.name}, CGD {config.model.descriptors}, step {step}"
-    folder, pictures = processes.report_folder(workdir), []
-    for file, pairs in chosen.items():
+    title = f"{config.data.name}, CGD {config.model.descriptors}, step {network.step}"
+    folder, drawn = processes.report_folder(workdir), []
+    for name, pairs in chosen.items():
         rows = []
         for images, names, is_right in pairs:
-            found = explain_pair(model, variables, normalization, images, size, reference)
-            rows.append((center_crop(images, size), names, is_right, jax.device_get(found)))
+            found = jax.device_get(network.explain(images[0], images[1], reference))
+            rows.append((center_crop(images, network.image_size), names, is_right, found))
         if rows:
-            plots.plot_explanations(folder / file, rows, model.descriptors, title)
-            pictures.append(Path(workdir, file))
-    return pictures
-
-
-def read_images(given: dict[str, str], config: ConfigDict) -> np.ndarray:
-    """Decodes images as the data set's are.
-
-    Args:
-      given: flag → file.
-      config: of the run.
-
-    Returns:
-      [N, S, S, 3] uint8.
-
-    Raises:
-      ConfigError: a file is no image; it says which.
-    """
-    side = config.data.resize if config.eval.center_crop else config.data.image_size
-    decoded = []
-    for flag, file in given.items():
-        try:
-            decoded.append(decode(Path(file).read_bytes(), size=side))
-        except ValueError as error:
-            raise ConfigError(f"--{flag}={file}: {error}.") from error
-    return np.array(decoded)
+            plots.plot_explanations(folder / name, rows, network.model.descriptors, title)
+            drawn.append(Path(workdir, name))
+    return drawn
 
 
 def right_and_wrong(

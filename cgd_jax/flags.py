@@ -22,7 +22,7 @@ CONFIG = (
     f"that it takes, as in glyphs:SMG. --KEY=VALUE changes a value, as in --train.steps=500; "
     f"configs/base.py explains every key."
 )
-MANY = ("query", "images")  # flags that may be given several times
+MANY = ("query", "images", "together")  # flags that may be given several times
 PARTS = "data|augment|model|loss|optimizer|train|eval"
 OF_ALL = ("mode", "workdir", "distributed", "coordinator", "num_processes", "process_id")
 

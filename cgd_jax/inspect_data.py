@@ -29,7 +29,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
       ConfigError: a config that cannot be run, or data that cannot be used.
     """
     validate(config)
-    dataset, labels = open_data(config)
+    dataset, _, labels = open_data(config)
     console.log(tables.dataset_table(dataset))
     problem = None
     try:
@@ -38,7 +38,10 @@ def show_data(config: ConfigDict, workdir: str) -> None:
         problem = error
         config = config.copy_and_resolve_references()
         config.train.classes_per_batch = len(np.unique(labels))
-    images, _ = make_batches(batch_positions(config, labels), dataset, labels)(0)
+    sample_indices = batch_positions(config, labels)
+    images, _ = make_batches(sample_indices, dataset, labels)(0)
+    train = dataset.train
+    names = [train.class_names[label] for label in train.labels[sample_indices(0)].tolist()]
     key = step_key(config.seed, 0)
     images = jax.jit(augment, static_argnums=(2, 3))(
         key, images, FrozenConfigDict(config.augment), config.data.image_size, IMAGENET
@@ -47,7 +50,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     per_class = config.train.images_per_class
     columns = per_class * max(1, 12 // per_class)
-    plots.plot_samples(path, np.asarray(images), columns, IMAGENET)
+    plots.plot_samples(path, np.asarray(images), names, columns, IMAGENET)
     console.log(f"\nLook at {path}: the first batch, {per_class} images of a class side by side.")
     if problem:
         console.log(f"\nTraining would not begin: {problem}")

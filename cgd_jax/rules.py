@@ -43,6 +43,11 @@ def _all_positive_integers(ks: tuple) -> bool:
     return len(ks) > 0 and all(isinstance(k, int) and k > 0 for k in ks)
 
 
+def _is_fold(fold: str) -> bool:
+    match = re.fullmatch(r"(\d+)/(\d+)", fold)
+    return not fold or (match is not None and 1 <= int(match[1]) <= int(match[2]) > 1)
+
+
 _above_0 = Rule(lambda number: number > 0, "must be above 0")
 _below_1 = Rule(lambda number: 0 <= number < 1, "must be in [0, 1)")
 _at_most_1 = Rule(lambda share: 0 < share <= 1, "must be in (0, 1]")
@@ -60,6 +65,8 @@ RULES: dict[str, Rule] = {
     "data.cache": one_of(("disk", "none")),
     "data.max_bad_fraction": Rule(lambda share: 0 <= share <= 1, "must be a share, 0 to 1"),
     "data.test_fraction": Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),
+    "data.validation_fraction": _below_1,
+    "data.fold": Rule(_is_fold, "must be empty, or a part of n such as 1/4"),
     "augment.min_area": _at_most_1,
     "augment.erase": Rule(lambda p: 0 <= p <= 1, "must be a probability"),
     "model.backbone": Rule(
@@ -123,6 +130,8 @@ RULES: dict[str, Rule] = {
     "optimizer.decay_factor": _above_0,
     "train.gradient_cache_chunk": at_least(0),
     "train.skip_nonfinite": at_least(0),
+    "train.patience": at_least(0),
+    "train.best_of_test": Rule(lambda value: True, ""),
     "train.steps": at_least(0),
     "train.classes_per_batch": at_least(0),
     "train.tracker": Rule(
@@ -205,6 +214,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
                 f"profile_steps={config.profile_steps} must end after it begins, and by "
                 f"train.steps={steps}."
             )
+    if config.train.best_of_test and (config.data.fold or config.data.validation_fraction):
+        yield "train.best_of_test chooses on the test classes, but there are validation classes."
     vectors = cgd.vectors_of(model.descriptors, model.combination)
     if config.eval.vector not in vectors:
         yield f"eval.vector={config.eval.vector!r} {one_of(vectors).otherwise}."
@@ -270,6 +281,11 @@ def _problems_of_images(
     size, resize, pad = images.image_size, images.resize, augment.pad
     if images.source and not data.needs_source(images.name):
         yield f"data.source={images.source!r}, but {images.name} is drawn, not read."
+    if images.fold and images.validation_fraction:
+        yield (
+            f"data.fold={images.fold} and data.validation_fraction={images.validation_fraction} "
+            f"both say which classes are held back; set only one of them."
+        )
     if resize + 2 * pad < size:
         yield (
             f"data.image_size={size} is larger than data.resize={resize} with augment.pad={pad} on "

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from cgd_jax import checkpoint
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
+from cgd_jax.data.validation import hold_out
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, network_params
 from cgd_jax.objective import loss_param_counts
@@ -37,6 +38,7 @@ class Run(NamedTuple):
     workdir: str
     folder: Path  # where this process writes reports: the work folder in the first process
     dataset: Dataset
+    validation: Dataset | None  # of training classes that are held back
     labels: np.ndarray  # [N] int32, of the training images, in [0, M)
     model: CGD
     optimizer: optax.GradientTransformation
@@ -75,14 +77,16 @@ def create_run(config: ConfigDict, workdir: str) -> Run:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
     if config.train.classes_per_batch:
         check_batch(config.train, mesh.size)
-    dataset, labels = open_data(config)
+    dataset, validation, labels = open_data(config)
     config = fit_to_data(config, labels, mesh.size, workdir)
     check_options(config, dataset)
     model = create_model(config.model, len(np.unique(labels)))
     proxies = bool(loss_param_counts(config.loss))
     optimizer = make_optimizer(config.optimizer, config.train.steps, model.backbone, proxies)
     folder, (_, batch_sharding) = processes.report_folder(workdir), shardings(mesh)
-    return Run(config, workdir, folder, dataset, labels, model, optimizer, batch_sharding)
+    return Run(
+        config, workdir, folder, dataset, validation, labels, model, optimizer, batch_sharding
+    )
 
 
 def open_run(
@@ -92,7 +96,7 @@ def open_run(
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1.
+      step: of the checkpoint; None for the chosen one, see `checkpoint.save`.
       config: the run's own, perhaps with another `eval` part; None for just the run's.
 
     Returns:
@@ -229,11 +233,12 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, state)
 
 
-def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
+def open_data(config: ConfigDict) -> tuple[Dataset, Dataset | None, np.ndarray]:
     """Opens the data set of a config, building it first if need be.
 
     Returns:
-      The data set; the labels [N] int32 of its training images, in [0, M).
+      The data set; its validation classes, if there are any; the labels [N] int32 of its training
+      images, in [0, M).
 
     Raises:
       ConfigError: Something is wrong with the source, the data set or the disk.
@@ -242,13 +247,17 @@ def open_data(config: ConfigDict) -> tuple[Dataset, np.ndarray]:
         # What the first process builds the others find built, if they share its disk.
         if not processes.is_first():
             processes.wait_for_all("the data set is built")
-        dataset = load_dataset(config.data, config.eval.center_crop)
+        data = config.data
+        dataset = load_dataset(data, config.eval.center_crop)
+        dataset, validation = hold_out(
+            dataset, data.validation_fraction, data.fold, data.split_seed
+        )
         if processes.is_first():
             processes.wait_for_all("the data set is built")
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     _, labels = np.unique(dataset.train.labels, return_inverse=True)
-    return dataset, labels.astype(np.int32)
+    return dataset, validation, labels.astype(np.int32)
 
 
 def fit_to_data(

@@ -99,9 +99,8 @@ FLAGS = {
     "json": Flag(flags.DEFINE_bool, "Prints JSON, and nothing else.", "", False),
     "picture": Flag(
         flags.DEFINE_string,
-        "The PNG that shows what was found; else search.png.",
+        "The PNG that shows what was found; else search.png, or duplicates.png.",
         "FILE",
-        "search.png",
     ),
     "host": Flag(
         flags.DEFINE_string,

@@ -12,7 +12,14 @@ from ml_collections import ConfigDict
 from cgd_jax import checkpoint, gradient_caching, train_step
 from cgd_jax.config import to_dict
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
-from cgd_jax.evaluate import evaluate_state, evaluate_step, log_results, measure_baselines
+from cgd_jax.evaluate import (
+    embed_test,
+    evaluate_state,
+    evaluate_step,
+    log_results,
+    measure,
+    measure_baselines,
+)
 from cgd_jax.models.cgd import network_params
 from cgd_jax.objective import triplet_margin
 from cgd_jax.reports import collapse, plots, tables, trackers
@@ -30,7 +37,7 @@ class Diverged(UserError):
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
-    """Trains what a config describes, or goes on with it, and evaluates the best.
+    """Trains what a config describes, or goes on with it, and evaluates the chosen checkpoint.
 
     The work folder then holds config.json, history.csv, curves.png, retrievals.png,
     results.json, the checkpoints and TensorBoard events.
@@ -86,8 +93,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                 f"on from the checkpoint of step {checkpoints.latest_step()} in {workdir}."
             )
             raise SystemExit(interrupts.EXIT_TEMPFAIL)
-        best = checkpoint.restore(checkpoints, run.state_shapes(), checkpoints.best_step())
-        results = {**evaluate_state(run, best), "baselines": baselines}
+        results = measure_chosen(run, state, checkpoints, history) | {"baselines": baselines}
         files.write_json(folder / "results.json", results)
     log_results(config, results)
     took = console.duration(time.time() - started)
@@ -143,7 +149,9 @@ def train(
             if not recalls:
                 return state, True
             history.add(first, recalls)
-            checkpoint.save(checkpoints, state, recalls["recall@1"])
+            checkpoint.save(checkpoints, state, score_of(run, first, recalls))
+        if out_of_patience(config, history):
+            return state, False
         for step in range(first + 1, steps + 1):
             with meter.waiting():
                 batch = next(batches)
@@ -181,11 +189,50 @@ def train(
                 history.add(step, row | recalls)
                 progress.log(step, row | recalls)
             if saves:
-                checkpoint.save(checkpoints, state, recalls.get("recall@1"))
-            if stop:
+                checkpoint.save(checkpoints, state, score_of(run, step, recalls))
+            if stop or (recalls and out_of_patience(config, history)):
                 break
         checkpoint.finish(checkpoints)
     return state, stop
+
+
+def score_of(run: Run, step: int, recalls: dict[str, float]) -> float | None:
+    """Returns what the checkpoint of a step is chosen by, see `checkpoint.save`."""
+    if not recalls:
+        return None
+    by_recall = run.validation is not None or run.config.train.best_of_test
+    return recalls["recall@1"] if by_recall else float(step)
+
+
+def out_of_patience(config: ConfigDict, history: History) -> bool:
+    """Returns whether the last `train.patience` evaluations brought nothing better."""
+    values = [row["recall@1"] for row in history.rows if "recall@1" in row]
+    if not config.train.patience or not values:
+        return False
+    return len(values) - 1 - int(np.argmax(values)) >= config.train.patience
+
+
+def measure_chosen(
+    run: Run, last: State, checkpoints: ocp.CheckpointManager, history: History
+) -> dict:
+    """Measures the chosen checkpoint on the test classes, and beside it the last step.
+
+    Returns:
+      What `evaluate_state` does, with "chosen by", and if they are there "validation", the
+      recalls of the validation classes at that step, and "last step", its "step" and "metrics".
+    """
+    chosen = checkpoints.best_step()
+    state = checkpoint.restore(checkpoints, run.state_shapes(), chosen)
+    results = evaluate_state(run, state)
+    results["chosen by"] = "test classes" if run.config.train.best_of_test else "last step"
+    if run.validation is not None:
+        (row,) = [row for row in history.rows if row["step"] == chosen]
+        results["chosen by"] = "validation classes"
+        results["validation"] = {k: v for k, v in row.items() if k.startswith("recall@")}
+    if chosen != int(last.step):
+        measured = measure(run, embed_test(run, last))
+        results["last step"] = {"step": int(last.step), "metrics": measured}
+    return results
 
 
 def batch_size(config: ConfigDict) -> int:
@@ -265,8 +312,12 @@ def run_facts(run: Run, state: State, flops: float) -> dict[str, str]:
 def report_history(run: Run, history: History, baselines: dict) -> None:
     """Draws the curves of a run, and warns of what they show."""
     margin = triplet_margin(run.config.loss)
-    classes = tables.describe_classes(*count_classes(run.workdir, run.dataset).values())
+    if run.validation is None:
+        classes = tables.describe_classes(*count_classes(run.workdir, run.dataset).values())
+    else:
+        classes = f"{len(np.unique(run.validation.query.labels))} validation classes"
     with files.warn_on_write_error("curves.png"):
         plots.plot_curves(run.folder / "curves.png", history.rows, baselines, margin, classes)
-    for warning in collapse.warnings(history.rows, margin, run.config.model.center):
-        console.log(f"Warning: {warning}")
+    if history.rows and history.rows[-1]["step"] >= run.config.train.steps / 2:  # else it is early
+        for warning in collapse.warnings(history.rows, margin, run.config.model.center):
+            console.log(f"Warning: {warning}")

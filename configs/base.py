@@ -25,6 +25,10 @@ def get_config() -> ConfigDict:
     data.max_bad_fraction = 0.01  # share of unreadable files that stops a build
     data.split_seed = 0  # image_folder: which classes train and which test
     data.test_fraction = 0.5  # image_folder: share of the classes that test
+    # Training classes that are held back to choose checkpoints by, drawn by split_seed: a share of
+    # them, or the i-th of n parts, as in "1/4". Without any, the last step is reported.
+    data.validation_fraction = 0.0
+    data.fold = ""
     data.nested_classes = False  # image_folder: every folder with images is a class
 
     # What training does to an image beyond a random crop; all but the flip is off in the paper.
@@ -127,7 +131,11 @@ def get_config() -> ConfigDict:
     train.log_every = 20  # steps between lines in history.csv
     train.eval_every = 500  # steps between evaluations
     train.checkpoint_every = 100  # steps between checkpoints
-    train.keep = 2  # latest checkpoints kept, beside the best
+    train.keep = 2  # latest checkpoints kept, beside the chosen one
+    # Without validation classes: reports the step that is best on the test classes, as most papers
+    # do, in place of the last one.
+    train.best_of_test = False
+    train.patience = 0  # evaluations without a better one that end a run; 0: all steps are done
     train.tracker = ""  # "wandb", "mlflow": shows the history there too, beside TensorBoard
 
     config.eval = evaluation = ConfigDict()

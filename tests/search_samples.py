@@ -9,8 +9,8 @@ from PIL import Image
 
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model
+from cgd_jax.network import Network
 from cgd_jax.preprocess import IMAGENET
-from cgd_jax.search.network import Network
 from tests import tiny
 
 SIDE = 8  # pixels that the stand-in sees
@@ -39,8 +39,10 @@ def stand_in(name: str = "stand-in", seed: int = 0, dimension: int = 16) -> Netw
         vectors = (images.reshape(len(images), -1) / 255.0 - 0.5) @ projection
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    hash_ = f"{seed:016x}"
-    return Network(name, hash_, "embedding", dimension, SIDE, SIDE, embed, None, {}, IMAGENET)
+    config = {"data": {"image_size": SIDE}, "eval": {"center_crop": False}}
+    network = Network(name, f"{seed:016x}", "embedding", None, {}, IMAGENET, config)
+    network.embed_batch, network.dimension = embed, dimension
+    return network
 
 
 def vectors_of(network: Network, files: list[Path]) -> np.ndarray:
@@ -57,7 +59,7 @@ def vectors_of(network: Network, files: list[Path]) -> np.ndarray:
             image = cv2.resize(image, (2 * size[0], 2 * size[1]), interpolation=cv2.INTER_LINEAR)
         area = cv2.INTER_AREA if factor > 4 / 3 else cv2.INTER_LINEAR
         pixels.append(cv2.resize(image, size, interpolation=area))
-    return np.asarray(network.embed(np.stack(pixels)))
+    return np.asarray(network.embed_pixels(np.stack(pixels)))
 
 
 def write_network(folder: Path, seed: int = 0) -> Path:

@@ -12,7 +12,8 @@ from cgd_jax import attribution, combination, pooling
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.resnet import ResNet
-from cgd_jax.preprocess import Normalization
+from cgd_jax.preprocess import IMAGENET, Normalization
+from cgd_jax.runtime.errors import InputError
 from tests.variables import random_variables
 
 
@@ -41,7 +42,7 @@ def test_pooled_maps_of_other_exponents():
     p = jnp.array([1.0, 3.0, 7.0])
     np.testing.assert_allclose(gem(p).sum((0, 1)), pooling.gem(features, p), rtol=1e-5)
     np.testing.assert_allclose(gem(2000.0), attribution.pooled_map("M", features), atol=2e-2)
-    with pytest.raises(ValueError, match="'X'; known are S, M, G, R"):
+    with pytest.raises(InputError, match="no map for X, which is .*; S, M, G, R are"):
         attribution.pooled_map("X", features)
 
 
@@ -95,6 +96,26 @@ def test_the_explanation_is_of_what_the_network_computes(options):
     np.testing.assert_allclose(
         found.shares.sum() + found.common, expected[0] @ expected[1], atol=1e-4
     )
+
+
+@pytest.mark.parametrize("combination", ["concat", "raw"])
+def test_every_vector_is_explained(combination):
+    """Of a network with centering, which descriptors alone are without."""
+    backbone = ResNet(stage_sizes=(1,), bottleneck=False, width=4, stem="3x3")
+    model = CGD(backbone, 3, "GM", 8, combination, learn_p="scalar", center="direction")
+    variables = random_variables(model, jnp.zeros((2, 16, 16, 3)))
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    for vector in cgd.vectors_of("GM", combination):
+        assert not attribution.why_no_map("GM", vector)
+        a, b = cgd.embed_model(model, variables, IMAGENET, 16, vector)(images)
+        found = attribution.explain_pair(
+            model, variables, IMAGENET, images, 16, reference=0.1, vector=vector
+        )
+        assert found.maps.shape[1] == (2 if vector in ("embedding", "descriptors") else 1)
+        np.testing.assert_allclose(found.similarity, a @ b, atol=1e-5)
+        np.testing.assert_allclose(
+            found.maps.sum((1, 2, 3)), [a @ (b - 0.1), b @ (a - 0.1)], atol=1e-4
+        )
 
 
 class Patches(nn.Module):

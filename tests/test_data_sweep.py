@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cgd_jax
 from cgd_jax import evaluate, explain, export, train
 from cgd_jax.data.dataset import printable
 from cgd_jax.data.load import load_dataset
@@ -143,7 +144,7 @@ def test_everything_at_once_is_trained_on_and_taken_away(tmp_path):
     again = evaluate.evaluate_run(str(tmp_path / "run"))
     assert again["metrics"] == result["metrics"]
     assert all(path.is_file() for path in explain.explain_run(str(tmp_path / "run")))
-    model = export.open_model(export.export_run(str(tmp_path / "run")))
+    model = cgd_jax.open(export.export_run(str(tmp_path / "run")))
     assert model.embed(np.zeros((2, 8, 8, 3), np.uint8)).shape == (2, 8)
 
 
@@ -172,7 +173,7 @@ def test_noise_from_files_scores_at_chance(tmp_path, form):
     config.train.update(steps=1, eval_every=1, classes_per_batch=2, images_per_class=2)
     config.eval.baselines = False
     result = train.train_and_evaluate(config, str(tmp_path / "run"))
-    model = export.open_model(export.export_run(str(tmp_path / "run")))
+    model = cgd_jax.open(export.export_run(str(tmp_path / "run")))
     dataset = load_dataset(config.data)
     parts = [np.asarray(model.embed(part.images[:])) for part in (dataset.query, dataset.gallery)]
     exported = evaluate.recall(evaluate.Embeddings(*parts), dataset, (1,))

@@ -8,7 +8,7 @@ import pytest
 
 MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
 MODULES += ["losses.listwise", "losses.proxies", "losses.classification"]
-MODULES += ["labels", "ranking", "retrieval", "rerank"]
+MODULES += ["labels", "ranking", "retrieval", "rerank", "attribution", "complementarity"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,5 +1,6 @@
 """Pictures of a run's pairs: which are chosen, and what is said where there are none."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 from cgd_jax import embed, explain
 from cgd_jax.data import Dataset, Split
-from cgd_jax.runtime.errors import ConfigError
+from cgd_jax.runtime.errors import ConfigError, InputError
 
 
 def dataset_of(query, gallery):
@@ -73,7 +74,15 @@ def test_two_files_of_any_size(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="--match=.*c.png: there is no such file"):
         explain.explain_run(str(run), None, a, str(tmp_path / "c.png"))
     (tmp_path / "c.png").write_text("no image")
-    with pytest.raises(ConfigError, match="--match=.*c.png: not an image"):
+    with pytest.raises(InputError, match="c.png: not an image"):
         explain.explain_run(str(run), None, a, str(tmp_path / "c.png"))
     with pytest.raises(FileNotFoundError, match="no run in"):
         explain.explain_run(str(tmp_path), None, a, b)
+
+
+def test_a_network_with_a_descriptor_that_has_no_map(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["descriptors"] = "SC"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="descriptors='SC': there is no map for C"):
+        explain.explain_run(str(tmp_path))

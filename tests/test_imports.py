@@ -28,12 +28,26 @@ for name in {METHOD}:
     assert [line.split()[0] for line in run.stdout.splitlines()] == METHOD
 
 
-def test_a_heat_map_needs_neither_a_data_set_nor_a_run():
-    """The page is installed without TFDS, orbax and optax: `pip install 'cgd_jax[serve]'`."""
+def test_a_network_is_opened_without_what_trains_one():
+    """In a fresh interpreter: nothing until asked, then what the extra `models` brings."""
     script = """
 import sys
-from cgd_jax import attribution
-print(sorted({"tensorflow_datasets", "orbax", "optax", "matplotlib"} & set(sys.modules)))
+import cgd_jax
+assert not {"jax", "numpy"} & set(sys.modules), "imported before it is asked for"
+import flax.linen, safetensors.numpy
+known = {name.split(".")[0] for name in sys.modules}
+try:
+    cgd_jax.open("/nowhere")
+except FileNotFoundError:
+    print(*{name.split(".")[0] for name in sys.modules} - known - sys.stdlib_module_names)
+try:
+    cgd_jax.opened
+except AttributeError as error:
+    print(error)
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout.strip() == "[]", run.stderr
+    modules, error = run.stdout.splitlines()
+    brought = {"cgd_jax", "PIL", "cv2", "simplejpeg", "pillow_heif", "_pillow_heif"}
+    brought |= {"ml_collections", "absl", "yaml", "_yaml", "platformdirs"}
+    others = {name for name in modules.split() if not name.startswith("_cython")} - brought
+    assert not others and error == "module 'cgd_jax' has no attribute 'opened'"

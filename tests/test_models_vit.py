@@ -224,7 +224,7 @@ def test_the_class_token_is_not_explained_and_signed_features_are():
     descriptors = [CGD.pool(model, letter, features) for letter in "SMG"]
     embedding, _ = combination.combine(descriptors, kernels)
     np.testing.assert_allclose(maps.sum((1, 2, 3)), embedding[0] @ embedding[1], atol=1e-5)
-    with pytest.raises(ValueError, match="C, the class token, is no sum over the positions"):
+    with pytest.raises(ValueError, match="no map for C, which is not known as a sum"):
         attribution.pooled_map("C", features[0])
 
 

@@ -1,8 +1,10 @@
 """Reports: tables that line up, histories that go on, figures that show what they say."""
 
 import csv
+import io
 import os
 import struct
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -220,14 +222,18 @@ def test_curves_show_the_history(drawn, tmp_path):
     assert "margin" not in lines_of(drawn[1].axes[0])
 
 
-def test_samples_are_shown_in_their_own_colours(tmp_path):
+def test_samples_are_shown_in_their_own_colors_below_the_names_of_their_classes(tmp_path, drawn):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     for normalization in (IMAGENET, Normalization.of(0.5, 0.25)):
         images = np.asarray(normalize(pixels, normalization))
-        plots.plot_samples(tmp_path / "a.png", images, 3, normalization)
+        plots.plot_samples(tmp_path / "a.png", images, [*"aabbbb"], 3, normalization)
         shown = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
-        assert shown.shape == (2 * 68 + 4, 3 * 68 + 4, 3)
-        assert np.abs(shown[72:136, 4:68] - pixels[3]).max() <= 1
+        assert shown.shape[:2] == (2 * 84 + 4, 3 * 68 + 4)
+        assert np.abs(shown[104:168, 4:68, :3] - pixels[3]).max() <= 1
+
+    # The first of a class, and the first of a row.
+    assert [text.get_text() for text in drawn[0].texts] == ["a", "b", "b"]
+    assert [round(text.get_position()[0]) for text in drawn[0].texts] == [4, 140, 4]
 
 
 def test_classes_are_called_unseen_where_they_are():
@@ -306,6 +312,29 @@ def test_lines_of_training_fit_a_terminal(capsys):
         progress.log(1000, row)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and max(map(len, lines)) <= 80, lines
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("width", [0, 80])
+def test_on_a_terminal_there_is_a_bar_and_some_lines_stay(width, capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(terminal, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((width, 24)))
+    with Progress(0, 100) as progress:
+        for step in range(1, 101):
+            progress.update()
+            recalls = {"recall@1": 0.5} if step == 55 else {}
+            progress.log(step, {"loss": 1 / step} | recalls)
+    said = [line.split("/100")[0] for line in capsys.readouterr().out.splitlines()]
+    # Ten in all, and both lines of the step that was evaluated.
+    tenths = [*range(10, 51, 10), 55, 55, *range(65, 100, 10)]
+    assert said == [f"step {step:3}" for step in tenths]
+    assert "training" in terminal.getvalue() and "100/100" in terminal.getvalue()
 
 
 def test_metrics_of_every_class_as_csv(tmp_path):

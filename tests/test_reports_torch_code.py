@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax.export import feature_map
 from cgd_jax.models import pretrained
-from cgd_jax.models.cgd import create_model, embed_model
+from cgd_jax.models.cgd import create_model
+from cgd_jax.network import Network
 from cgd_jax.preprocess import Normalization
 from cgd_jax.reports.torch_code import reads_backbone, torch_code
 from configs import base
@@ -27,15 +27,13 @@ NETWORKS = {
         **{"backbone": "resnext50_32x4d", "width": 32, "descriptors": "GS", "learn_p": "scalar"},
         **{"combination": "sum"},
     },
-    "of torchvision": {"backbone": "resnet18", "descriptors": "SG"},
+    "as published": {"backbone": "resnet18", "descriptors": "SG"},
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_pytorch_computes_the_same_embedding(name, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    if name == "of torchvision":
-        pytest.importorskip("torchvision", reason="torchvision is not installed")
     config = base.get_config()
     config.model.update(NETWORKS[name] | {"embedding_dim": 24, "dtype": "float32"})
     config.data.update(image_size=32, resize=36)
@@ -51,8 +49,9 @@ def test_pytorch_computes_the_same_embedding(name, tmp_path):
     backbone = pretrained.to_torchvision(variables, config.model.backbone)
     pretrained.save(tmp_path / "backbone.safetensors", backbone, normalization)
     pixels = rng.integers(0, 256, (3, side, side, 3), dtype=np.uint8)
-    expected = embed_model(model, variables, normalization, 32)(pixels)
-    code, names = torch_code(config, normalization, feature_map(model, variables, 32)), {}
+    network = Network("", "", "embedding", model, variables, normalization, config.to_dict())
+    expected = network.embed_pixels(pixels)
+    code, names = torch_code(network), {}
     assert reads_backbone(config.model) and max(map(len, code.splitlines())) <= 100
     with contextlib.chdir(tmp_path), torch.no_grad():
         exec(code, names)
@@ -72,10 +71,13 @@ def draw(rng, path, shape):
 
 
 def test_other_backbones_are_left_to_their_libraries():
-    """The code then has what the method puts on top of them."""
+    """The code then has what the method puts on top of them; nothing for an unknown descriptor."""
     config = base.get_config()
-    config.model.update(backbone="dinov2_vits14", descriptors="CG")
-    code = torch_code(config, Normalization.of(0.5, 0.5), (14, 14))
+    config.model.update(backbone="dinov2_small", descriptors="CG")
+    rest = {}, Normalization.of(0.5, 0.5), config.to_dict()
+    code = torch_code(Network("", "", "embedding", create_model(config.model, 2), *rest))
+    model = create_model(config.model, 2).clone(descriptors="GX")
+    assert torch_code(Network("", "", "embedding", model, *rest)) is None
     assert not reads_backbone(config.model)
     assert "    x, token = backbone((images / 255 - mean) / std)\n" in code
     assert "        token,\n" in code and "def backbone" not in code

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cgd_jax import cli
+from cgd_jax import network as networks
 from cgd_jax.search import commands, duplicates, queries
-from cgd_jax.search import network as networks
 from tests.search_samples import folder_of_photographs, photograph, stand_in
 from tests.test_main import run_here
 
@@ -66,7 +66,7 @@ def test_duplicates(filled, tmp_path):
     assert (status, errors) == (0, "")
     rows = [line.split() for line in output.splitlines() if line[:1].isdigit()]
     assert [row[:3] for row in rows] == [["1", "2", "1.0000"]] * 2
-    assert f"else {duplicates.SIMILARITY}." in run_here("--help")[1]
+    assert f"else {duplicates.SIMILARITY}." in " ".join(run_here("search", "--help")[1].split())
     assert Image.open(tmp_path / "groups.png").height > 24
     status, output, _ = run_here(*flags, "--json")
     paths = [hit["path"] for hit in json.loads(output)["groups"][0]["images"]]
@@ -100,18 +100,18 @@ def test_a_part_of_the_query(filled):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--mode=index"], "say what to index: --images=PHOTOS"),
-        (["--mode=index", "--images=a", "--k=3"], "--k goes with --mode=search."),
-        (["--mode=search", "--query=a", "--images=a"], "--images goes with --mode=index."),
+        (["--mode=index"], "say what to index: --images=IMAGES"),
+        (["--mode=index", "--images=a", "--k=3"], "--k goes with `search`, not with `index`"),
+        (["--mode=search", "--query=a", "--images=a"], "--images goes with `index` and `serve`"),
         (["--mode=search"], "say what to search by, --query=a.jpg, or look for --duplicates."),
         (["--mode=search", "--query=a", "--duplicates"], "or look for --duplicates."),
         (["--mode=search", "--duplicates", "--k=3"], "--crop and --k do not go with --dup"),
         (["--mode=search", "--query=a", "--similarity=1"], "--similarity goes with --duplicates."),
         (["--mode=search", "--duplicates", "--similarity=0", "--index=FILLED"], "above 0 and at"),
         (["--mode=search", "--query=a", "--workdir=a", "--model=b"], "both name a network"),
-        (["--mode=search", "--query=a", "--match=b"], "--match goes with --mode=explain."),
-        (["--mode=train", "--images=a"], "--images goes with --mode=index."),
-        (["--mode=eval", "--workdir=a", "--index=a"], "--index goes with --mode=index, --mode="),
+        (["--mode=search", "--query=a", "--match=b"], "--match goes with `explain`"),
+        (["--mode=train", "--images=a"], "--images goes with `index` and `serve`"),
+        (["--mode=data", "--config=glyphs", "--index=a"], "--index goes with `index` and `search`"),
         (["--mode=search", "--query=a", "--index=/nowhere"], "/nowhere: there is no index. Make"),
         (["--mode=index", "--images=/nowhere", "--index=IDX"], "/nowhere: there is no such fold"),
         (["--mode=search", "--query=none.jpg", "--index=FILLED"], "none.jpg: there is no such f"),

@@ -3,14 +3,13 @@
 import io
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax.augment import IMAGENET
+from cgd_jax.preprocess import IMAGENET
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import Index, Record, StoreError, embedding, images
+from cgd_jax.search import Index, Record, StoreError, images
 from cgd_jax.search import index as indexes
 from cgd_jax.search.duplicates import find_duplicates
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
@@ -62,18 +61,23 @@ def test_pages_neither_repeat_nor_omit_equal_images(tmp_path, database, exact, m
         assert [int(hit.id) for hit in hits] == whole[:k]
 
 
-def test_a_query_may_be_a_file_an_image_pixels_or_a_vector(filled):
+def test_a_query_may_be_a_file_an_image_pixels_a_vector_or_several(filled):
     index, files, ids, vectors = filled
     image = Image.open(files[4])
-    for query in (files[4], str(files[4]), image, np.asarray(image), 3 * vectors[4]):
+    queries = [files[4], str(files[4]), files[4].read_bytes(), image, np.asarray(image)]
+    for query in (*queries, 3 * vectors[4]):
         hits = index.search(query, 3)
         assert hits[0].id == ids[4] and hits[0].similarity == pytest.approx(1, abs=1e-5)
+    found = index.search([*queries, files[5]], 1)
+    assert [hit.id for [hit] in found] == [ids[4]] * len(queries) + [ids[5]]
+    assert index.search([]) == [] and len(index.search([image], 2)) == 1
     np.testing.assert_allclose(index.embed([image, image]), vectors[[4, 4]], atol=1e-6)
     # A part of an image is what would be found by the part as an image of its own.
     box = 6, 5, 18, 16
     expected = index.embed([image.crop(box)])[0]
     for query in (files[4], image, np.asarray(image)):
-        np.testing.assert_allclose(index.vector_of(query, box), expected, atol=1e-6)
+        pixels, _ = images.read(query, index.info.resize, box)
+        np.testing.assert_allclose(index.embed(pixels)[0], expected, atol=1e-6)
 
 
 def test_queries_that_are_none(filled, tmp_path):
@@ -89,7 +93,7 @@ def test_queries_that_are_none(filled, tmp_path):
         index.search(np.full(16, np.nan))
     with pytest.raises(ValueError, match="k must be at least 1"):
         index.search(np.ones(16), 0)
-    with pytest.raises(ValueError, match=r"an image is \[H, W, 3\] uint8, not \[4, 4\] float64"):
+    with pytest.raises(ValueError, match=r"array of shape \(4, 4\) and dtype float64"):
         index.search(np.zeros((4, 4)))
 
 
@@ -123,6 +127,17 @@ def test_vectors_for_other_tools(filled):
     np.testing.assert_allclose(np.stack(table["vector"].to_pylist()), found, atol=1e-6)
 
 
+def test_an_index_says_what_it_is_and_follows_a_folder(tmp_path):
+    photos = folder_of_photographs(tmp_path / "photos", 4)
+    index = Index.create(tmp_path / "index", stand_in())
+    assert len(index) == 0 and index.update(photos).added == 4
+    (photos / "hats/000.png").unlink()
+    assert index.update(photos).removed == 1 and len(index) == 3
+    assert repr(index) == (
+        f"Index({str(tmp_path / 'index')!r}, network='stand-in', vector='embedding', dimension=16)"
+    )
+
+
 def test_images_come_and_go(tmp_path):
     index = Index.open(tmp_path / "index", stand_in(), create=True)
     assert index.search(np.ones(16)) == [] and index.vectors()[1].shape == (0, 16)
@@ -143,13 +158,18 @@ def test_images_come_and_go(tmp_path):
     assert index.count() == 2
 
 
+def of_size(image_size, resize):
+    data = {"image_size": image_size, "resize": resize}
+    return {"data": data, "eval": {"center_crop": True}}
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [
         ({"name": "other", "weights_hash": "1"}, "other is another .*weights_hash 0+, here 1"),
         ({"vector": "branch_S"}, "vector embedding, here branch_S"),
-        ({"image_size": 9}, "image_size 8, here 9"),
-        ({"resize": 9}, "resize 8, here 9"),
+        ({"config": of_size(9, 8)}, "image_size 8, here 9"),
+        ({"config": of_size(8, 9)}, "resize 8, here 9"),
         (
             {"normalization": IMAGENET._replace(mean=np.zeros(3, np.float32))},
             "normalization .*0.485",
@@ -158,7 +178,8 @@ def test_images_come_and_go(tmp_path):
 )
 def test_another_network_is_refused_with_both_named(filled, changes, named, monkeypatch):
     index, *_ = filled
-    other = stand_in()._replace(**changes)
+    other = stand_in()
+    vars(other).update(changes)
     message = f"made with the network stand-in; .*{named}.* make another index with --index="
     with pytest.raises(InputError, match=message):
         Index.open(index.store.address, other)
@@ -198,26 +219,6 @@ def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
         Index.create(tmp_path / "index", stand_in())
 
 
-def test_batches_are_of_sizes_that_are_compiled_and_not_padded(monkeypatch):
-    sizes = []
-    network = stand_in()
-
-    def embed(images):
-        sizes.append(len(images))
-        return network.embed(images)
-
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
-    found = embedding.embed_pixels(network._replace(embed=embed), pixels)
-    np.testing.assert_allclose(found, network.embed(pixels), atol=1e-6)
-    assert sizes == 10 * [1]  # on every core another one
-    sizes.clear()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(embedding, "BATCHES", (1, 4))
-    found = embedding.embed_pixels(network._replace(embed=embed), pixels)
-    np.testing.assert_allclose(found, network.embed(pixels), atol=1e-6)
-    assert sizes == [4, 4, 1, 1] and embedding.enough() == 4
-
-
 def test_duplicates_are_chained_into_groups(tmp_path):
     index = Index.create(tmp_path / "index", stand_in())
     rng = np.random.default_rng(0)
@@ -227,7 +228,7 @@ def test_duplicates_are_chained_into_groups(tmp_path):
         pixels.append(np.clip(nearly, 0, 255).astype(np.uint8))
     pixels.append(np.clip(pixels[1].astype(int) + 1, 0, 255).astype(np.uint8))
     ids = index.add(pixels)
-    vectors = stand_in().embed(np.stack(pixels))
+    vectors = stand_in().embed_batch(np.stack(pixels))
     similarity = vectors @ vectors.T - 2 * np.eye(len(pixels))
     linked = similarity >= 0.95
     reachable = linearly = linked | np.eye(len(pixels), dtype=bool)

@@ -65,16 +65,18 @@ def test_what_is_stored(photos, tmp_path):
 
 def test_only_what_changed_is_embedded(photos, tmp_path, monkeypatch):
     address = str(tmp_path / "index")
-    network = stand_in()
+    network, counting = stand_in(), stand_in()
     embedded = []
 
     def embed(images):
         embedded.append(len(images))
-        return network.embed(images)
+        return network.embed_batch(images)
+
+    counting.embed_batch = embed
 
     def run(*sources):
         embedded.clear()
-        return numbers(update(address, sources or [photos], network._replace(embed=embed)))
+        return numbers(update(address, sources or [photos], counting))
 
     assert run() == (12, 0, 0, 0, 0) and embedded
     before = content(address)
@@ -296,10 +298,12 @@ print(listener.getsockname()[1], flush=True)
 
 def embed(images):
     time.sleep(0.02)
-    return stand_in().embed(images)
+    return stand_in().embed_batch(images)
 
 embedding.enough, indexing.WRITE_EVERY = lambda: 1, 1
-indexing.update(address, [photos], stand_in()._replace(embed=embed))
+slow = stand_in()
+slow.embed_batch = embed
+indexing.update(address, [photos], slow)
 """
 
 

@@ -105,12 +105,12 @@ def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
         copies = _repeated(np.stack([asked, query.labels], 1))
         done = "find their copies" if keep else "are left out"
         _warn(query, copies, f"test images are copies of others of their class, and {done}")
-        return dataset if keep else dataset._replace(query=_rows(query, ~copies))
+        return dataset if keep else dataset._replace(query=rows_of(query, ~copies))
     searched = np.asarray(gallery.contents)
     both = np.isin(searched, asked)
     _warn(gallery, both, "images of the gallery are queries too; no query finds itself")
     # `gallery_ids` covers one copy of each.
-    return dataset._replace(gallery=_rows(gallery, ~(both & _repeated(searched))))
+    return dataset._replace(gallery=rows_of(gallery, ~(both & _repeated(searched))))
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:
@@ -142,7 +142,7 @@ def _warn_of_classes(dataset: Dataset) -> None:
             log.warning("%d of %d test classes %s: %s", len(classes), len(tested), text, names)
 
 
-def _rows(split: Split, chosen: np.ndarray) -> Split:
+def rows_of(split: Split, chosen: np.ndarray) -> Split:
     """Returns a split with some of its rows, given as [N] bool."""
     if chosen.all():
         return split
@@ -151,7 +151,7 @@ def _rows(split: Split, chosen: np.ndarray) -> Split:
         images=_ImageRows(split.images, rows),
         labels=split.labels[rows],
         ids=[split.ids[i] for i in rows],
-        contents=np.asarray(split.contents)[rows],
+        contents=None if split.contents is None else np.asarray(split.contents)[rows],
     )
 
 

@@ -86,12 +86,15 @@ class Progress(tqdm):
 
     def __init__(self, step: int, steps: int):
         """Starts at `step` of `steps`."""
-        look = {"desc": "training", "unit": " step", "leave": False, "dynamic_ncols": True}
+        look = {"desc": "training", "unit": " step", "leave": False, **console.bar_width()}
         super().__init__(initial=step, total=steps, disable=None, smoothing=0.1, **look)
-        self.first, self.steps, self.started = step, steps, time.time()
+        self.first, self.steps, self.started, self.said = step, steps, time.time(), step
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Shows a row of the history: losses in the bar or as a line, recalls as a line."""
+        """Shows a row of the history: losses in the bar and as a line, recalls as a line.
+
+        Where there is a bar, ten lines of losses stay, and those of evaluated steps.
+        """
         losses = [f"{label} {row[key]:.3f}" for key, label in _LOSSES.items() if key in row]
         if "images_per_second" in row:
             losses.append(f"{row['images_per_second']:.0f} img/s")
@@ -102,8 +105,10 @@ class Progress(tqdm):
             left = (time.time() - self.started) / (step - self.first) * (self.steps - step)
             minutes, seconds = divmod(round(left), 60)
             losses.append(f"{minutes}:{seconds:02} left")
-        for parts in (losses if self.disable else [], recalls):
+        stays = self.disable or bool(recalls) or step - self.said >= self.steps / 10
+        for parts in (losses if stays else [], recalls):
             if parts:
+                self.said = step
                 console.log(f"step {step:{len(str(self.steps))}}/{self.steps}  {'  '.join(parts)}")
 
 

@@ -1,26 +1,30 @@
 """The model card of an exported network: README.md, as Hugging Face shows it."""
 
+from typing import TYPE_CHECKING
+
 import yaml
 from ml_collections import ConfigDict
 
 from cgd_jax.models import backbones
 from cgd_jax.reports import tables
 from cgd_jax.reports.names import markdown
-from cgd_jax.reports.torch_code import reads_backbone
+from cgd_jax.reports.torch_code import reads_backbone, torch_code
+
+if TYPE_CHECKING:
+    from cgd_jax.network import Network
 
 __all__ = ["model_card"]
 
 
-def model_card(config: ConfigDict, result: dict, torch_code: str) -> str:
+def model_card(network: "Network", result: dict) -> str:
     """Returns the card in Markdown, with the header that Hugging Face reads.
 
     Args:
-      config: of the run.
-      result: what was measured of a checkpoint, see `evaluate.evaluate_checkpoint`.
-      torch_code: PyTorch code that computes the embedding, from `torch_code.torch_code`.
+      network: of a run.
+      result: what was measured of it, see `evaluate.evaluate_checkpoint`.
     """
-    model, size, measured = config.model, config.data.image_size, result["metrics"]
-    side = config.data.resize if config.eval.center_crop else size
+    config, side, measured = ConfigDict(network.config), network.resize, result["metrics"]
+    model = config.model
     table = tables.metrics_table({"embedding": measured, **result["with options"]}, "github")
     count = f"{measured['queries']:,} queries."
     if excluded := measured.get("excluded"):
@@ -29,6 +33,7 @@ def model_card(config: ConfigDict, result: dict, torch_code: str) -> str:
         low, high = (100 * bound for bound in measured["confidence"]["recall@1"])
         count += f" 95 % interval of R@1 over classes: {low:.2f} to {high:.2f}."
     title = f"CGD {model.descriptors}, {model.backbone}, {config.data.name}"
+    start = f"the weights of {markdown(model.pretrained)}" if model.pretrained else "random weights"
     return f"""---
 {_metadata(config, measured, title)}---
 
@@ -48,7 +53,7 @@ On the test images of {config.data.name}{_seen(result)}, per cent:
 
 ## Trained on
 
-The training images of {config.data.name}, from {_start(model)}: {result["step"]:,} steps of
+The training images of {config.data.name}, from {start}: {result["step"]:,} steps of
 {config.train.classes_per_batch} classes × {config.train.images_per_class} images,
 {_losses(config.loss)},
 seed {config.seed}. The whole config is in the metadata of model.safetensors.
@@ -59,10 +64,10 @@ The pixels are normalized inside, and the vectors have unit length: the inner pr
 their cosine similarity.
 
 ```python
-from cgd_jax import export
+import cgd_jax
 
-model = export.open_model("path/to/this/folder")  # or the Hugging Face repository
-vectors = model.embed(images)  # [B, {side}, {side}, 3] uint8 → [B, {model.embedding_dim}]
+network = cgd_jax.open("path/to/this/folder")  # or the Hugging Face repository
+vectors = network.embed(["a.jpg", "b.jpg"])  # [2, {model.embedding_dim}]; or arrays, or Pillow's
 ```
 
 ### With JAX alone
@@ -79,57 +84,51 @@ vectors = embed(images)  # [B, {side}, {side}, 3] uint8 → [B, {model.embedding
 
 ### With PyTorch
 
-{_of_the_backbone(model)}
-
-```python
-{torch_code}
-```
+{_with_torch(network)}
 """
 
 
 def _metadata(config: ConfigDict, measured: dict, title: str) -> str:
     """Returns what Hugging Face reads of a model, in YAML."""
-    shown = [key for key in measured if key.startswith("recall@") or key == "map@r"]
-    metrics = {tables.metric_name(key): 100 * measured[key] for key in shown}
+    name = config.data.name
+    metrics = [
+        {"type": "recall", "name": tables.metric_name(key), "value": round(100 * measured[key], 2)}
+        for key in measured
+        if key.startswith("recall@") or key == "map@r"
+    ]
+    results = {
+        "task": {"type": "image-feature-extraction", "name": "Image retrieval"},
+        "dataset": {"name": name, "type": name, "split": "test"},
+        "metrics": metrics,
+    }
     text = {
         "library_name": "cgd_jax",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["image-retrieval", "metric-learning", "jax"],
-        "datasets": [config.data.name],
+        "datasets": [name],
         "metrics": ["recall"],
-        "model-index": [
-            {
-                "name": title,
-                "results": [
-                    {
-                        "task": {"type": "image-feature-extraction", "name": "Image retrieval"},
-                        "dataset": {
-                            "name": config.data.name,
-                            "type": config.data.name,
-                            "split": "test",
-                        },
-                        "metrics": [
-                            {"type": "recall", "name": name, "value": round(value, 2)}
-                            for name, value in metrics.items()
-                        ],
-                    }
-                ],
-            }
-        ],
+        "model-index": [{"name": title, "results": [results]}],
     }
     return yaml.safe_dump(text, sort_keys=False, allow_unicode=True)
 
 
-def _of_the_backbone(model: ConfigDict) -> str:
-    """Says what the PyTorch code needs."""
-    if reads_backbone(model):
-        return "The whole network, from the two files of weights:"
-    scheme = backbones.BACKBONES[model.backbone].schemes[0]
-    return (
-        f"backbone.safetensors has the weights of the backbone under the names of {scheme.title},\n"
-        f"without a classifier. Let `backbone` be that network up to its last feature map,\n"
-        f"[B, C, H, W]; what the method puts on top of it, from model.safetensors:"
-    )
+def _with_torch(network: "Network") -> str:
+    """Returns the PyTorch code, and says what it needs."""
+    model, code = network.config["model"], torch_code(network)
+    if code is None:
+        return (
+            f"There is no PyTorch code for the descriptors {model['descriptors']}; the backbone\n"
+            f"is in backbone.safetensors."
+        )
+    needs = "The whole network, from the two files of weights:"
+    if not reads_backbone(model):
+        scheme = backbones.BACKBONES[model["backbone"]].schemes[0]
+        needs = (
+            f"backbone.safetensors has the weights of the backbone under the names of\n"
+            f"{scheme.title}, without a classifier. Let `backbone` be that network up to its last\n"
+            f"feature map, [B, C, H, W]; what the method puts on top of it, from model.safetensors:"
+        )
+    return f"{needs}\n\n```python\n{code}\n```"
 
 
 def _seen(result: dict) -> str:
@@ -138,11 +137,6 @@ def _seen(result: dict) -> str:
         return ""
     counts = result["classes"]
     return f" ({tables.describe_classes(counts['tested'], counts['trained on'])})"
-
-
-def _start(model: ConfigDict) -> str:
-    """Says which weights training began with."""
-    return f"the weights of {markdown(model.pretrained)}" if model.pretrained else "random weights"
 
 
 def _losses(loss: ConfigDict) -> str:

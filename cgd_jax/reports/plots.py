@@ -187,20 +187,35 @@ def _plot_column(
 
 
 def plot_samples(
-    path: str | Path, images: np.ndarray, columns: int, normalization: Normalization
+    path: str | Path,
+    images: np.ndarray,
+    names: Sequence[str],
+    columns: int,
+    normalization: Normalization,
 ) -> None:
     """Draws training images as the network sees them.
 
     Args:
       path: of the PNG.
       images: [B, S, S, 3] float, normalized.
+      names: of the images' classes; written above the first of several alike.
       columns: images in a row.
       normalization: what was done to the pixels.
     """
     pixels = np.clip((images * normalization.std + normalization.mean) * 255, 0, 255)
-    side = min(max(images.shape[1], 64), 128)
-    tiles = [thumbnail(image, side) for image in pixels.astype(np.uint8)]
-    files.write_picture(path, contact_sheet(tiles, columns, 4))
+    side, room, gap = min(max(images.shape[1], 64), 128), 16, 4
+    tiles = [
+        ImageOps.expand(thumbnail(image, side), (0, room, 0, 0), "white")
+        for image in pixels.astype(np.uint8)
+    ]
+    sheet = contact_sheet(tiles, columns, gap)
+    with figure_of(path, sheet) as drawn:
+        for i, name in enumerate(names):
+            if i and i % columns and names[i - 1] == name:
+                continue
+            left = gap + i % columns * (side + gap)
+            top = sheet.height - i // columns * (side + room + gap)
+            drawn.text(left, top - room, shorten(literal(name), 24), fontsize=6, transform=None)
 
 
 def plot_retrievals(

@@ -1,10 +1,17 @@
 """PyTorch code that computes an exported network's embedding, for its model card."""
 
-from ml_collections import ConfigDict
+import pprint
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
 
 from cgd_jax import pooling
 from cgd_jax.models import resnet
-from cgd_jax.preprocess import Normalization
+
+if TYPE_CHECKING:
+    from cgd_jax.network import Network
 
 __all__ = ["reads_backbone", "torch_code"]
 
@@ -53,54 +60,60 @@ _BOTTLENECK = """\
 """
 
 
-# As torchvision has them; a width or stem of one's own is computed by `_RESNET`.
-_IN_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d")
+# Expressions that pool x [B, C, H, W] to [B, C], by the letters of `pooling.LETTERS`.
+_POOLED = {
+    "S": "x.mean((2, 3))",
+    "M": "x.amax((2, 3))",
+    "G": "x.clamp(min=1e-6).pow(P).mean((2, 3)).pow(1 / p)",
+    "R": "sum(F.normalize(region.amax((2, 3)), eps=1e-3) for region in regions)",
+    pooling.CLASS_TOKEN: "token",
+}
 
 
-def reads_backbone(model: ConfigDict) -> bool:
-    """Returns whether `torch_code` computes the backbone too, not only what is on top of it."""
-    return model.backbone in resnet.BACKBONES and model.backbone != "se_resnet50"
+def reads_backbone(model: Mapping[str, Any]) -> bool:
+    """Returns whether `torch_code` computes the backbone too, not only what is on top of it.
+
+    Args:
+      model: the `model` part of an experiment's config.
+    """
+    return model["backbone"] in resnet.BACKBONES and model["backbone"] != "se_resnet50"
 
 
-def torch_code(
-    config: ConfigDict, normalization: Normalization, feature_map: tuple[int, int]
-) -> str:
+def torch_code(network: "Network") -> str | None:
     """Returns Python source with a function `embed` of images.
 
     Where `reads_backbone` is false, `embed` calls a `backbone` that the reader has to provide:
     images as it normalizes them to a feature map [B, C, H, W], and the class token [B, C] beside
-    it if that is a descriptor.
-
-    Args:
-      config: of the run.
-      normalization: of its pixels.
-      feature_map: H and W of what the backbone computes, which R-MAC's regions depend on.
+    it if that is a descriptor. None if a descriptor is none of `_POOLED`.
     """
-    model, size = config.model, config.data.image_size
-    side = config.data.resize if config.eval.center_crop else size
-    lines = [(_START + (_resnet(model) if reads_backbone(model) else "")).rstrip()]
-    if "torchvision" in lines[0]:
-        lines[0] = lines[0].replace("from safetensors", "import torchvision\nfrom safetensors", 1)
+    model, config = network.model, network.config["model"]
+    letters, side, size = model.descriptors, network.resize, network.image_size
+    if not set(letters) <= _POOLED.keys():
+        return None
+    lines = [(_START + (_resnet(config) if reads_backbone(config) else "")).rstrip()]
     lines += ["", "", f"def embed(images):  # [B, 3, {side}, {side}], RGB, 0 to 255"]
     if side > size:
         start = (side - size) // 2
         lines.append(f"    images = images[..., {start}:{start + size}, {start}:{start + size}]")
-    for name in ("mean", "std"):
-        numbers = ", ".join(f"{number:.6g}" for number in getattr(normalization, name).tolist())
+    for name, values in network.normalization._asdict().items():
+        numbers = ", ".join(f"{number:.6g}" for number in values.tolist())
         lines.append(f"    {name} = torch.tensor([{numbers}])[:, None, None]")
-    token = ", token" if pooling.CLASS_TOKEN in model.descriptors else ""
+    token = ", token" if pooling.CLASS_TOKEN in letters else ""
     lines.append(f"    x{token} = backbone((images / 255 - mean) / std)")
-    if "G" in model.descriptors:
+    if "G" in letters:
         learned = 'weights["params/gem_p_learned"]'
         lines.append(f"    p = {model.gem_p if model.learn_p == 'fixed' else learned}")
-    if "R" in model.descriptors:
-        lines += _rmac(pooling.rmac_regions(*feature_map))
-    pooled = [_pooled(letter, model.learn_p) for letter in model.descriptors]
-    lines += ["    pooled = [", *(f"        {code}," for code in pooled), "    ]"]
+    if "R" in letters:
+        corners = pprint.pformat(_regions(network), width=80, compact=True).splitlines()
+        lines += [f"    corners = {corners[0]}", *(f"              {line}" for line in corners[1:])]
+        lines.append("    regions = [x[..., t : t + s, l : l + s] for t, l, s in corners]")
+    exponent = "p[:, None, None]" if model.learn_p == "channel" else "p"
+    pooled = [f"        {_POOLED[letter].replace('P', exponent)}," for letter in letters]
+    lines += ["    pooled = [", *pooled, "    ]"]
     if model.center != "none":
         x = "F.normalize(pooled[i], eps=1e-6)" if model.center == "direction" else "pooled[i]"
         lines += [
-            f'    for i, letter in enumerate("{model.descriptors}"):',
+            f'    for i, letter in enumerate("{letters}"):',
             '        center = f"batch_stats/center_{letter}/"',
             '        mean = weights[center + "mean"] / weights[center + "weight"]',
             f"        pooled[i] = {x} - mean",
@@ -112,7 +125,7 @@ def torch_code(
         lines += [
             "    branches = [",
             '        F.normalize(x @ weights[f"params/fc_{letter}"], eps=1e-6)',
-            f'        for x, letter in zip(pooled, "{model.descriptors}")',
+            f'        for x, letter in zip(pooled, "{letters}")',
             "    ]",
             f"    vectors = {join}",
         ]
@@ -120,47 +133,23 @@ def torch_code(
     return "\n".join(lines)
 
 
-def _resnet(model: ConfigDict) -> str:
-    network = resnet.BACKBONES[model.backbone].keywords
-    strides = (1, 2, 2, model.last_stride)
-    stages = list(zip(network["stage_sizes"], strides, strict=True))
-    bottleneck = network.get("bottleneck", True)
-    as_published = (model.width, model.stem, model.stem_stride) == (64, "7x7", 2)
-    if as_published and model.backbone in _IN_TORCHVISION:
-        first = f"network.layer4[0].conv{2 if bottleneck else 1}"
-        return "\n".join(
-            [
-                f"network = torchvision.models.{model.backbone}()",
-                'network.load_state_dict(load_file("backbone.safetensors"), strict=False)',
-                f"for layer in ({first}, network.layer4[0].downsample[0]):",
-                f"    layer.stride = ({model.last_stride}, {model.last_stride})",
-                "backbone = torch.nn.Sequential(*list(network.children())[:-2]).eval()",
-            ]
-        )
-    code = _RESNET.replace("STEM_STRIDE", str(model.stem_stride)).replace("STAGES", str(stages))
-    pool = "    x = F.max_pool2d(x, 3, 2, 1)\n" if model.stem == "7x7" else ""
+def _resnet(model: Mapping[str, Any]) -> str:
+    """Returns the function `backbone` for a ResNet of any width, stem and stride."""
+    network = resnet.BACKBONES[model["backbone"]].keywords
+    stages = list(zip(network["stage_sizes"], (1, 2, 2, model["last_stride"]), strict=True))
+    code = _RESNET.replace("STEM_STRIDE", str(model["stem_stride"])).replace("STAGES", str(stages))
+    pool = "    x = F.max_pool2d(x, 3, 2, 1)\n" if model["stem"] == "7x7" else ""
     code = code.replace("    MAX_POOL\n", pool)
-    return code.replace("            BRANCH\n", _BOTTLENECK if bottleneck else _BASIC)
+    branch = _BOTTLENECK if network.get("bottleneck", True) else _BASIC
+    return code.replace("            BRANCH\n", branch)
 
 
-def _pooled(letter: str, learn_p: str) -> str:
-    """Returns an expression that pools x [B, C, H, W] to [B, C]."""
-    exponent = "p[:, None, None]" if learn_p == "channel" else "p"
-    return {
-        "S": "x.mean((2, 3))",
-        "M": "x.amax((2, 3))",
-        "G": f"x.clamp(min=1e-6).pow({exponent}).mean((2, 3)).pow(1 / p)",
-        "R": "sum(F.normalize(region.amax((2, 3)), eps=1e-3) for region in regions)",
-        pooling.CLASS_TOKEN: "token",
-    }[letter]
-
-
-def _rmac(regions: list[tuple[int, int, int]]) -> list[str]:
-    return [
-        "    regions = [",
-        "        x[..., top : top + side, left : left + side]",
-        "        for top, left, side in [",
-        *(f"            {region}," for region in regions),
-        "        ]",
-        "    ]",
-    ]
+def _regions(network: "Network") -> list[tuple[int, int, int]]:
+    """Returns the regions of R-MAC in the feature map of what the network sees."""
+    shape = (1, network.image_size, network.image_size, 3)
+    backbone = network.model.bind(network.variables).backbone
+    features = jax.eval_shape(
+        lambda x: backbone(x, False), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    height, width = getattr(features, "map", features).shape[1:3]
+    return pooling.rmac_regions(height, width)

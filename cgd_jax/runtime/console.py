@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -60,6 +61,15 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
+def bar_width() -> dict[str, Any]:
+    """Returns tqdm's options for the width of a bar, also where a terminal reports 0 columns."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no terminal
+        known = True
+    return {"dynamic_ncols": True} if known else {"ncols": columns()}
+
+
 def fold(text: str) -> str:
     """Breaks lines that are longer than those of the terminal, at spaces."""
     options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
@@ -113,7 +123,7 @@ def progress(
     options |= {"unit": unit, "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
     if sys.stderr.isatty() or log_every is None:
         # "disable": where there is no terminal.
-        options |= {"disable": None, "leave": False, "dynamic_ncols": True, "smoothing": 0.1}
+        options |= {"disable": None, "leave": False, "smoothing": 0.1, **bar_width()}
     else:
         options |= {
             "file": _LogLines(),

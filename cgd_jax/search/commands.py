@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cgd_jax.runtime import console
-from cgd_jax.search import indexing, queries
+from cgd_jax.search import indexing, queries, report
+from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
 from cgd_jax.search.index import Index
 
 __all__ = ["default_address", "fill_index", "search_index"]
@@ -46,7 +47,7 @@ def search_index(
     crop: str | None = None,
     duplicates: float | None = None,
     as_json: bool = False,
-    figure: str = "search.png",
+    figure: str | None = None,
 ) -> None:
     """Searches an index and shows what is found; see `Index.open`, `queries.ask`.
 
@@ -60,15 +61,11 @@ def search_index(
       crop: "x,y,width,height", the part of each query to search by.
       duplicates: similarity from which images count as duplicates; None is the default.
       as_json: whether to print JSON, and nothing else, and draw nothing.
-      figure: PNG to draw.
+      figure: PNG to draw; None for search.png, or duplicates.png.
     """
+    figure = figure or ("duplicates.png" if asked is None else "search.png")
     box = queries.parse_crop(crop) if crop else None
     index = Index.open(address, model)
-    # Not at the top of the file: they import JAX and Matplotlib, which filling an index may not
-    # need.
-    from cgd_jax.search import report
-    from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
-
     if asked is None:
         similarity = SIMILARITY if duplicates is None else duplicates
         groups = find_duplicates(index, similarity, where)
@@ -81,6 +78,8 @@ def search_index(
     else:
         found = queries.ask(index, asked, k, where, exact, box)
         print(report.as_json(found) if as_json else report.as_text(found))
+        if not any(answer.hits for answer in found.answers):
+            return
         if not as_json:
             report.draw(Path(figure), index, found.answers)
     if not as_json:

@@ -1,4 +1,4 @@
-"""Any number of images, read by all cores and embedded in batches that suit the device."""
+"""Images on their way to vectors: read ahead by all cores while the device embeds."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -6,38 +6,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cgd_jax.network import BATCHES, enough
 from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.threads import CORES, parallel
-from cgd_jax.search.network import Network
 
-__all__ = ["batch_sizes", "embed_pixels", "enough", "read_and_embed"]
-
-# An accelerator embeds batches of these sizes, each of which is compiled once; any number is a sum
-# of them. On a CPU every core embeds one image at a time: in a batch, an image takes longer.
-BATCHES = (1, 16, 128)
+__all__ = ["read_and_embed"]
 
 Item = TypeVar("Item")
-
-
-def batch_sizes() -> tuple[int, ...]:
-    """Returns how many images the device embeds at a time, each of which is compiled once."""
-    return BATCHES if _on_accelerator() else (1,)
-
-
-def enough() -> int:
-    """Returns how many images, embedded together, keep the device busy."""
-    return BATCHES[-1] if _on_accelerator() else 4 * CORES
-
-
-def embed_pixels(network: Network, pixels: np.ndarray) -> np.ndarray:
-    """Embeds any number of images [B, resize, resize, 3] uint8: [B, D] float32."""
-    sizes, batches, at = batch_sizes(), [], 0
-    while at < len(pixels):
-        size = max(size for size in sizes if size <= len(pixels) - at)
-        batches.append(pixels[at : at + size])
-        at += size
-    each = map if _on_accelerator() else parallel
-    return np.concatenate(list(each(lambda x: np.asarray(network.embed(x), np.float32), batches)))
 
 
 def read_and_embed(
@@ -80,9 +55,3 @@ def _embedded(waiting: list, embed: Callable[[np.ndarray], np.ndarray]) -> Itera
     vectors = embed(np.stack([pixels for _, (pixels, _) in waiting]))
     for (item, (_, fields)), vector in zip(waiting, vectors, strict=True):
         yield item, fields, vector
-
-
-def _on_accelerator() -> bool:
-    import jax  # late, so that an index that is up to date is known to be in a moment
-
-    return jax.default_backend() != "cpu"

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from cgd_jax.data import archives, image_list
-from cgd_jax.data.decode import decode, dimensions, looks_like_image, resize, to_rgb
+from cgd_jax.data.decode import dimensions, looks_like_image
+from cgd_jax.data.images import Box, clip, cut, load, naming
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search.stores import Record, composed
 
@@ -21,8 +20,6 @@ __all__ = ["as_jpeg", "id_of", "list_images", "read", "record_of"]
 
 THUMBNAIL = 192  # pixels, the longer side
 QUALITY = 80  # of their JPEG, and of what a page shows
-# (x0, y0, x1, y1) in pixels of the image as displayed.
-Box = tuple[float, float, float, float]
 # What folders of splits are called, above those of classes.
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "query", "gallery"}
 
@@ -45,10 +42,8 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def read(
-    image: str | Path | bytes | Image.Image | np.ndarray, side: int, crop: Box | None = None
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Reads an image: a file, its content, an image of Pillow, or an array [H, W, 3] uint8.
+def read(image: Any, side: int, crop: Box | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    """Reads an image, as `data.images.load` takes it.
 
     Args:
       image: to read.
@@ -59,31 +54,19 @@ def read(
       The pixels, [side, side, 3] uint8, and the fields of `Record` that follow from the content.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      InputError: the file is not a readable image.
-      ValueError: nor is this; the message is the reason in a few words.
+      As `data.images.read_image`; ValueError also for an empty crop.
     """
-    if isinstance(image, str | Path):
-        try:
-            return read(Path(image).read_bytes(), side, crop)
-        except ValueError as error:
-            raise InputError(f"{image}: {error}.") from error
-    if isinstance(image, bytes):
-        height, width = dimensions(image)
-        x0, y0, x1, y1 = _clipped(crop, height, width)
-        pixels = decode(image, crop, side)
-        small = pixels if side >= THUMBNAIL else decode(image, crop, THUMBNAIL)
-        digest = hash_of(image)
-    else:
-        array = to_rgb(image) if isinstance(image, Image.Image) else image
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-            raise ValueError(f"an image is [H, W, 3] uint8, not {list(array.shape)} {array.dtype}.")
-        x0, y0, x1, y1 = _clipped(crop, *array.shape[:2])
-        array = array[y0:y1, x0:x1]
-        pixels, small = resize(array, side), resize(array, THUMBNAIL)
-        digest = hash_of(f"{array.shape}".encode() + array.tobytes())
+    with naming(image):
+        content = load(image)
+        size = dimensions(content) if isinstance(content, bytes) else content.shape[:2]
+        x0, y0, x1, y1 = clip(crop, *size)
+        pixels = cut(content, side, crop)
+        small = pixels if side >= THUMBNAIL else cut(content, THUMBNAIL, crop)
+    if isinstance(content, np.ndarray):
+        content = f"{content.shape}".encode() + content.tobytes()
     width, height = x1 - x0, y1 - y0
     thumbnail = as_jpeg(small, width, height)
+    digest = hash_of(content)
     return pixels, {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
 
 
@@ -93,15 +76,6 @@ def as_jpeg(square: np.ndarray, width: int, height: int, side: int = THUMBNAIL) 
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     small = cv2.resize(square, size, interpolation=cv2.INTER_AREA)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)
-
-
-def _clipped(crop: Box | None, height: int, width: int) -> tuple[int, int, int, int]:
-    """Returns the whole pixels of an image that a box touches, as `decode` cuts them out."""
-    x0, y0, x1, y1 = crop or (0, 0, width, height)
-    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    if not (x1 > x0 and y1 > y0):
-        raise ValueError(f"empty box {crop} in an image of {width}x{height} pixels")
-    return math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
 
 
 def record_of(

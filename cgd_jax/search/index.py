@@ -5,7 +5,7 @@
         print(hit.similarity, hit.path)
 
 The vectors of an index are those of one network, which it remembers by the hash of its weights:
-it is never searched with another. JAX is imported when the first image is embedded.
+it is never searched with another.
 """
 
 import base64
@@ -16,27 +16,32 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from cgd_jax import network as networks
+from cgd_jax import rerank, retrieval
+from cgd_jax.data.images import is_one, listed
+from cgd_jax.network import Network
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import embedding, stores
 from cgd_jax.search import images as reading
-from cgd_jax.search import network as networks
-from cgd_jax.search.network import Network
+from cgd_jax.search import stores
 from cgd_jax.search.opening import open_store, writing
 from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
+
+if TYPE_CHECKING:
+    from cgd_jax.search.indexing import Changes
 
 __all__ = ["Index", "IndexInfo", "Query"]
 
 # As many equally similar images are put in order; a Milvus server finds 16,384 at once.
 EQUALS = 16_000
 
-# A file, an image, its pixels [H, W, 3] uint8, or a vector [D] of floats.
-Query = str | Path | Image.Image | np.ndarray
+# An image as `data.images` reads it: a file, its bytes, of Pillow, or pixels [H, W, 3].
+Query = str | Path | bytes | Image.Image | np.ndarray
 Whitening = tuple[np.ndarray, np.ndarray]  # mean and projection, see `rerank.learn_whitening`
 
 
@@ -68,6 +73,16 @@ class Index:
         self.info, self._whitening = _read_about(store)
         self._network = network
         self._remembered: tuple[int, list[str], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.count()
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"Index({self.store.address!r}, network={info.network!r}, vector={info.vector!r}, "
+            f"dimension={info.dimension})"
+        )
 
     @classmethod
     def open(
@@ -189,57 +204,49 @@ class Index:
                 f"opened. Open it again; if it is served, start the server again."
             )
 
-    def embed(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
-        """Returns the vectors of images, [B, D] float32 of unit length."""
-        return self.embed_pixels(np.stack([reading.read(x, self.info.resize)[0] for x in images]))
+    def embed(self, images: Query | Sequence[Query]) -> np.ndarray:
+        """Returns the vectors of images, [B, D] float32 of unit length; see `Network.embed`."""
+        return self._whitened(self.network.embed(images))
 
     def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the vectors of [B, resize, resize, 3] uint8 as `embed` does."""
-        vectors = embedding.embed_pixels(self.network, pixels)
-        if self._whitening is None:
-            return vectors
-        from cgd_jax import rerank
+        return self._whitened(self.network.embed_pixels(pixels))
 
-        return rerank.whiten(vectors, *self._whitening)
+    def _whitened(self, vectors: np.ndarray) -> np.ndarray:
+        return vectors if self._whitening is None else rerank.whiten(vectors, *self._whitening)
 
-    def vector_of(self, query: Query, crop: reading.Box | None = None) -> np.ndarray:
-        """Returns the vector [D] of a query; one that is a vector as it is.
-
-        Args:
-          query: what to search by.
-          crop: the part of the image to search by, (x0, y0, x1, y1) in pixels.
-
-        Raises:
-          FileNotFoundError: there is no such file.
-          InputError: the file is no image.
-          ValueError: no pixels, or a vector of another size.
-        """
-        if isinstance(query, np.ndarray) and query.ndim == 1:
-            return self._checked(query[None])[0]
-        pixels, _ = reading.read(query, self.info.resize, crop)
-        return self.embed_pixels(pixels[None])[0]
-
+    @overload
     def search(
         self, query: Query, k: int = 20, where: str | None = None, exact: bool = False
-    ) -> list[Hit]:
-        """Finds the images most similar to a query.
+    ) -> list[Hit]: ...
+
+    @overload
+    def search(
+        self, query: list[Any], k: int = 20, where: str | None = None, exact: bool = False
+    ) -> list[list[Hit]]: ...
+
+    def search(self, query, k=20, where=None, exact=False):
+        """Finds the images most similar to an image, or to each of a list of them.
 
         Args:
-          query: what to search by.
+          query: one image, its vector [D], or a list of images.
           k: how many images, at most.
           where: which of them to look at, as SQL: "label = 'shoes' AND width > 500".
           exact: whether to compare with every image, where the index is so large that it
             does not do so anyway. All vectors are then read into memory.
 
         Returns:
-          The most similar first.
+          The most similar first; of several queries, a list for each.
 
         Raises:
           FileNotFoundError: there is no such file.
-          InputError: the file is no image, or `where` is not understood.
+          InputError: something is no image, or `where` is not understood.
           StoreError: the index cannot be read.
         """
-        return self.search_vectors(self.vector_of(query)[None], k, where, exact)[0]
+        if isinstance(query, np.ndarray) and query.ndim == 1:
+            return self.search_vectors(query[None], k, where, exact)[0]
+        found = self.search_vectors(self.embed(query), k, where, exact)
+        return found[0] if is_one(query) else found
 
     def search_vectors(
         self, vectors: np.ndarray, k: int = 20, where: str | None = None, exact: bool = False
@@ -252,6 +259,8 @@ class Index:
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
         vectors = self._checked(vectors)
+        if not len(vectors):  # which the databases do not take
+            return []
         self._check_not_replaced()
         in_memory = exact and self.store.approximate()
         search = self._search_in_memory if in_memory else self.store.search
@@ -278,8 +287,6 @@ class Index:
         return vectors / norms
 
     def _search_in_memory(self, vectors: np.ndarray, k: int, where: str | None) -> list[list[Hit]]:
-        from cgd_jax import retrieval
-
         ids, gallery = self.vectors(where)
         if not ids:
             return [[] for _ in vectors]
@@ -362,13 +369,13 @@ class Index:
 
     def add(
         self,
-        images: Iterable[str | Path | Image.Image | np.ndarray],
+        images: Query | Iterable[Query],
         labels: Sequence[str | None] | None = None,
     ) -> list[str]:
         """Adds images; those of a path that is there already are replaced.
 
         Args:
-          images: files, images of Pillow, or pixels [H, W, 3] uint8.
+          images: one image or several.
           labels: of each, if they are known.
 
         Returns:
@@ -378,7 +385,7 @@ class Index:
           ValueError: one is no image; nothing is added then.
           BusyError: somebody else writes to the index.
         """
-        images, side = list(images), self.info.resize
+        images, side = listed(images), self.info.resize
         labels = [None] * len(images) if labels is None else labels
         ids, rows = [], {}
         for image, label in zip(images, labels, strict=True):
@@ -408,6 +415,12 @@ class Index:
         """
         with writing(self.store.address):
             self.store.delete(list(ids))
+
+    def update(self, *sources: str | Path) -> "Changes":
+        """Brings the index up to date with folders, archives and CSVs; see `indexing.update`."""
+        from cgd_jax.search import indexing  # which is written in terms of this class
+
+        return indexing.update(self.store.address, sources, self.network)
 
 
 def _in_order(hits: list[Hit]) -> list[Hit]:

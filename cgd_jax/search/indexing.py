@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cgd_jax import rerank
+from cgd_jax.network import Network, open_network
 from cgd_jax.reports.names import literal
-from cgd_jax.runtime import files
+from cgd_jax.runtime import files, processes
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images, stores
 from cgd_jax.search.images import LeftOut, Listed
 from cgd_jax.search.index import Index, Whitening
-from cgd_jax.search.network import Network, open_network
 from cgd_jax.search.opening import writing
 from cgd_jax.search.stores import COLUMNS, Record
 
@@ -107,7 +108,8 @@ def update(
                 address, network, precision=precision or "float32", whitening=whitening
             )
         _meet(share, "there is an index")
-        index = index or Index.open(address, model, vector=vector)
+        if index is None:
+            index = Index.open(address, model, vector=vector)
         changes = _update(index, wanted, share)
         _meet(share, "everything is written")
         if is_first and (share[1] > 1 or changes.added or changes.changed or changes.removed):
@@ -138,15 +140,11 @@ def _existing(address, model, vector, precision, whiten) -> Index | None:
 def _meet(share: tuple[int, int], where: str) -> None:
     """Waits for the other processes."""
     if share[1] > 1:
-        from cgd_jax.runtime import processes  # imports JAX
-
         processes.wait_for_all(where)
 
 
 def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> Whitening:
     """Learns a PCA-whitening from some of the images; they say what matters among them."""
-    from cgd_jax import rerank  # imports JAX
-
     if not dimension < min(network.dimension, len(listed)):
         raise InputError(
             f"--whiten={dimension}: must be below the dimension of the vectors "
@@ -154,8 +152,9 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> 
         )
     chosen = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))[:SAMPLE]]
     read = partial(_read, known={}, side=network.resize)
-    embed = partial(embedding.embed_pixels, network)
-    outcomes = embedding.read_and_embed(chosen, read, embed, "learning the whitening")
+    outcomes = embedding.read_and_embed(
+        chosen, read, network.embed_pixels, "learning the whitening"
+    )
     found = [vector for _, _, vector in outcomes if vector is not None]
     if len(found) <= dimension:
         raise InputError(f"--whiten={dimension}: only {len(found):,} images can be read.")

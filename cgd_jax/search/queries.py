@@ -9,6 +9,7 @@ import numpy as np
 
 from cgd_jax.data import archives
 from cgd_jax.data.decode import looks_like_image
+from cgd_jax.data.images import Box
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images
@@ -37,7 +38,7 @@ class Found(NamedTuple):
     milliseconds: float  # for all queries, without reading and embedding them
 
 
-def parse_crop(text: str) -> images.Box:
+def parse_crop(text: str) -> Box:
     """Reads "x,y,width,height" as (x0, y0, x1, y1).
 
     Raises:
@@ -61,7 +62,7 @@ def ask(
     k: int = 20,
     where: str | None = None,
     exact: bool = False,
-    crop: images.Box | None = None,
+    crop: Box | None = None,
 ) -> Found:
     """Searches by files, and by every image in folders.
 

@@ -29,7 +29,11 @@ def as_text(found: Found) -> str:
     """Writes a table for every query: rank, similarity, label, path."""
     tables = [
         f"{literal(answer.query)}\n"
-        + _table(["rank"], [[rank] for rank in range(1, len(answer.hits) + 1)], answer.hits)
+        + (
+            _table(["rank"], [[rank] for rank in range(1, len(answer.hits) + 1)], answer.hits)
+            if answer.hits
+            else "No image of the index fits what was asked for."
+        )
         for answer in found.answers
     ]
     tables += [f"Left out: {literal(path)}: {reason}." for path, reason in found.skipped]

@@ -2,10 +2,8 @@
 
     app = create_app(Index.open("runs/index"))
 
-`connections.server_of` runs it, with limits to what clients may hoard; so does any ASGI server,
-without them. Original files are never sent: what is shown is a thumbnail of the index, or a JPEG
-made here of what was decoded. A path is taken from the index only, and its file is used only while
-its content is what was indexed.
+`connections.server_of` runs it, with limits to what clients may hoard. Files are never sent: images
+are shown as JPEGs that are made here.
 """
 
 import mimetypes

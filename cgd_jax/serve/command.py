@@ -7,10 +7,10 @@ from urllib.parse import quote
 
 import numpy as np
 
+from cgd_jax import network
 from cgd_jax.runtime import console, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import Index
-from cgd_jax.search.embedding import batch_sizes
 
 __all__ = ["serve"]
 
@@ -80,5 +80,5 @@ def listen(host: str, port: int) -> socket.socket:
 def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
     side = index.info.resize
-    for size in batch_sizes():
+    for size in network.batch_sizes():
         index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))

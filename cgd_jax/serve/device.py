@@ -28,25 +28,24 @@ class Threads:
 
 
 class Decoder(Threads):
-    """A thread per core, and memory that they share."""
+    """A thread per core; what they decode at a time has so many pixels in all, which is memory."""
 
-    def __init__(self, memory: int):
+    def __init__(self, pixels: int):
         super().__init__(CORES, "decoder")
-        self.memory = self.free = memory  # bytes
+        self.free = pixels
         self._turn, self._freed = Lock(), Condition()
 
     @contextlib.contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        """Waits in a thread until so many bytes are free; what needs more than all is alone."""
-        size = min(size, self.memory)
-        with self._turn, self._freed:  # in turn, so that small images do not overtake a large one
-            self._freed.wait_for(lambda: self.free >= size)
-            self.free -= size
+    def holding(self, pixels: int) -> Iterator[None]:
+        """Waits in a thread until so many pixels are free; small images overtake no large one."""
+        with self._turn, self._freed:
+            self._freed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
         try:
             yield
         finally:
             with self._freed:
-                self.free += size
+                self.free += pixels
                 self._freed.notify_all()
 
 

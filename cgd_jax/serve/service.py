@@ -12,9 +12,10 @@ import numpy as np
 from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel
 
-from cgd_jax.data.decode import decode, dimensions
+from cgd_jax.data.decode import MAX_PIXELS, decode, dimensions
+from cgd_jax.data.images import Box
 from cgd_jax.search import Index
-from cgd_jax.search.images import Box, as_jpeg, hash_of
+from cgd_jax.search.images import as_jpeg, hash_of
 from cgd_jax.search.stores import Record
 from cgd_jax.serve import uploads
 from cgd_jax.serve.device import Decoder, Device
@@ -24,7 +25,7 @@ __all__ = ["Refusal", "Served", "Service"]
 
 CAPACITY = 32  # searches at once; more are refused
 VECTORS = 1000  # of uploads that are remembered
-DECODING_BYTES = 2_000_000_000  # of memory for all images that are being decoded
+NO_IMAGE = "The index has no such image."
 OLDEST = 60  # seconds that a count is believed where the database has no versions
 
 
@@ -41,7 +42,7 @@ class Service:
         self.index, self.show_paths = index, show_paths
         self.uploads = uploads.Uploads()
         self.device = Device(index.embed_pixels, batch_size=16)
-        self.decoder = Decoder(DECODING_BYTES)
+        self.decoder = Decoder(MAX_PIXELS)
         self.heat, self.explaining = Heat(index), asyncio.Lock()
         self._gate = asyncio.Semaphore(CAPACITY)
         self._vectors: dict[tuple[str, str | None], np.ndarray] = {}  # of uploads, for their pages
@@ -62,7 +63,9 @@ class Service:
         """Returns the vector [D] of an image, or of a part of it."""
         upload = id.startswith(uploads.PREFIX)
         if crop is None and not upload:
-            return await asyncio.to_thread(self._indexed_vector, id)
+            with contextlib.suppress(KeyError):
+                return await asyncio.to_thread(self.index.vector, id)
+            raise HTTPException(404, NO_IMAGE)
         if (id, crop) in self._vectors:
             return self._vectors[id, crop]
         vector = await self.device.embed(await self.decoder.run(self.pixels, id, crop))
@@ -72,17 +75,11 @@ class Service:
                 del self._vectors[next(iter(self._vectors))]
         return vector
 
-    def _indexed_vector(self, id: str) -> np.ndarray:
-        try:
-            return self.index.vector(id)
-        except KeyError:
-            raise HTTPException(404, "The index has no such image.") from None
-
     def record(self, id: str) -> Record:
         """Returns what is known of an indexed image; HTTPException 404 if there is none."""
         record = self.index.get(id)
         if record is None:
-            raise HTTPException(404, "The index has no such image.")
+            raise HTTPException(404, NO_IMAGE)
         return record
 
     def pixels(self, id: str, crop: str | None = None) -> np.ndarray:
@@ -100,11 +97,10 @@ class Service:
         data = self.uploads.get(id) if upload else file_of(self.record(id))
         try:
             height, width = dimensions(data)
-            needed = uploads.memory_of(data, height * width)
-            if upload:
-                uploads.check_cost(data, height * width, needed, self.decoder.memory)
             box = box_of(crop, height, width)
-            with self.decoder.holding(needed):
+            if upload:
+                uploads.check_scans(data, height * width)
+            with self.decoder.holding(height * width):
                 return decode(data, box, side), height, width
         except ValueError as error:
             raise uploads.unreadable(error) from error
@@ -133,12 +129,10 @@ def box_of(crop: str | None, height: int, width: int) -> Box | None:
         raise HTTPException(
             422, "crop: give x,y,width,height as fractions of the image: 0.25,0.1,0.5,0.5."
         )
-    right, lower = min(right, 1), min(lower, 1)
-    if x >= right or y >= lower:
+    x0, y0, x1, y1 = x * width, y * height, min(right, 1) * width, min(lower, 1) * height
+    if x0 >= x1 or y0 >= y1:
         raise HTTPException(422, f"crop={crop}: this part of the image is empty.")
-    # At least a thousandth of a pixel, which is widened to a whole one.
-    box = (x * width, y * height, right * width, lower * height)
-    return box[0], box[1], max(box[2], box[0] + 1e-3), max(box[3], box[1] + 1e-3)
+    return x0, y0, x1, y1
 
 
 def file_of(record: Record) -> bytes:

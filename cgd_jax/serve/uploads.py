@@ -12,19 +12,16 @@ from starlette.requests import ClientDisconnect
 
 from cgd_jax.search.images import hash_of
 
-__all__ = ["PREFIX", "Uploads", "check_cost", "memory_of", "unreadable"]
+__all__ = ["PREFIX", "Uploads", "check_scans", "unreadable"]
 
 MAX_BYTES = 20_000_000  # of an upload
-ARRIVING_BYTES = 256_000_000  # of all uploads that are received or searched by at a time
 PATIENCE = 30  # seconds that an upload may take
 KEPT_BYTES = 256_000_000  # of all uploads that are remembered
+ARRIVING_BYTES = KEPT_BYTES // 2  # of those that are received, or searched by for the first time
 PREFIX = "upload-"  # of their ids; those of an index have no such prefix
 # A scan of a progressive JPEG costs time for every pixel, and hardly a byte. Cameras and programs
 # write about ten; with this many pixels in all of them, decoding takes five seconds.
 MAX_SCANS, SCANNED_PIXELS = 100, 4_000_000_000
-# Bytes of memory that decoding takes for every pixel, at most. A progressive JPEG has its
-# coefficients; of everything else Pillow makes several copies.
-JPEG_PIXEL, OTHER_PIXEL = 9, 27
 # How files of the formats begin that browsers and telephones send. Of those that can be decoded
 # beside them, none is worth what its decoder may have of errors.
 JPEG = b"\xff\xd8\xff"
@@ -40,7 +37,7 @@ class Uploads:
     """The latest uploads by the hash of their content: as many as fit into some memory."""
 
     def __init__(self, capacity: int = KEPT_BYTES):
-        self.capacity, self.size = capacity, 0
+        self.capacity = capacity
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._lock = Lock()
         self._arriving: Counter[str] = Counter()  # bytes by the client's address
@@ -56,12 +53,10 @@ class Uploads:
             raise HTTPException(415, FORMATS)
         id = PREFIX + hash_of(data)
         with self._lock:
-            if id not in self._kept:
-                self.size += len(data)
             self._kept[id] = data
             self._kept.move_to_end(id)
-            while self.size > self.capacity and len(self._kept) > 1:
-                self.size -= len(self._kept.popitem(last=False)[1])
+            while sum(map(len, self._kept.values())) > self.capacity:
+                self._kept.popitem(last=False)
         return id
 
     def get(self, id: str) -> bytes:
@@ -76,10 +71,17 @@ class Uploads:
     async def received(self, request: Request) -> AsyncIterator[bytes]:
         """Reads the body of a request, whose memory counts until the block ends.
 
-        HTTPException: 400, it is empty or breaks off; 408, it takes too long; 413, it is too
-        large; 503, too many arrive. No address gets more than half of the memory.
+        HTTPException: 400, it is empty; 408, it takes too long; 413, it is too large; 503, too
+        many arrive. No address gets more than half of the memory.
         """
-        address, pieces, size = request.client.host if request.client else "", [], 0
+        address, data = request.client.host if request.client else "", bytearray()
+        try:
+            await self._fill(data, request, address)
+            yield bytes(data)
+        finally:
+            self._arriving -= Counter({address: len(data)})
+
+    async def _fill(self, data: bytearray, request: Request, address: str) -> None:
         too_large = HTTPException(413, f"The file is larger than {MAX_BYTES / 1e6:g} MB.")
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BYTES:
@@ -87,42 +89,25 @@ class Uploads:
         try:
             async with asyncio.timeout(PATIENCE):
                 async for piece in request.stream():
-                    size += len(piece)
+                    data += piece
                     self._arriving[address] += len(piece)
-                    if size > MAX_BYTES:
+                    if len(data) > MAX_BYTES:
                         raise too_large
                     held = max(2 * self._arriving[address], self._arriving.total())
                     if held > ARRIVING_BYTES:
                         raise HTTPException(503, "Too many uploads at once; try again.")
-                    pieces.append(piece)
-            if not size:
-                raise HTTPException(400, "There is no image: send its bytes, or give an id.")
-            yield b"".join(pieces)
-        except TimeoutError:
+        except (TimeoutError, ClientDisconnect):
             raise HTTPException(408, f"The upload took over {PATIENCE} seconds.") from None
-        except ClientDisconnect:  # nobody will read the answer
-            raise HTTPException(400, "The upload broke off.") from None
-        finally:
-            self._arriving -= Counter({address: size})
+        if not data:
+            raise HTTPException(400, "There is no image: send its bytes, or give an id.")
 
 
-def check_cost(data: bytes, pixels: int, needed: int, memory: int) -> None:
-    """HTTPException 413: an image has too many scans, or needs more than all the memory."""
+def check_scans(data: bytes, pixels: int) -> None:
+    """HTTPException 413: a JPEG of so many pixels has too many scans."""
     scans = scans_of(data) if data.startswith(JPEG) else 1
     if scans > min(MAX_SCANS, max(SCANNED_PIXELS // pixels, 1)):
-        raise HTTPException(
-            413,
-            f"The JPEG has {scans} scans, too many for its size. Save it anew, not progressive.",
-        )
-    if needed > memory:
-        raise HTTPException(
-            413, f"Decoding the image takes {needed / 1e9:.1f} GB of memory. Send a smaller one."
-        )
-
-
-def memory_of(data: bytes, pixels: int) -> int:
-    """Returns how many bytes of memory decoding an image of so many pixels takes at most."""
-    return pixels * (JPEG_PIXEL if data.startswith(JPEG) else OTHER_PIXEL)
+        text = f"The JPEG has {scans} scans, too many for its size. Save it anew, not progressive."
+        raise HTTPException(413, text)
 
 
 def scans_of(data: bytes) -> int:

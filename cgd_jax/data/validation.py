@@ -1,0 +1,57 @@
+"""Validation classes: a part of the training classes, held back to choose checkpoints by.
+
+Choosing on the test classes flatters a method (Musgrave et al., "A Metric Learning Reality
+Check", https://arxiv.org/abs/2003.08505); here the test classes can be measured once, at the end.
+"""
+
+import numpy as np
+
+from cgd_jax.data.dataset import Dataset, Split
+from cgd_jax.data.load import rows_of
+from cgd_jax.runtime.errors import InputError
+
+__all__ = ["hold_out"]
+
+
+def hold_out(
+    dataset: Dataset, fraction: float = 0.0, fold: str = "", seed: int = 0
+) -> tuple[Dataset, Dataset | None]:
+    """Takes classes from the training images.
+
+    Args:
+      dataset: with all training classes.
+      fraction: of the training classes, in [0, 1).
+      fold: "i/n", the i-th of n equal parts, from 1; in place of a fraction.
+      seed: of the draw. The folds of one seed are disjoint and cover all classes.
+
+    Returns:
+      The data set without the images of these classes; the images of these classes as a data set
+      whose queries search each other, None if there are none.
+
+    Raises:
+      InputError: Fewer than two classes would be left on either side.
+    """
+    if not fraction and not fold:
+        return dataset, None
+    train = dataset.train
+    classes = np.random.default_rng([seed, 2]).permutation(np.unique(train.labels))
+    if fold:
+        i, n = map(int, fold.split("/"))
+        held = np.array_split(classes, n)[i - 1]
+    else:
+        held = classes[: round(fraction * len(classes))]
+    if min(len(held), len(classes) - len(held)) < 2:
+        raise InputError(
+            f"Of {len(classes)} training classes {len(held)} would be held back for validation; "
+            f"both parts need two at least. Change data.validation_fraction={fraction:g} or "
+            f"data.fold={fold!r}."
+        )
+    is_held = np.isin(train.labels, held)
+    rest, validation = _rows(train, ~is_held), _rows(train, is_held)
+    return dataset._replace(train=rest), Dataset(rest, validation, None)
+
+
+def _rows(split: Split, chosen: np.ndarray) -> Split:
+    labels = set(split.labels[chosen].tolist())
+    names = {label: name for label, name in split.class_names.items() if label in labels}
+    return rows_of(split, chosen)._replace(class_names=names)

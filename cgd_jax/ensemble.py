@@ -1,0 +1,99 @@
+"""Several runs evaluated as one network: their embeddings side by side.
+
+What an ensemble costs stands beside what it brings, since the paper's claim is that combined
+descriptors retrieve like an ensemble at the price of one network.
+"""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from cgd_jax import metrics, rerank
+from cgd_jax.embed import Embeddings, embed_images
+from cgd_jax.evaluate import embed_function, embed_test, measure
+from cgd_jax.models.cgd import network_params
+from cgd_jax.reports import tables
+from cgd_jax.run import open_run
+from cgd_jax.runtime import console, files
+from cgd_jax.runtime.errors import ConfigError
+
+__all__ = ["evaluate_together", "join"]
+
+
+def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
+    """Measures each of several runs, all of them joined, and that by PCA in one's dimension.
+
+    The PCA is learned on the training images of the first run.
+
+    Args:
+      workdirs: folders of runs that are tested on the same images.
+
+    Returns:
+      Name of the row → metrics, with "dimension", "parameters" and "seconds", the time to embed
+      the test images. Also written to together.json in the first run's folder.
+
+    Raises:
+      FileNotFoundError: one of them is no run.
+      ConfigError: they are tested on different images, or train on what others are tested on.
+    """
+    rows, parts, training = {}, [], []
+    first, _ = open_run(workdirs[0])
+    for workdir in workdirs:
+        run, state = open_run(workdir)
+        if run.dataset.query.ids != first.dataset.query.ids:
+            raise ConfigError(f"{workdir} and {workdirs[0]} are tested on different images.")
+        begin = time.monotonic()
+        parts.append(embed_test(run, state))
+        seconds = time.monotonic() - begin
+        training.append(
+            embed_images(
+                embed_function(run, state),
+                first.dataset.train.images,
+                run.config.eval.batch_size,
+                run.batch_sharding,
+                "embedding training images",
+            )
+        )
+        parameters = sum(x.size for x in jax.tree.leaves(network_params(state.params)))
+        costs = {"parameters": parameters, "seconds": seconds}
+        rows[f"{workdir}, step {int(state.step)}"] = (parts[-1], costs)
+    costs = {
+        key: sum(costs[key] for _, costs in rows.values()) for key in ("parameters", "seconds")
+    }
+    together = join(parts)
+    rows[f"{len(parts)} runs together"] = (together, costs)
+    dim = parts[0].query.shape[1]
+    mean, axes = rerank.learn_whitening(join([Embeddings(t, None) for t in training]).query, dim)
+    axes /= np.linalg.norm(axes, axis=0)  # a plain PCA: every direction keeps its weight
+    query, gallery = together
+    reduced = Embeddings(
+        rerank.whiten(query, mean, axes),
+        None if gallery is None else rerank.whiten(gallery, mean, axes),
+    )
+    rows[f"{len(parts)} runs together, PCA to {dim}"] = (reduced, costs)
+    measured = {
+        name: {**measure(first, found), "dimension": found.query.shape[1], **costs}
+        for name, (found, costs) in rows.items()
+    }
+    files.write_json(first.folder / "together.json", measured)
+    console.log(tables.metrics_table(measured) + "\n")
+    cells = [
+        [name, row["dimension"], console.quantity(row["parameters"]), f"{row['seconds']:.1f} s"]
+        for name, row in measured.items()
+    ]
+    console.log(tables.table(["", "dimension", "parameters", "time to embed"], cells))
+    return measured
+
+
+def join(parts: Sequence[Embeddings]) -> Embeddings:
+    """Concatenates the embeddings of several networks, each of unit length, to unit length."""
+
+    def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        units = [np.asarray(metrics.normalize(array)) for array in arrays]
+        return np.concatenate(units, 1) / np.sqrt(len(units), dtype=np.float32)
+
+    galleries = [part.gallery for part in parts if part.gallery is not None]
+    query = joined([part.query for part in parts])
+    return Embeddings(query, joined(galleries) if galleries else None)

@@ -1,0 +1,314 @@
+"""A trained network, from wherever it is: `cgd_jax.open` is `open_network`.
+
+network = cgd_jax.open("runs/photos")  # or an export, a file, "owner/name", "efficientnet_lite0"
+vectors = network.embed(["a.jpg", "b.jpg"])  # [2, D], unit length
+network.similarity("a.jpg", "b.jpg")  # their cosine
+network.index("photos").search("a.jpg")
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cgd_jax.attribution import Explanation, explain_pair
+from cgd_jax.config import complete
+from cgd_jax.data.images import is_one, listed, read_image
+from cgd_jax.models import backbones, pretrained, weight_files
+from cgd_jax.models.cgd import CGD, create_model, create_model_of, embed_model, vectors_of
+from cgd_jax.preprocess import Normalization
+from cgd_jax.runtime import compiled, packages
+from cgd_jax.runtime.errors import InputError
+from cgd_jax.runtime.threads import CORES, parallel
+
+if TYPE_CHECKING:
+    from cgd_jax.search import Index
+
+__all__ = ["PACKAGED", "Network", "batch_sizes", "enough", "identify", "open_network"]
+
+# Without a network of one's own: EfficientNet-Lite0 as ImageNet trained it, pooled by GeM.
+PACKAGED = "efficientnet_lite0"
+PUBLISHED_SIZE = 224  # pixels that published backbones are given
+# An accelerator embeds batches of these sizes, each of which is compiled once; any number is a sum
+# of them. On a CPU every core embeds one image at a time: in a batch, an image takes longer.
+BATCHES = (1, 16, 128)
+
+
+@dataclass(eq=False)
+class Network:
+    """A trained network, ready to embed; `open_network` makes one.
+
+    Images may be files, of Pillow, or arrays, of any size, one or many; see `data.images`.
+    """
+
+    name: str  # what `open_network` opens again
+    weights_hash: str  # equal for a run and its export
+    vector: str  # which of its vectors is computed, see `models.cgd.select_vector`
+    model: CGD = field(repr=False)
+    variables: dict[str, Any] = field(repr=False)  # weights and BatchNorm statistics
+    normalization: Normalization = field(repr=False)  # of the pixels
+    config: dict[str, Any] = field(repr=False)  # of the run; of a published backbone, its part
+    step: int | None = None  # of the checkpoint
+
+    @property
+    def image_size(self) -> int:
+        """S, the side in pixels of what the network sees."""
+        return self.config["data"]["image_size"]
+
+    @property
+    def resize(self) -> int:
+        """The side in pixels that images are resized to; the network sees the center."""
+        crops = self.config["eval"]["center_crop"]
+        return self.config["data"]["resize"] if crops else self.image_size
+
+    @cached_property
+    def embed_batch(self) -> Callable[[Any], Any]:
+        """The jitted function: [B, resize, resize, 3] uint8 → [B, D] float32, unit length."""
+        size = self.image_size
+        return embed_model(self.model, self.variables, self.normalization, size, self.vector)
+
+    @cached_property
+    def dimension(self) -> int:
+        """D, the length of a vector."""
+        images = jax.ShapeDtypeStruct((1, self.resize, self.resize, 3), np.uint8)
+        return jax.eval_shape(self.embed_batch, images).shape[1]
+
+    def embed(self, images: Any) -> np.ndarray:
+        """Embeds images: [B, D] float32, unit length; one image is a batch of one.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          InputError: something is no image; it says what an image is.
+        """
+        images = listed(images)
+        vectors = [np.zeros((0, self.dimension), np.float32)]
+        for at in range(0, len(images), BATCHES[-1]):
+            vectors.append(self.embed_pixels(self.to_pixels(images[at : at + BATCHES[-1]])))
+        return np.concatenate(vectors)
+
+    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeds any number of [B, resize, resize, 3] uint8: [B, D] float32, unit length."""
+        sizes, batches, at = batch_sizes(), [], 0
+        while at < len(pixels):
+            size = max(size for size in sizes if size <= len(pixels) - at)
+            batches.append(pixels[at : at + size])
+            at += size
+        each = map if _on_accelerator() else parallel
+        embedded = each(lambda batch: np.asarray(self.embed_batch(batch), np.float32), batches)
+        return np.concatenate(list(embedded))
+
+    def to_pixels(self, images: Any) -> np.ndarray:
+        """Brings images into the form that `embed_pixels` takes; raises as `embed`."""
+        return np.stack(list(parallel(partial(read_image, size=self.resize), listed(images))))
+
+    def similarity(self, a: Any, b: Any) -> float | np.ndarray:
+        """Compares images: the cosine of two; of lists or batches, all cosines [A, B]."""
+        found = self.embed(a) @ self.embed(b).T
+        return float(found[0, 0]) if is_one(a) and is_one(b) else found
+
+    def explain(self, a: Any, b: Any, reference: float | np.ndarray = 0.0) -> Explanation:
+        """Says what every region of two images adds to their similarity, see `attribution`.
+
+        Args:
+          a: one image.
+          b: another.
+          reference: [D], such as the mean vector of many images; see `contributions` there.
+
+        Raises:
+          InputError: as `embed`; or there is no map for a descriptor.
+        """
+        return explain_pair(
+            self.model,
+            self.variables,
+            self.normalization,
+            self.to_pixels([a, b]),
+            self.image_size,
+            reference,
+            self.vector,
+        )
+
+    def index(self, images: str | Path, address: str | Path | None = None) -> "Index":
+        """Makes an index of images to search, or brings one up to date with them.
+
+        Args:
+          images: a folder, an archive, or a CSV with the columns path and label.
+          address: where the index lies; None is the folder `index` of a run, or runs/index.
+        """
+        from cgd_jax.search import Index, indexing
+
+        address = address or Path(self.name if _is_run(self.name) else "runs", "index")
+        indexing.update(str(address), [images], self)
+        return Index.open(address, self)
+
+
+def batch_sizes() -> tuple[int, ...]:
+    """Returns how many images the device embeds at a time, each of which is compiled once."""
+    return BATCHES if _on_accelerator() else (1,)
+
+
+def enough() -> int:
+    """Returns how many images, embedded together, keep the device busy."""
+    return BATCHES[-1] if _on_accelerator() else 4 * CORES
+
+
+def _on_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
+
+
+def open_network(
+    source: str | Path | None = None,
+    vector: str | None = None,
+    step: int | None = None,
+    revision: str | None = None,
+) -> Network:
+    """Opens a trained network. Nothing else of a run is needed, and no data set.
+
+    Args:
+      source: the work folder of a run; the folder or the file of an export; "owner/name" or
+        "owner/name@revision" of an exported or a published network on Hugging Face;
+        "efficientnet_lite0", which a package brings, and which None stands for; or a file with the
+        published weights of a known backbone, which its name begins with.
+      vector: which of the network's vectors is computed, see `models.cgd.select_vector`. None is
+        what was trained: the embedding, or of a published backbone the class token or else GeM.
+      step: of a run's checkpoint; None for the chosen one, see `checkpoint.save`.
+      revision: of a repository: a branch, a tag or a commit; None for its main branch.
+
+    Raises:
+      FileNotFoundError: there is no such source, checkpoint or package, or Hugging Face cannot be
+        reached.
+      ValueError: the source is damaged, or has no such vector, step or revision.
+    """
+    compiled.keep_compiled()
+    name = _locate(source)
+    if revision is not None:
+        if Path(name).exists() or name in weight_files.PACKAGES:
+            raise InputError(f"revision={revision!r} is of a repository, and {name} lies here.")
+        name = f"{name}@{revision}"
+    found = _read(name, step)
+    weights, config, published = found.weights, found.config, "params" not in found.weights
+    described = SimpleNamespace(**config["model"])
+    model = create_model(described, 1) if published else create_model_of(described, weights)
+    size = config["data"]["image_size"]
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    known = vectors_of(model.descriptors, model.combination)
+    if published:
+        known = [f"descriptor_{letter}" for letter in model.descriptors]  # the rest is untrained
+        backbone = pretrained.backbone_of(variables)
+        weights = pretrained.convert_state_dict(weights, backbone, config["model"]["backbone"])
+    variables = pretrained.fill(variables, weights)
+    vector = vector or known[0]
+    if vector not in known:
+        raise InputError(f"vector={vector}: {name} has no such vector, but {', '.join(known)}.")
+    return Network(
+        name, found.hash, vector, model, variables, found.normalization, config, found.step
+    )
+
+
+def identify(source: str | Path | None) -> tuple[str, str]:
+    """Returns the name of the network that `open_network` would open, and its weights' hash."""
+    found = _read(_locate(source))
+    return found.name, found.hash
+
+
+class _Source(NamedTuple):
+    """What a source holds."""
+
+    name: str
+    weights: dict[str, Any]  # variables; of a published backbone, arrays by the publisher's names
+    normalization: Normalization
+    config: dict[str, Any]
+    step: int | None
+    hash: str
+
+
+def _locate(source: str | Path | None) -> str:
+    """Returns the absolute path of a file or folder; the name of anything else as it is."""
+    name = str(source or PACKAGED)
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if name not in weight_files.PACKAGES and os.path.exists(path) else name
+
+
+def _is_run(name: str) -> bool:
+    return Path(name, "checkpoints").is_dir()
+
+
+def _read(name: str, step: int | None = None) -> _Source:
+    if _is_run(name):
+        packages.require("To open a run", "train", "orbax", "ml_collections")
+        from cgd_jax.checkpoint import read_weights
+        from cgd_jax.workdir import read_config
+
+        config = read_config(name).to_dict()
+        weights, normalization, step = read_weights(name, step)
+        return _Source(name, weights, normalization, config, step, _hash(weights))
+    if step is not None:
+        raise InputError(f"step={step} is of a run, and {name} is none: it has no checkpoints/.")
+    path = weight_files.find(name)
+    arrays, metadata = weight_files.read(path)
+    declared = weight_files.declared_normalization(path.parent)
+    if "normalization" in metadata:
+        declared = pretrained.saved_normalization(metadata)
+    if declared is None or "config" not in metadata:
+        return _published(name, path, arrays, declared)
+    config, weights = complete(json.loads(metadata["config"])), unflatten_dict(arrays, "/")
+    step = int(metadata["step"]) if "step" in metadata else None
+    return _Source(name, weights, declared, config, step, _hash(weights))
+
+
+def _published(
+    name: str, path: Path, arrays: dict[str, np.ndarray], declared: Normalization | None
+) -> _Source:
+    """Returns what a file holds that a backbone was published in."""
+    backbone = name if name in weight_files.PACKAGES else _backbone_of(path)
+    family = backbones.BACKBONES[backbone]
+    descriptors = "CG" if family.class_token else "G"
+    described = dict(family.options) | {
+        "backbone": backbone,
+        "last_stride": 2 if "last_stride" in family.options else 1,
+        "descriptors": descriptors,
+        "embedding_dim": len(descriptors),
+        "freeze_batch_norm": family.batch_norm,
+    }
+    model = complete({"model": described})["model"]
+    data = {"image_size": PUBLISHED_SIZE, "resize": PUBLISHED_SIZE}
+    config = {"model": model, "data": data, "eval": {"center_crop": False}}
+    if name == PACKAGED:  # without the classifier, else every search would log that it is left out
+        arrays = {key: array for key, array in arrays.items() if not key.startswith("_fc.")}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return _Source(name, arrays, declared or family.normalization, config, None, digest)
+
+
+def _backbone_of(path: Path) -> str:
+    """Returns the backbone that a file is named after, or that the config beside it declares."""
+    named = [backbone for backbone in backbones.BACKBONES if path.name.startswith(backbone)]
+    if named:
+        return max(named, key=len)
+    try:
+        return weight_files.declared_backbone(str(path.parent))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} holds weights, but not the config of their network, as files of --mode=export "
+            f"do, and no config.json beside it says which backbone they are of. Begin its name "
+            f"with that of the backbone: {backbones.listed()}."
+        ) from error
+
+
+def _hash(weights: Mapping[str, Any]) -> str:
+    """Returns a hash of variables, in whatever file they came."""
+    digest = hashlib.sha256()
+    for name, array in sorted(flatten_dict(weights, sep="/").items()):
+        array = np.ascontiguousarray(array)
+        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()[:16]

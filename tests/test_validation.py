@@ -1,0 +1,124 @@
+"""Validation classes: disjoint from what is trained on, and what a step is chosen by."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cgd_jax import checkpoint, evaluate, train
+from cgd_jax.data import Dataset, Split
+from cgd_jax.data.validation import hold_out
+from cgd_jax.runtime.errors import InputError
+
+
+def split_of(labels):
+    labels = np.asarray(labels)
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    names = {int(label): f"class {label}" for label in labels}
+    ids = [f"image {i}" for i in range(len(labels))]
+    return Split(images, labels, ids, names, contents=np.arange(len(labels)))
+
+
+@pytest.fixture
+def dataset():
+    rng = np.random.default_rng(0)
+    return Dataset(split_of(rng.integers(0, 11, 200)), split_of([20, 20, 21, 21]), None)
+
+
+def test_nothing_is_held_back_unless_asked_for(dataset):
+    assert hold_out(dataset) == (dataset, None)
+
+
+def test_folds_are_disjoint_and_cover_all_training_classes(dataset):
+    held = []
+    for i in range(1, 4):
+        rest, validation = hold_out(dataset, fold=f"{i}/3", seed=5)
+        query = validation.query
+        assert not set(rest.train.labels) & set(query.labels)
+        assert set(rest.train.class_names) == set(rest.train.labels)
+        assert sorted([*rest.train.ids, *query.ids]) == sorted(dataset.train.ids)
+        for row in (0, len(query.labels) - 1):  # aligned as before
+            at = dataset.train.ids.index(query.ids[row])
+            assert dataset.train.labels[at] == query.labels[row]
+            assert dataset.train.images[at] == query.images[np.array([row])][0]
+        assert rest.query is dataset.query and validation.gallery is None
+        held.append(set(query.labels.tolist()))
+    assert set.union(*held) == set(range(11)) and sum(map(len, held)) == 11
+    assert held[0] != set(hold_out(dataset, fold="1/3", seed=6)[1].query.labels.tolist())
+
+
+def test_a_share_of_the_classes(dataset):
+    rest, validation = hold_out(dataset, 0.3)
+    assert len(set(validation.query.labels)) == 3 and len(set(rest.train.labels)) == 8
+    with pytest.raises(InputError, match="Of 11 training classes 1 would be held back"):
+        hold_out(dataset, 0.05)
+
+
+def test_a_run_is_chosen_by_validation_classes(tiny_config, tmp_path, monkeypatch, capsys):
+    tiny_config.data.validation_fraction = 0.34
+    tiny_config.train.update(classes_per_batch=4, eval_every=3)
+    tiny_config.eval.baselines = False
+    seen = []
+    scripted = {3: 0.2, 6: 0.9, 9: 0.5, 12: 0.4}
+
+    def evaluate_step(run, state, stopped_by):
+        labels = set(run.validation.query.labels.tolist())
+        seen.append(labels)
+        assert len(labels) == 2 and not labels & set(run.dataset.train.labels.tolist())
+        return {"recall@1": scripted[int(state.step)]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_step", evaluate_step)
+        results = train.train_and_evaluate(tiny_config, str(tmp_path))
+    assert len(seen) == 4
+    assert results["step"] == 6 and results["chosen by"] == "validation classes"
+    assert results["validation"] == {"recall@1": 0.9}
+    assert results["last step"]["step"] == 12
+    assert 0 <= results["last step"]["metrics"]["recall@1"] <= 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Step 6 was chosen by its R@1 of 90.00 on validation classes" in said
+    assert "last step, 12 " in said
+    assert checkpoint.read_weights(tmp_path)[2] == 6
+    assert evaluate.evaluate_run(str(tmp_path))["metrics"] == results["metrics"]
+
+
+def test_patience_ends_a_run_and_the_same_command_trains_no_further(
+    tiny_config, tmp_path, monkeypatch
+):
+    tiny_config.data.fold = "1/3"
+    tiny_config.train.update(classes_per_batch=4, eval_every=2, patience=2)
+    tiny_config.eval.baselines = False
+    scripted = {2: 0.2, 4: 0.9, 6: 0.5, 8: 0.4}  # there is no step 10
+    monkeypatch.setattr(
+        train, "evaluate_step", lambda run, state, _: {"recall@1": scripted[int(state.step)]}
+    )
+    results = train.train_and_evaluate(tiny_config, str(tmp_path))
+    assert (results["step"], results["last step"]["step"]) == (4, 8)
+    assert train.train_and_evaluate(tiny_config, str(tmp_path)) == results
+
+
+@pytest.mark.parametrize("best_of_test, step, by", [(False, 12, "last"), (True, 6, "test")])
+def test_without_validation_classes(
+    best_of_test, step, by, tiny_config, tmp_path, monkeypatch, capsys
+):
+    tiny_config.train.update(best_of_test=best_of_test)
+    tiny_config.eval.baselines = False
+    monkeypatch.setattr(
+        train, "evaluate_step", lambda run, state, _: {"recall@1": 1 / int(state.step)}
+    )
+    results = train.train_and_evaluate(tiny_config, str(tmp_path))
+    assert results["step"] == step and results["chosen by"].startswith(by)
+    assert ("which flatters it" in capsys.readouterr().out) == best_of_test
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_what_training_did_not_improve_is_said():
+    results = {
+        "baselines": {"raw pixels": {"recall@1": 0.99}, "pretrained G": {"recall@1": 0.9}},
+        "metrics": {"confidence": {"recall@1": [0.89, 0.95]}},
+    }
+    assert "Training did not beat pretrained G (R@1 90.00)" in evaluate.no_better_than_before(
+        results
+    )
+    results["metrics"]["confidence"]["recall@1"] = [0.91, 0.95]
+    assert evaluate.no_better_than_before(results) is None
