@@ -126,7 +126,7 @@ def test_any_number_of_silent_clients_keep_nobody_out(index, opened, sent, token
 @pytest.mark.parametrize("piece", [b"", b"G"])
 def test_the_head_of_a_request_must_come_in_time(index, opened, monkeypatch, before, piece):
     """Of the first, of one after another, and after one whose body was refused."""
-    monkeypatch.setattr(connections, "HEADERS", 0.3)
+    monkeypatch.setattr(connections, "SLOWEST", 0.2)
     with serving(create_app(index)) as (port, _):
         client = opened(port, before)
         begin = time.monotonic()
@@ -178,11 +178,10 @@ def test_a_request_that_is_answered_is_not_cut_off(index, opened, monkeypatch):
 
 @pytest.mark.parametrize("how", ["does not read", "leaves", "resets"])
 def test_work_ends_with_its_client(opened, monkeypatch, how):
-    monkeypatch.setattr(connections, "STALLED", 0.3)
+    monkeypatch.setattr(connections, "SLOWEST", 0.2)
     begun, ended = threading.Event(), threading.Event()
 
-    async def endless(scope, receive, send):
-        assert scope["type"] == "http" or await receive()
+    async def application(scope, receive, send):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": []})
             while True:
@@ -190,10 +189,6 @@ def test_work_ends_with_its_client(opened, monkeypatch, how):
                 begun.set()
         finally:
             ended.set()
-
-    async def application(scope, receive, send):
-        if scope["type"] == "http":
-            await endless(scope, receive, send)
 
     with serving(application) as (port, _):
         client = opened(port, b"GET / " + HEAD + b"\r\n")
@@ -226,6 +221,23 @@ def test_what_waits_for_a_client_that_has_left_is_never_begun(index, opened, mon
         go_on.set()
         time.sleep(0.2)
     assert len(decoded) == CORES and not embedded
+
+
+def test_who_reads_slowly_gets_the_whole_answer(opened, monkeypatch):
+    monkeypatch.setattr(connections, "SLOWEST", 0.3)
+    size, got = 8_000_000, 0
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    with serving(application) as (port, _):
+        client = opened(port, b"GET / " + HEAD + b"\r\n")
+        while got < size:
+            time.sleep(0.01)
+            piece = client.recv(100_000)
+            assert piece, got
+            got += len(piece)
 
 
 @pytest.mark.parametrize("reset", [False, True])

@@ -10,8 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["server_of"]
 
-HEADERS = 10  # seconds that the head of a request may take
-STALLED = 30  # seconds that a client may not read what it is sent
+SLOWEST = 10  # seconds for the head of a request, and without reading anything; twice at most
 MOST = 256  # connections at a time
 MOST_OF_ADDRESS = 64  # of one address
 MOMENTS = itertools.count()
@@ -42,8 +41,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.idle_since = 0  # of `MOMENTS`
-        self._stalled: asyncio.TimerHandle | None = None
+        self.idle_since = next(MOMENTS)
         self._task: asyncio.Task | None = None
         self._application, self.app = self.app, self._answer
 
@@ -55,6 +53,22 @@ class Connection(H11Protocol):
             if not self.transport.is_closing():
                 raise
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Makes room."""
+        super().connection_made(transport)
+        everybody = cast(set[Connection], self.connections)
+        mine = [one for one in everybody if one.address() == self.address()]
+        for others, most in ((mine, MOST_OF_ADDRESS), (everybody, MOST)):
+            if len(others) > most:
+                oldest = min(filter(Connection.waiting, others), key=lambda one: one.idle_since)
+                everybody.discard(oldest)
+                oldest.transport.abort()
+        self._look()
+
+    def address(self) -> str | None:
+        """Returns the client's address; None if it has left already."""
+        return self.client and self.client[0]
+
     def idle(self) -> bool:
         """Returns whether there is no request that has not been answered."""
         return self.cycle is None or self.cycle.response_complete
@@ -63,47 +77,18 @@ class Connection(H11Protocol):
         """Returns whether it is the client's turn: there is no request, or not all of its body."""
         return self.idle() or self.cycle.more_body
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Makes room, and waits for the head of a request."""
-        super().connection_made(transport)
-        self._wait_for_head()
-        everybody = cast(set[Connection], self.connections)
-        mine = [one for one in everybody if one.address() == self.address()]
-        for others, most in ((mine, MOST_OF_ADDRESS), (everybody, MOST)):
-            if len(others) > most:
-                oldest = min(filter(Connection.waiting, others), key=lambda one: one.idle_since)
-                everybody.discard(oldest)
-                oldest.transport.abort()
-
-    def address(self) -> str | None:
-        """Returns the client's address; None if it has left already."""
-        return self.client and self.client[0]
+    def _look(self, before: tuple[int, int] | None = None) -> None:
+        """Looks every few seconds whether a request has begun, and what is sent is being read."""
+        state = self.idle_since, self.transport.get_write_buffer_size()
+        if state == before and (self.idle() or state[1]):
+            self.transport.abort()
+        elif self in self.connections:
+            self.loop.call_later(SLOWEST, self._look, state)
 
     def on_response_complete(self) -> None:
         """Waits for the next request."""
-        self._wait_for_head()
+        self.idle_since = next(MOMENTS)
         super().on_response_complete()
-
-    def _wait_for_head(self) -> None:
-        """Ends the connection unless a request begins in time; bytes of it do not suffice."""
-
-        def end() -> None:
-            if self.idle() and self.idle_since == since:
-                self.transport.abort()
-
-        self.idle_since = since = next(MOMENTS)
-        self.loop.call_later(HEADERS, end)
-
-    def pause_writing(self) -> None:
-        """Ends the connection unless its client reads in time."""
-        super().pause_writing()
-        self._stalled = self.loop.call_later(STALLED, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Goes on."""
-        super().resume_writing()
-        if self._stalled is not None:
-            self._stalled.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels the work for a client that has left."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from cgd_jax.runtime.threads import CORES
 
-__all__ = ["Decoder", "Device"]
+__all__ = ["Decoder", "Device", "Threads"]
 
 T = TypeVar("T")
 

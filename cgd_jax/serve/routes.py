@@ -30,10 +30,12 @@ Crop = Annotated[
     Query(
         max_length=100,
         description="The part of the query to search by: x,y,width,height as fractions of it.",
-        examples=["0.25,0.1,0.5,0.5"],
     ),
 ]
-searching, showing, explaining, describing = (APIRouter() for _ in range(4))
+searching = APIRouter(tags=["search"])
+showing = APIRouter(tags=["images"])
+explaining = APIRouter(tags=["explanation"])
+describing = APIRouter(tags=["about"])
 
 
 class Match(BaseModel):
@@ -128,8 +130,7 @@ async def explanation(service: Served, query: Id, match: Id, crop: Crop = None) 
     async with service.gate():
         ours = await service.decoder.run(service.pixels, query, crop)
         theirs = await service.decoder.run(service.pixels, match)
-        async with service.explaining:  # not on the device's thread: the first compiles for long
-            maps = await asyncio.to_thread(service.heat.maps, np.stack([ours, theirs]))
+        maps = await service.explainer.run(service.heat.maps, np.stack([ours, theirs]))
     grids = maps.round(6).tolist()
     return Explanation(query=grids[0], match=grids[1], inset=service.heat.inset)
 

@@ -18,7 +18,7 @@ from cgd_jax.search import Index
 from cgd_jax.search.images import as_jpeg, hash_of
 from cgd_jax.search.stores import Record
 from cgd_jax.serve import uploads
-from cgd_jax.serve.device import Decoder, Device
+from cgd_jax.serve.device import Decoder, Device, Threads
 from cgd_jax.serve.heat import Heat
 
 __all__ = ["Refusal", "Served", "Service"]
@@ -43,7 +43,8 @@ class Service:
         self.uploads = uploads.Uploads()
         self.device = Device(index.embed_pixels, batch_size=16)
         self.decoder = Decoder(MAX_PIXELS)
-        self.heat, self.explaining = Heat(index), asyncio.Lock()
+        # Not the device's thread: the first explanation compiles for long.
+        self.heat, self.explainer = Heat(index), Threads(1, "explainer")
         self._gate = asyncio.Semaphore(CAPACITY)
         self._vectors: dict[tuple[str, str | None], np.ndarray] = {}  # of uploads, for their pages
         self._labels = functools.lru_cache(1)(lambda state: index.labels())
