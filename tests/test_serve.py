@@ -17,7 +17,8 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 
 from cgd_jax.data.decode import MAX_PIXELS  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
-from cgd_jax.serve import guard, service, uploads  # noqa: E402
+from cgd_jax.search.indexing import update  # noqa: E402
+from cgd_jax.serve import service, uploads  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from cgd_jax.serve.device import Device  # noqa: E402
 from tests.search_samples import folder_of_photographs, photograph, stand_in  # noqa: E402
@@ -239,6 +240,19 @@ def test_an_upload_that_trickles_is_given_up(index, monkeypatch):
     assert refused.value.status_code == 408 and not kept._arriving
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few make links")
+def test_links_out_of_the_folder_are_followed(tmp_path):
+    photograph(tmp_path / "elsewhere/a.png", 1, (400, 300))
+    photograph(tmp_path / "photos/b.png", 2)
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+    update(str(tmp_path / "index"), [tmp_path / "photos"], stand_in())
+    client = client_of(Index.open(tmp_path / "index", stand_in()))
+    found = upload(client, (tmp_path / "elsewhere/a.png").read_bytes()).json()["hits"]
+    assert [hit["label"] for hit in found] == ["linked", None]
+    shown = client.get(f"/image/{found[0]['id']}?size=large")
+    assert Image.open(io.BytesIO(shown.content)).size == (400, 300)
+
+
 @pytest.mark.parametrize(
     "id",
     ["../../etc/passwd", "/etc/passwd", "..%2f..%2fetc%2fpasswd", "' OR 1=1 --", "\0", "upload-x"],
@@ -325,7 +339,7 @@ def test_pages_of_other_origins_may_not_ask(index, headers, status, token):
 
 
 def test_a_token_is_needed(index):
-    token = guard.new_token()
+    token = "a token of somebody"
     client = client_of(index, base_url="http://192.168.0.7:8000", token=token)
     for path in (
         "/",
@@ -403,8 +417,9 @@ def test_concurrent_queries_are_embedded_in_batches():
     assert all(isinstance(error, RuntimeError) for error in asyncio.run(ask([255, 255])))
 
 
-def test_uploads_are_forgotten_when_there_are_too_many():
-    kept = uploads.Uploads(capacity=100)
+def test_uploads_are_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(uploads, "KEPT_BYTES", 100)
+    kept = uploads.Uploads()
     a, b, c = (b"BM" + letter * 48 for letter in (b"a", b"b", b"c"))
     first, second = kept.keep(a), kept.keep(b)
     assert kept.keep(a) == first

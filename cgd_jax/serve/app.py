@@ -11,13 +11,20 @@ import mimetypes
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
 
 from cgd_jax.search import Index, StoreError
 from cgd_jax.serve import routes
 from cgd_jax.serve.guard import Guard
-from cgd_jax.serve.service import Refusal, Service
+from cgd_jax.serve.service import Service
 
 __all__ = ["create_app"]
+
+
+class Refusal(BaseModel):
+    """Why a request was not answered."""
+
+    detail: str
 
 
 def create_app(index: Index, *, token: str | None = None, show_paths: bool = False) -> FastAPI:
@@ -33,7 +40,7 @@ def create_app(index: Index, *, token: str | None = None, show_paths: bool = Fal
         docs_url=None,
         redoc_url=None,
         responses={
-            404: {"model": Refusal, "description": "No such image"},
+            "4XX": {"model": Refusal, "description": "The request cannot be answered"},
             503: {"model": Refusal, "description": "Too many requests, or the index is away"},
         },
         exception_handlers={StoreError: _index_is_away},

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 from urllib.parse import quote
 
@@ -32,13 +33,13 @@ def serve(
     machine; the index is of another network; or the token is short.
     """
     packages.require("--mode=serve", "serve", "fastapi", "uvicorn")
-    from cgd_jax.serve import guard
     from cgd_jax.serve.app import create_app
     from cgd_jax.serve.connections import server_of
+    from cgd_jax.serve.guard import LOOPBACK
 
     token = os.environ.get(TOKEN) or None
-    if token is None and host not in guard.LOOPBACK:
-        token = guard.new_token()
+    if token is None and host not in LOOPBACK:
+        token = secrets.token_urlsafe(32)
     if token is not None and len(token) < SHORTEST:
         raise InputError(f"{TOKEN} is shorter than {SHORTEST} characters; take a longer one.")
     with listen(host, port) as listener:

@@ -56,18 +56,15 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Makes room."""
         super().connection_made(transport)
+        self.address = self.client and self.client[0]  # None if the client has left already
         everybody = cast(set[Connection], self.connections)
-        mine = [one for one in everybody if one.address() == self.address()]
+        mine = [one for one in everybody if one.address == self.address]
         for others, most in ((mine, MOST_OF_ADDRESS), (everybody, MOST)):
             if len(others) > most:
                 oldest = min(filter(Connection.waiting, others), key=lambda one: one.idle_since)
                 everybody.discard(oldest)
                 oldest.transport.abort()
         self._look()
-
-    def address(self) -> str | None:
-        """Returns the client's address; None if it has left already."""
-        return self.client and self.client[0]
 
     def idle(self) -> bool:
         """Returns whether there is no request that has not been answered."""

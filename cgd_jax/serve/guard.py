@@ -2,7 +2,6 @@
 
 import hmac
 import re
-import secrets
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -10,7 +9,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["LOOPBACK", "Guard", "new_token"]
+__all__ = ["LOOPBACK", "Guard"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE = "cgd_jax_token"
@@ -29,17 +28,11 @@ HEADERS = {
 }
 
 
-def new_token() -> str:
-    """Returns a token that nobody guesses."""
-    return secrets.token_urlsafe(32)
-
-
 class Guard:
     """Middleware that asks for a token, or else accepts requests to this machine by name only.
 
     Without a token, any page that a user of this machine visits could send requests under a name
-    of its own that it has resolved to 127.0.0.1 (DNS rebinding); such requests bear that name in
-    their Host header. No dependency of routes, as it also answers where there is no route.
+    of its own that it has resolved to 127.0.0.1 (DNS rebinding): their Host header bears that name.
     """
 
     def __init__(self, app: ASGIApp, token: str | None = None):

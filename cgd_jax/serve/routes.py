@@ -11,7 +11,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from cgd_jax.search import stores
-from cgd_jax.serve.service import Refusal, Served
+from cgd_jax.serve.service import Served
 from cgd_jax.serve.uploads import MAX_BYTES, PREFIX
 
 __all__ = ["describing", "explaining", "searching", "showing"]
@@ -59,11 +59,7 @@ class Answer(BaseModel):
     milliseconds: float = Field(description="to decode, embed and search, without the upload")
 
 
-@searching.post(
-    "/search",
-    openapi_extra=IMAGE_BODY,
-    responses={413: {"model": Refusal}, 415: {"model": Refusal}},
-)
+@searching.post("/search", openapi_extra=IMAGE_BODY)
 async def search(
     request: Request,
     service: Served,

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import Depends, HTTPException, Request
-from pydantic import BaseModel
 
 from cgd_jax.data.decode import MAX_PIXELS, decode, dimensions
 from cgd_jax.data.images import Box
@@ -21,18 +20,12 @@ from cgd_jax.serve import uploads
 from cgd_jax.serve.device import Decoder, Device, Threads
 from cgd_jax.serve.heat import Heat
 
-__all__ = ["Refusal", "Served", "Service"]
+__all__ = ["Served", "Service"]
 
 CAPACITY = 32  # searches at once; more are refused
 VECTORS = 1000  # of uploads that are remembered
 NO_IMAGE = "The index has no such image."
 OLDEST = 60  # seconds that a count is believed where the database has no versions
-
-
-class Refusal(BaseModel):
-    """Why a request was not answered."""
-
-    detail: str
 
 
 class Service:
@@ -104,7 +97,8 @@ class Service:
             with self.decoder.holding(height * width):
                 return decode(data, box, side), height, width
         except ValueError as error:
-            raise uploads.unreadable(error) from error
+            status = 413 if "decompression bomb" in str(error) else 415
+            raise HTTPException(status, f"The image cannot be read: {error}.") from error
 
 
 async def _service_of(request: Request) -> Service:

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from cgd_jax.search.images import hash_of
 
-__all__ = ["PREFIX", "Uploads", "check_scans", "unreadable"]
+__all__ = ["PREFIX", "Uploads", "check_scans"]
 
 MAX_BYTES = 20_000_000  # of an upload
 PATIENCE = 30  # seconds that an upload may take
@@ -36,8 +36,7 @@ SCAN, END = 0xDA, 0xD9
 class Uploads:
     """The latest uploads by the hash of their content: as many as fit into some memory."""
 
-    def __init__(self, capacity: int = KEPT_BYTES):
-        self.capacity = capacity
+    def __init__(self) -> None:
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._lock = Lock()
         self._arriving: Counter[str] = Counter()  # bytes by the client's address
@@ -55,7 +54,7 @@ class Uploads:
         with self._lock:
             self._kept[id] = data
             self._kept.move_to_end(id)
-            while sum(map(len, self._kept.values())) > self.capacity:
+            while sum(map(len, self._kept.values())) > KEPT_BYTES:
                 self._kept.popitem(last=False)
         return id
 
@@ -117,9 +116,3 @@ def scans_of(data: bytes) -> int:
         scans += found[1][0] == SCAN
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
     return scans
-
-
-def unreadable(error: ValueError) -> HTTPException:
-    """Returns the answer to an image that cannot be decoded."""
-    status = 413 if "decompression bomb" in str(error) else 415
-    return HTTPException(status, f"The image cannot be read: {error}.")
