@@ -92,7 +92,7 @@ def open_run(
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1.
+      step: of the checkpoint; None for the one with the best R@1, see `checkpoint.restore`.
       config: the run's own, perhaps with another `eval` part; None for just the run's.
 
     Returns:
@@ -107,8 +107,6 @@ def open_run(
     for change in data_changes(workdir, run.dataset):
         console.log(f"The data set is not the one that the run was trained on: {change}.")
     with checkpoint.manager(workdir) as checkpoints:
-        step = checkpoints.best_step() if step is None else step
-        checkpoint.check_step(checkpoints, step, workdir)
         return run, checkpoint.restore(checkpoints, run.state_shapes(), step)
 
 

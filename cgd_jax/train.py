@@ -86,7 +86,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                 f"on from the checkpoint of step {checkpoints.latest_step()} in {workdir}."
             )
             raise SystemExit(interrupts.EXIT_TEMPFAIL)
-        best = checkpoint.restore(checkpoints, run.state_shapes(), checkpoints.best_step())
+        best = checkpoint.restore(checkpoints, run.state_shapes())
         results = {**evaluate_state(run, best), "baselines": baselines}
         files.write_json(folder / "results.json", results)
     log_results(config, results)

@@ -48,7 +48,16 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
 
 
 def test_a_state_without_a_memory_is_saved_as_before_there_was_one(tmp_path):
-    fields = {"step", "params", "batch_stats", "opt_state", "normalization", "average", "skipped"}
+    fields = {
+        "step",
+        "params",
+        "batch_stats",
+        "opt_state",
+        "normalization",
+        "average",
+        "skipped",
+        "digest",
+    }
     state = state_with(1, jnp.zeros(3))
     with checkpoint.manager(str(tmp_path), keep=9) as checkpoints:
         checkpoint.save(checkpoints, state)
@@ -117,7 +126,7 @@ def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
     before = sorted(map(str, tmp_path.rglob("*")))
     with (
         checkpoint.manager(str(tmp_path), keep=5) as checkpoints,
-        pytest.raises(OSError, match="No checkpoint in .* can be read.*step 7: .*step 3: "),
+        pytest.raises(OSError, match="No checkpoint .* can be read.*step 7: .*step 3: "),
     ):
         checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(7)))
     assert sorted(map(str, tmp_path.rglob("*"))) == before
@@ -156,7 +165,7 @@ def test_a_checkpoint_without_permission_is_no_damage(what):
             ):
                 checkpoint.restore_latest(checkpoints, weights(0))
             path.chmod(mode)
-        assert f"of step 7, cannot be read: no permission for {path}. Give it" in str(error.value)
+        assert f"of step 7 cannot be read: no permission for {path}. Give it" in str(error.value)
         assert sorted(folder.rglob("*")) == before
 
 

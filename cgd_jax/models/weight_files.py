@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["NoSource", "declared_backbone", "declared_normalization", "find", "read"]
+__all__ = ["NoSource", "declared_backbone", "declared_normalization", "digest", "find", "read"]
 
 PACKAGES = {source: package for family in FAMILIES for source, package in family.packages.items()}
 # Of a Hugging Face repository: its weights, and what declares mean and std, and as what.
@@ -125,13 +125,23 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="numpy") as opened:
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-                return arrays, opened.metadata() or {}
+                metadata = opened.metadata() or {}
+            expected = metadata.pop("digest", None)  # only `pretrained.save` writes one
+            if expected not in (None, digest(arrays, metadata)):
+                raise ValueError("its content is not what was saved, by its digest")
+            return arrays, metadata
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive), {}
     except Exception as error:  # safetensors, zip, zlib and NumPy each have their own
         raise InputError(f"{path} is no readable {path.suffix} file: {error}.") from error
     return read_torch_file(path), {}
+
+
+def digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Returns a digest of the whole content of a .safetensors that `pretrained.save` writes."""
+    texts = json.dumps(dict(metadata), sort_keys=True).encode()
+    return files.digest({**arrays, "": np.frombuffer(texts, np.uint8)})
 
 
 def declared_normalization(folder: Path) -> Normalization | None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cgd_jax.runtime import files
+
 if TYPE_CHECKING:
     from cgd_jax.models.cgd import CGD
     from cgd_jax.preprocess import Normalization
@@ -61,9 +63,9 @@ def identify(source: str | Path | None) -> tuple[str, str]:
         from cgd_jax import checkpoint
 
         variables, _, _ = checkpoint.read_weights(source)
-        return _name(source), _hash(_flat(variables))
+        return _name(source), files.digest(_flat(variables))
     arrays, _ = weight_files.read(weight_files.find(source))
-    return _name(source), _hash(arrays)
+    return _name(source), files.digest(arrays)
 
 
 def open_network(source: str | Path | None = None, vector: str | None = None) -> Network:
@@ -93,7 +95,7 @@ def open_network(source: str | Path | None = None, vector: str | None = None) ->
         read = _read_run if _is_run(source) else export.read_network
         model, variables, normalization, config = read(source)
         known = vectors_of(model.descriptors, model.combination)
-        name, weights_hash = _name(source), _hash(_flat(variables))
+        name, weights_hash = _name(source), files.digest(_flat(variables))
     vector = vector or known[0]
     if vector not in known:
         raise ValueError(f"--vector={vector}: {name} has no such vector, but {', '.join(known)}.")
@@ -179,13 +181,3 @@ def _flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     from flax.traverse_util import flatten_dict
 
     return flatten_dict(dict(variables), sep="/")
-
-
-def _hash(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns a hash of arrays by name, in whatever file they came."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()[:16]
