@@ -46,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       ConfigError: The config cannot be run, or the work folder holds a run of another one.
       BlockingIOError: Another process trains in that folder.
       Diverged: The loss was not finite.
-      SystemExit: SIGINT or SIGTERM ended it; the status is `interrupts.EXIT_TEMPFAIL`.
+      SystemExit: SIGINT, SIGTERM or SIGHUP ended it; the status is `interrupts.EXIT_TEMPFAIL`.
     """
     started = time.time()
     run = create_run(config, workdir)

@@ -31,6 +31,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.filename == str(part):
+            error.filename = str(path)  # which the user knows
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -46,7 +46,7 @@ def run_study(
 
     Raises:
       UserError: runs failed, which are named; the others were trained.
-      SystemExit: with the status `interrupts.EXIT_TEMPFAIL`, when SIGINT or SIGTERM ended it.
+      SystemExit: with the status `interrupts.EXIT_TEMPFAIL`, when a signal ended it.
     """
     jax.config.update("jax_platforms", "cpu")  # the devices are for the runs
     waiting = [run for run in runs if not run.finished()]
