@@ -40,7 +40,7 @@ def describe(workdir: str) -> tuple[list, np.ndarray, list, np.ndarray]:
     keep_compiled(workdir)
     setup = set_up(config)
     with checkpoint.manager(workdir) as checkpoints:
-        state = checkpoint.restore(checkpoints, setup.state, checkpoints.best_step())
+        state = checkpoint.restore(checkpoints, setup.state)
     embed = evaluate.embed_state(config, setup, state, vector="descriptors")
     # Training images are larger, for random crops.
     cropped = lambda images: embed(center_crop(images, config.data.image_size))

@@ -106,7 +106,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         config.dir = folder
         dataset = load_dataset(config, center_crop=False)
-        images = np.concatenate([dataset.query.images, dataset.gallery.images])
+        images = np.concatenate([dataset.query.images[:], dataset.gallery.images[:]])
         labels = (dataset.query.labels, dataset.gallery.labels)
     queries = len(labels[0])
     vectors = ours(images)

@@ -1,14 +1,16 @@
-"""Checkpoints of a run: the latest few and the chosen one, written by orbax.
+"""Checkpoints of a run: the latest few and the best one, written by orbax.
 
 A save is written under a temporary name and renamed when complete, so that a run
 killed in the middle of it finds the checkpoint before.
 """
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,6 @@ def check_folder(workdir: str | Path) -> None:
 
     orbax looks its files up with glob patterns and takes what ends in a colon for the scheme of
     an address, without escaping either in the path that it was given.
-
-    Raises:
-      ConfigError: Names the characters.
     """
     path = Path(workdir).resolve()
     odd = sorted({letter for letter in str(path) if letter in "[]*?\\"})
@@ -49,67 +48,89 @@ def check_folder(workdir: str | Path) -> None:
 
 
 def manager(workdir: str | Path, keep: int | None = None) -> ocp.CheckpointManager:
-    """Opens the checkpoints of a work folder.
+    """Opens the checkpoints of a work folder; closing them waits for the last save.
 
-    Args:
-      workdir: folder of the run.
-      keep: how many of the latest checkpoints survive, beside the best; None opens them for
-        reading, which is safe while a run writes there.
-
-    Returns:
-      An orbax manager; close it, or use it in a `with` statement, to wait for the
-      last save.
-
-    Raises:
-      ConfigError: As `check_folder`.
+    `keep` of the latest survive, beside the best. None opens them for reading, which is safe
+    while a run writes there.
     """
     check_folder(workdir)
-
-    def score(metrics):
-        return metrics.get("score", metrics.get("recall_at_1"))  # so it was called in 0.1.0
-
+    writing, folder = keep is not None, Path(workdir, FOLDER).resolve()
+    _check_metrics(folder, writing)
     policies = [
         preservation_policy.LatestN(keep),
-        preservation_policy.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
+        preservation_policy.BestN(
+            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+        ),
     ]
-    writing = keep is not None
     options = ocp.CheckpointManagerOptions(
-        best_fn=score,
+        best_fn=_score,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         create=writing,
         # A killed run may have left an unfinished save.
         cleanup_tmp_directories=writing,
     )
     return ocp.CheckpointManager(
-        Path(workdir, FOLDER).resolve(),
+        folder,
         options=options,
         # Explicit: orbax would infer it from the latest checkpoint, which may be damaged.
         item_handlers=ocp.StandardCheckpointHandler(),
     )
 
 
-def check_step(checkpoints: ocp.CheckpointManager, step: int | None, workdir: str | Path) -> None:
-    """Raises FileNotFoundError, with the steps that are kept, if a checkpoint is not there."""
-    steps = sorted(checkpoints.all_steps())
-    if not steps:
-        raise FileNotFoundError(f"The run in {workdir} has no checkpoint yet.")
-    if step not in steps:
-        kept = ", ".join(map(str, steps))
-        raise FileNotFoundError(
-            f"{workdir} has no checkpoint of step {step}; the steps kept are: {kept}."
+def _score(metrics: dict | None) -> float:
+    if metrics is None:
+        return -1.0
+    return metrics["score" if "score" in metrics else "recall_at_1"]  # its name in 0.1.0
+
+
+def _metrics(score: float) -> dict[str, Any]:
+    return {
+        "score": score,
+        "digest": files.digest({"score": np.array(score)}),
+    }
+
+
+def _check_metrics(folder: Path, writing: bool) -> None:
+    """Sets damaged scores aside, or refuses them: they say which checkpoint is the best."""
+    for path in sorted(folder.glob("*/metrics/metrics")):
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            expected = _metrics(float(_score(metrics)))
+            if metrics.get("digest", expected["digest"]) == expected["digest"]:
+                continue  # without a digest: of an older version
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        if not writing:
+            raise ConfigError(
+                f"The score in {path} is damaged, so it is not known which checkpoint is the best. "
+                f"Delete {path.parent}, and that checkpoint counts as one that was not evaluated."
+            )
+        aside = _set_aside(path.parent, f"{path.parts[-3]}-metrics")
+        log.warning(
+            "The score of checkpoint %s is damaged; it is now in %s.", path.parts[-3], aside
         )
+    if writing:
+        processes.wait_for_all("damaged metrics are moved")
+
+
+def _set_aside(path: Path, name: str) -> Path:
+    """Moves something damaged out of the checkpoints, into `damaged` beside them."""
+    aside = next(p for p in path.parents if p.name == FOLDER).with_name("damaged")
+    aside = aside / f"{name}-{time.time_ns()}"
+    if processes.is_first():
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+    return aside
 
 
 def save(checkpoints: ocp.CheckpointManager, state, score: float | None = None) -> None:
     """Saves a state under its step; the writing goes on in the background.
 
-    If it cannot be written, a warning says so and nothing of it stays on the disk.
-
-    Args:
-      checkpoints: from `manager`.
-      state: a `train_step.State`.
-      score: of this state, if it was evaluated; the highest is chosen. R@1 of the validation
-        classes, or, where there are none, the step, so that the last one is.
+    If it cannot be written, a warning says so and nothing of it stays on the disk. The state
+    with the highest `score` is chosen: R@1 of the validation classes, or, where there are none, the
+    step, so that the last one is.
     """
     finish(checkpoints)  # one at a time, and room is made for this one
     step = int(state.step)
@@ -123,9 +144,13 @@ def save(checkpoints: ocp.CheckpointManager, state, score: float | None = None) 
         if free < needed:
             raise OSError(f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
         # A copy, since the next training step takes over the state's own buffers.
-        state = jax.tree.map(jnp.copy, _fields(state))
-        metrics = None if score is None else {"score": score}
-        checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+        fields = jax.tree.map(jnp.copy, _fields(state))
+        fields["digest"] = _digest(fields)
+        checkpoints.save(
+            step,
+            args=ocp.args.StandardSave(fields),
+            metrics=None if score is None else _metrics(score),
+        )
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
@@ -142,27 +167,83 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, state):
-    """Restores the latest readable checkpoint.
+    """Restores the latest readable checkpoint; None if there is no checkpoint.
 
-    Later ones, which are damaged, are moved to `damaged` beside the checkpoints with a warning.
+    Later ones, which are damaged, are moved to `damaged` beside the checkpoints with a warning;
+    if none can be read, all are left as they are.
+    """
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    if not steps:
+        return None
+    _, saved, damaged = _first_readable(checkpoints, steps, state)
+    for step, reason in damaged.items():
+        aside = _set_aside(Path(checkpoints.directory, str(step)), str(step))
+        log.warning("Checkpoint %d is damaged and was moved to %s: %s", step, aside, reason)
+    if damaged:
+        processes.wait_for_all("damaged checkpoints are moved")
+        checkpoints.reload()
+    return dataclasses.replace(state, **saved)
 
-    Args:
-      checkpoints: from `manager`, for writing.
-      state: as for `restore`.
 
-    Returns:
-      The saved state, or None if there is no checkpoint.
+def restore(checkpoints: ocp.CheckpointManager, state, step: int | None = None):
+    """Restores the state of a step, see `_read_chosen`.
+
+    `state` has the structure, shapes and shardings of what is returned; only those are used.
+    """
+    return dataclasses.replace(state, **_read_chosen(checkpoints, step, state)[1])
+
+
+def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, Normalization, int]:
+    """Reads the weights of a checkpoint, see `_read_chosen`, without its network or data set.
+
+    Returns {"params": ..., "batch_stats": ...} of NumPy arrays, the network's parameters,
+    averaged if the run averages them; the normalization of the pixels; the step.
+    """
+    with manager(workdir) as checkpoints:
+        step, state = _read_chosen(checkpoints, step)
+    log.info("Weights of step %d of %s.", step, workdir)
+    variables = {
+        "params": network_params(state.get("average") or state["params"]),
+        "batch_stats": state["batch_stats"],
+    }
+    return variables, Normalization.of(**state["normalization"]), step
+
+
+def _read_chosen(checkpoints: ocp.CheckpointManager, step: int | None, state=None):
+    """Returns a step, and the fields saved of it; FileNotFoundError if it is not there.
+
+    Without a step it is the one with the best R@1, or the latest if none was evaluated; if that
+    is damaged, the next best with a warning.
+    """
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    run = Path(checkpoints.directory).parent
+    if not steps:
+        raise FileNotFoundError(f"The run in {run} has no checkpoint yet.")
+    if step not in (None, *steps):
+        kept = ", ".join(map(str, sorted(steps)))
+        raise FileNotFoundError(
+            f"{run} has no checkpoint of step {step}; the steps kept are: {kept}."
+        )
+    steps.sort(key=lambda step: -_score(checkpoints.metrics(step)))
+    wanted = steps if step is None else [step]
+    found, saved, damaged = _first_readable(checkpoints, wanted, state)
+    for step, reason in damaged.items():
+        log.warning("Checkpoint %d is damaged; %d takes its place. %s", step, found, reason)
+    return found, saved
+
+
+def _first_readable(checkpoints: ocp.CheckpointManager, steps: list[int], state):
+    """Returns the first step that can be read, its fields, and what is wrong with those before.
 
     Raises:
-      ConfigError: As `restore`.
-      PermissionError: The latest one must not be read by this user, which is no damage.
-      OSError: There are checkpoints, and none can be read; all are left as they are.
+      ConfigError: As `_check_classes`.
+      PermissionError: One must not be read by this user, which is no damage.
+      OSError: None can be read.
     """
-    errors = {}
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    damaged: dict[int, str] = {}
+    for step in steps:
         try:
-            saved = restore(checkpoints, state, step)
-            break
+            return step, _read(checkpoints, step, state), damaged
         except ConfigError:
             raise
         except Exception as error:  # orbax, TensorStore and JSON each have their own
@@ -170,49 +251,44 @@ def restore_latest(checkpoints: ocp.CheckpointManager, state):
             for path in (folder, *sorted(folder.rglob("*"))):
                 if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
                     raise PermissionError(
-                        f"The latest checkpoint, of step {step}, cannot be read: no permission for "
-                        f"{path}. Give it (chmod -R u+rwX {folder}), or choose another --workdir=."
+                        f"The checkpoint of step {step} cannot be read: no permission for {path}. "
+                        f"Give it (chmod -R u+rwX {folder}), or choose another --workdir=."
                     ) from error
-            errors[step] = " ".join(str(error).split())[:300]
-    else:
-        if errors:
-            listed = "; ".join(f"step {step}: {reason}" for step, reason in errors.items())
-            raise OSError(
-                f"No checkpoint in {checkpoints.directory} can be read, so the run cannot go on "
-                f"from there. Choose another --workdir=, or mend or delete them. {listed}"
-            )
-        return None
-    for step, reason in errors.items():
-        damaged = Path(checkpoints.directory).with_name("damaged") / f"{step}-{time.time_ns()}"
-        if processes.is_first():
-            damaged.parent.mkdir(exist_ok=True)
-            Path(checkpoints.directory, str(step)).rename(damaged)
-        log.warning("Checkpoint %d is damaged and was moved to %s: %s", step, damaged, reason)
-    if errors:
-        processes.wait_for_all("damaged checkpoints are moved")
-        checkpoints.reload()
+            damaged[step] = " ".join(str(error).split())[:300]
+    listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+    raise OSError(
+        f"No checkpoint that could be taken from {checkpoints.directory} can be read. Choose "
+        f"another --workdir= or --step=, or mend or delete them. {listed}"
+    )
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, state) -> dict[str, Any]:
+    """Returns the fields saved of a step, laid over the devices as those of a state are.
+
+    Without a state they are NumPy arrays: the run may have had other devices than there are here.
+    """
+    metadata = checkpoints.item_metadata(step)
+    if metadata is None:
+        raise ValueError("its metadata cannot be read")
+    tree = metadata.tree
+    fields = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+    if state is not None:
+        _check_classes(checkpoints, state, step)
+        digest = {"digest": fields["digest"]} if "digest" in fields else {}
+        fields = jax.tree.map(ocp.tree.to_shape_dtype_struct, _fields(state)) | digest
+    saved = checkpoints.restore(step, args=ocp.args.StandardRestore(fields))
+    digest = saved.pop("digest", None)  # there is none of an older version
+    if digest is not None and not np.array_equal(digest, _digest(saved)):
+        raise ValueError("its arrays are not those that were saved, by their digest")
     return saved
 
 
-def restore(checkpoints: ocp.CheckpointManager, state, step: int):
-    """Restores the state of a step.
-
-    Args:
-      checkpoints: from `manager`.
-      state: a state of the same structure, shapes and shardings; only those are
-        used.
-      step: one of `checkpoints.all_steps()`.
-
-    Returns:
-      The saved state, laid over the devices as `state` is.
-
-    Raises:
-      ConfigError: It was trained on another number of classes.
-    """
-    _check_classes(checkpoints, state, step)
-    abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, _fields(state))
-    saved = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
-    return dataclasses.replace(state, **saved)
+def _digest(fields: dict[str, Any]) -> np.ndarray:
+    """Returns a digest of all arrays, [8] uint8: of a state as of what is read without one."""
+    arrays, _ = jax.tree_util.tree_flatten_with_path(fields)
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    found = files.digest({name(path): array for path, array in arrays})
+    return np.frombuffer(bytes.fromhex(found), np.uint8)
 
 
 def _fields(state) -> dict[str, Any]:
@@ -226,8 +302,7 @@ def _fields(state) -> dict[str, Any]:
 def _check_classes(checkpoints: ocp.CheckpointManager, state, step: int) -> None:
     """Refuses another data set than a checkpoint was trained on, as far as classes tell.
 
-    A run of this version records its data set and is compared with that, see
-    `workdir.check_data`; of an older one this is all there is.
+    Runs record their data set, see `workdir.check_data`; of an older run this is all there is.
     """
     try:
         saved = checkpoints.item_metadata(step).tree["params"]["auxiliary_fc"]["bias"].shape[0]
@@ -240,38 +315,3 @@ def _check_classes(checkpoints: ocp.CheckpointManager, state, step: int) -> None
             f"classes, and the data set has {wanted:,} to train on now. Restore the data set as it "
             f"was, or train in another folder with --workdir=."
         )
-
-
-def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, Normalization, int]:
-    """Reads the weights of a checkpoint, without its network or data set.
-
-    Args:
-      workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1, or the latest if none
-        was evaluated.
-
-    Returns:
-      {"params": ..., "batch_stats": ...} of NumPy arrays, the network's parameters, averaged if
-      the run averages them; the normalization of the pixels; the step.
-
-    Raises:
-      FileNotFoundError: There is no such checkpoint.
-    """
-    with manager(workdir) as checkpoints:
-        if step is None:
-            step = checkpoints.best_step()
-        if step is None:
-            step = checkpoints.latest_step()
-        check_step(checkpoints, step, workdir)
-    folder = Path(workdir, FOLDER, str(step), "default").resolve()
-    log.info("Weights of step %d of %s.", step, workdir)
-    with ocp.PyTreeCheckpointer() as reader:
-        # As NumPy arrays: the run may have had other devices than there are here.
-        metadata = reader.metadata(folder).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        state = reader.restore(folder, restore_args=as_numpy)
-    variables = {
-        "params": network_params(state.get("average") or state["params"]),
-        "batch_stats": state["batch_stats"],
-    }
-    return variables, Normalization.of(**state["normalization"]), step

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import config_files
 
-__all__ = ["complete", "differences", "flatten", "from_dict", "to_dict"]
+__all__ = ["complete", "complete_flat", "differences", "flatten", "from_dict", "to_dict"]
 
 # What may differ when a run is continued: none of it changes what is trained.
 FREE_TO_CHANGE = (
@@ -75,16 +75,23 @@ def complete(values: dict) -> dict:
     Keys that were renamed have their new names, keys that did not exist yet the value that does
     what was done before, and lists are tuples.
     """
-    of_run = {RENAMED.get(path, path): value for path, value in flatten(values).items()}
-    flat = flatten(config_files.base_config().to_dict()) | DONE_BEFORE | of_run
     nested: dict[str, Any] = {}
-    for path, value in flat.items():
+    for path, value in complete_flat(values).items():
         *groups, name = path.split(".")
         part = nested
         for group in groups:
             part = part.setdefault(group, {})
-        part[name] = tuple(value) if isinstance(value, list) else value
+        part[name] = value
     return nested
+
+
+def complete_flat(values: dict) -> dict[str, Any]:
+    """Returns what `complete` does, as `flatten` has it."""
+    of_run = {
+        RENAMED.get(path, path): tuple(value) if isinstance(value, list) else value
+        for path, value in flatten(values).items()
+    }
+    return flatten(config_files.base_config().to_dict()) | DONE_BEFORE | of_run
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:

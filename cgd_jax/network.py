@@ -9,7 +9,7 @@ network.index("photos").search("a.jpg")
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from cgd_jax.data.images import is_one, listed, read_image
 from cgd_jax.models import backbones, pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, create_model_of, embed_model, vectors_of
 from cgd_jax.preprocess import Normalization
-from cgd_jax.runtime import compiled, packages
+from cgd_jax.runtime import compiled, files, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.threads import CORES, parallel
 
@@ -251,7 +251,9 @@ def _read(name: str, step: int | None = None) -> _Source:
 
         config = read_config(name).to_dict()
         weights, normalization, step = read_weights(name, step)
-        return _Source(name, weights, normalization, config, step, _hash(weights))
+        return _Source(
+            name, weights, normalization, config, step, files.digest(flatten_dict(weights, sep="/"))
+        )
     if step is not None:
         raise InputError(f"step={step} is of a run, and {name} is none: it has no checkpoints/.")
     path = weight_files.find(name)
@@ -263,7 +265,9 @@ def _read(name: str, step: int | None = None) -> _Source:
         return _published(name, path, arrays, declared)
     config, weights = complete(json.loads(metadata["config"])), unflatten_dict(arrays, "/")
     step = int(metadata["step"]) if "step" in metadata else None
-    return _Source(name, weights, declared, config, step, _hash(weights))
+    return _Source(
+        name, weights, declared, config, step, files.digest(flatten_dict(weights, sep="/"))
+    )
 
 
 def _published(
@@ -302,13 +306,3 @@ def _backbone_of(path: Path) -> str:
             f"do, and no config.json beside it says which backbone they are of. Begin its name "
             f"with that of the backbone: {backbones.listed()}."
         ) from error
-
-
-def _hash(weights: Mapping[str, Any]) -> str:
-    """Returns a hash of variables, in whatever file they came."""
-    digest = hashlib.sha256()
-    for name, array in sorted(flatten_dict(weights, sep="/").items()):
-        array = np.ascontiguousarray(array)
-        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()[:16]

@@ -19,7 +19,7 @@ from cgd_jax.config import flatten
 from cgd_jax.models import backbones, cgd, resnet
 from cgd_jax.runtime.errors import ConfigError
 
-__all__ = ["AUTO", "Rule", "rule_of", "validate"]
+__all__ = ["AUTO", "Rule", "check_values", "rule_of", "validate"]
 
 AUTO = "auto"  # the backbone that `model.pretrained` has the weights of
 
@@ -173,8 +173,21 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ConfigError: names the key, its value, and the values that are valid.
     """
+    check_values(flatten(config.to_dict()))
+    for problem in _problems(config):
+        raise ConfigError(problem)
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """Checks every value of a config by itself; see `validate`.
+
+    Args:
+      values: by key, as from `config.flatten`.
+
+    Raises:
+      ConfigError: as `validate`.
+    """
     defaults = flatten(config_files.base_config().to_dict())
-    values = flatten(config.to_dict())
     if missing := [key for key in defaults if key not in values]:
         raise ConfigError(
             f"The config has no key {', '.join(missing)}; configs/base.py explains every key."
@@ -183,7 +196,10 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(f"The config has a key that nothing reads: {', '.join(unknown)}.")
     for key, default in defaults.items():
         value, kind = values[key], type(default)
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind is tuple:
+            fits = fits and all(type(number) in (int, float) for number in value)
+        if not fits:
             raise ConfigError(
                 f"{key}={value!r} is of the wrong type: it must be "
                 f"{TYPES.get(kind, f'a {kind.__name__} such as {default}')}."
@@ -193,8 +209,6 @@ def validate(config: ConfigDict) -> None:
             raise ConfigError(f"{key}={value!r} {rule.otherwise}.")
         if kind is float and not math.isfinite(value):
             raise ConfigError(f"{key}={value!r} must be finite.")
-    for problem in _problems(config):
-        raise ConfigError(problem)
 
 
 def _problems(config: ConfigDict) -> Iterator[str]:

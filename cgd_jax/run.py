@@ -111,8 +111,6 @@ def open_run(
     for change in data_changes(workdir, run.dataset):
         console.log(f"The data set is not the one that the run was trained on: {change}.")
     with checkpoint.manager(workdir) as checkpoints:
-        step = checkpoints.best_step() if step is None else step
-        checkpoint.check_step(checkpoints, step, workdir)
         return run, checkpoint.restore(checkpoints, run.state_shapes(), step)
 
 

@@ -53,7 +53,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       ConfigError: The config cannot be run, or the work folder holds a run of another one.
       BlockingIOError: Another process trains in that folder.
       Diverged: The loss was not finite.
-      SystemExit: SIGINT or SIGTERM ended it; the status is `interrupts.EXIT_TEMPFAIL`.
+      SystemExit: SIGINT, SIGTERM or SIGHUP ended it; the status is `interrupts.EXIT_TEMPFAIL`.
     """
     started = time.time()
     run = create_run(config, workdir)
@@ -221,9 +221,8 @@ def measure_chosen(
       What `evaluate_state` does, with "chosen by", and if they are there "validation", the
       recalls of the validation classes at that step, and "last step", its "step" and "metrics".
     """
-    chosen = checkpoints.best_step()
-    state = checkpoint.restore(checkpoints, run.state_shapes(), chosen)
-    results = evaluate_state(run, state)
+    state = checkpoint.restore(checkpoints, run.state_shapes())
+    results, chosen = evaluate_state(run, state), int(state.step)
     results["chosen by"] = "test classes" if run.config.train.best_of_test else "last step"
     if run.validation is not None:
         (row,) = [row for row in history.rows if row["step"] == chosen]

@@ -1,15 +1,20 @@
 """The work folder of a run: its name, its config, what it was trained on."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, data
-from cgd_jax.config import differences, from_dict, to_dict
+from cgd_jax.config import complete_flat, differences, from_dict, to_dict
 from cgd_jax.data import Dataset
-from cgd_jax.runtime import files
+from cgd_jax.rules import check_values
+from cgd_jax.runtime import files, processes
 from cgd_jax.runtime.errors import ConfigError
 
 __all__ = [
@@ -22,6 +27,7 @@ __all__ = [
     "record_data",
 ]
 
+PARTS = ("data", "augment", "model", "loss", "optimizer", "train", "eval")  # of a config
 DATA = "data.json"  # what the run is trained on, see `data.fingerprint`
 
 
@@ -34,29 +40,39 @@ def default_workdir(config_argument: str, parent: str = "runs") -> str:
 def read_config(workdir: str | Path) -> ConfigDict:
     """Reads the config of a run; keys that are newer than the run are filled in.
 
-    Raises:
-      FileNotFoundError: There is no run.
-      ConfigError: Its config.json is damaged.
+    Raises FileNotFoundError if there is no run, ConfigError if its config.json is damaged.
     """
     path = Path(workdir, "config.json")
-    try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         raise FileNotFoundError(
             f"There is no run in {workdir}: it has no config.json. Give the folder of a run with "
             f"--workdir=, or train one first."
-        ) from None
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}.") from error
+        )
+    with _reading(path) as values:
+        if missing := [p for p in PARTS if not (values.get(p) and isinstance(values[p], dict))]:
+            raise ConfigError(f"it has no part {', '.join(missing)}")
+        # A data set may be one that only the config file made known.
+        check_values(complete_flat(values) | {"data.name": "glyphs"})
+        return from_dict(values)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Yields what a JSON file holds; whatever goes wrong with it is a ConfigError with its name."""
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is damaged: {str(error).rstrip('.')}. Restore it from a backup, or train in "
+            f"another folder with --workdir=."
+        ) from error
 
 
 def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
-    """Refuses a work folder that holds a run of another config, or cannot hold one.
-
-    Raises:
-      ConfigError: Names every difference; or as `checkpoint.check_folder`.
-    """
+    """Refuses a work folder that holds a run of another config, or cannot hold one."""
     checkpoint.check_folder(workdir)
+    if processes.is_first():
+        _check_writable(workdir)
     if not Path(workdir, "config.json").exists():
         return
     of_run, wanted = read_config(workdir), to_dict(config)
@@ -71,6 +87,19 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
         )
 
 
+def _check_writable(workdir: str | Path) -> None:
+    """Refuses a work folder, or a place for one, in which nothing could be written."""
+    for folder in (Path(workdir), Path(workdir, checkpoint.FOLDER)):
+        found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not found.is_dir():
+            raise ConfigError(f"--workdir={workdir}: {found} is a file, not a folder.")
+        if not os.access(found, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"--workdir={workdir}: {found} must not be written to by this user, or its disk is "
+                f"read-only. Give the permission (chmod u+rwx), or choose another folder."
+            )
+
+
 def record_data(folder: Path, dataset: Dataset) -> None:
     """Writes down what the data set of a run holds, unless that stands there already."""
     if not Path(folder, DATA).exists():
@@ -79,16 +108,15 @@ def record_data(folder: Path, dataset: Dataset) -> None:
 
 def data_changes(workdir: str | Path, dataset: Dataset) -> list[str]:
     """Says how a data set differs from the one that a run was trained on, line by line."""
-    recorded = _recorded_data(workdir)
-    return data.describe_difference(recorded, data.fingerprint(dataset)) if recorded else []
+    path = Path(workdir, DATA)
+    if not path.exists():  # a run of a version that recorded none
+        return []
+    with _reading(path) as recorded:
+        return data.describe_difference(recorded, data.fingerprint(dataset))
 
 
 def check_data(workdir: str | Path, dataset: Dataset) -> None:
-    """Refuses to go on with a run on another data set than it began with.
-
-    Raises:
-      ConfigError: Names every difference.
-    """
+    """Refuses to go on with a run on another data set than it began with."""
     if changes := data_changes(workdir, dataset):
         listed = "".join(f"\n  {change}" for change in changes)
         raise ConfigError(
@@ -101,14 +129,8 @@ def count_classes(workdir: str | Path, dataset: Dataset) -> dict[str, int]:
     """Counts the classes that a run is tested on, and how many of them it was trained on."""
     tested = set(np.unique(dataset.query.labels).tolist())
     trained = set(np.unique(dataset.train.labels).tolist())
-    recorded = _recorded_data(workdir)
-    if recorded and data_changes(workdir, dataset):  # only the names of classes are comparable
+    if data_changes(workdir, dataset):  # only the names of classes are comparable
         tested = {dataset.query.class_names[label] for label in tested}
-        trained = {name for name, _ in recorded["train"]["per class"]}
+        with _reading(Path(workdir, DATA)) as recorded:
+            trained = {name for name, _ in recorded["train"]["per class"]}
     return {"tested": len(tested), "trained on": len(tested & trained)}
-
-
-def _recorded_data(workdir: str | Path) -> dict | None:
-    """Returns what `record_data` wrote; None for a run of a version that did not."""
-    path = Path(workdir, DATA)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from cgd_jax import checkpoint, losses, train_step, workdir
@@ -48,7 +49,16 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
 
 
 def test_a_state_without_a_memory_is_saved_as_before_there_was_one(tmp_path):
-    fields = {"step", "params", "batch_stats", "opt_state", "normalization", "average", "skipped"}
+    fields = {
+        "step",
+        "params",
+        "batch_stats",
+        "opt_state",
+        "normalization",
+        "average",
+        "skipped",
+        "digest",
+    }
     state = state_with(1, jnp.zeros(3))
     with checkpoint.manager(str(tmp_path), keep=9) as checkpoints:
         checkpoint.save(checkpoints, state)
@@ -117,10 +127,112 @@ def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
     before = sorted(map(str, tmp_path.rglob("*")))
     with (
         checkpoint.manager(str(tmp_path), keep=5) as checkpoints,
-        pytest.raises(OSError, match="No checkpoint in .* can be read.*step 7: .*step 3: "),
+        pytest.raises(OSError, match="No checkpoint .* can be read.*step 7: .*step 3: "),
     ):
         checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(7)))
     assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def flip(path, rng):
+    """Flips one bit of a file; returns what it was."""
+    before = path.read_bytes()
+    content = bytearray(before)
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+    return before
+
+
+def test_no_flipped_bit_changes_weights_in_silence(tmp_path, caplog):
+    """Anywhere in a checkpoint: it is read as it was saved, or the one before with a warning."""
+    rng = np.random.default_rng(0)
+    saved = {
+        step: state_with(step, jnp.asarray(rng.normal(size=30_000), jnp.float32)) for step in (3, 7)
+    }
+    with checkpoint.manager(tmp_path / "run", keep=5) as checkpoints:
+        for step, state in saved.items():
+            checkpoint.save(checkpoints, state, step / 10)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    files = [p for p in (tmp_path / "run/checkpoints/7").rglob("*") if p.is_file()]
+    (large,) = (p for p in files if p.stat().st_size > 50_000)
+    set_aside = 0
+    for path in [large] * 25 + files:
+        if path.stat().st_size == 0:
+            continue
+        before = flip(path, rng)
+        caplog.clear()
+        try:
+            weights, _, step = checkpoint.read_weights(tmp_path / "run")
+        except ConfigError as error:  # the R@1, by which it is chosen
+            assert "The R@1 in" in str(error) and path.name == "metrics"
+        else:
+            assert_same(weights["params"], saved[step].params)
+            assert step == 7 or "Checkpoint 7 is damaged; 3 takes its place" in caplog.text
+        caplog.clear()
+        with checkpoint.manager(tmp_path / "run", keep=5) as checkpoints:
+            found = checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(30_000)))
+        assert_same(found, saved[int(found.step)])
+        if int(found.step) == 7 and path.name != "metrics":
+            path.write_bytes(before)
+        else:
+            assert "damaged" in caplog.text and list(tmp_path.glob("run/damaged/7-*"))
+            set_aside += 1
+            shutil.rmtree(tmp_path / "run")
+            shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    assert set_aside > 20
+
+
+def test_a_step_that_was_asked_for_is_not_replaced_by_another(tmp_path):
+    with checkpoint.manager(tmp_path, keep=5) as checkpoints:
+        for step in (3, 7):
+            checkpoint.save(checkpoints, weights(step), step / 10)
+    damage(tmp_path / "checkpoints/7", "zeroed")
+    with pytest.raises(OSError, match="can be read.*--step=.* step 7: "):
+        checkpoint.read_weights(tmp_path, 7)
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert_same(checkpoint.restore(checkpoints, weights(0)), weights(3))
+        with pytest.raises(OSError, match="step 7: "):
+            checkpoint.restore(checkpoints, weights(0), 7)
+    assert (tmp_path / "checkpoints/7").exists(), "reading moves nothing"
+
+
+def test_a_manifest_that_is_cut_short_is_damage(tmp_path, caplog):
+    with checkpoint.manager(tmp_path, keep=5) as checkpoints:
+        for step in (3, 7):
+            checkpoint.save(checkpoints, weights(step), step / 10)
+    manifest = tmp_path / "checkpoints/7/default/manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:40])
+    assert checkpoint.read_weights(tmp_path)[2] == 3
+    assert "Checkpoint 7 is damaged; 3 takes its place" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"recall_at_1": 0.9, "digest": "0"}', b"\xff"])
+def test_a_damaged_recall_is_no_recall(tmp_path, caplog, content):
+    with checkpoint.manager(tmp_path, keep=5) as checkpoints:
+        for step in (3, 7):
+            checkpoint.save(checkpoints, state_with(step, jnp.ones(2)), step / 10)
+    (tmp_path / "checkpoints/3/metrics/metrics").write_bytes(content)
+    with pytest.raises(ConfigError, match="The R@1 in .*3/metrics/metrics is damaged"):
+        checkpoint.read_weights(tmp_path)
+    with checkpoint.manager(tmp_path, keep=5) as checkpoints:
+        assert checkpoints.best_step() == 7 and checkpoints.metrics(3) is None
+    assert "The R@1 of checkpoint 3 is damaged" in caplog.text
+
+
+def test_checkpoints_of_versions_without_digests_are_read(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.args, "StandardSave", older_save)
+        patch.setattr(checkpoint, "_metrics", lambda recall: {"recall_at_1": recall})
+        with checkpoint.manager(tmp_path, keep=5) as checkpoints:
+            checkpoint.save(checkpoints, weights(3), 0.5)
+            checkpoints.wait_until_finished()
+            assert "digest" not in checkpoints.item_metadata(3).tree
+    with checkpoint.manager(tmp_path, keep=5) as checkpoints:
+        assert_same(checkpoint.restore_latest(checkpoints, weights(0)), weights(3))
+    assert_same(checkpoint.read_weights(tmp_path)[0]["params"], weights(3).params)
+
+
+def older_save(fields, save=ocp.args.StandardSave):
+    return save({name: value for name, value in fields.items() if name != "digest"})
 
 
 @contextlib.contextmanager
@@ -156,7 +268,7 @@ def test_a_checkpoint_without_permission_is_no_damage(what):
             ):
                 checkpoint.restore_latest(checkpoints, weights(0))
             path.chmod(mode)
-        assert f"of step 7, cannot be read: no permission for {path}. Give it" in str(error.value)
+        assert f"of step 7 cannot be read: no permission for {path}. Give it" in str(error.value)
         assert sorted(folder.rglob("*")) == before
 
 

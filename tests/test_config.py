@@ -4,17 +4,21 @@ import fnmatch
 import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cgd_jax import config as config_module
 from cgd_jax import workdir
 from cgd_jax.config import differences, from_dict, to_dict
+from cgd_jax.data import Dataset, Split
 from cgd_jax.rules import RULES, validate
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import default_workdir
 from configs import base, glyphs
+from tests.test_checkpoint import as_owner
 
 
 @pytest.mark.parametrize(
@@ -243,3 +247,76 @@ def test_a_folder_without_a_run_and_a_damaged_one(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0')
     with pytest.raises(ConfigError, match="config.json is damaged"):
         workdir.read_config(tmp_path)
+
+
+NONSENSE = [
+    (lambda c: [c], "'list' object"),
+    (lambda c: None, "'NoneType' object"),
+    (lambda c: {}, "no part data, augment, model"),
+    (lambda c: c | {"model": None}, "no part model"),
+    (lambda c: c | {"train": {}}, "no part train"),
+    (lambda c: c | {"optimizer": "adam"}, "no part optimizer"),
+    (lambda c: c | {"seed": {"of": 1}}, "nothing reads: seed.of"),
+    (lambda c: c | {"model": c["model"] | {"depth": 5}}, "nothing reads: model.depth"),
+    (lambda c: c | {"model": c["model"] | {"width": "2"}}, "model.width='2' is of the wrong type"),
+    (lambda c: c | {"model": c["model"] | {"width": {}, "stem": None}}, "model.stem=None"),
+    (lambda c: c | {"model": c["model"] | {"backbone": "resnet5"}}, "model.backbone='resnet5' is"),
+    (lambda c: c | {"data": c["data"] | {"image_size": 0}}, "data.image_size=0 must be"),
+    (lambda c: c | {"eval": c["eval"] | {"scales": ["1.0"]}}, r"eval.scales=\('1.0',\) is of the"),
+    (lambda c: c | {"eval": c["eval"] | {"ks": 1}}, "eval.ks=1 is of the wrong type"),
+    (lambda c: c | {"train": c["train"] | {"steps": True}}, "train.steps=True is of the wrong"),
+    (lambda c: c | {"model": c["model"] | {"gem_p": float("nan")}}, "model.gem_p=nan"),
+]
+
+
+@pytest.mark.parametrize("change,message", NONSENSE)
+def test_a_config_that_was_edited_to_nonsense(tmp_path, change, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(change(to_dict(glyphs.get_config()))))
+    with pytest.raises(ConfigError, match=f"{path} is damaged: .*{message}.*--workdir="):
+        workdir.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"nul"])
+def test_a_config_that_is_no_json(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        workdir.read_config(tmp_path)
+
+
+def test_the_config_of_a_run_on_data_that_only_its_config_file_made_known(tmp_path):
+    config = glyphs.get_config()
+    config.data.name = "mine"
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    assert workdir.read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", '{"train": 5}', '{"train": {"per class": 1}}'])
+def test_damaged_records_of_data(tmp_path, content):
+    labels = np.array([0, 0, 1, 1])
+    split = Split(np.zeros((4, 2, 2, 3), np.uint8), labels, list("abcd"), {0: "x", 1: "y"})
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(ConfigError, match="data.json is damaged"):
+        workdir.check_data(tmp_path, Dataset(split, split, None))
+
+
+def test_a_work_folder_that_cannot_be_written_to_is_refused_first(tmp_path):
+    config = glyphs.get_config()
+    workdir.check_workdir(config, tmp_path / "new/run")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(ConfigError, match=f"{tmp_path}/file is a file"):
+            workdir.check_workdir(config, folder)
+
+
+@pytest.mark.parametrize("locked", ["", "run", "run/checkpoints"])
+def test_a_work_folder_without_permission_is_refused_first(locked):
+    with tempfile.TemporaryDirectory() as name:  # below folders that others may enter
+        folder = Path(name, locked)
+        folder.mkdir(parents=True, exist_ok=True)
+        with as_owner(Path(name)):
+            folder.chmod(0o500)
+            with pytest.raises(ConfigError, match=f"{folder} must not be written to by this user"):
+                workdir.check_workdir(glyphs.get_config(), Path(name, "run"))
+            folder.chmod(0o700)

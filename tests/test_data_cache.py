@@ -76,19 +76,19 @@ def test_the_second_time_nothing_is_decoded(tmp_path):
     assert source.read == 40
     again = cache.cached(source, tmp_path, KEY, 16)
     assert source.read == 40
-    assert isinstance(again.images, np.memmap) and not again.images.flags.writeable
+    assert isinstance(again.images, cache.CachedImages)
 
 
 @pytest.mark.parametrize(
     "change", [{"key": KEY | {"split": "test"}}, {"size": 17}, {"crop": False}, {"count": 39}]
 )
 def test_whatever_shapes_the_content_has_a_cache_of_its_own(tmp_path, change):
-    first = cache.cached(Source(), tmp_path, KEY, 16)
+    cache.cached(Source(), tmp_path, KEY, 16)
     arguments = {"key": KEY, "size": 16, "crop": True, "count": 40} | change
     source = Source(arguments.pop("count"))
     other = cache.cached(source, tmp_path, **arguments)
     assert source.read == len(source) == len(other.images)
-    assert other.images.filename != first.images.filename
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 
 def damage_cut(folder):
@@ -121,6 +121,16 @@ def damage_json(folder):
     (folder / "examples.json").write_text(text[:-9])
 
 
+def damage_label(folder):
+    """One bit of one label: still JSON, of another class."""
+    text = (folder / "examples.json").read_bytes()
+    (folder / "examples.json").write_bytes(text.replace(b"[[0, ", b"[[1, ", 1))
+
+
+def damage_checksums(folder):
+    (folder / "crc32.npy").write_bytes(b"")
+
+
 def damage_all(folder):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -128,17 +138,60 @@ def damage_all(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_cut, damage_header, damage_shape, damage_examples, damage_key, damage_json, damage_all],
+    [
+        damage_cut,
+        damage_header,
+        damage_shape,
+        damage_examples,
+        damage_key,
+        damage_json,
+        damage_label,
+        damage_checksums,
+        damage_all,
+    ],
 )
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     source = Source()
-    good = np.array(cache.cached(source, tmp_path, KEY, 16).images)
+    good = cache.cached(source, tmp_path, KEY, 16).images[np.arange(40)]
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     damage(folder)
     again = cache.cached(source, tmp_path, KEY, 16)
     assert source.read == 80
-    np.testing.assert_array_equal(again.images, good)
+    np.testing.assert_array_equal(again.images[np.arange(40)], good)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+
+
+def test_no_flipped_bit_of_a_cache_changes_an_image_or_a_label(tmp_path, caplog):
+    source, everything = Source(), np.arange(40)
+    good = cache.cached(source, tmp_path, KEY, 24)
+    images = good.images[everything]
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    rng = np.random.default_rng(0)
+    for name, flips in (("images.npy", 20), ("examples.json", 10), ("crc32.npy", 10)):
+        for _ in range(flips):
+            before = (folder / name).read_bytes()
+            content = bytearray(before)
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            (folder / name).write_bytes(content)
+            found = cache.cached(source, tmp_path, KEY, 24)
+            np.testing.assert_array_equal(found.images[everything], images)
+            np.testing.assert_array_equal(found.labels, good.labels)
+            assert found.ids == good.ids
+            if (folder / name).read_bytes() == before:  # built again
+                assert "cannot be used and is built again" in caplog.text
+            (folder / name).write_bytes(before)
+    assert "1 images in the cache" in caplog.text
+
+
+def test_a_cache_of_a_version_without_checksums_is_read(tmp_path):
+    source = Source()
+    images = cache.cached(source, tmp_path, KEY, 16).images[:]
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (folder / "crc32.npy").unlink()
+    again = cache.cached(source, tmp_path, KEY, 16).images
+    assert source.read == 40
+    np.testing.assert_array_equal(again[:], images)
+    np.testing.assert_array_equal(again[3], images[3])
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
@@ -169,7 +222,9 @@ def test_remains_of_a_killed_build_are_removed(tmp_path):
     assert process.exitcode == 7
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
     images = cache.cached(Source(), tmp_path, KEY, 16)
-    np.testing.assert_array_equal(images.images[5], decode(picture(5, 25, 30), size=16))
+    np.testing.assert_array_equal(
+        images.images[np.array([5])][0], decode(picture(5, 25, 30), size=16)
+    )
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
@@ -201,7 +256,7 @@ def build(folder, locks, barrier, results):
     source = Source()
     barrier.wait()
     images = cache.cached(source, folder, KEY, 16)
-    results.put((source.read, int(images.images.astype(np.int64).sum())))
+    results.put((source.read, int(images.images[np.arange(40)].astype(np.int64).sum())))
 
 
 @pytest.mark.parametrize("locks", [True, False])

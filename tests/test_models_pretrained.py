@@ -35,6 +35,7 @@ from cgd_jax.models import pretrained, resnet, weight_files
 from cgd_jax.models.backbones import BACKBONES
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.torch_file import read_torch_file
+from cgd_jax.runtime.errors import InputError
 from tests.variables import random_variables
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -686,3 +687,24 @@ def test_other_files(tmp_path):
         (tmp_path / "x.pth").write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.pth is not read"):
             read_torch_file(tmp_path / "x.pth")
+
+
+def test_no_flipped_bit_of_a_saved_file_is_read_in_silence(tmp_path):
+    """In tensors, names or metadata: the file is refused."""
+    path = tmp_path / "model.safetensors"
+    arrays = {"params": {"w": np.random.default_rng(0).normal(size=20_000).astype(np.float32)}}
+    pretrained.save(path, arrays, preprocess.IMAGENET, {"config": "{}"})
+    whole, metadata = weight_files.read(path)
+    assert "digest" not in metadata and metadata["config"] == "{}"
+    before, rng = path.read_bytes(), np.random.default_rng(1)
+    for at in [*rng.integers(len(before), size=20), *rng.integers(8, 300, size=20)]:
+        content = bytearray(before)
+        content[at] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        try:
+            found, texts = weight_files.read(path)
+        except InputError:
+            continue
+        # All that is left is the name of the digest itself.
+        np.testing.assert_array_equal(found["params/w"], whole["params/w"])
+        assert texts["normalization"] == metadata["normalization"]

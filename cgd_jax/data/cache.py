@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # Raised whenever decode.py would give other pixels for the same bytes.
 FORMAT = 2
+CHECKSUMS = "crc32.npy"  # of every image, then of examples.json
 CHUNK = 16  # examples that a thread takes at once
 
 
@@ -48,10 +50,14 @@ def cached(
     key = {**key, "size": size, "crop": crop, "images": len(source), "format": FORMAT}
     text = json.dumps(key, sort_keys=True)
     target = Path(folder, f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
-    if split := _open_if_good(target, text):
+
+    def opened() -> Split | None:
+        return _open_if_good(target, text, source, crop)
+
+    if split := opened():
         return split
     with one_at_a_time(target.with_name(f"{target.name}.lock")) as alone:
-        if split := _open_if_good(target, text):  # Another process built it meanwhile.
+        if split := opened():  # Another process built it meanwhile.
             return split
         incomplete = f"incomplete.{target.name}."
         if alone:
@@ -61,13 +67,13 @@ def cached(
         part.mkdir()
         try:
             _build(source, part, text, size, crop)
-            if not _open_if_good(target, text):
+            if not opened():
                 shutil.rmtree(target, ignore_errors=True)
             with contextlib.suppress(OSError):  # Without locks another may have been faster.
                 os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return _open(target, text)
+        return _open(target, text, source, crop)
 
 
 def decoded(source: Any, size: int, crop: bool = True) -> Split:
@@ -104,6 +110,43 @@ class DecodedImages:
         return np.concatenate([none, *parallel(work, chunks)])
 
 
+class CachedImages:
+    """Images [N, size, size, 3] of a memory-mapped file, each checked when it is first read.
+
+    One that is damaged is decoded from its source in place of what the file holds.
+    """
+
+    def __init__(self, images: np.memmap, checksums: np.ndarray | None, decoded: DecodedImages):
+        self._images, self._decoded = images, decoded
+        self._numbers = np.arange(len(images))
+        # Caches of older versions have no checksums.
+        self._checked = np.full(len(images), checksums is None)
+        self._checksums = self._numbers if checksums is None else checksums
+        self.shape = images.shape
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, indices) -> np.ndarray:
+        """Copies images, as NumPy would index an array [N, size, size, 3] of them."""
+        chosen = self._numbers[indices]
+        numbers = np.atleast_1d(chosen)
+        images = np.asarray(self._images[numbers])
+        for row in np.flatnonzero(~self._checked[numbers]):
+            number = numbers[row]
+            self._checked[number] = zlib.crc32(images[row]) == self._checksums[number]
+        damaged = np.flatnonzero(~self._checked[numbers])
+        if damaged.size:
+            images[damaged] = self._decoded[numbers[damaged]]
+            log.warning(
+                "%d images in the cache %s are damaged and were decoded anew. Delete the cache, "
+                "and the next run builds it again.",
+                damaged.size,
+                Path(str(self._images.filename)).parent,
+            )
+        return images if chosen.ndim else images[0]
+
+
 def pixels(examples: list[dict[str, Any]], size: int, crop: bool) -> np.ndarray:
     """Decodes examples to uint8 [B, size, size, 3], cropped to their boxes if they have any."""
     images = np.empty((len(examples), size, size, 3), np.uint8)
@@ -138,24 +181,32 @@ def _split(images: Any, rows: list) -> Split:
     )
 
 
-def _open(folder: Path, key: str) -> Split:
-    """Opens a finished cache; raises ValueError, OSError, KeyError or TypeError if it is not."""
-    stored = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+def _open(folder: Path, key: str, source: Any, crop: bool) -> Split:
+    """Opens a finished cache; raises whatever if it is not."""
+    text, checksums = (folder / "examples.json").read_bytes(), None
+    if (folder / CHECKSUMS).exists():  # caches of older versions have none
+        checksums = np.load(folder / CHECKSUMS)
+        if zlib.crc32(text) != checksums[-1]:
+            raise ValueError(f"{folder}/examples.json is damaged")
+    stored = json.loads(text)
     images = np.load(folder / "images.npy", mmap_mode="r")
     size = json.loads(key)["size"]
     if stored["key"] != key:
         raise ValueError(f"{folder} belongs to {stored['key']}")
     if images.dtype != np.uint8 or images.shape != (len(stored["examples"]), size, size, 3):
         raise ValueError(f"{folder} holds an array of the wrong shape")
-    return _split(images, stored["examples"])
+    if checksums is not None and checksums.shape != (len(images) + 1,):
+        raise ValueError(f"{folder}/{CHECKSUMS} is damaged")
+    decoded = DecodedImages(source, size, crop)
+    return _split(CachedImages(images, checksums, decoded), stored["examples"])
 
 
-def _open_if_good(folder: Path, key: str) -> Split | None:
+def _open_if_good(folder: Path, key: str, source: Any, crop: bool) -> Split | None:
     if not folder.exists():
         return None
     try:
-        return _open(folder, key)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _open(folder, key, source, crop)
+    except Exception as error:  # NumPy's reading of a header has any
         log.warning("The cache cannot be used and is built again: %s.", error)
         return None
 
@@ -174,25 +225,34 @@ def _build(source: Any, folder: Path, key: str, size: int, crop: bool) -> None:
         )
     log.info("Building: %s.", announcement)
 
-    def work(numbers: list[int]) -> tuple[np.ndarray, list[tuple]]:
+    def work(numbers: list[int]) -> tuple[np.ndarray, list[int], list[tuple]]:
         examples = source.__getitems__(numbers)
-        return pixels(examples, size, crop), [_describe(example, crop) for example in examples]
+        images = pixels(examples, size, crop)
+        described = [_describe(example, crop) for example in examples]
+        return images, [zlib.crc32(image) for image in images], described
 
-    rows = []
+    rows, checksums = [], []
     with (
         open(folder / "images.npy", "wb") as file,
         progress(len(source), "resizing images") as bar,
     ):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for images, described in parallel(work, _chunks(range(len(source)), CHUNK), ahead=2):
+        for images, checks, described in parallel(
+            work, _chunks(range(len(source)), CHUNK), ahead=2
+        ):
             file.write(images.data)  # which, unlike a page of a memory map, reports a full disk
             rows += described
+            checksums += checks
             bar.update(len(images))
         _flush(file)
-    with open(folder / "examples.json", "w", encoding="utf-8") as text:
-        json.dump({"key": key, "examples": rows}, text)
-        _flush(text)
+    examples = json.dumps({"key": key, "examples": rows}).encode()
+    with open(folder / "examples.json", "wb") as file:
+        file.write(examples)
+        _flush(file)
+    with open(folder / CHECKSUMS, "wb") as file:
+        np.save(file, np.array([*checksums, zlib.crc32(examples)], np.uint32))
+        _flush(file)
 
 
 def _flush(file: IO) -> None:

@@ -111,8 +111,9 @@ def save(
         for name, array in flatten_dict(dict(variables), sep="/").items()
     }
     values = {name: value.tolist() for name, value in normalization._asdict().items()}
+    texts = {**(metadata or {}), "normalization": json.dumps(values)}
     with files.replacing(path) as part:
-        save_file(arrays, part, {**(metadata or {}), "normalization": json.dumps(values)})
+        save_file(arrays, part, {**texts, "digest": weight_files.digest(arrays, texts)})
 
 
 def saved_normalization(metadata: Mapping[str, str]) -> Normalization:

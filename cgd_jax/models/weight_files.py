@@ -22,6 +22,7 @@ __all__ = [
     "check_backbone",
     "declared_backbone",
     "declared_normalization",
+    "digest",
     "find",
     "read",
 ]
@@ -132,7 +133,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="numpy") as opened:
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-                return arrays, opened.metadata() or {}
+                metadata = opened.metadata() or {}
+            expected = metadata.pop("digest", None)  # only `pretrained.save` writes one
+            if expected not in (None, digest(arrays, metadata)):
+                raise ValueError("its content is not what was saved, by its digest")
+            return arrays, metadata
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 unpacked = sum(entry.file_size for entry in archive.zip.infolist())
@@ -157,6 +162,12 @@ def _read_listed(index: Path) -> dict[str, np.ndarray]:
             raise NoSource(f"{index} lists {part}, which does not lie beside it; get it too.")
         arrays |= read(index.parent / part)[0]
     return arrays
+
+
+def digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Returns a digest of the whole content of a .safetensors that `pretrained.save` writes."""
+    texts = json.dumps(dict(metadata), sort_keys=True).encode()
+    return files.digest({**arrays, "": np.frombuffer(texts, np.uint8)})
 
 
 def declared_normalization(folder: Path) -> Normalization | None:

@@ -1,15 +1,18 @@
 """Files that are never half-written."""
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cgd_jax.runtime.console import quantity
 
@@ -30,6 +33,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.filename == str(part):
+            error.filename = str(path)  # which the user knows
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -64,6 +71,16 @@ def read_regular(path: str | os.PathLike, most: int = 1 << 30, head: int | None 
         raise ValueError(f"larger than {quantity(most, 'B')}")
     with open(path, "rb") as file:
         return file.read(status.st_size if head is None else head)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns a digest of arrays by name, in whatever file they came; 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        found.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
 
 
 def describe_impostor(data: bytes) -> str | None:
