@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cgd_jax.runtime.console import quantity
-
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -68,7 +66,7 @@ def read_regular(path: str | os.PathLike, most: int = 1 << 30, head: int | None 
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a file")
     if head is None and status.st_size > most:
-        raise ValueError(f"larger than {quantity(most, 'B')}")
+        raise ValueError(f"larger than {most / 1e9:g} GB")
     with open(path, "rb") as file:
         return file.read(status.st_size if head is None else head)
 
