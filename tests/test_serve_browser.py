@@ -18,6 +18,8 @@ from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.serve import app, command  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 
 
