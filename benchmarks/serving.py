@@ -2,16 +2,21 @@
 
     python benchmarks/serving.py                        # 100,000 x 512, a minute, 8 clients
     python benchmarks/serving.py --count=1000 --seconds=5
+    python benchmarks/serving.py --hostile=11 --clients=21 --seconds=600
+
+Hostile clients are silent, slow, send what is expensive to decode, and leave.
 
 The server is the real one in a process of its own, with a network of the size of the packaged one
 (EfficientNet-Lite0 with G, whitened to the dimension) and an index of synthetic vectors. Latency is
-what a client waits, from sending a photograph of 500 x 375 pixels to the last byte of the answer.
+what a client waits, from sending an image of 500 x 375 pixels to the last byte of the answer.
 """
 
 import argparse
 import http.client
+import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -46,14 +52,14 @@ def make_index(address: str, count: int, dimension: int) -> None:
 
 
 def rows(address: str) -> int:
-    """Reads an index to its end; returns how many pictures it has."""
+    """Reads an index to its end; returns how many images it has."""
     from cgd_jax.search import Index
 
     return len(Index.open(address).vectors()[0])
 
 
-def photograph(seed: int) -> bytes:
-    """Draws a JPEG of 500 x 375 pixels with as much detail as a photograph has."""
+def draw(seed: int) -> bytes:
+    """Draws a JPEG of 500 x 375 pixels with as much detail as a photo has."""
     import cv2
 
     noise = np.random.default_rng(seed).integers(0, 256, (47, 63, 3), np.uint8)
@@ -61,13 +67,44 @@ def photograph(seed: int) -> bytes:
     return cv2.imencode(".jpg", image)[1].tobytes()
 
 
-def ask(connection: http.client.HTTPConnection, photo: bytes) -> tuple[int, float]:
-    """Searches by a photograph; returns the status, and ms."""
+def ask(connection: http.client.HTTPConnection, image: bytes) -> tuple[int, float]:
+    """Searches by an image; returns the status, and ms."""
     begin = time.perf_counter()
-    connection.request("POST", "/search?k=20", photo, {"Content-Type": "image/jpeg"})
+    connection.request("POST", "/search?k=20", image, {"Content-Type": "image/jpeg"})
     answer = connection.getresponse()
     answer.read()
     return answer.status, 1e3 * (time.perf_counter() - begin)
+
+
+def bomb(number: int) -> bytes:
+    """Returns a small file that is expensive: many pixels, many scans, or both."""
+    buffer = io.BytesIO()
+    if number % 2:
+        Image.new("RGBA", (5000, 5000)).save(buffer, "PNG")
+        return buffer.getvalue() + f"{number}".encode()
+    Image.new("RGB", (3000, 3000)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * (number % 200) + data[-2:]
+
+
+def harass(address: str, number: int, end: float) -> None:
+    """Is a bad client until a time: silent, slow, expensive, or gone before the answer."""
+    host, port = address.split(":")
+    head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    ways = (b"", head, head + b"1000000\r\n\r\nx", None)
+    while time.monotonic() < end:
+        number += 1
+        sent = ways[number % len(ways)]
+        if sent is None:
+            data = bomb(number)
+            sent = head + f"{len(data)}\r\n\r\n".encode() + data
+        try:
+            with socket.create_connection((host, int(port)), 10) as connection:
+                connection.sendall(sent)
+                connection.settimeout(max(min(number % 3, end - time.monotonic()), 0.01))
+                connection.recv(1000)
+        except OSError:  # it was put out, or does not wait
+            pass
 
 
 def resident(pid: int) -> float:
@@ -92,6 +129,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="vectors")
     parser.add_argument("--dimension", type=int, default=512)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--hostile", type=int, default=0, help="clients beside them")
     parser.add_argument("--seconds", type=float, default=60)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -106,27 +144,27 @@ def main() -> None:
                 if not line:
                     sys.exit("the server has ended")
                 found = re.search(r"http://(127\.0\.0\.1:\d+)/", line)
-            measure(found[1], server.pid, given.clients, given.seconds)
+            measure(found[1], server.pid, given.clients, given.hostile, given.seconds)
         finally:
             server.kill()
             server.wait()
-        print(f"killed (SIGKILL): {rows(address):,} of {given.count:,} pictures are there")
+        print(f"killed (SIGKILL): {rows(address):,} of {given.count:,} images are there")
 
 
-def measure(address: str, pid: int, clients: int, seconds: float) -> None:
-    photos = [photograph(i) for i in range(100)]
+def measure(address: str, pid: int, clients: int, hostile: int, seconds: float) -> None:
+    images = [draw(i) for i in range(100)]
     connection = http.client.HTTPConnection(address)
-    for photo in photos[:10]:
-        ask(connection, photo)
+    for image in images[:10]:
+        ask(connection, image)
     used = processor_time(pid)
-    alone = [ask(connection, photo)[1] for photo in photos * 3]
+    alone = [ask(connection, image)[1] for image in images * 3]
     cost = 1e3 * (processor_time(pid) - used) / len(alone)
     print(f"one client: {summary(alone)}, {cost:.0f} ms of the processor each", flush=True)
 
     # The server keeps the latest 256 MB of uploads. It is full of them from the beginning, so
     # that what grows in the minute is a leak.
     for i in range(300):
-        ask(connection, photos[i % 100] + bytes([i % 256]) * 1_000_000)
+        ask(connection, images[i % 100] + bytes([i % 256]) * 1_000_000)
     statuses, times = [], []
     end = time.monotonic() + seconds
 
@@ -135,12 +173,13 @@ def measure(address: str, pid: int, clients: int, seconds: float) -> None:
         i = number
         while time.monotonic() < end:
             # No two uploads are the same: bytes behind a JPEG's end change its hash only.
-            status, elapsed = ask(mine, photos[i % len(photos)] + f"{number} {i}".encode())
+            status, elapsed = ask(mine, images[i % len(images)] + f"{number} {i}".encode())
             statuses.append(status)
             times.append(elapsed)
             i += clients
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    threads += [threading.Thread(target=harass, args=(address, i, end)) for i in range(hostile)]
     memory, used = [resident(pid)], processor_time(pid)
     for thread in threads:
         thread.start()
@@ -152,7 +191,7 @@ def measure(address: str, pid: int, clients: int, seconds: float) -> None:
     cost = 1e3 * (processor_time(pid) - used) / len(times)
     failed = sum(status != 200 for status in statuses)
     print(
-        f"{clients} clients: {summary(times)}, {len(times) / seconds:.1f} queries/s, "
+        f"{clients} clients, {hostile} hostile: {summary(times)}, {len(times) / seconds:.1f} queries/s, "
         f"{cost:.0f} ms of the processor each"
     )
     print(f"{failed} failed; memory in MB: {' '.join(f'{m:.0f}' for m in memory)}")

@@ -15,8 +15,10 @@ from PIL import Image
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
+from cgd_jax.data.decode import MAX_PIXELS  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
-from cgd_jax.serve import guard, uploads  # noqa: E402
+from cgd_jax.search.indexing import update  # noqa: E402
+from cgd_jax.serve import service, uploads  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from cgd_jax.serve.device import Device  # noqa: E402
 from tests.search_samples import folder_of_photographs, photograph, stand_in  # noqa: E402
@@ -112,6 +114,9 @@ def test_a_part_of_the_query(client, index, photos):
         "0,0,2,1",
     ):
         assert upload(client, query.read_bytes(), crop=crop).status_code == 422, crop
+    for crop in ("1,1,1e-9,1e-9", "0.2,1,0.5,1e-7", "0.5,0.5,1e-30,0.5", "0.3,0.3,0,0.1"):
+        refused = upload(client, query.read_bytes(), crop=crop)
+        assert refused.status_code == 422 and "part of the image is empty" in refused.text, crop
     tiny = upload(client, query.read_bytes(), crop="0.999999,0.5,0.000001,0.000001")
     assert tiny.status_code == 200
 
@@ -165,7 +170,7 @@ def test_a_bad_upload_is_refused_and_the_server_goes_on(name, client, index):
     data = REFUSED[name]
     if data is None:
         buffer = io.BytesIO()
-        Image.new("1", (10_000, 5_001)).save(buffer, "PNG")
+        Image.new("1", (10_000, MAX_PIXELS // 10_000 + 1)).save(buffer, "PNG")
         data = buffer.getvalue()
     answer = upload(client, data)
     assert answer.status_code in (400, 413, 415), answer.text
@@ -176,8 +181,9 @@ def test_a_bad_upload_is_refused_and_the_server_goes_on(name, client, index):
     assert upload(client, picture()).status_code == 200
 
 
-def test_an_upload_is_not_read_beyond_the_limit(index):
-    client = client_of(index, max_bytes=100_000)
+def test_an_upload_is_not_read_beyond_the_limit(index, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_BYTES", 100_000)
+    client = client_of(index)
     read = 0
 
     def endless():
@@ -217,16 +223,34 @@ def test_an_upload_that_trickles_is_given_up(index, monkeypatch):
     monkeypatch.setattr(uploads, "PATIENCE", 0.05)
 
     class Slow:
-        headers = {}
+        headers, client = {}, None
 
         async def stream(self):
             while True:
                 await asyncio.sleep(0.02)
                 yield b"x"
 
+    async def receive(kept):
+        async with kept.received(Slow()):
+            pass
+
+    kept = uploads.Uploads()
     with pytest.raises(uploads.HTTPException) as refused:
-        asyncio.run(uploads.read_body(Slow()))
-    assert refused.value.status_code == 408
+        asyncio.run(receive(kept))
+    assert refused.value.status_code == 408 and not kept._arriving
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few make links")
+def test_links_out_of_the_folder_are_followed(tmp_path):
+    photograph(tmp_path / "elsewhere/a.png", 1, (400, 300))
+    photograph(tmp_path / "photos/b.png", 2)
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+    update(str(tmp_path / "index"), [tmp_path / "photos"], stand_in())
+    client = client_of(Index.open(tmp_path / "index", stand_in()))
+    found = upload(client, (tmp_path / "elsewhere/a.png").read_bytes()).json()["hits"]
+    assert [hit["label"] for hit in found] == ["linked", None]
+    shown = client.get(f"/image/{found[0]['id']}?size=large")
+    assert Image.open(io.BytesIO(shown.content)).size == (400, 300)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +313,33 @@ def test_other_names_than_this_machines_are_refused(client, host, status):
     assert client.get("/about", headers={"host": host}).status_code == status
 
 
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"origin": "http://127.0.0.1:8000"}, 200),
+        ({"origin": "http://127.0.0.1:3000"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "same-origin", "origin": "http://127.0.0.1:8000"}, 200),
+        ({"sec-fetch-site": "none"}, 200),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "cross-site", "origin": "http://evil.example"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+    ],
+)
+@pytest.mark.parametrize("token", [None, "a token of somebody"])
+def test_pages_of_other_origins_may_not_ask(index, headers, status, token):
+    client = client_of(index, token=token)
+    headers = headers | {"authorization": f"Bearer {token}"}
+    assert client.post("/search", content=picture(), headers=headers).status_code == status
+    id = index.vectors()[0][0]
+    for path in (f"/image/{id}", "/about", "/openapi.json", "/page.js"):
+        assert client.get(path, headers=headers).status_code == status, path
+    assert client.get("/", headers=headers).status_code == 200  # a link to a search is followed
+
+
 def test_a_token_is_needed(index):
-    token = guard.new_token()
+    token = "a token of somebody"
     client = client_of(index, base_url="http://192.168.0.7:8000", token=token)
     for path in (
         "/",
@@ -325,7 +374,8 @@ def test_more_than_can_be_embedded_is_refused_at_once(index, monkeypatch):
         return embed(pixels)
 
     monkeypatch.setattr(index, "embed_pixels", slow)
-    with client_of(index, capacity=2) as client:
+    monkeypatch.setattr(service, "CAPACITY", 2)
+    with client_of(index) as client:
         statuses = []
         ask = lambda i: statuses.append(upload(client, picture(i)).status_code)
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
@@ -333,7 +383,9 @@ def test_more_than_can_be_embedded_is_refused_at_once(index, monkeypatch):
             thread.start()
         assert at_work.wait(10)
         deadline = time.monotonic() + 10
-        while (refused := upload(client, b"")).status_code != 503 and time.monotonic() < deadline:
+        while (
+            refused := upload(client, picture())
+        ).status_code != 503 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert client.get("/healthz").status_code == 200
@@ -365,13 +417,16 @@ def test_concurrent_queries_are_embedded_in_batches():
     assert all(isinstance(error, RuntimeError) for error in asyncio.run(ask([255, 255])))
 
 
-def test_uploads_are_forgotten_when_there_are_too_many():
-    kept = uploads.Uploads(capacity=100)
-    first, second = kept.keep(b"a" * 50), kept.keep(b"b" * 50)
-    assert kept.keep(b"a" * 50) == first and kept.size == 100
-    third = kept.keep(b"c" * 50)
-    assert kept.get(second) is None
-    assert kept.get(first) == b"a" * 50 and kept.get(third) == b"c" * 50 and kept.size == 100
+def test_uploads_are_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(uploads, "KEPT_BYTES", 100)
+    kept = uploads.Uploads()
+    a, b, c = (b"BM" + letter * 48 for letter in (b"a", b"b", b"c"))
+    first, second = kept.keep(a), kept.keep(b)
+    assert kept.keep(a) == first
+    third = kept.keep(c)
+    with pytest.raises(uploads.HTTPException, match="404"):
+        kept.get(second)
+    assert kept.get(first) == a and kept.get(third) == c
 
 
 def test_an_index_that_cannot_be_read_is_said_to_be_away(index, monkeypatch):

@@ -11,11 +11,13 @@ import pytest
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 pytest.importorskip("fastapi", reason="fastapi is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from cgd_jax.search import Index  # noqa: E402
-from cgd_jax.serve import app, command  # noqa: E402
+from cgd_jax.serve.app import create_app  # noqa: E402
+from cgd_jax.serve.command import listen  # noqa: E402
+from cgd_jax.serve.connections import server_of  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -33,8 +35,8 @@ def url(photos):
     index = Index.create(photos.parent / "index", stand_in())
     files = sorted(photos.rglob("*.png"))
     index.add(files, [file.parent.name for file in files])
-    with command.listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app.create_app(index), log_level="error"))
+    with listen("127.0.0.1", 0) as listener:
+        server = server_of(create_app(index))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
@@ -93,7 +95,7 @@ def test_from_upload_to_click_and_back(page, photos):
     expected = [hit["id"] for hit in search(page, id=query, k=40)["hits"]]
     assert ids(page)[:40] == expected
     status = page.locator("#status").inner_text()
-    assert re.fullmatch(r"60 pictures searched in \d+\sms, exact", status)
+    assert re.fullmatch(r"60 images searched in \d+\sms, exact", status)
     page.locator("#results a").nth(2).click()
     page.wait_for_url(f"**/?id={expected[2]}")
     page.locator(f'#results li:first-child a[data-id="{expected[2]}"]').wait_for()
@@ -124,7 +126,7 @@ def test_a_part_is_dragged_or_chosen_with_keys(page, photos):
     expected = [hit["id"] for hit in search(page, **asked, k=40)["hits"]]
     page.locator(f'#results li:first-child a[data-id="{expected[0]}"]').wait_for()
     assert ids(page)[:40] == expected != whole[:40]
-    # The picture has 24 x 16 pixels, in a square frame.
+    # The image has 24 x 16 pixels, in a square frame.
     x, y, w, h = map(float, asked["crop"].split(","))
     inner = box["width"] * 16 / 24
     assert x == pytest.approx(60 / box["width"], abs=0.01)
@@ -146,7 +148,7 @@ def test_filter_by_label(page, photos):
     page.locator("#label").fill("shoes")
     with page.expect_response(re.compile("label=shoes")):
         page.keyboard.press("Enter")
-    page.locator("#status", has_text="30 pictures searched").wait_for()
+    page.locator("#status", has_text="30 images searched").wait_for()
     assert set(page.locator(".what").all_inner_texts()) == {"shoes"}
     page.locator("#results a").first.click()  # the filter stays
     page.wait_for_url(re.compile("id=[0-9a-f]{20}&label=shoes"))
@@ -156,14 +158,14 @@ def test_a_bad_file_is_said_to_be_one(page, tmp_path, photos):
     page.goto("/")
     (tmp_path / "a.jpg").write_bytes(b"<html>")
     page.set_input_files("#file", tmp_path / "a.jpg")
-    page.locator("#error", has_text="not a picture that can be read").wait_for()
+    page.locator("#error", has_text="not an image that can be read").wait_for()
     upload(page, photos / "hats/000.png")
     assert page.locator("#error").is_hidden()
     page.goto("/?id=none")
-    page.locator("#error", has_text="no such picture").wait_for()
+    page.locator("#error", has_text="no such image").wait_for()
 
 
-def test_a_picture_is_dropped_and_pasted(page, photos):
+def test_an_image_is_dropped_and_pasted(page, photos):
     content = list((photos / "hats/002.png").read_bytes())
     for kind, name in (("drop", "dataTransfer"), ("paste", "clipboardData")):
         page.goto("/")

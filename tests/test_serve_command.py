@@ -2,6 +2,7 @@
 
 import socket
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import uvicorn  # noqa: E402
 from cgd_jax import network as networks  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
+from cgd_jax.serve.command import names_of  # noqa: E402
 from cgd_jax.serve.heat import Heat  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in, write_network  # noqa: E402
 from tests.test_main import run_here  # noqa: E402
@@ -49,17 +51,26 @@ def test_on_this_machine_without_a_token(address, started):
     status, output, errors = run_here("--mode=serve", f"--index={address}", "--port=0")
     assert (status, errors) == (0, "")
     assert started.where[0] == "127.0.0.1" and started.status == 200
-    assert f"4 pictures: http://127.0.0.1:{started.where[1]}/\n" in output
+    assert f"4 images: http://127.0.0.1:{started.where[1]}/\n" in output
 
 
 def test_to_others_with_a_token(address, started, monkeypatch):
     flags = ["--mode=serve", f"--index={address}", "--port=0", "--host=0.0.0.0"]
     status, output, _ = run_here(*flags)
     assert status == 0 and started.status == 401
-    token = output.strip().partition("?token=")[2]
+    # The first address always works here; others see the second, where there is a network.
+    urls = output.strip().removeprefix("4 images: ").split(" or ")
+    assert urls[0].startswith(f"http://127.0.0.1:{started.where[1]}/?token=")
+    assert "0.0.0.0" not in output and 1 <= len(urls) <= 2
+    token = urls[0].partition("?token=")[2]
     assert len(token) > 40 and token not in run_here(*flags)[1]
-    monkeypatch.setenv("CGD_JAX_TOKEN", "chosen by somebody")
-    assert run_here(*flags)[1].strip().endswith("?token=chosen by somebody")
+    chosen = 'chosen+by & #somebody% 50%41;"é'
+    monkeypatch.setenv("CGD_JAX_TOKEN", chosen)
+    printed = urlsplit(run_here(*flags)[1].split()[2])
+    bearer = {"authorization": b"Bearer " + chosen.encode()}
+    assert started.client.get("/about", headers=bearer).status_code == 200
+    assert started.client.get(f"/?{printed.query}", follow_redirects=False).status_code == 303
+    assert started.client.get("/about").status_code == 200  # by the cookie
     monkeypatch.setenv("CGD_JAX_TOKEN", "short")
     status, _, errors = run_here(*flags)
     assert status == 1 and "CGD_JAX_TOKEN is shorter than 16 characters" in errors
@@ -78,6 +89,13 @@ def test_mistakes_are_answered_in_one_line(flags, message, address, started):
     status, output, errors = run_here("--mode=serve", f"--index={address}", *flags)
     assert status == 1 and output == ""
     assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "host, names", [("localhost", ["localhost"]), ("::1", ["[::1]"]), ("::", ["127.0.0.1"])]
+)
+def test_printed_addresses_are_ones_that_can_be_opened(host, names):
+    assert names_of(host)[:1] == names and not {"0.0.0.0", "[::]"} & set(names_of(host))
 
 
 def test_a_port_that_is_taken(address, started):

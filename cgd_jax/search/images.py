@@ -16,10 +16,10 @@ from cgd_jax.data.images import Box, clip, cut, load, naming
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search.stores import Record, composed
 
-__all__ = ["id_of", "list_images", "read", "record_of"]
+__all__ = ["as_jpeg", "id_of", "list_images", "read", "record_of"]
 
 THUMBNAIL = 192  # pixels, the longer side
-QUALITY = 80  # of the thumbnails' JPEG
+QUALITY = 80  # of their JPEG, and of what a page shows
 # What folders of splits are called, above those of classes.
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "query", "gallery"}
 
@@ -65,14 +65,14 @@ def read(image: Any, side: int, crop: Box | None = None) -> tuple[np.ndarray, di
     if isinstance(content, np.ndarray):
         content = f"{content.shape}".encode() + content.tobytes()
     width, height = x1 - x0, y1 - y0
-    thumbnail = _thumbnail(small, width, height)
+    thumbnail = as_jpeg(small, width, height)
     digest = hash_of(content)
     return pixels, {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
 
 
-def _thumbnail(square: np.ndarray, width: int, height: int) -> bytes:
-    """Gives an image that was resized to a square its shape again, as a small JPEG."""
-    scale = min(1.0, THUMBNAIL / max(width, height))
+def as_jpeg(square: np.ndarray, width: int, height: int, side: int = THUMBNAIL) -> bytes:
+    """Gives an image that was resized to a square its shape again, as a JPEG of at most `side`."""
+    scale = min(1.0, side / max(width, height))
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     small = cv2.resize(square, size, interpolation=cv2.INTER_AREA)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)

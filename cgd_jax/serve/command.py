@@ -1,7 +1,10 @@
 """What --mode=serve does."""
 
+import contextlib
 import os
+import secrets
 import socket
+from urllib.parse import quote
 
 import numpy as np
 
@@ -26,66 +29,53 @@ def serve(
 ) -> None:
     """Serves the page and the API until it is interrupted.
 
-    Args:
-      address: of the index.
-      model: as `Index.open` takes it.
-      host: address of this machine to listen at; other than loopback, a token is needed.
-      port: to listen at; 0 takes a free one.
-      show_paths: whether answers tell where pictures lie.
-
-    Raises:
-      FileNotFoundError: there is no index, or no such network.
-      ImportError: a package is missing.
-      OSError: the address is in use, or not of this machine.
-      InputError: the index is of another network, or the token is short.
+    A host other than loopback needs a token. InputError: the address is in use, or not of this
+    machine; the index is of another network; or the token is short.
     """
     packages.require("--mode=serve", "serve", "fastapi", "uvicorn")
-    import uvicorn
-
-    from cgd_jax.serve import app, guard
+    from cgd_jax.serve.app import create_app
+    from cgd_jax.serve.connections import server_of
+    from cgd_jax.serve.guard import LOOPBACK
 
     token = os.environ.get(TOKEN) or None
-    if token is None and host not in guard.LOOPBACK:
-        token = guard.new_token()
+    if token is None and host not in LOOPBACK:
+        token = secrets.token_urlsafe(32)
     if token is not None and len(token) < SHORTEST:
         raise InputError(f"{TOKEN} is shorter than {SHORTEST} characters; take a longer one.")
     with listen(host, port) as listener:
         index = Index.open(address, model)
         warm_up(index)
-        application = app.create_app(index, token=token, show_paths=show_paths)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listener.getsockname()[1]}/"
-        console.log(f"{index.count():,} pictures: {url}{f'?token={token}' if token else ''}")
-        config = uvicorn.Config(
-            application,
-            log_level="error",
-            log_config=None,  # errors go to stderr; requests, which may hold tokens, nowhere
-            access_log=False,
-            server_header=False,
-            limit_concurrency=256,
-            timeout_graceful_shutdown=5,
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        server = server_of(create_app(index, token=token, show_paths=show_paths))
+        rest = f":{listener.getsockname()[1]}/"
+        if token is not None:
+            rest += f"?token={quote(token, safe='')}"
+        urls = " or ".join(f"http://{name}{rest}" for name in names_of(host))
+        console.log(f"{index.count():,} images: {urls}")
+        server.run(sockets=[listener])
+
+
+def names_of(host: str) -> list[str]:
+    """Returns the addresses under which a server that listens at a host is reached."""
+    if host not in ("0.0.0.0", "::"):
+        return [f"[{host}]" if ":" in host else host]
+    names = ["127.0.0.1"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing, but says by which address it would
+        names.append(probe.getsockname()[0])
+    return names
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens the address to listen at, before anything that takes long."""
+    """Opens the address to listen at, before anything that takes long; InputError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(where)
-        except BaseException:
-            listener.close()
-            raise
+        return socket.create_server((host, port), family=family, dualstack_ipv6=dual)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            f"--host={host} --port={port} cannot be listened at: {reason}. Give another with "
-            f"--port= or --host=; --port=0 takes a free port."
+        raise InputError(
+            f"--host={host} --port={port} cannot be listened at: {error.strerror}. Give another "
+            f"with --port= or --host=; --port=0 takes a free port."
         ) from error
-    return listener
 
 
 def warm_up(index: Index) -> None:

@@ -1,54 +1,65 @@
-"""The one thread that uses the device, and how many requests may wait for it."""
+"""Who computes: the one thread that uses the device, and those that decode."""
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from threading import Condition, Lock
+from typing import TypeVar
 
 import numpy as np
-from fastapi import HTTPException
 
-__all__ = ["Device", "Gate"]
+from cgd_jax.runtime.threads import CORES
+
+__all__ = ["Decoder", "Device", "Threads"]
+
+T = TypeVar("T")
 
 
-class Gate:
-    """Lets as many requests in as can be served in good time, and refuses others at once."""
+class Threads:
+    """Some threads that compute; what is cancelled before its turn is never begun."""
 
-    def __init__(self, capacity: int):
-        self.capacity, self.inside = capacity, 0
+    def __init__(self, count: int, name: str):
+        self._threads = ThreadPoolExecutor(count, name)
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Calls a function in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+class Decoder(Threads):
+    """A thread per core; what they decode at a time has so many pixels in all, which is memory."""
+
+    def __init__(self, pixels: int):
+        super().__init__(CORES, "decoder")
+        self.free = pixels
+        self._turn, self._freed = Lock(), Condition()
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Counts a request for as long as the block runs.
-
-        Raises:
-          HTTPException: 503, there are too many already.
-        """
-        if self.inside >= self.capacity:
-            raise HTTPException(503, "Too many searches at once; try again.", {"Retry-After": "1"})
-        self.inside += 1
+    def holding(self, pixels: int) -> Iterator[None]:
+        """Waits in a thread until so many pixels are free; small images overtake no large one."""
+        with self._turn, self._freed:
+            self._freed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
         try:
             yield
         finally:
-            self.inside -= 1
+            with self._freed:
+                self.free += pixels
+                self._freed.notify_all()
 
 
-class Device:
+class Device(Threads):
     """Embeds what concurrent requests ask for in batches.
 
     What arrives while the device is busy makes up the next batch; nothing waits for company.
     """
 
     def __init__(self, embed: Callable[[np.ndarray], np.ndarray], batch_size: int):
+        super().__init__(1, "device")
         self._embed, self._batch_size = embed, batch_size
-        self._thread = ThreadPoolExecutor(1, "device")
         self._waiting: list[tuple[np.ndarray, asyncio.Future]] = []
         self._busy: asyncio.Task | None = None
-
-    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a function on the device's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def embed(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the vector [D] of an image [S, S, 3] uint8."""
@@ -60,14 +71,14 @@ class Device:
 
     async def _embed_waiting(self) -> None:
         try:
-            while self._waiting:
-                batch = self._waiting[: self._batch_size]
-                del self._waiting[: self._batch_size]
+            # Clients that have left cancelled their futures: nothing is embedded for them.
+            while waiting := [one for one in self._waiting if not one[1].done()]:
+                batch, self._waiting = waiting[: self._batch_size], waiting[self._batch_size :]
                 try:
                     vectors = await self.run(self._embed, np.stack([pixels for pixels, _ in batch]))
                 except Exception as error:
                     for _, future in batch:
-                        if not future.done():  # a client that has left cancelled it
+                        if not future.done():
                             future.set_exception(error)
                 else:
                     for (_, future), vector in zip(batch, vectors, strict=True):

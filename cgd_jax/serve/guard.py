@@ -2,19 +2,18 @@
 
 import hmac
 import re
-import secrets
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["LOOPBACK", "Guard", "new_token"]
+__all__ = ["LOOPBACK", "Guard"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE = "cgd_jax_token"
-# No script, style or picture from elsewhere, none within the HTML, and no framing.
+# No script, style or image from elsewhere, none within the HTML, and no framing.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -29,17 +28,11 @@ HEADERS = {
 }
 
 
-def new_token() -> str:
-    """Returns a token that nobody guesses."""
-    return secrets.token_urlsafe(32)
-
-
 class Guard:
     """Middleware that asks for a token, or else accepts requests to this machine by name only.
 
     Without a token, any page that a user of this machine visits could send requests under a name
-    of its own that it has resolved to 127.0.0.1 (DNS rebinding); such requests bear that name in
-    their Host header.
+    of its own that it has resolved to 127.0.0.1 (DNS rebinding): their Host header bears that name.
     """
 
     def __init__(self, app: ASGIApp, token: str | None = None):
@@ -63,29 +56,44 @@ class Guard:
     def refusal(self, scope: Scope) -> Response | None:
         """Returns the answer to a request that goes no further, else None."""
         headers = Headers(scope=scope)
-        if self.token is None:
-            if hostname(headers.get("host", "")) in LOOPBACK:
-                return None
+        if self.token is None and hostname(headers.get("host", "")) not in LOOPBACK:
             return PlainTextResponse("This server answers as localhost only.\n", 421)
-        if scope["path"] == "/healthz":
+        if scope["path"] != "/" and is_foreign(headers):  # the page itself may be linked to
+            return PlainTextResponse("Pages of other sites may not ask this server.\n", 403)
+        if self.token is None or scope["path"] == "/healthz":
             return None
         given = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("token")
-        if scope["path"] == "/" and given is not None and self.is_token(given):
+        if scope["path"] == "/" and given is not None and self.is_token(given.encode()):
             # The token goes from the address, which is shown and shared, into a cookie.
             answer = RedirectResponse("/", 303)
             secure = scope.get("scheme") == "https"
-            answer.set_cookie(COOKIE, given, httponly=True, samesite="lax", secure=secure)
+            cookie = quote(given, safe="")
+            answer.set_cookie(COOKIE, cookie, httponly=True, samesite="lax", secure=secure)
             return answer
         kind, _, bearer = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and self.is_token(bearer.strip().encode("latin-1")):
+            return None
         cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-        if self.is_token(cookie) or (kind.lower() == "bearer" and self.is_token(bearer.strip())):
+        if self.is_token(unquote_to_bytes(cookie)):
             return None
         text = "A token is needed: open the address that the server printed when it started.\n"
         return PlainTextResponse(text, 401, {"WWW-Authenticate": "Bearer"})
 
-    def is_token(self, given: str) -> bool:
+    def is_token(self, given: bytes) -> bool:
         """Compares in a time that does not tell how much of it is right."""
-        return hmac.compare_digest(given.encode(), (self.token or "").encode())
+        return hmac.compare_digest(given, (self.token or "").encode())
+
+
+def is_foreign(headers: Headers) -> bool:
+    """Returns whether a browser says that a page of another origin asks.
+
+    Origin is compared where there is no Sec-Fetch-Site, which browsers send to https and to
+    localhost; programs send neither.
+    """
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
 
 
 def hostname(host: str) -> str:

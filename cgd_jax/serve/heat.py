@@ -1,4 +1,4 @@
-"""Where in two pictures the network finds what they have in common; see `cgd_jax.attribution`."""
+"""Where in two images the network finds what they have in common; see `cgd_jax.attribution`."""
 
 import numpy as np
 
@@ -7,16 +7,13 @@ from cgd_jax.search import Index, stores
 
 __all__ = ["Heat"]
 
-SAMPLE = 100_000  # pictures whose mean vector stands for the average picture
+SAMPLE = 100_000  # images whose mean vector stands for the average image
 
 
 class Heat:
-    """Explains the similarities of an index's pictures.
+    """Explains the similarities of an index's images, if `possible`.
 
-    Attributes:
-      possible: whether the index's vectors can be taken apart. They cannot where they were
-        whitened, or there is no map for one of their descriptors.
-      inset: the side of the square that the network sees, as a part of the whole picture's.
+    `inset` is the side of the square that the network sees, as a part of the whole image's.
     """
 
     def __init__(self, index: Index):
@@ -32,11 +29,7 @@ class Heat:
         self._reference: np.ndarray | None = None
 
     def maps(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns [2, H, W] float32: what the regions of two images add to their similarity.
-
-        Args:
-          pixels: [2, resize, resize, 3] uint8.
-        """
+        """Returns what the regions of two images add to their similarity, [2, H, W] float32."""
         if self._reference is None:
             self._reference = self._mean_vector()
         found = self._index.network.explain(pixels[0], pixels[1], self._reference)

@@ -1,112 +1,118 @@
-"""Pictures from strangers: limited before they are read, and before they are decoded."""
+"""Images from strangers: limited while they arrive, and before they are decoded."""
 
 import asyncio
-from collections import OrderedDict
+import contextlib
+import re
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
 from threading import Lock
 
 from fastapi import HTTPException, Request
+from starlette.requests import ClientDisconnect
 
-from cgd_jax.data.decode import dimensions
 from cgd_jax.search.images import hash_of
 
-__all__ = ["PREFIX", "Uploads", "check_picture", "read_body"]
+__all__ = ["PREFIX", "Uploads", "check_scans"]
 
 MAX_BYTES = 20_000_000  # of an upload
-MAX_PIXELS = 50_000_000
 PATIENCE = 30  # seconds that an upload may take
 KEPT_BYTES = 256_000_000  # of all uploads that are remembered
+ARRIVING_BYTES = KEPT_BYTES // 2  # of those that are received, or searched by for the first time
 PREFIX = "upload-"  # of their ids; those of an index have no such prefix
+# A scan of a progressive JPEG costs time for every pixel, and hardly a byte. Cameras and programs
+# write about ten; with this many pixels in all of them, decoding takes five seconds.
+MAX_SCANS, SCANNED_PIXELS = 100, 4_000_000_000
 # How files of the formats begin that browsers and telephones send. Of those that can be decoded
 # beside them, none is worth what its decoder may have of errors.
-BEGINNINGS = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-)
+JPEG = b"\xff\xd8\xff"
+BEGINNINGS = (JPEG, b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+FORMATS = "This is not an image that can be read: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC."
+# Of a JPEG: all but those without a length, which are stuffed or restart a scan.
+MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+SCAN, END = 0xDA, 0xD9
 
 
 class Uploads:
     """The latest uploads by the hash of their content: as many as fit into some memory."""
 
-    def __init__(self, capacity: int = KEPT_BYTES):
-        self.capacity, self.size = capacity, 0
+    def __init__(self) -> None:
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._lock = Lock()
+        self._arriving: Counter[str] = Counter()  # bytes by the client's address
 
     def keep(self, data: bytes) -> str:
-        """Remembers a picture, forgets those not asked for the longest; returns its id."""
+        """Remembers an image, forgets those not asked for the longest; returns its id.
+
+        HTTPException 415: it does not begin as an image does, whatever its name or type.
+        """
+        webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+        heif = data[4:8] == b"ftyp" and data[8:12] in BRANDS
+        if not (data.startswith(BEGINNINGS) or webp or heif):
+            raise HTTPException(415, FORMATS)
         id = PREFIX + hash_of(data)
         with self._lock:
-            if id not in self._kept:
-                self.size += len(data)
             self._kept[id] = data
             self._kept.move_to_end(id)
-            while self.size > self.capacity and len(self._kept) > 1:
-                self.size -= len(self._kept.popitem(last=False)[1])
+            while sum(map(len, self._kept.values())) > KEPT_BYTES:
+                self._kept.popitem(last=False)
         return id
 
-    def get(self, id: str) -> bytes | None:
-        """Returns a picture, or None if it is not, or no longer, remembered."""
+    def get(self, id: str) -> bytes:
+        """Returns an image; HTTPException 404 if it is not, or no longer, remembered."""
         with self._lock:
-            if id in self._kept:
-                self._kept.move_to_end(id)
-            return self._kept.get(id)
+            if id not in self._kept:
+                raise HTTPException(404, "This upload is no longer kept; upload it again.")
+            self._kept.move_to_end(id)
+            return self._kept[id]
+
+    @contextlib.asynccontextmanager
+    async def received(self, request: Request) -> AsyncIterator[bytes]:
+        """Reads the body of a request, whose memory counts until the block ends.
+
+        HTTPException: 400, it is empty; 408, it takes too long; 413, it is too large; 503, too
+        many arrive. No address gets more than half of the memory.
+        """
+        address, data = request.client.host if request.client else "", bytearray()
+        try:
+            await self._fill(data, request, address)
+            yield bytes(data)
+        finally:
+            self._arriving -= Counter({address: len(data)})
+
+    async def _fill(self, data: bytearray, request: Request, address: str) -> None:
+        too_large = HTTPException(413, f"The file is larger than {MAX_BYTES / 1e6:g} MB.")
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > MAX_BYTES:
+            raise too_large
+        try:
+            async with asyncio.timeout(PATIENCE):
+                async for piece in request.stream():
+                    data += piece
+                    self._arriving[address] += len(piece)
+                    if len(data) > MAX_BYTES:
+                        raise too_large
+                    held = max(2 * self._arriving[address], self._arriving.total())
+                    if held > ARRIVING_BYTES:
+                        raise HTTPException(503, "Too many uploads at once; try again.")
+        except (TimeoutError, ClientDisconnect):
+            raise HTTPException(408, f"The upload took over {PATIENCE} seconds.") from None
+        if not data:
+            raise HTTPException(400, "There is no image: send its bytes, or give an id.")
 
 
-async def read_body(request: Request, limit: int = MAX_BYTES) -> bytes:
-    """Reads the body of a request, and no more of it than is allowed.
-
-    Raises:
-      HTTPException: 400, it is empty; 408, it takes too long; 413, it is too large.
-    """
-    too_large = HTTPException(413, f"The file is larger than {limit / 1e6:g} MB.")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limit:
-        raise too_large
-    pieces, size = [], 0
-    try:
-        async with asyncio.timeout(PATIENCE):
-            async for piece in request.stream():
-                size += len(piece)
-                if size > limit:
-                    raise too_large
-                pieces.append(piece)
-    except TimeoutError:
-        raise HTTPException(408, f"The upload took longer than {PATIENCE} seconds.") from None
-    if not size:
-        raise HTTPException(400, "There is no picture: send its bytes as the body, or give an id.")
-    return b"".join(pieces)
+def check_scans(data: bytes, pixels: int) -> None:
+    """HTTPException 413: a JPEG of so many pixels has too many scans."""
+    scans = scans_of(data) if data.startswith(JPEG) else 1
+    if scans > min(MAX_SCANS, max(SCANNED_PIXELS // pixels, 1)):
+        text = f"The JPEG has {scans} scans, too many for its size. Save it anew, not progressive."
+        raise HTTPException(413, text)
 
 
-def check_picture(data: bytes) -> None:
-    """Looks at the beginning of a file, whatever its name or declared type.
-
-    Raises:
-      HTTPException: 413, it has too many pixels; 415, it is no picture of a usual format.
-    """
-    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    heif = data[4:8] == b"ftyp" and data[8:12] in BRANDS
-    if not (data.startswith(BEGINNINGS) or webp or heif):
-        raise HTTPException(
-            415, "This is not a picture that can be read: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF."
-        )
-    try:
-        height, width = dimensions(data)
-    except ValueError as error:
-        raise unreadable(error) from error
-    if height * width > MAX_PIXELS:
-        raise HTTPException(
-            413,
-            f"The picture has {width} x {height} pixels, more than {MAX_PIXELS / 1e6:g} million.",
-        )
-
-
-def unreadable(error: ValueError) -> HTTPException:
-    """Returns the answer to a picture that cannot be decoded."""
-    status = 413 if "decompression bomb" in str(error) else 415
-    return HTTPException(status, f"The picture cannot be read: {error}.")
+def scans_of(data: bytes) -> int:
+    """Counts the scans of a JPEG, skipping segments as a decoder does."""
+    at, scans = 2, 0
+    while (found := MARKER.search(data, at)) and found[1][0] != END:
+        scans += found[1][0] == SCAN
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    return scans

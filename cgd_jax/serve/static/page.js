@@ -1,6 +1,6 @@
 // The page: what it shows follows from its address, ?id=...&crop=...&label=....
 
-const PAGE = 40; // pictures a request
+const PAGE = 40; // images a request
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
 
@@ -56,8 +56,8 @@ async function show(query, answer) {
   $("query").hidden = $("found").hidden = !query.id;
   $("label").value = query.label || "";
   if (query.id !== shown.id) {
-    $("picture").removeAttribute("src");
-    if (query.id) $("picture").src = `/image/${encodeURIComponent(query.id)}?size=large`;
+    $("image").removeAttribute("src");
+    if (query.id) $("image").src = `/image/${encodeURIComponent(query.id)}?size=large`;
   }
   shown = query;
   drawBox(parseCrop(query.crop));
@@ -103,7 +103,7 @@ function present(answer, from) {
   if (from) $("results").append(...tiles);
   else {
     $("results").replaceChildren(...tiles);
-    const noun = answer.searched === 1 ? "picture" : "pictures";
+    const noun = answer.searched === 1 ? "image" : "images";
     const how = answer.exact ? "exact" : "approximate";
     const count = answer.searched.toLocaleString("en");
     const time = Math.max(Math.round(answer.milliseconds), 1);
@@ -130,7 +130,7 @@ function tile(hit) {
       { className: "tile" },
       element("img", {
         src: `/image/${encodeURIComponent(hit.id)}`,
-        alt: label || "picture without a label",
+        alt: label || "image without a label",
         loading: "lazy",
         decoding: "async",
       }),
@@ -196,7 +196,7 @@ addEventListener("drop", (event) => {
   upload(event.dataTransfer.files[0]);
 });
 
-// A part of the query: a box in fractions of the picture.
+// A part of the query: a box in fractions of the image.
 
 let box = null;
 
@@ -207,10 +207,10 @@ function parseCrop(text) {
 
 const cropText = ({ x, y, w, h }) => [x, y, w, h].map((v) => +v.toFixed(4)).join(",");
 
-// Where the picture lies in its frame, in CSS pixels.
+// Where the image lies in its frame, in CSS pixels.
 function area() {
   const { width, height } = $("frame").getBoundingClientRect();
-  const { naturalWidth: w = 0, naturalHeight: h = 0 } = $("picture");
+  const { naturalWidth: w = 0, naturalHeight: h = 0 } = $("image");
   if (!w || !h) return { left: 0, top: 0, width, height };
   const scale = Math.min(width / w, height / h);
   return {
@@ -299,15 +299,15 @@ $("frame").addEventListener("keydown", (event) => {
 
 const searchBox = () => go({ ...shown, crop: cropText(box) });
 $("whole").addEventListener("click", () => go({ ...shown, crop: undefined }));
-$("picture").addEventListener("load", () => {
-  const { naturalWidth: width, naturalHeight: height } = $("picture");
+$("image").addEventListener("load", () => {
+  const { naturalWidth: width, naturalHeight: height } = $("image");
   $("frame").style.setProperty("--shape", width / height);
   drawBox(box);
 });
-$("picture").addEventListener("error", () => $("picture").removeAttribute("src"));
+$("image").addEventListener("error", () => $("image").removeAttribute("src"));
 addEventListener("resize", () => drawBox(box));
 
-// Why two pictures are alike: what adds nothing to their similarity is darkened.
+// Why two images are alike: what adds nothing to their similarity is darkened.
 
 const visible = new IntersectionObserver((entries) => {
   for (const entry of entries) entry.target.inView = entry.isIntersecting;
@@ -347,7 +347,7 @@ async function explainVisible() {
 const clearCanvas = (canvas) => canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
 
 function drawQueryHeat(heat) {
-  drawHeat($("queryheat"), $("picture"), heat.query, heat.inset, box);
+  drawHeat($("queryheat"), $("image"), heat.query, heat.inset, box);
 }
 
 function drawHeat(canvas, image, grid, inset, part) {
@@ -410,7 +410,7 @@ async function begin() {
   show(read());
   try {
     about = await ask("/about");
-    $("size").textContent = `${about.images.toLocaleString("en")} pictures`;
+    $("size").textContent = `${about.images.toLocaleString("en")} images`;
     const labels = Object.entries(about.labels);
     $("filter").hidden = !labels.length;
     $("labels").append(...labels.map(([value, count]) => element("option", { value, label: `${value} (${count})` })));
