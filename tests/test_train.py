@@ -50,7 +50,7 @@ def poison(monkeypatch, step):
 
 
 def test_a_network_whose_training_was_interrupted_is_the_same(
-    tiny_config, tmp_path, monkeypatch, capsys
+    tiny_config, tmp_path, monkeypatch, capsys, fully_optimized
 ):
     """With all that losses draw, learn and remember, averaged weights, and a step passed over."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
