@@ -167,12 +167,12 @@ def train(
             stop = stop_together(bool(stopped_by))
             logs, evaluates = due(step, config.train.log_every), due(step, config.train.eval_every)
             saves = stop or evaluates or step % config.train.checkpoint_every == 0
+            if previous is not None:
+                stop_if_not_finite(run, sample_indices, step - 1, previous)
             # What is logged, evaluated or saved is waited for: a run that was resumed from a step
             # that is not finite would skip it without a word.
             if logs or saves or step == first + 1:
                 stop_if_not_finite(run, sample_indices, step, metrics)
-            elif previous is not None:
-                stop_if_not_finite(run, sample_indices, step - 1, previous)
             if step == first + 1:
                 meter.first_step()
 

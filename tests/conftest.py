@@ -1,6 +1,10 @@
 """What several test files share."""
 
+import contextlib
+import io
+import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,22 +23,23 @@ if (0, 7) <= jaxlib.version.__version_info__ < (0, 11):
 
 import jax
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from matplotlib.figure import Figure
 
 from cgd_jax import train
 from tests import tiny
 
-# Many tests compile the same tiny networks; the test processes, which inherit the folder from the
-# first one, and the commands that they start share this too.
-if "CGD_JAX_TEST_CACHE" not in os.environ:
-    _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
-    os.environ["CGD_JAX_TEST_CACHE"] = _CACHE.name
-_FOLDER = os.environ["CGD_JAX_TEST_CACHE"]
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _FOLDER
+# What all test processes share, which inherit the folder from the first one: many tests compile the
+# same tiny networks, as do the commands that they start, and many read one finished run.
+if "CGD_JAX_TESTS" not in os.environ:
+    _TEMPORARY = tempfile.TemporaryDirectory(prefix="cgd_jax-tests-")
+    os.environ["CGD_JAX_TESTS"] = _TEMPORARY.name
+SHARED = Path(os.environ["CGD_JAX_TESTS"])
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(SHARED / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # below it, keeping costs more
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-jax.config.update("jax_compilation_cache_dir", _FOLDER)
+jax.config.update("jax_compilation_cache_dir", str(SHARED / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -54,14 +59,6 @@ def fully_optimized():
 
 
 @pytest.fixture
-def eight_devices():
-    """The environment of a process whose processor is eight devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    root = str(Path(__file__).parents[1])
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
-
-
-@pytest.fixture
 def tiny_config(tmp_path):
     """An experiment of 12 steps that takes seconds."""
     config = tiny.get_config()
@@ -71,14 +68,21 @@ def tiny_config(tmp_path):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A run that has ended: its config, work folder and result."""
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny.get_config()
-    config.data.dir = str(folder / "data")
+    """A run that has ended: its config, work folder and result; output.txt is what it printed.
+
+    The first test process that needs it trains it; each has a copy of the folder.
+    """
+    config, trained = tiny.get_config(), SHARED / "run"
+    config.data.dir = str(SHARED / "data")
     config.model.backbone = "resnet10"  # which other processes know, that open its export
-    config.eval.baselines = False
-    result = train.train_and_evaluate(config, str(folder / "run"))
-    return config, folder / "run", result
+    with FileLock(SHARED / "run.lock"):
+        if not (trained / "output.txt").exists():
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                train.train_and_evaluate(config, str(trained))
+            (trained / "output.txt").write_text(output.getvalue(), encoding="utf-8")
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("finished") / "run")
+    return config, folder, json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

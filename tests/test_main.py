@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageColor
 
+import cgd_jax
 from cgd_jax import cli
+from cgd_jax.reports import plots
+from cgd_jax.reports.history import read_history
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +36,7 @@ def start(*arguments):
 
 
 def run(*arguments):
+    """Returns the status, the output and the errors of a command."""
     process = start(*arguments)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
@@ -140,39 +146,85 @@ def test_mistakes_are_answered_in_one_line(arguments, message):
     assert len(errors.strip().splitlines()) == 1
 
 
-def test_train_then_evaluate(data, tmp_path):
-    flags = ["--config=tests/tiny.py:GS", f"--config.data.dir={data}", f"--workdir={tmp_path}/run"]
-    status, output, errors = run(*flags)
-    assert status == 0, errors
+def test_what_a_training_prints(finished_run):
+    _, folder, results = finished_run
+    output = (folder / "output.txt").read_text(encoding="utf-8")
     for pattern in [
         r"split +classes +images",
         r"train +6 +24 +3 +4 +5 +0",
         r"devices +1 × cpu",
-        r"descriptors GS, embedding 8",
+        r"descriptors SG, embedding 8",
         r"FLOPs per image +[\d.]+ k\n",
         r"step 12/12  loss \d\.\d{3}  ranking .* img/s  0:00 left\nstep 12/12  R@1 ",
         r"raw pixels( +\d+\.\d\d){5}",
         r"untrained network( +\d+\.\d\d){5}",
-        r"CGD GS, step \d+( +\d+\.\d\d){5}",
+        rf"CGD SG, step {results['step']}( +\d+\.\d\d){{5}}",
         r"95 % interval of R@1, bootstrapped over classes: \d+\.\d\d to \d+\.\d\d",
         r"\d s in all\. Look at curves.png and retrievals.png in ",
     ]:
         assert re.search(pattern, output), f"{pattern} is not in:\n{output}"
-    assert errors == "", "the output is no terminal: no bars, and no warnings of libraries"
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "Step 12 is the last one; no step was chosen on" in " ".join(output.split())
+
+
+@pytest.fixture
+def commands(finished_run, tmp_path):
+    """The work folder of a finished run, and the flags that made it."""
+    config, finished, _ = finished_run
+    folder = shutil.copytree(finished, tmp_path / "run")
+    data = [f"--config.data.dir={config.data.dir}", "--config.model.backbone=resnet10"]
+    return folder, ["--config=tests/tiny.py", *data, f"--workdir={folder}"]
+
+
+def test_the_same_command_again_trains_nothing_and_reports_the_same(finished_run, commands, drawn):
+    _, _, results = finished_run
+    folder, flags = commands
+    before = (folder / "history.csv").read_text()
+    (folder / "results.json").unlink()
+    status, output, errors = run_here(*flags)
+    assert status == 0 and errors == "", errors
+    assert "Resumed from the checkpoint of step 12." in output and "step 12/12" not in output
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert (folder / "history.csv").read_text() == before
+    # What a run is looked at by.
+    curves, retrievals = drawn
+    losses, recalls, *_ = curves.axes
+    rows = read_history(folder / "history.csv")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in losses.lines + recalls.lines}
+    assert lines["classification"] == [[row["step"], row["classification_loss"]] for row in rows]
+    assert lines["R@1"] == [
+        [row["step"], 100 * row["recall@1"]] for row in rows if "recall@1" in row
+    ]
+    assert {"R@1, raw pixels", "R@1, untrained network"} < lines.keys()
+    assert f"R@1 = {results['metrics']['recall@1']:.1%}\n" in retrievals.get_suptitle()
+    (frames,) = retrievals.images
+    pixels = set(map(tuple, frames.get_array().reshape(-1, 3).tolist()))
+    assert {ImageColor.getrgb(color) for color in (plots.GREEN, plots.RED)} < pixels
+    assert (folder / "curves.png").exists() and (folder / "retrievals.png").exists()
+
+
+def test_commands_of_a_finished_run(finished_run, commands, drawn):
+    _, _, results = finished_run
+    folder, flags = commands
     status, output, errors = run_here("--mode=eval", *flags, "--config.eval.flip=True")
     assert status == 0, errors
     assert re.search(r"embedding, flip( +\d+\.\d\d){5}", output)
     assert f"{100 * results['metrics']['recall@1']:.2f}" in output
-    status, output, errors = run_here("--mode=export", f"--workdir={tmp_path}/run")
+    status, output, errors = run_here("--mode=export", f"--workdir={folder}")
     assert status == 0, errors
     assert "its README.md says how to open it" in output
-    assert (tmp_path / "run/export/model.safetensors").stat().st_size > 0
+    assert cgd_jax.open(folder / "export").image_size == 8
     pair = ["--query=docs/glyphs_curves.png", "--match=docs/glyphs_retrievals.png"]
     status, output, errors = run_here("--mode=explain", *flags, *pair)
     assert status == 0, errors
-    picture = tmp_path / "run/explain-glyphs_curves-glyphs_retrievals.png"
-    assert f"Look at {picture}." in output and picture.stat().st_size > 0
+    assert f"Look at {folder}/explain-glyphs_curves-glyphs_retrievals.png." in output
+    assert (folder / "explain-glyphs_curves-glyphs_retrievals.png").exists()
+    query, _, match, overlaid, shares, *_ = drawn[-1].axes
+    assert drawn[-1].get_suptitle() == f"blobs, CGD SG, step {results['step']}"
+    assert query.get_title() == "query\nglyphs_curves.png"
+    assert match.get_title() == "match\nglyphs_retrievals.png"
+    shown, heat = overlaid.images
+    assert shown.get_array().std() > 0 and np.any(heat.get_array())
+    assert [label.get_text() for label in shares.get_yticklabels()] == ["S", "G"]
     status, output, errors = run_here(*flags, "--config.train.steps=13")
     assert status == 1 and output == "" and "train.steps: 12 → 13" in errors
     assert errors.startswith("error: ") and "Traceback" not in errors
@@ -187,9 +239,15 @@ def test_data_mode(data, tmp_path):
     )
     assert status == 0, errors
     assert re.search(r"query +6 +24 +3 +4 +5 +0", output)
-    assert (tmp_path / "run" / "samples.png").stat().st_size > 0
+    # Twelve tiles of 64 pixels in a row, the three of a class side by side.
+    sheet = np.asarray(Image.open(tmp_path / "run" / "samples.png"), float)[4:-4, 4:].mean(0)
+    tiles = sheet.reshape(4, 3, 68, 3)[:, :, :64].mean(2)
+    within = np.linalg.norm(tiles - tiles.mean(1, keepdims=True), axis=-1)
+    between = np.linalg.norm(tiles.mean(1)[:, None] - tiles.mean(1), axis=-1)
+    assert within.max() < between[between > 0].min()
 
 
+@pytest.mark.slow
 def test_kill_9_then_ctrl_c_and_the_same_command_again(data, tmp_path):
     flags = [
         "--config=tests/tiny.py",
@@ -224,6 +282,7 @@ def test_kill_9_then_ctrl_c_and_the_same_command_again(data, tmp_path):
     assert f"goes on from the checkpoint of step {stopped[1]} in" in output
     status, output, errors = run(*flags)
     assert status == 0, errors
+    assert errors == "", "the output is no terminal: no bars, and no warnings of libraries"
     assert f"Resumed from the checkpoint of step {stopped[1]}." in output
     history = np.genfromtxt(tmp_path / "run" / "history.csv", delimiter=",", names=True)
     assert list(history["step"]) == list(range(10, 1001, 10))

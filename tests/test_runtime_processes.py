@@ -34,6 +34,7 @@ def start(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(tiny_config, tmp_path):
     tiny_config.train.steps = 6
     tiny_config.eval.update(baselines=False, query_expansion=2)

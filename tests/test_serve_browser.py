@@ -20,6 +20,8 @@ from cgd_jax.serve.command import listen  # noqa: E402
 from cgd_jax.serve.connections import server_of  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 
 

@@ -22,6 +22,7 @@ from tests import test_main
 from tests.test_studies_study import TWO
 
 
+@pytest.mark.slow
 def test_whole_study(tiny_config, tmp_path, drawn):
     load_dataset(tiny_config.data)
     data = f"--config.data.dir={tiny_config.data.dir}"

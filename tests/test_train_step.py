@@ -1,8 +1,10 @@
 """The training step: losses put together, gradients in chunks, recomputation, several devices."""
 
 import functools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,21 @@ from cgd_jax import gradient_caching, losses, objective, train_step
 from cgd_jax.models.cgd import Output, compute_dtype, create_model
 from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
+from cgd_jax.preprocess import IMAGENET
 from configs import base, glyphs
 from tests import tiny  # noqa: F401, the backbone resnet6
+from tests.variables import assert_same
 
 
-def test_any_number_of_devices_computes_the_same_and_resumes_what_others_began(
-    tmp_path, eight_devices
-):
-    command = [sys.executable, "-m", "tests.on_eight_devices", str(tmp_path)]
-    run = subprocess.run(command, env=eight_devices, capture_output=True)
+def test_any_number_of_devices_computes_the_same(tmp_path):
+    """Trains, ranks and searches; resumes what other numbers began. See on_eight_devices.py."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.on_eight_devices", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+    )
     assert run.returncode == 0, run.stderr.decode()
 
 
@@ -163,6 +171,47 @@ def test_a_step_tells_which_loss_pulls_how_much():
     np.testing.assert_allclose(both["classification_gradient"], norm, 1e-4)
     assert classification["ranking_gradient"] == 0 < norm
     assert both["active_triplets"] == 1 and both["mean_embedding_norm"] < 0.5  # centered
+
+
+def test_a_step_in_bfloat16_measures_itself_in_float32():
+    """The default of a GPU and a TPU."""
+    config, model, (state, images, labels) = problem(
+        {"classification_weight": 1.0}, dtype="bfloat16"
+    )
+    *_, output = direct(config, model, (state, images, labels))
+    assert {pooled.dtype for pooled in output.descriptors} == {jnp.dtype("bfloat16")}
+    describe = functools.partial(train_step.describe_step, config, model)
+    found = jax.jit(describe)(state, output, labels)
+    norms = np.array([found["ranking_gradient"], found["classification_gradient"]])
+    # A number of bfloat16 has 16 bits of zeros behind it.
+    assert norms.dtype == np.float32 and np.all(norms.view(np.uint32) & 0xFFFF)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_does_not_get_into_the_weights(bad):
+    config, descent = glyphs.get_config(), optax.adam(0.1)
+    config.optimizer.ema_decay = 0.5
+    params = {"w": jnp.ones(2)}
+    state = train_step.State(
+        step=jnp.int32(3),
+        params=params,
+        batch_stats={"mean": jnp.zeros(2)},
+        opt_state=descent.init(params),
+        normalization=IMAGENET,
+        average={"w": jnp.full(2, 7.0)},
+        skipped=jnp.int32(0),
+    )
+    update = functools.partial(train_step.update, config, descent)
+    loss = jnp.inf if bad == "loss" else 1.0
+    gradients = {"w": jnp.array([1.0, jnp.nan if bad == "gradient" else 1.0])}
+    new = update(state, gradients, {"mean": jnp.ones(2)}, loss)
+    assert (new.step, new.skipped) == (4, 1)
+    assert_same(new.replace(step=state.step, skipped=state.skipped), state)
+    assert update(new, gradients, new.batch_stats, loss).skipped == 2
+    new = update(new, {"w": jnp.ones(2)}, {"mean": jnp.ones(2)}, 1.0)
+    assert (new.step, new.skipped) == (5, 0)
+    assert np.all(new.params["w"] < 1) and np.all(new.average["w"] < 7)
+    np.testing.assert_array_equal(new.batch_stats["mean"], 1)
 
 
 def test_statistics_of_chunks_are_averaged():

@@ -82,33 +82,15 @@ def test_a_run_is_chosen_by_validation_classes(tiny_config, tmp_path, monkeypatc
     assert evaluate.evaluate_run(str(tmp_path))["metrics"] == results["metrics"]
 
 
-def test_patience_ends_a_run_and_the_same_command_trains_no_further(
-    tiny_config, tmp_path, monkeypatch
-):
-    tiny_config.data.fold = "1/3"
-    tiny_config.train.update(classes_per_batch=4, eval_every=2, patience=2)
-    tiny_config.eval.baselines = False
-    scripted = {2: 0.2, 4: 0.9, 6: 0.5, 8: 0.4}  # there is no step 10
-    monkeypatch.setattr(
-        train, "evaluate_step", lambda run, state, _: {"recall@1": scripted[int(state.step)]}
-    )
-    results = train.train_and_evaluate(tiny_config, str(tmp_path))
-    assert (results["step"], results["last step"]["step"]) == (4, 8)
-    assert train.train_and_evaluate(tiny_config, str(tmp_path)) == results
-
-
-@pytest.mark.parametrize("best_of_test, step, by", [(False, 12, "last"), (True, 6, "test")])
-def test_without_validation_classes(
-    best_of_test, step, by, tiny_config, tmp_path, monkeypatch, capsys
-):
-    tiny_config.train.update(best_of_test=best_of_test)
+def test_the_best_step_on_the_test_classes_if_asked_for(tiny_config, tmp_path, monkeypatch, capsys):
+    tiny_config.train.best_of_test = True
     tiny_config.eval.baselines = False
     monkeypatch.setattr(
         train, "evaluate_step", lambda run, state, _: {"recall@1": 1 / int(state.step)}
     )
     results = train.train_and_evaluate(tiny_config, str(tmp_path))
-    assert results["step"] == step and results["chosen by"].startswith(by)
-    assert ("which flatters it" in capsys.readouterr().out) == best_of_test
+    assert results["step"] == 6 and results["chosen by"] == "test classes"
+    assert "which flatters it" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
