@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the latest few and the best one, written by orbax.
+"""Checkpoints of a run: the latest few and the chosen one, written by orbax.
 
 A save is written under a temporary name and renamed when complete, so that a run
 killed in the middle of it finds the checkpoint before.

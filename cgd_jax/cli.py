@@ -70,7 +70,7 @@ FLAGS = {
     "together": Flag(
         flags.DEFINE_multi_string, "Other runs, evaluated with the first as one ensemble.", "RUN"
     ),
-    "step": Flag(flags.DEFINE_integer, "The checkpoint; else the one with the best R@1."),
+    "step": Flag(flags.DEFINE_integer, "The checkpoint; else the chosen one."),
     "match": Flag(flags.DEFINE_string, "The image that --query is compared with.", "FILE"),
     "push_to_hub": Flag(
         flags.DEFINE_string, "A Hugging Face repository to upload to.", "OWNER/NAME"

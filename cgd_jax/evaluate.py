@@ -46,7 +46,7 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; None for the one with the best R@1.
+      step: of the checkpoint; None for the chosen one.
       config: the run's own, perhaps with another `eval` part; None for just the run's.
 
     Returns:

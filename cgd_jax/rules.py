@@ -77,6 +77,7 @@ RULES: dict[str, Rule] = {
     "model.stem": one_of(resnet.STEMS),
     "model.stem_stride": _stride,
     "model.last_stride": _stride,
+    "model.stride_removed": one_of(resnet.STRIDES_REMOVED),
     "model.descriptors": Rule(
         lambda letters: (
             0 < len(letters) == len(set(letters)) and set(letters) <= set(pooling.LETTERS)
@@ -240,6 +241,11 @@ def _problems_of_network(config: ConfigDict) -> Iterator[str]:
     model, size = config.model, config.data.image_size
     if model.backbone != AUTO:  # else all is checked again when its name is known
         yield from backbones.refused_options(model)
+        if model.stride_removed != "layer4" and model.last_stride == 2:
+            yield (
+                f"model.stride_removed={model.stride_removed!r} says where a stride is removed, "
+                f"and model.last_stride=2 keeps them all; set last_stride=1."
+            )
         backbone = backbones.create(model, jnp.dtype("float32"))
         blocks = len(getattr(backbone, "layers", [None])) - 1
         if model.frozen_blocks > blocks:

@@ -216,6 +216,7 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     run = Path(source).expanduser()
     try:
         if (run / checkpoint.FOLDER).is_dir():
+            weight_files.check_backbone(run, config.backbone)
             weights, normalization, _ = checkpoint.read_weights(run)
             loaded = pretrained.fill(variables, weights)
         else:

@@ -261,7 +261,7 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
 
 
 def drop_path_keys(config: ConfigDict, state: State) -> dict[str, jax.Array]:
-    """Returns the random keys of the network in a step, see `models.residual.DropPath`."""
+    """Returns the random keys of the network in a step, see `models.layers.drop_path`."""
     return {"drop_path": jax.random.fold_in(step_key(config.seed, state.step), 1)}
 
 

@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     model.stem = "7x7"  # "3x3" for images of 64 pixels and less; of a ResNet
     model.stem_stride = 2  # of a ResNet's first convolution; 1 keeps the full resolution
     model.last_stride = 1  # 1 as in the paper: 14 × 14 positions from 224 pixels; 2 as in ResNet
+    model.stride_removed = "layer4"  # of a ResNet, by last_stride; "layer3": as in leftthomas/CGD
     model.patch_size = 0  # pixels: side of a ConvNeXt's or ViT's first patches; 0: as published
     # Letters S, M, G, R, and C, the class token of a vision transformer; the first one feeds the
     # auxiliary module.

@@ -19,6 +19,4 @@ def get_config(descriptors: str = "SG"):
     config.train.eval_every = 100
     config.eval.ks = (1, 2, 4, 8)
     config.model.descriptors = descriptors
-    # The paper's is "none", with which the embedding collapses on such similar classes.
-    config.model.center = "direction"
     return config

@@ -17,7 +17,7 @@ from cgd_jax.runtime.errors import InputError
 from tests.variables import random_variables
 
 
-@pytest.mark.parametrize("letter", pooling.POOLINGS)
+@pytest.mark.parametrize("letter", attribution.MAPS)
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_pooled_map_adds_up_to_the_descriptor(letter, ties):
     rng = np.random.default_rng(0)
@@ -126,7 +126,7 @@ class Patches(nn.Module):
         return nn.avg_pool(images, (4, 4), (4, 4))
 
 
-@pytest.mark.parametrize("letter", pooling.POOLINGS)
+@pytest.mark.parametrize("letter", attribution.MAPS)
 def test_the_map_peaks_where_the_shared_object_lies(letter):
     images = np.zeros((2, 16, 24, 3), np.uint8)
     images[0, 4:8, 16:20, 0] = 255  # both have something red,

@@ -31,6 +31,7 @@ from configs import base, glyphs
         ("model.descriptors", "", "must be one or more"),
         ("model.descriptors", "SMGR", "embedding_dim: an embedding of 1538"),
         ("model.last_stride", 3, "must be 1 or 2"),
+        ("model.stride_removed", "layer2", "valid names are layer4, layer3"),
         ("model.gem_p", 0.0, "above 0"),
         ("loss.ranking", "triplet", "pairs: batch_hard.*order: n_pair.*proxies: proxy_nca"),
         ("loss.miner", "hard", "batch_all, batch_hard, semi_hard, distance_weighted"),

@@ -2,11 +2,15 @@
 
 import bz2
 import hashlib
+import io
 import lzma
 import os
+import shutil
 import stat
 import tarfile
+import tracemalloc
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -234,16 +238,144 @@ def test_fingerprints(tmp_path):
     assert len(seen) == 7
 
 
+def below(root):
+    return [path.relative_to(root).as_posix() for path in archives.files_below(root)]
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     root = write(tmp_path / "in", {"a/1.jpg": b"1", "b/c/2.jpg": b"2"})
     write(tmp_path / "other", {"3.jpg": b"3"})
     (root / "b" / "up").symlink_to("..")
     (root / "b" / "self").symlink_to(".")
+    (root / "b" / "outside").symlink_to("../..")
     (root / "a" / "root").symlink_to(root)
     (root / "d").symlink_to(tmp_path / "other")
     (root / "a" / "beside").symlink_to(root / "b" / "c")
-    found = [path.relative_to(root).as_posix() for path in archives.files_below(root)]
-    assert found == ["a/1.jpg", "a/beside/2.jpg", "b/c/2.jpg", "d/3.jpg"]
+    assert below(root) == ["a/1.jpg", "b/c/2.jpg", "d/3.jpg"]
+
+
+def test_folders_that_link_to_each_other_give_every_file_once(tmp_path):
+    names = [f"folder {i}" for i in range(7)]
+    root = write(tmp_path / "in", {f"{name}/1.jpg": name for name in names})
+    for name in names:
+        for other in names:
+            (root / name / f"to {other}").symlink_to(f"../{other}")
+    assert below(root) == [f"{name}/1.jpg" for name in names]
+
+
+def test_a_file_with_many_names_counts_once(tmp_path):
+    root = write(tmp_path / "in", {"b/1.jpg": b"1", "c/2.jpg": b"2"})
+    (root / "a.jpg").symlink_to("b/1.jpg")  # the name that is no link counts
+    os.link(root / "b/1.jpg", root / "b/other.jpg")
+    (root / "nowhere.jpg").symlink_to("gone")
+    assert below(root) == ["b/1.jpg", "c/2.jpg", "nowhere.jpg"]
+    before = archives.fingerprint(root)
+    (root / "a.jpg").unlink()
+    assert archives.fingerprint(root) != before
+
+
+def test_thumbnails_bins_and_previews_are_no_images(tmp_path):
+    kept = [
+        "photos/1.jpg",
+        "thumbs up/2.jpg",
+        "recycled/3.jpg",
+        "P.photoslibrary/originals/A/4.heic",
+        "Old.photolibrary/Masters/5.jpg",
+        "@home/6.jpg",
+    ]
+    litter = [
+        *("photos/@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg", "#recycle/1.jpg", "@Recycle/a/1.jpg"),
+        *("photos/.@__thumb/default1.jpg", "#snapshot/1.jpg", "$RECYCLE.BIN/S-1-5/$R1.jpg"),
+        *("RECYCLER/1.jpg", "System Volume Information/1.jpg", ".Trash-1000/files/1.jpg"),
+        *(".Trashes/501/1.jpg", ".thumbnails/normal/1.png", "photos/Thumbs.db", "desktop.ini"),
+        *("photos/ehthumbs_vista.db", "lost+found/1.jpg", "C.lrdata/a/1.jpg", "Thumbnails/1.jpg"),
+        *("P.photoslibrary/resources/derivatives/4.jpg", "Old.photolibrary/Thumbnails/5.jpg"),
+        *("__MACOSX/photos/._1.jpg", "x.cocatalog/Cache/1.jpg"),
+    ]  # fmt: skip
+    root = write(tmp_path / "in", dict.fromkeys(kept + litter, b""))
+    assert below(root) == sorted(kept)
+    with archives.unpacked(
+        pack(tmp_path / "x.zip", dict.fromkeys(litter, b"1")), tmp_path
+    ) as folder:
+        assert not [path for path in below(folder) if "library" not in path]
+
+
+def test_unreadable_folders_are_told_of(tmp_path, monkeypatch):
+    root = write(tmp_path / "in", {"a/1.jpg": b"", "b/2.jpg": b""})
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        archives.files_below(root)
+    errors = []
+    assert archives.files_below(root, errors.append) == [root / "b/2.jpg"]
+    assert errors[0].filename == str(root / "a")
+
+
+def bomb_of(path, members):
+    """An archive with so many bytes of zeros in each of its members."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, length in members.items():
+                archive.writestr(name, bytes(length))
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            for name, length in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = length
+                archive.addfile(member, io.BytesIO(bytes(length)))
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tgz"])
+@pytest.mark.parametrize("members", [{"a": 30_000_000}, {f"{i}/x.jpg": 1 for i in range(400)}])
+def test_archive_bombs_are_refused_before_they_fill_the_disk(tmp_path, name, members, monkeypatch):
+    monkeypatch.setattr(archives, "MOST_UNPACKED", 1_000_000)
+    monkeypatch.setattr(archives, "MOST_TIMES", 10)
+    archive = bomb_of(tmp_path / name, members)
+    written = []
+    real = archives._write
+    monkeypatch.setattr(
+        archives, "_write", lambda path, *args: written.append(path) or real(path, *args)
+    )
+    with pytest.raises(InputError, match="refused: its .* unpack to more than .*archive bomb"):
+        with archives.unpacked(archive, tmp_path / "scratch"):
+            pass
+    assert len(written) < 400 and not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tgz"])
+def test_what_does_not_fit_on_the_disk_is_not_unpacked(tmp_path, name, monkeypatch):
+    archive = bomb_of(tmp_path / name, {"a/1.jpg": 1000, "a/2.jpg": 3_000_000})
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="takes at least 3 MB, but only 2 MB are free"):
+        with archives.unpacked(archive, tmp_path / "scratch"):
+            pass
+
+
+def test_names_of_megabytes_are_neither_read_nor_logged(tmp_path, caplog):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(*zip_link("link.jpg", "a" * 50_000_000))
+        archive.writestr("1.jpg", b"1")
+    tracemalloc.start()
+    with archives.unpacked(tmp_path / "x.zip", tmp_path / "scratch") as folder:
+        assert below(folder) == ["1.jpg"]
+    assert "link.jpg" in caplog.text and len(caplog.text) < 1000
+    with tarfile.open(tmp_path / "x.tgz", "w:gz") as archive:
+        archive.addfile(link("link.jpg", "a" * 50_000_000))
+    del archive
+    tracemalloc.reset_peak()
+    with pytest.raises(ValueError, match="a header of 50 MB"):
+        with archives.unpacked(tmp_path / "x.tgz", tmp_path / "scratch"):
+            pass
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 def test_a_list_that_is_something_else_is_named(tmp_path):
@@ -305,6 +437,6 @@ def test_failed_downloads_leave_nothing(tmp_path, path, checksum, message):
 def test_progress_counts_the_bytes_of_the_archive(tmp_path, name):
     archive = pack(tmp_path / name, {f"{i}": os.urandom(30_000) for i in range(20)})
     members = archives._zip_members if name == "x.zip" else archives._tar_members
-    positions = [position for _, position, _, _ in members(archive)]
+    positions = [position for _, _, position, _, _ in members(archive)]
     assert positions == sorted(positions)
     assert 0.5 * archive.stat().st_size < positions[-1] <= archive.stat().st_size

@@ -13,7 +13,6 @@ from PIL import Image
 
 from cgd_jax.data import builder as builder_module
 from cgd_jax.data.image_folder import ImageFolder
-from cgd_jax.runtime.errors import InputError
 from tests.dataset_samples import encoded, examples, picture, write
 
 # Not forked: other tests start threads, which do not survive it.
@@ -204,24 +203,6 @@ def test_a_prepared_data_set_may_be_read_only(tmp_path, monkeypatch):
     monkeypatch.setattr(builder_module, "one_at_a_time", refuse)
     monkeypatch.setattr(builder_module.Path, "write_bytes", refuse)
     assert len(everything(prepared(tmp_path, source))) == 12
-
-
-def test_the_source_may_be_deleted_afterwards(tmp_path):
-    source = folder_of(tmp_path / "in")
-    builder = prepared(tmp_path, source)
-    moved = source.rename(tmp_path / "elsewhere")
-    again = prepared(tmp_path, source)
-    assert again.data_dir == builder.data_dir and len(everything(again)) == 12
-    with pytest.raises(InputError):
-        prepared(tmp_path, source, split_seed=1)
-    with pytest.raises(InputError):
-        prepared(tmp_path, tmp_path / "another")
-    # When something is there again, it counts.
-    write(moved.rename(source), {"class 1/new.jpg": picture(70)})
-    assert len(everything(prepared(tmp_path, source))) == 13
-    # Of two that were made of the same path, the later one is meant.
-    source.rename(tmp_path / "elsewhere")
-    assert len(everything(prepared(tmp_path, source))) == 13
 
 
 def build(tmp_path, source, barrier, results):

@@ -1,18 +1,23 @@
 """Decoding against Pillow, resizing against means worked out by hand."""
 
 import io
+import os
+import socket
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from cgd_jax.data import decode as decode_module
 from cgd_jax.data.decode import check, decode, resize
-from tests.dataset_samples import encoded, picture
+from tests import color_profiles
+from tests.dataset_samples import encoded, picture, write
 
 
 def photograph(width, height, seed=0):
@@ -75,22 +80,82 @@ def test_alpha_is_laid_on_white(mode):
     assert abs(int(pixels[2, 4, 0]) - 127) <= 1
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_rotation(orientation, kind):
+# Orientation of EXIF → what has to be done to see the image upright.
+TURNS = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+    8: lambda x: np.rot90(x),
+}
+
+
+def png_chunk(kind, content):
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def behind_the_pixels(image, exif):
+    return encoded(image, "PNG")[:-12] + png_chunk(b"eXIf", exif.tobytes()[6:]) + END_OF_PNG
+
+
+def by_xmp(image, exif):
+    xmp = f'<x xmlns:tiff="t" tiff:Orientation="{exif[0x0112]}"/>'
+    return encoded(image, "JPEG", xmp=xmp.encode(), quality=95)
+
+
+def behind_a_long_header(image, exif):
+    data = encoded(image, "JPEG", exif=exif, quality=95)
+    segment = b"\xff\xed" + struct.pack(">H", 65_535) + bytes(65_533)
+    return data[:2] + 2 * segment + data[2:]
+
+
+END_OF_PNG = png_chunk(b"IEND", b"")
+TURNED = {
+    **{
+        kind: lambda image, exif, kind=kind: encoded(image, kind, exif=exif, quality=95)
+        for kind in ("JPEG", "PNG", "WEBP", "AVIF", "MPO")
+    },
+    "HEIF": lambda image, exif: encoded(image, "HEIF", exif=exif.tobytes(), quality=95),
+    "TIFF": lambda image, exif: encoded(image, "TIFF", exif=exif),
+    "TIFF, Deflate": lambda image, exif: encoded(
+        image, "TIFF", exif=exif, compression="tiff_adobe_deflate"
+    ),
+    "TIFF, JPEG": lambda image, exif: encoded(
+        image, "TIFF", exif=exif, compression="jpeg", quality=95
+    ),
+    "JPEG, grey": lambda image, exif: encoded(image.convert("L"), "JPEG", exif=exif, quality=95),
+    "JPEG, CMYK": lambda image, exif: encoded(image.convert("CMYK"), "JPEG", exif=exif, quality=95),
+    "JPEG, XMP": by_xmp,
+    "JPEG, EXIF beyond 64 kB": behind_a_long_header,
+    "PNG, EXIF behind the pixels": behind_the_pixels,
+}
+
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_orientation_of_dimensions_crops_and_pixels(kind):
     image = photograph(64, 32)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(image, kind, exif=exif)
-    upright = by_pillow(data)
-    assert upright.shape[:2] == ((64, 32) if orientation >= 5 else (32, 64))
-    np.testing.assert_allclose(decode(data).astype(int), upright, atol=2)
-    assert check(data)[:2] == upright.shape[:2]
-    # Boxes are those of the upright image, also at reduced size.
-    box = decode(data, bbox=(4, 8, 30, 28))
-    np.testing.assert_allclose(box.astype(int), upright[8:28, 4:30], atol=2)
-    small = decode(data, bbox=(0, 0, upright.shape[1], upright.shape[0]), size=8)
-    assert np.abs(small.astype(int) - by_pillow(data, 8)).mean() < 6
+    if "grey" in kind:
+        image = image.convert("L").convert("RGB")
+    for orientation, turn in TURNS.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = TURNED[kind](image, exif)
+        upright = turn(np.asarray(image)).astype(int)
+        height, width = (64, 32) if orientation >= 5 else (32, 64)
+        assert upright.shape == (height, width, 3)
+        assert decode_module.dimensions(data) == check(data)[:2] == (height, width)
+        whole = decode(data)
+        assert whole.shape == upright.shape
+        assert np.abs(whole - upright).mean() < 8
+        np.testing.assert_array_equal(decode_module.to_rgb(Image.open(io.BytesIO(data))), whole)
+        box = decode(data, bbox=(4, 8, 30, 28))
+        assert np.abs(box - upright[8:28, 4:30]).mean() < 8
+        small = decode(data, size=8)  # a JPEG is decoded reduced, and turned then
+        assert np.abs(small - resize(upright.astype(np.uint8), 8).astype(int)).mean() < 8
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -186,15 +251,9 @@ def test_empty_box(box):
 
 def bomb(width=30_000, height=30_000):
     """A PNG of a few bytes that claims to be huge."""
-
-    def chunk(kind, content):
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    content = zlib.compress(b"\0" * 1000)
-    chunks = (b"IHDR", header), (b"IDAT", content), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
+    parts = png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + END_OF_PNG
 
 
 def jpeg_bomb():
@@ -213,7 +272,7 @@ BAD = {
     "half a png": (picture(1, 200, 200, "PNG")[:-400], "."),
     "half a webp": (picture(1, 200, 200, "WEBP")[:-100], "."),
     "png bomb": (bomb(), "bomb"),
-    "smaller png bomb": (bomb(10_000, 10_000), "bomb"),
+    "smaller png bomb": (bomb(15_000, 15_000), "bomb"),
     "jpeg bomb": (jpeg_bomb(), "bomb"),
 }
 
@@ -241,25 +300,19 @@ def test_damage_gives_an_image_or_a_reason(junk, at, kind):
         assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_heic(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image = photograph(64, 32)
-    data = encoded(image, "HEIF", quality=100, exif=exif.tobytes())
-    pixels = decode(data)
-    upright = np.asarray(image if orientation == 1 else image.transpose(Image.Transpose.ROTATE_270))
-    # Its colours have half the resolution.
-    assert np.abs(pixels.astype(int) - upright).mean() < 6
-    assert check(data) == (*upright.shape[:2], False)
-
-
 def test_without_its_package_heic_is_named(monkeypatch):
     data = encoded(photograph(16, 16), "HEIF")
     known = [name for name in decode_module.FORMATS if name != "HEIF"]
     monkeypatch.setattr(decode_module, "FORMATS", known)
     with pytest.raises(ValueError, match="a HEIC image: pip install pillow-heif"):
         decode(data)
+
+
+@pytest.mark.parametrize("kind, end", [("HEIF", 40), ("AVIF", 20)])
+def test_damaged_files_do_not_ask_for_a_package_that_is_there(kind, end):
+    with pytest.raises(ValueError) as error:
+        check(encoded(photograph(16, 16), kind)[:end])
+    assert "pip install" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -283,21 +336,11 @@ def test_no_other_program_is_started():
         decode(data)
 
 
-@pytest.mark.parametrize("dtype, high", [(np.float32, 1.0), (np.float32, 255.0)])
-def test_floating_point_pictures_are_of_known_range(dtype, high):
-    grey = np.linspace(0, high, 60, dtype=dtype).reshape(6, 10)
-    data = encoded(Image.fromarray(grey), "TIFF")
-    expected = np.rint(grey / high * 255).astype(np.uint8)
-    np.testing.assert_array_equal(decode(data), np.repeat(expected[..., None], 3, -1))
-
-
 @pytest.mark.parametrize(
     "grey, reason",
     [
-        (np.float32([[0, 256]]), "values from 0.0 to 256.0; 0 to 1 or 0 to 255"),
-        (np.float32([[-0.5, 0.5]]), "values from -0.5 to 0.5"),
-        (np.float32([[np.nan, 0.5]]), "values from nan"),
-        (np.int32([[0, 70_000]]), "values from 0 to 70,000; 0 to 65,535"),
+        (np.float32([[0, 0.5]]), "values from 0.0 to 0.5; whole numbers"),
+        (np.int32([[0, 70_000]]), "values from 0 to 70,000; whole numbers from 0 to 65,535"),
     ],
 )
 def test_other_ranges_are_refused(grey, reason):
@@ -317,3 +360,189 @@ def test_blank_pictures():
     ):
         for kind in ("PNG", "JPEG"):
             assert check(encoded(image, kind))[2] == blank, kind
+
+
+P3, ADOBE = (color_profiles.DISPLAY_P3, 2.2), (color_profiles.ADOBE_RGB, 2.2)
+
+
+@pytest.mark.parametrize("numbers", [P3, ADOBE], ids=["Display P3", "Adobe RGB"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
+def test_colors_of_other_profiles_become_those_of_srgb(kind, numbers):
+    image = photograph(64, 48)
+    profile = color_profiles.profile(*numbers)
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind != "PNG" else {}
+    data = encoded(image, kind, icc_profile=profile, **options)
+    plain = decode(encoded(image, kind, **options))
+    expected = color_profiles.in_srgb(plain, *numbers)
+    assert np.abs(expected - plain).mean() > 4  # so much is lost without
+    whole = decode(data)
+    np.testing.assert_allclose(whole, expected, atol=2)
+    np.testing.assert_array_equal(decode_module.to_rgb(Image.open(io.BytesIO(data))), whole)
+    np.testing.assert_array_equal(decode(data, (8, 4, 40, 30)), whole[4:30, 8:40])
+    small = decode(data, size=8)  # a JPEG is decoded reduced
+    assert np.abs(small - resize(expected.astype(np.uint8), 8).astype(int)).mean() < 4
+
+
+def test_profiles_of_odd_modes():
+    rng = np.random.default_rng(0)
+    grey = Image.fromarray(rng.integers(0, 256, (9, 8), dtype=np.uint8))
+    gamma = color_profiles.profile(None, 1.8, b"GRAY")
+    neutral = color_profiles.profile(color_profiles.ADOBE_RGB, 1.8)
+    expected = color_profiles.in_srgb(np.stack([grey] * 3, -1), color_profiles.SRGB, 1.8)
+    for profile in (gamma, neutral):
+        for kind in ("PNG", "TIFF"):
+            pixels = decode(encoded(grey, kind, icc_profile=profile))
+            np.testing.assert_allclose(pixels, expected, atol=2)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    pixels = decode(encoded(deep, "PNG", icc_profile=gamma))
+    np.testing.assert_allclose(pixels, expected, atol=2)
+
+    colors = photograph(9, 8)
+    palette = colors.quantize(200)
+    pixels = decode(encoded(palette, "PNG", icc_profile=color_profiles.profile(*P3)))
+    expected = color_profiles.in_srgb(np.asarray(palette.convert("RGB")), *P3)
+    np.testing.assert_allclose(pixels, expected, atol=2)
+    for mode, profile in (("RGBA", color_profiles.profile(*P3)), ("LA", gamma)):
+        clear = colors.convert(mode)
+        clear.putalpha(0)
+        pixels = decode(encoded(clear, "PNG", icc_profile=profile))
+        assert pixels.min() == 255  # white stays white
+
+
+def test_profiles_that_are_srgb_or_broken_change_nothing():
+    image = photograph(40, 30)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = color_profiles.profile(None, 1.8, b"GRAY")  # of an image that has colors
+    for profile in (srgb, grey, b"no profile", color_profiles.profile(*P3)[:200]):
+        for kind in ("JPEG", "PNG"):
+            data = encoded(image, kind, icc_profile=profile)
+            np.testing.assert_array_equal(decode(data), decode(encoded(image, kind)))
+
+
+def test_pngs_with_megabytes_of_text_or_profile():
+    image = photograph(20, 10)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 5_000_000, zip=True)
+    text.add_itxt("prompt", "y" * 3_000_000, zip=True)
+    profile = color_profiles.profile(*P3, padding=4_000_000)
+    data = encoded(image, "PNG", pnginfo=text, icc_profile=profile)
+    np.testing.assert_allclose(decode(data), color_profiles.in_srgb(np.asarray(image), *P3), atol=2)
+    behind = encoded(image, "PNG")[:-12] + png_chunk(b"tEXt", b"a\0" + bytes(2_000_000))
+    assert check(behind + END_OF_PNG)[:2] == (10, 20)
+
+
+def test_headers_are_read_without_decoding(monkeypatch):
+    files = {}
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"):
+        files[kind] = encoded(photograph(64, 32), kind)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = behind_the_pixels(photograph(32, 64), exif)
+
+    def load(image):
+        pytest.fail("decoded")
+
+    for cls in (ImageFile.ImageFile, *map(type, map(Image.open, map(io.BytesIO, files.values())))):
+        monkeypatch.setattr(cls, "load", load)
+    for kind, data in (*files.items(), ("PNG, turned", turned)):
+        assert decode_module.dimensions(data) == (32, 64), kind
+
+
+def test_one_decoding_gives_every_size(monkeypatch):
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(
+        decode_module.Image, "open", lambda *a, **k: opened.append(real(*a, **k)) or opened[-1]
+    )
+    data = encoded(photograph(640, 480), "PNG")
+    opened.clear()
+    pixels, size = decode_module.decode_once(data, (10, 20, 330, 340), 100)
+    assert len(opened) == 1 and size == (480, 640)
+    np.testing.assert_array_equal(pixels, decode(data)[20:340, 10:330])
+    reduced, size = decode_module.decode_once(encoded(photograph(640, 480), "JPEG"), None, 100)
+    assert size == (480, 640) and reduced.shape == (120, 160, 3)
+
+
+def tile_bomb():
+    """A TIFF of 16×16 pixels that lie in a tile of 20,000×20,000."""
+    entries = [
+        *((256, 4, 16), (257, 4, 16), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1)),
+        *((322, 4, 20_000), (323, 4, 20_000), (324, 4, 8)),
+    ]
+    content = zlib.compress(bytes(400_000_000), 1)
+    entries.append((325, 4, len(content)))
+    table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    start = 8 + len(content) + len(content) % 2
+    body = content + bytes(len(content) % 2)
+    return (
+        b"II*\0"
+        + struct.pack("<I", start)
+        + body
+        + struct.pack("<H", len(entries))
+        + table
+        + bytes(4)
+    )
+
+
+def icon_bomb():
+    """An icon of 16×16 pixels whose PNG is of 30,000×30,000."""
+    png = bomb()
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22)
+    return struct.pack("<HHH", 0, 1, 1) + entry + png
+
+
+# Runs below a limit of memory that the whole of none of these would stay below.
+BOUNDED = """
+import resource, sys
+from cgd_jax.data import decode
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
+for path in sys.argv[1:]:
+    try:
+        print(decode.looks_like_image(path), decode.check(decode.read_file(path)))
+    except (OSError, ValueError) as error:
+        print(error)
+"""
+
+
+def test_what_never_ends_or_is_too_much_is_refused_in_little_memory(tmp_path):
+    def path(name):
+        return os.path.join(os.path.relpath(tmp_path), name)
+
+    expected = {"pipe.jpg": "not a file", "zero.png": "not a file", "folder.jpg": "not a file"}
+    os.mkfifo(path("pipe.jpg"))
+    os.symlink("/dev/zero", path("zero.png"))
+    os.mkdir(path("folder.jpg"))
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(path("socket.gif"))
+    expected["socket.gif"] = "not a file"
+    with open(path("sparse.jpg"), "wb") as file:
+        file.truncate(1 << 40)
+    expected["sparse.jpg"] = "larger than 1.6 GB"
+    for name, data in {"tile.tif": tile_bomb(), "icon.ico": icon_bomb()}.items():
+        write(tmp_path, {name: data})
+        expected[name] = "bomb"
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, *map(path, expected)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    for (name, reason), line in zip(expected.items(), done.stdout.splitlines(), strict=True):
+        assert reason in line, (name, line)
+
+
+@pytest.mark.parametrize("most, expected", [("255", "bomb"), ("256", "(16, 16)")])
+def test_the_limit_of_pixels_is_set_by_the_environment(most, expected):
+    code = "import sys; from cgd_jax.data import decode; "
+    code += "print(decode.dimensions(sys.stdin.buffer.read()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=encoded(photograph(16, 16), "PNG"),
+        capture_output=True,
+        env=os.environ | {"CGD_JAX_MAX_PIXELS": most},
+        check=False,
+    )
+    assert expected in (done.stdout + done.stderr).decode()

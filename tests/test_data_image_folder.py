@@ -170,6 +170,12 @@ def test_bad_csv(tmp_path, text, message):
         built(tmp_path, tmp_path / "x.csv")
 
 
+def test_a_pipe_is_no_source(tmp_path):
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="x.csv is neither a folder nor one of"):
+        built(tmp_path, tmp_path / "x.csv")
+
+
 @pytest.mark.parametrize("files", [{"readme.txt": b""}, {"a/1.jpg": picture()}, {"1.jpg": b""}])
 def test_too_little(tmp_path, files):
     with pytest.raises(ValueError, match="found [01] classes.*at least two"):
@@ -187,6 +193,36 @@ def test_division_is_by_class_repeatable_and_of_the_asked_size(classes, seed, fr
 def test_another_seed_divides_otherwise():
     chosen = [frozenset(image_folder._test_classes(40, seed, 0.5)) for seed in range(5)]
     assert len(set(chosen)) == 5 and {len(test) for test in chosen} == {20}
+
+
+def test_names_that_are_composed_otherwise_are_one_class(tmp_path):
+    names = ["Zürich", unicodedata.normalize("NFD", "Zürich"), "Bern"]
+    files = {f"{name}/{i}.jpg": picture(i) for i, name in enumerate(names)}
+    write(tmp_path / "in", files)
+    rows = "".join(f"{path},{path.split('/')[0]}\n" for path in files)
+    write(tmp_path / "in", {"list.csv": f"path,label\n{rows}"})
+    for source in (tmp_path / "in", tmp_path / "in/list.csv", pack(tmp_path / "x.zip", files)):
+        for nested in (False, True):
+            splits = built(tmp_path, source, nested_classes=nested)
+            assert counts(splits["train"] + splits["test"]) == {"Zürich": 2, "Bern": 1}
+
+
+def test_links_count_once_in_a_split_and_thumbnails_not_at_all(tmp_path):
+    files = {f"all/{c}/{i}.jpg": picture(10 * c + i) for c in range(4) for i in range(2)}
+    root = write(tmp_path, files) / "in"
+    for split, classes in {"train": (0, 1), "query": (2, 3), "gallery": (2, 3)}.items():
+        for c in classes:
+            (root / split).mkdir(parents=True, exist_ok=True)
+            (root / split / str(c)).symlink_to(tmp_path / "all" / str(c))
+        (root / split / str(classes[0]) / "again.jpg").unlink(missing_ok=True)
+        (root / split / str(classes[0]) / "again.jpg").symlink_to("0.jpg")
+        write(root, {f"{split}/@eaDir/0.jpg/SYNOPHOTO_THUMB_XL.jpg": picture(99)})
+    splits = built(tmp_path, root)
+    assert {split: counts(rows) for split, rows in splits.items()} == {
+        "train": {"0": 2, "1": 2},
+        "query": {"2": 2, "3": 2},
+        "gallery": {"2": 2, "3": 2},
+    }
 
 
 def test_images_in_no_class_are_named(tmp_path, caplog):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import cgd_jax
-from cgd_jax import evaluate, explain, export, train
+from cgd_jax import embed, evaluate, explain, export, metrics, train
 from cgd_jax.data.dataset import printable
 from cgd_jax.data.load import load_dataset
 from configs import image_folder
@@ -41,7 +41,6 @@ def photographs():
     turned = Image.Exif()
     turned[0x0112] = 6
     return files | {
-        "Train/a*b?/float.tif": encoded(Image.fromarray(grey), "TIFF"),
         "Train/a*b?/16 bits.png": encoded(Image.fromarray((grey * 65535).astype("u2")), "PNG"),
         "Train/a*b?/cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
         "Train/a*b?/turned.jpg": encoded(image, "JPEG", exif=turned),
@@ -51,6 +50,7 @@ def photographs():
 
 GOOD = photographs()
 BAD = {
+    "Train/_under_/float.tif": encoded(Image.new("F", (9, 9)), "TIFF"),
     "Train/_under_/empty.jpg": b"",
     "Train/_under_/cut.jpg": picture(1, 200, 200)[:-100],
     "query/#1/lfs.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",
@@ -176,7 +176,7 @@ def test_noise_from_files_scores_at_chance(tmp_path, form):
     model = cgd_jax.open(export.export_run(str(tmp_path / "run")))
     dataset = load_dataset(config.data)
     parts = [np.asarray(model.embed(part.images[:])) for part in (dataset.query, dataset.gallery)]
-    exported = evaluate.recall(evaluate.Embeddings(*parts), dataset, (1,))
+    exported = metrics.evaluate(**embed.ranking_inputs(embed.Embeddings(*parts), dataset), ks=(1,))
     again = evaluate.evaluate_run(str(tmp_path / "run"))["metrics"]
     chance = (each - 1) / (classes * each - 1) if both else 1 / classes
     queries = classes * each if both else classes * each // 2

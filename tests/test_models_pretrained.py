@@ -16,6 +16,8 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -234,6 +236,30 @@ def test_sources_that_are_none(small, tmp_path):
             pretrained.load(small, str(tmp_path / name), "resnet18")
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_a_network_in_several_files(small, tmp_path, hub, ending):
+    stem = {".safetensors": "model", ".bin": "pytorch_model"}[ending]
+    weights = pretrained.to_torchvision(small, "resnet18")
+    listed = {name: f"{stem}-0000{1 + i % 2}-of-00002{ending}" for i, name in enumerate(weights)}
+    for part in set(listed.values()):
+        arrays = {name: weights[name] for name in weights if listed[name] == part}
+        write = save_file if ending == ".safetensors" else (lambda a, path: torch_file(path, a))
+        write(arrays, tmp_path / part)
+    index = tmp_path / f"{stem}{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": listed}))
+    hub.folder = str(tmp_path)
+    for source in (tmp_path, index, "timm/resnet18"):
+        assert_same(pretrained.load(small, str(source), "resnet18")[0], small)
+    assert hub.asked[-1][2][-2:] == [index.name, f"{stem}-*{ending}"]
+    (tmp_path / part).unlink()
+    with pytest.raises(FileNotFoundError, match=f"lists {part}, which does not lie beside it"):
+        pretrained.load(small, str(tmp_path), "resnet18")
+    for content in ({}, {"weight_map": {"a": "../b.bin"}}, {"weight_map": {"a": index.name}}):
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="index.json.*damaged"):
+            pretrained.load(small, str(tmp_path), "resnet18")
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in for the Hugging Face client, which gives `hub.folder` or fails."""
@@ -271,7 +297,7 @@ def test_hugging_face_in_vain(small, tmp_path, hub, monkeypatch):
             pretrained.load(small, "timm/nothing@abc", "resnet18")
         message = str(error.value)
         assert "https://huggingface.co/timm/nothing/tree/abc" in message and "\n" not in message
-        reason = str(hub.failure or "holds neither model.safetensors nor pytorch_model.bin")
+        reason = str(hub.failure or "it holds none of model.safetensors, ")
         assert reason.replace("\n", " ") in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
@@ -424,7 +450,7 @@ def torch_file(path, content, kind="zip"):
             if isinstance(obj, Name):
                 self.write(b"c" + obj.text.encode() + b"\n")
             elif isinstance(obj, Tensor):
-                array, key = obj.array, str(len(storages))
+                array, key = obj.array, str(id(obj.array))
                 storages[key] = array
                 storage = ("storage", Name(KINDS[array.dtype.str[1:]]), key, "cpu", array.size)
                 self.save(Name("torch._utils\n_rebuild_tensor_v2"))
@@ -589,6 +615,67 @@ def test_a_tensor_must_lie_in_its_storage(tmp_path):
         torch_file(path, {"x": Tensor(stored, *layout)})
         with pytest.raises(ValueError, match="a tensor"):
             read_torch_file(path)
+
+
+def text(string):
+    return b"X" + len(string).to_bytes(4, "little") + string.encode()
+
+
+TUPLES = b")" + b"2\x86" * 30  # an empty one in two of two of …
+# Pickles of a few hundred bytes, by what would take millions of steps, or memory.
+BOMBS = {
+    "a dict in itself": b"}q\0" + text("a") + b"h\0s.",
+    "tuples as a key": b"}" + TUPLES + b"K\1s.",
+    "tuples in a set": b"\x8f(" + TUPLES + b"\x90.",
+    "tuples in a frozenset": b"(" + TUPLES + b"\x91.",
+    "tuples as the kind of a storage": b"(" + TUPLES + b"K\1K\1tQ.",
+    "a bytearray of a terabyte": b"\x96" + (2**40).to_bytes(8, "little") + b".",
+}
+BOMBS["dicts in dicts"] = (
+    b"}q\0"
+    + b"".join(b"}q%c(%bh%c%bh%cu" % (i + 1, text("a"), i, text("b"), i) for i in range(24))
+    + b"."
+)
+
+
+@pytest.mark.parametrize("kind", ["zip", "old"])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_few_bytes_take_neither_time_nor_memory(tmp_path, kind, bomb):
+    path, content = tmp_path / "bomb.pth", b"\x80\5" + BOMBS[bomb]
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("bomb/data.pkl", content)
+    else:
+        preamble = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {})]
+        path.write_bytes(b"".join(preamble) + content + pickle.dumps([], 2))
+    began = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.pth is not read"):
+        read_torch_file(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+    assert time.process_time() - began < 2
+
+
+def test_what_a_file_unpacks_to_is_bounded_by_its_size(small, tmp_path):
+    zeros, stored = np.zeros(2**25, np.float32), Tensor(np.ones(2**18, np.float32))
+    with zipfile.ZipFile(tmp_path / "shrunk.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", zeros.tobytes())
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+    np.savez_compressed(tmp_path / "shrunk.npz", zeros)
+    torch_file(tmp_path / "few.pth", dict.fromkeys("abc", stored))
+    assert read_torch_file(tmp_path / "few.pth").keys() == set("abc")
+    torch_file(tmp_path / "repeated.pth", dict.fromkeys(map(str, range(300)), stored))
+    for name, said in (
+        ("shrunk.pth", "unpacks to more than it holds"),
+        ("shrunk.npz", "unpacks to"),
+        ("repeated.pth", "many times as large as the file"),
+    ):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=said):
+            pretrained.load(small, str(tmp_path / name), "resnet18")
+        assert tracemalloc.get_traced_memory()[1] < 2**24, name
+        tracemalloc.stop()
 
 
 def test_other_files(tmp_path):

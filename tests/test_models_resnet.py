@@ -30,6 +30,33 @@ def test_small_images_and_small_widths():
     assert variables["params"]["layer1_0"]["conv2"]["kernel"].shape == (3, 3, 1, 32)
 
 
+@pytest.mark.parametrize(
+    "removed,sides,gmac", [("layer4", (56, 28, 14, 14), 6.21), ("layer3", (56, 28, 28, 14), 10.60)]
+)
+def test_which_stage_loses_its_stride(removed, sides, gmac):
+    """Both maps are 14 × 14 × 2048; what lies below them, and what they cost, differs."""
+    model = BACKBONES["resnet50"](last_stride=1, stride_removed=removed)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    run = partial(model.apply, capture_intermediates=lambda module, _: isinstance(module, Block))
+    features, state = jax.eval_shape(partial(run, mutable=["intermediates"]), variables, images)
+    outputs = {name: out["__call__"][0] for name, out in state["intermediates"].items()}
+    last = [outputs[f"layer{i}_{n - 1}"].shape[1] for i, n in enumerate((3, 4, 6, 3), 1)]
+    assert tuple(last) == sides and features.shape == (1, 14, 14, 2048)
+    macs = [
+        np.prod(eqn.outvars[0].aval.shape) * np.prod(eqn.invars[1].aval.shape[:3])
+        for eqn in jax.make_jaxpr(model.apply)(variables, images).eqns
+        if eqn.primitive.name == "conv_general_dilated"
+    ]
+    np.testing.assert_allclose(sum(macs) / 1e9, gmac, atol=0.005)
+    assert BACKBONES["resnet50"](last_stride=2, stride_removed=removed).stage_strides == [
+        1,
+        2,
+        2,
+        2,
+    ]
+
+
 def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
     """Else every second pixel would be lost to the strided 1×1 convolution."""
     block = Block(

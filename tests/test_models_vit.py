@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cgd_jax import attribution, combination, run
-from cgd_jax.gradient_caching import make_chunked_gradients
+from cgd_jax.gradient_caching import make_gradients_of_batch
 from cgd_jax.models import backbones, pretrained, vit, weight_files
 from cgd_jax.models.cgd import CGD
-from cgd_jax.models.layers import DropPath
+from cgd_jax.models.layers import drop_path
 from cgd_jax.models.vit import ViT
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.preprocess import Normalization
 from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.train_step import State, direct_gradients
+from cgd_jax.train_step import State, gradients_of_batch
 from configs import base
 from tests.variables import random_variables
 
@@ -54,13 +55,11 @@ def state_of(variables):
 def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none():
     model, variables = network(TINY(frozen_blocks=1))
 
-    def measure(state, labels, output):
-        return jnp.sum(output.embedding * output.embedding[::-1, ::-1]), {}
-
-    labels, state = jnp.array([0, 0, 1, 1]), state_of(variables)
-    direct = jax.jit(partial(direct_gradients, model, measure))(state, IMAGES, labels)
-    chunked = make_chunked_gradients(model, measure, 2)(state, jnp.asarray(IMAGES), labels)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    config, labels, state = base.get_config(), jnp.array([0, 0, 1, 1]), state_of(variables)
+    config.train.gradient_cache_chunk = 2
+    direct = jax.jit(partial(gradients_of_batch, config, model))(state, IMAGES, labels)
+    chunked = make_gradients_of_batch(config, model)(state, jnp.asarray(IMAGES), labels)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
     jax.tree.map(close, chunked[0], direct[0])
     jax.tree.map(close, chunked[1], direct[1])
     gradients = direct[0]["backbone"]
@@ -70,8 +69,9 @@ def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none(
 
 
 def test_drop_path_leaves_whole_branches_out_and_keeps_the_mean():
-    model = DropPath(0.75)
-    drop = jax.jit(lambda key: model.apply({}, jnp.ones((1000, 2)), True, rngs={"drop_path": key}))
+    x, rngs = jnp.ones((1000, 2)), lambda key: {"drop_path": key}
+    branch = nn.Sequential([partial(drop_path, rate=0.75, train=True, name="branch")])
+    drop = jax.jit(lambda key: branch.apply({}, x, rngs=rngs(key)))
     kept = np.asarray(drop(jax.random.key(0)))
     assert set(np.unique(kept)) == {0, 4} and np.all(kept[:, 0] == kept[:, 1])
     assert 0.8 < kept.mean() < 1.2
@@ -129,6 +129,12 @@ def test_the_layers_of_every_backbone_are_names_of_its_parts(name):
             "last_stride=2 .*ResNets.*dinov2_small has none, leave 1",
         ),
         ({"backbone": "convnext_tiny", "freeze_batch_norm": True}, "convnext_tiny does not have"),
+        ({"stride_removed": "layer3"}, "'layer3' is an option of ResNets"),
+        (
+            {"backbone": "resnet50", "descriptors": "S", "stride_removed": "layer3"}
+            | {"last_stride": 2},
+            "last_stride=2 keeps them all",
+        ),
         ({"backbone": "resnet50", "drop_path": 0.1}, "option of ConvNeXts, DINOv2s, .*leave 0.0"),
         ({"backbone": "dinov2_small", "patch_size": 15}, "image_size=224 is no multiple of the 15"),
         ({"backbone": "dinov2_small", "frozen_blocks": 13}, "dinov2_small has 12 blocks"),
@@ -153,28 +159,95 @@ SIGLIP_CONFIG = {"model_type": "siglip", "vision_config": {"model_type": "siglip
 @pytest.mark.parametrize(
     "content,backbone",
     [
-        ({"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12}, "dinov2_small"),
+        ({"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6}, "dinov2_small"),
+        ({"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 12}, None),
         ({"architecture": "vit_small_patch14_dinov2"}, "dinov2_small"),
         ({"architecture": "vit_base_patch14_reg4_dinov2"}, "dinov2_base_reg"),
         ({"model_type": "dinov2_with_registers"}, "dinov2_base_reg"),
-        ({"model_type": "dinov3_vit", "hidden_size": 384}, "dinov3_small"),
-        ({"model_type": "dinov3_vit", "hidden_size": 384, "use_gated_mlp": True}, None),
+        ({"model_type": "dinov3_vit"}, "dinov3_small"),
+        ({"architecture": "vit_small_patch16_dinov3", "model_args": {}}, "dinov3_small"),
+        ({"architecture": "vit_small_plus_patch16_dinov3"}, None),
         (CLIP_CONFIG, "clip_base_patch32_224"),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "clip_base_patch16_224"),
         ({"architecture": "vit_base_patch16_clip_224"}, None),  # another activation
         (SIGLIP_CONFIG, "siglip_base_patch16_224"),
-        ({"architecture": "vit_base_patch16_siglip_384"}, "siglip_base_patch16_384"),
+        ({"architecture": "vit_large_patch16_siglip_512"}, "siglip_large_patch16_512"),
+        ({"architecture": "vit_base_patch16_siglip_384"}, None),  # another GELU
         ({"architecture": "convnextv2_tiny"}, "convnextv2_tiny"),
         ({"model_type": "convnext", "depths": [3, 3, 27, 3]}, "convnext_small"),
         ({"model_type": "resnet", "layer_type": "basic", "depths": [2, 2, 2, 2]}, "resnet18"),
         ({"architecture": "seresnet50"}, "se_resnet50"),
         ({"architecture": "tf_efficientnet_lite0"}, "efficientnet_lite0"),
+        ({"architecture": "efficientnet_lite0"}, "efficientnet_lite0_timm"),
         ({"architecture": "vit_giant_patch14_dinov2"}, None),
         ({}, None),
     ],
 )
 def test_the_backbone_that_a_repository_describes(content, backbone):
     assert backbones.published(content) == backbone
+
+
+@pytest.mark.parametrize(
+    "backbone,content,change",
+    [
+        ("resnet50", {"model_type": "resnet"}, {"hidden_act": "silu"}),
+        ("resnet50", {"model_type": "resnet"}, {"downsample_in_bottleneck": True}),
+        ("resnet50", {"model_type": "resnet"}, {"downsample_in_first_stage": True}),
+        ("resnet50", {"architecture": "resnet50"}, {"model_args": {"act_layer": "silu"}}),
+        ("resnet50", {"architecture": "resnet50"}, {"architecture": "resnet50d"}),
+        ("efficientnet_lite0", {"architecture": "tf_efficientnet_lite0"}, {"architecture": "x"}),
+        ("convnext_tiny", {"model_type": "convnext"}, {"hidden_act": "relu"}),
+        ("convnextv2_tiny", {"architecture": "convnextv2_tiny"}, {"model_args": {"norm_eps": 1}}),
+        ("dinov2_base", {"model_type": "dinov2"}, {"layer_norm_eps": 1e-5}),
+        ("dinov2_base_reg", {"model_type": "dinov2_with_registers"}, {"hidden_act": "relu"}),
+        ("dinov2_base", {"model_type": "dinov2"}, {"num_attention_heads": 6}),
+        ("dinov3_small", {"model_type": "dinov3_vit"}, {"rope_theta": 1e4}),
+        ("dinov3_small", {"model_type": "dinov3_vit"}, {"use_gated_mlp": True}),
+        ("clip_base_patch32_224", {"model_type": "clip_vision_model"}, {"hidden_act": "gelu"}),
+        ("clip_base_patch32_224", CLIP_CONFIG, {"vision_config": {"hidden_act": "gelu"}}),
+        ("clip_base_patch32_224", CLIP_CONFIG, {"vision_config_dict": {"layer_norm_eps": 1e-6}}),
+        ("siglip_base_patch16_224", SIGLIP_CONFIG, {"vision_config": {"hidden_act": "gelu"}}),
+        ("siglip_base_patch16_224", SIGLIP_CONFIG, {"vision_config": {"vision_use_head": False}}),
+    ],
+)
+def test_a_config_that_differs_from_what_is_computed_is_refused(
+    tmp_path, backbone, content, change
+):
+    """Whether the backbone is named or not: the weights would fit, and mean something else."""
+    path = tmp_path / "config.json"
+    (tmp_path / "model.safetensors").touch()
+    path.write_text(json.dumps(content))
+    assert weight_files.declared_backbone(str(tmp_path)) == backbone
+    weight_files.check_backbone(tmp_path, backbone)
+    path.write_text(json.dumps(content | change))
+    for check in (
+        lambda: weight_files.declared_backbone(str(tmp_path)),
+        lambda: weight_files.check_backbone(tmp_path, backbone),
+    ):
+        with pytest.raises(
+            ValueError, match="By .*config.json the weights are of .*, (but it|of a size)"
+        ) as error:
+            check()
+        assert "damaged" not in str(error.value)
+
+
+def test_a_named_backbone_is_compared_with_the_config_beside_the_weights(tmp_path):
+    shapes = jax.eval_shape(TINY().init, jax.random.key(0), IMAGES)
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    normalization, path = Normalization.of(0.5, 0.5), tmp_path / "a.safetensors"
+    beside = tmp_path / "config.json"
+    published = pretrained.to_torchvision(variables, "dinov2_small")
+    for weights in (published, variables):  # published names, and our own
+        pretrained.save(path, weights, normalization)
+        beside.write_text(json.dumps({"model_type": "dinov2"}))
+        with pytest.raises(ValueError, match="are of a dinov2_base by .*model.backbone=dinov2_b"):
+            pretrained.load(variables, str(path), "dinov2_small")
+        beside.write_text(json.dumps({"mean": [0.5] * 3}))  # says nothing of the network
+        pretrained.load(variables, str(path), "dinov2_small")
+    config = json.dumps({"model": {"backbone": "dinov2_base"}})
+    pretrained.save(path, variables, normalization, {"config": config})  # of an exported network
+    with pytest.raises(ValueError, match="are of a dinov2_base by .*model.backbone=dinov2_b"):
+        pretrained.load(variables, str(path), "dinov2_small")
 
 
 def test_the_backbone_of_weights_is_found(tmp_path, monkeypatch):
@@ -185,7 +258,7 @@ def test_the_backbone_of_weights_is_found(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has no config.json.*set model.backbone"):
         run.name_backbone(config)
     write = lambda content: (tmp_path / "config.json").write_text(json.dumps(content))
-    write({"model_type": "dinov2", "hidden_size": 384})
+    write({"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6})
     assert run.name_backbone(config).model.backbone == "dinov2_small"
     assert config.model.backbone == "auto"
     config.model.pretrained = str(tmp_path)
@@ -195,7 +268,7 @@ def test_the_backbone_of_weights_is_found(tmp_path, monkeypatch):
     write({"model": {"backbone": "dinov3_base"}})  # of a run
     assert run.name_backbone(config).model.backbone == "dinov3_base"
     write({"model_type": "bert"})
-    with pytest.raises(ConfigError, match="is bert by its config.json.*resnet10, "):
+    with pytest.raises(ConfigError, match="the weights are of bert, .*resnet10, "):
         run.name_backbone(config)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json, beside the weights, is damaged"):

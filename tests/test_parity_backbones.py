@@ -76,6 +76,29 @@ def test_features_and_gradients(backbone):
         assert abs(total - expected) <= 1e-4 * max(size, 0.1), name
 
 
+@pytest.mark.parametrize("backbone", ["dinov2_small", "dinov2_small_reg", "dinov3_small"])
+def test_names_that_a_network_of_transformers_5_has_in_memory(backbone):
+    """They differ from those of its files, and a state_dict that somebody saved has them."""
+    _, shapes = network_of(backbone)
+    names = json.loads(str(GOLDENS[f"{backbone}/names"]))
+    weights = {name: draw_weight(name, shape) for name, shape in names.items()}
+    expected = pretrained.convert_state_dict(weights, shapes, backbone)
+    changes = {"attention.output.dense": "attention.o_proj"} | {
+        f"attention.attention.{whole}": f"attention.{whole[0]}_proj"
+        for whole in ("query", "key", "value")
+    }
+    in_memory = {}
+    for name, array in weights.items():
+        for old, new in changes.items():
+            name = name.replace(old, new)
+        in_memory[f"model.{name}" if name.startswith("layer.") else name] = array
+    assert in_memory.keys() != weights.keys()
+    for prefix in ("", "backbone."):
+        prefixed = {prefix + name: array for name, array in in_memory.items()}
+        found = pretrained.convert_state_dict(prefixed, shapes, backbone)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize("backbone", [b for b in OPTIONS if f"{b}/exported" in GOLDENS])
 def test_exported_weights_have_the_published_names_and_come_back(backbone):
     _, shapes = network_of(backbone)
@@ -83,7 +106,7 @@ def test_exported_weights_have_the_published_names_and_come_back(backbone):
     variables = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
     weights = pretrained.to_torchvision(variables, backbone)
     published = json.loads(str(GOLDENS[f"{backbone}/exported"]))
-    left_out = ("head.norm.", "head.fc.", "fc.", "last_linear.")
+    left_out = ("head.norm.", "head.fc.", "fc.", "last_linear.", "classifier.")
     published = {
         name: shape
         for name, shape in published.items()

@@ -27,6 +27,7 @@ NETWORKS = {
         **{"backbone": "resnext50_32x4d", "width": 32, "descriptors": "GS", "learn_p": "scalar"},
         **{"combination": "sum"},
     },
+    "the stride of layer3": {"backbone": "resnet50", "width": 2, "stride_removed": "layer3"},
     "as published": {"backbone": "resnet18", "descriptors": "SG"},
 }
 

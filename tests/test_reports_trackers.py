@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from cgd_jax import config as configs
+from cgd_jax import rules
 from cgd_jax.reports import trackers
 from cgd_jax.reports.history import History
 from cgd_jax.runtime.errors import ConfigError
@@ -123,7 +123,7 @@ def test_a_tracker_that_is_not_installed_or_not_known(tiny_config, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
         tiny_config.train.tracker = name
         with pytest.raises(ConfigError, match=f"train.tracker={name} needs {name}: pip install"):
-            configs.validate(tiny_config)
+            rules.validate(tiny_config)
     tiny_config.train.tracker = "tensorboard"
     with pytest.raises(ConfigError, match="train.tracker='tensorboard' must be wandb, mlflow, or"):
-        configs.validate(tiny_config)
+        rules.validate(tiny_config)

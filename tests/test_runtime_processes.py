@@ -15,6 +15,7 @@ import pytest
 from cgd_jax import train
 from cgd_jax.reports.history import read_history
 from cgd_jax.runtime import processes
+from cgd_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,5 +107,5 @@ def test_processes_that_do_not_find_each_other(monkeypatch):
         raise RuntimeError("deadline\nexceeded")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(RuntimeError, match="deadline exceeded.*--coordinator=HOST:PORT"):
+    with pytest.raises(UserError, match="deadline exceeded.*--coordinator=HOST:PORT"):
         processes.start("nowhere:1", 2, 0)

@@ -13,12 +13,15 @@ import logging
 import lzma
 import os
 import posixpath
+import re
 import shutil
 import stat
+import sys
 import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -32,6 +35,24 @@ from cgd_jax.runtime.files import describe_impostor
 log = logging.getLogger(__name__)
 
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz")
+
+# Names of folders and files that hold copies or nothing.
+LITTER = re.compile(
+    r"\.(?!\.?$).*"  # hidden
+    r"|@(eaDir|tmp|Recycle|Recently-Snapshot|__thumb)|#(recycle|snapshot)"  # of Synology and QNAP
+    r"|\$RECYCLE\.BIN|(?-i:RECYCLE[RD])|System Volume Information|desktop\.ini|(eh)?thumbs.*\.db"
+    r"|__MACOSX|Network Trash Folder|Temporary Items|lost\+found"
+    r"|thumbnails|.+\.(lrdata|cocatalog|cosessiondb)",  # of photo programs
+    re.IGNORECASE | re.DOTALL,
+)
+# Libraries of macOS, and the only folders in them that hold what was imported.
+LIBRARIES = (".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary")
+ORIGINALS = ("originals", "masters")
+
+# An archive of text unpacks to some tens of its size. A file takes a block on disk.
+MOST_TIMES, MOST_UNPACKED, BLOCK = 100, 1 << 30, 4096
+LONGEST_NAME = 4096  # of a path on most systems
+HEADERS = b"LKxgX"  # types of such members in a tar
 
 # What the libraries raise for damaged archives.
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
@@ -63,12 +84,10 @@ def is_archive(path: Path) -> bool:
 def fingerprint(path: Path) -> str:
     """Returns 12 hexadecimal digits that change when an archive, file or folder changes.
 
-    They depend on the name, size and time of last change of every file below a folder.
-    Contents are not read, so that 100,000 files take about a second. A folder that is moved
-    keeps its fingerprint. Raises OSError if there is nothing.
+    Of every file the name, size and time count, relative to the folder, which may be moved.
     """
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else files_below(path):
+    for file, _ in sorted(_walk(path, _raise)):
         try:
             status = file.stat()
         except OSError:  # a link to nowhere, for example
@@ -78,33 +97,58 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Lists every file below a folder, sorted, without hidden ones and the litter of macOS.
+def _raise(error: OSError) -> None:
+    raise error
 
-    A link to a folder counts as that folder, unless it leads back to one that it lies in.
 
-    Raises:
-      OSError: a folder cannot be read.
+def files_below(path: Path, onerror: Callable[[OSError], object] = _raise) -> list[Path]:
+    """Lists every file below a folder, sorted, links to folders included, litter left out.
+
+    A file counts once, if possible under a name that is no link. `onerror` gets what is unreadable.
     """
-    return sorted(_walk(folder, (folder.resolve(),)))
+    return sorted(file for file, is_new in _walk(path, onerror) if is_new)
 
 
-def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    for entry in os.scandir(folder):
-        path = Path(entry.path)
-        if is_litter(entry.name):
+def _walk(root: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[Path, bool]]:
+    """Yields every file, link to a file, and link to what was seen; and whether it is new."""
+    # A link to a folder around the root would list what is beside it.
+    seen = {_identity(outer.stat()) for outer in root.resolve().parents}
+    waiting = deque([root])
+    while waiting:
+        path = waiting.popleft()
+        try:
+            status = path.stat()
+        except OSError:  # a link to nowhere
+            yield path, True
             continue
-        if not entry.is_dir():
-            yield path
-        elif not any(outer.is_relative_to(path.resolve()) for outer in above):
-            yield from _walk(path, (*above, path.resolve()))
+        is_new = _identity(status) not in seen
+        seen.add(_identity(status))
+        if not (is_new and stat.S_ISDIR(status.st_mode)):
+            yield path, is_new
+            continue
+        library = path.suffix.lower() in LIBRARIES
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            onerror(error)
+            continue
+        for entry in entries:
+            if is_litter(entry.name) or library and entry.name.lower() not in ORIGINALS:
+                continue
+            if entry.is_symlink():  # Links come last.
+                waiting.append(Path(entry.path))
+            else:
+                waiting.appendleft(Path(entry.path))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
     """Finds the file or folder `name` (may hold slashes) nearest below some folders, or None.
 
-    So the folder somebody unpacked, its parent, and an archive that wraps everything in one
-    more folder all work. Of several on one level it is the first in alphabetical order.
+    Of several on one level it is the first in alphabetical order.
     """
     level = list(folders)
     for _ in range(depth + 1):
@@ -124,16 +168,9 @@ def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
 def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
     """Yields a folder with the files of an archive; anything else is yielded as it is.
 
-    Links are never made: a link to a file of the archive is unpacked as a copy of it, any
-    other is left out with a warning, as are devices and names that cannot be written.
-
-    Args:
-      source: archive, folder or file.
-      scratch: where to make the temporary folder of an archive.
-
-    Raises:
-      InputError: the archive is damaged, wants a password, or has members that point
-        outside of it (absolute paths, `..`); none of it is used then.
+    Links become second names of files of the archive; other links, devices and names that cannot be
+    written are left out with a warning. Raises InputError for an archive that is damaged, wants a
+    password, holds far more than its size or than the disk, or points outside of itself.
     """
     if source.is_dir() or not is_archive(source):
         yield source
@@ -149,22 +186,26 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
 
 def extract(archive: Path, folder: Path) -> None:
     """Unpacks an archive below `folder`; raises as `unpacked` does."""
-    size = archive.stat().st_size
-    free = shutil.disk_usage(folder).free
+    size, free = archive.stat().st_size, shutil.disk_usage(folder).free
     if size > free:  # Images hardly compress, so this is nearly what it unpacks to.
-        raise OSError(
-            f"Unpacking {archive} takes at least {quantity(size, 'B')}, but only "
-            f"{quantity(free, 'B')} are free at {folder}. Free some disk, or let "
-            f"--config.data.dir point elsewhere."
-        )
+        raise _no_room(archive, size, folder)
     log.info("Unpacking %s (%s) into %s", archive, quantity(size, "B"), folder)
     members = _zip_members if archive.name.lower().endswith(".zip") else _tar_members
-    links, failed, name = {}, [], ""
+    links, failed, name, total = {}, [], "", 0
     try:
         with progress(size, f"unpacking {archive.name}", unit="B") as bar:
-            for name, position, link, contents in members(archive):
+            for name, length, position, link, contents in members(archive):
                 bar.update(position - bar.n)
                 path = _safe_path(name, archive)
+                total += max(length, BLOCK)
+                if total > MOST_UNPACKED + MOST_TIMES * size:
+                    raise InputError(
+                        f"The archive {archive} was refused: its {quantity(size, 'B')} unpack to "
+                        f"more than {quantity(total - length, 'B')}, as no images do (an "
+                        "archive bomb?). Unpack it yourself, look at it, and pass the folder."
+                    )
+                if total > 0.98 * free:
+                    raise _no_room(archive, total, folder)
                 if any(is_litter(part) for part in path.parts):
                     continue
                 if link is not None:
@@ -189,12 +230,20 @@ def extract(archive: Path, folder: Path) -> None:
     for target, link in links.items():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / _safe_path(link, archive), target)
+            os.link(folder / _safe_path(link, archive), target)
         except (OSError, ValueError):  # to a folder, to nowhere, out of the archive
-            failed.append(f"{target.relative_to(folder).as_posix()!r} (a link to {link!r})")
+            failed.append(f"{target.relative_to(folder).as_posix()!r} (a link to {link[:200]!r})")
     if failed:
         message = "%s: %d members could not be unpacked and are left out: %s"
         log.warning(message, archive, len(failed), listed(failed, 20))
+
+
+def _no_room(archive: Path, needed: int, folder: Path) -> InputError:
+    return InputError(
+        f"Unpacking {archive} takes at least {quantity(needed, 'B')}, but only "
+        f"{quantity(shutil.disk_usage(folder).free, 'B')} are free at {folder}. Free some disk, or "
+        "let --config.data.dir point elsewhere."
+    )
 
 
 def _write(path: Path, contents: Callable[[], IO[bytes]] | None) -> str | None:
@@ -214,8 +263,9 @@ def _write(path: Path, contents: Callable[[], IO[bytes]] | None) -> str | None:
     return None
 
 
-# Name, position in the archive in bytes, the member it is a link to, contents (None: a folder).
-Member = tuple[str, int, str | None, Callable[[], Any] | None]
+# Name, bytes it unpacks to, position in the archive, the member it is a link to, contents (None: a
+# folder).
+Member = tuple[str, int, int, str | None, Callable[[], Any] | None]
 
 
 def _zip_members(archive: Path) -> Iterator[Member]:
@@ -228,10 +278,11 @@ def _zip_members(archive: Path) -> Iterator[Member]:
                 )
             name, link = _zip_name(member), None
             if stat.S_ISLNK(member.external_attr >> 16):
-                original = opened.read(member).decode("utf-8", "surrogateescape")
+                with opened.open(member) as file:
+                    original = file.read(LONGEST_NAME).decode("utf-8", "surrogateescape")
                 link = posixpath.join(posixpath.dirname(name), original)
             contents = None if name.endswith("/") else partial(opened.open, member)
-            yield name, member.header_offset, link, contents
+            yield name, member.file_size, member.header_offset, link, contents
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
@@ -243,8 +294,20 @@ def _zip_name(member: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/")  # of some programs for Windows
 
 
+class _TarInfo(tarfile.TarInfo):
+    """A member whose header, which is read into memory, is no longer than names are."""
+
+    def _proc_member(self, opened):
+        if self.type in HEADERS and self.size > 16 * LONGEST_NAME:
+            raise tarfile.ReadError(f"a header of {quantity(self.size, 'B')}")
+        return super()._proc_member(opened)
+
+
 def _tar_members(archive: Path) -> Iterator[Member]:
-    with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as opened:
+    with (
+        open(archive, "rb") as raw,
+        tarfile.open(fileobj=raw, mode="r:*", tarinfo=_TarInfo) as opened,
+    ):
         for member in opened:
             link = None
             if member.issym():
@@ -255,7 +318,7 @@ def _tar_members(archive: Path) -> Iterator[Member]:
                 log.warning("%s: %r is a device, and is left out.", archive, member.name)
                 continue
             contents = None if member.isdir() else partial(opened.extractfile, member)
-            yield member.name, raw.tell(), link, contents
+            yield member.name, member.size, raw.tell(), link, contents
         while opened.fileobj.read(1 << 20):  # up to the checksum, which stands at the very end
             pass
 
@@ -280,33 +343,23 @@ def _safe_path(name: str, archive: Path) -> PurePosixPath:
 
 
 def is_litter(name: str) -> bool:
-    """Returns whether a name is that of a hidden file, or of what macOS adds to archives."""
-    return name.startswith(".") and name not in (".", "..") or name == "__MACOSX"
+    """Returns whether a name is hidden, or of a bin, of thumbnails or what else holds no images."""
+    return LITTER.fullmatch(name) is not None
 
 
 def download(wanted: Download, folder: Path) -> Path:
-    """Fetches an archive into a folder unless it is there already; returns its path.
+    """Fetches an archive into a folder unless it is there; returns its path.
 
-    It gets its name only when it is whole and, where a checksum is known, right.
-
-    Raises:
-      InputError: the server cannot be reached or broke off, or the checksum differs.
+    Raises InputError: the server cannot be reached or broke off, or the checksum differs.
     """
     import pooch  # here: indexes read archives, and download none
 
-    pooch.get_logger().setLevel(logging.WARNING)  # else it says what the progress bar says
+    log.info("Downloading %s", wanted.url)
+    pooch.get_logger().setLevel(logging.WARNING)  # else it says so too
+    bar = sys.stderr.isatty()
+    server = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 20, timeout=60)
     try:
-        with progress(1, f"downloading {wanted.filename}", unit="B") as bar:
-            # pooch sets the total, and at the end counts anew from 0: tqdm's way to do so
-            # would forget when it started.
-            bar.reset = lambda: setattr(bar, "n", 0)
-            path = pooch.retrieve(
-                wanted.url,
-                wanted.sha256,
-                wanted.filename,
-                folder,
-                downloader=pooch.HTTPDownloader(bar, chunk_size=1 << 20, timeout=60),
-            )
+        path = pooch.retrieve(wanted.url, wanted.sha256, wanted.filename, folder, downloader=server)
     except (OSError, ValueError) as error:
         raise InputError(
             f"Downloading {wanted.url} failed ({error}). Try again later, or get the archive "
@@ -316,11 +369,7 @@ def download(wanted: Download, folder: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Reads a list that belongs to a data set; bytes that are not UTF-8 become surrogates.
-
-    Raises:
-      InputError: the file is something else under the name of a list.
-    """
+    """Reads a list of a data set; bytes that are not UTF-8 become surrogates."""
     data = path.read_bytes()
     if impostor := describe_impostor(data):
         raise InputError(f"{path} is {impostor}, not a list of images.")
@@ -328,11 +377,7 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
-    """Reads the rows of a list of whitespace-separated columns; the last may hold spaces.
-
-    Raises:
-      InputError: a row has fewer columns, with its line number.
-    """
+    """Reads a list of whitespace-separated columns; the last may hold spaces."""
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines[skip:], start=skip + 1):
         if not line.strip():

@@ -16,14 +16,7 @@ from cgd_jax.data import Dataset
 
 
 def class_members(labels: np.ndarray) -> list[np.ndarray]:
-    """Returns the positions of the images of every class.
-
-    Args:
-      labels: [N] integers.
-
-    Returns:
-      One array of positions a class, in the order of the sorted class numbers.
-    """
+    """Returns the positions of the images of every class, in the order of the class numbers."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
@@ -31,24 +24,11 @@ def class_members(labels: np.ndarray) -> list[np.ndarray]:
 def pk_batch(
     members: list[np.ndarray], seed: int, step: int, classes: int, images_per_class: int
 ) -> np.ndarray:
-    """Draws the images of batch number `step`: P classes with K images each.
+    """Draws the positions [P·K] of batch number `step`: P classes with K images side by side.
 
-    The classes are shuffled anew every epoch and taken in turn, so that an epoch
-    shows every class once (except the fewer than P that are left over). A class with
-    fewer than K images shows all of them and repeats some.
-
-    Args:
-      members: positions of the images of every class, from `class_members`.
-      seed: of the shuffling and drawing.
-      step: number of the batch, from 0.
-      classes: P.
-      images_per_class: K.
-
-    Returns:
-      [P·K] positions, the images of a class side by side.
-
-    Raises:
-      ValueError: there are fewer than P classes.
+    The classes are shuffled anew every epoch and taken in turn, so that an epoch shows every class
+    once (except the fewer than P that are left over). A class with fewer than K images repeats
+    some.
     """
     if classes > len(members):
         raise ValueError(
@@ -83,10 +63,7 @@ def make_batches(
     labels: np.ndarray,
     rows: slice | np.ndarray = slice(None),
 ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-    """Returns a function: step → (images [B, S, S, 3] uint8, labels [B]) of its batch.
-
-    With `rows`, only those rows of the batch.
-    """
+    """Returns a function: step → (images [B, S, S, 3] uint8, labels [B]) of rows of its batch."""
 
     def make_batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = choose(step)[rows]
@@ -98,16 +75,10 @@ def make_batches(
 def prefetch(
     make_batch: Callable[[int], tuple], steps: range, sharding: jax.sharding.Sharding
 ) -> Generator[tuple, None, None]:
-    """Makes batches in a thread while the device works, two steps ahead.
+    """Yields the batches of `steps` on the devices, made in a thread two steps ahead.
 
-    Args:
-      make_batch: step → tuple of arrays whose first axis is the batch, or of several
-        processes the rows that this one provides.
-      steps: the steps whose batches are wanted.
-      sharding: how the first axis is laid over the devices.
-
-    Yields:
-      The tuples in order, on the devices.
+    `make_batch` gives arrays whose first axis is the batch, or of several processes the rows that
+    this one provides; `sharding` lays that axis over the devices.
     """
 
     def put(step):

@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-import stat
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -30,7 +28,7 @@ from cgd_jax.data import archives, decode
 from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.runtime.files import replacing, write_atomically
+from cgd_jax.runtime.files import replacing
 from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
 
@@ -76,18 +74,8 @@ def example_features(boxes: bool = False) -> tfds.features.FeaturesDict:
 class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders that read images from a source: a folder, or an archive of one.
 
-    The folder of a prepared data set is keyed by its source and options, so that another
-    source, or one that changed, is never taken for it. The source may be deleted afterwards.
-
-    Args:
-      source: path of the archive or folder; "auto" downloads where a server is known.
-      allow_incomplete: whether counts may differ from the published ones.
-      max_bad_fraction: share of files, 0 to 1, that may be missing or unreadable.
-      data_dir: where prepared data sets live.
-      **keywords: of `tfds.core.DatasetBuilder`.
-
-    Raises:
-      InputError: no such source, or none given; says what to get and where.
+    The folder of a prepared data set is keyed by its source and options, so that another source, or
+    one that changed, is never taken for it.
     """
 
     # Arguments of the constructor that the `data` part of a config has under the same names.
@@ -115,13 +103,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             raise InputError(f"max_bad_fraction is a share from 0 to 1, not {max_bad_fraction}.")
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
-        path = os.path.abspath(os.path.expanduser(source))
-        self._made_of = {"source": path, "options": self.options()}
-        root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-        key = None if os.path.exists(path) else self._built_earlier(root)
-        if key is None:
-            self._source = self._locate(str(source))
-            key = self._key(root)
+        self._source = self._locate(str(source))
+        key = self._key(Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
         keywords.setdefault("file_format", "array_record")
         super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
 
@@ -156,31 +139,14 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         self._notes[report].append({"split": split, "id": id, "reason": reason})
 
     def download_and_prepare(self, **keywords) -> None:
-        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`.
-
-        Raises:
-          InputError: counts differ from the published ones, too many files are bad, or the
-            source is not this data set. Nothing is left that looks complete.
-        """
+        """Builds the data set unless it is built; of a failed build nothing looks complete."""
         build_once(self, partial(super().download_and_prepare, **keywords))
-        with contextlib.suppress(OSError):  # A prepared data set may be read-only.
-            write_atomically(Path(self.data_dir).parent / "source.json", json.dumps(self._made_of))
         # It may have been built earlier, under more generous options.
         self._check_written(self.report("skipped"))
         for name, text in REPORTS.items():
             if rows := self.report(name):
                 path = self.report_path(name)
                 log.warning("%s: %d %s: %s. See %s", self.name, len(rows), text, _kinds(rows), path)
-
-    def _built_earlier(self, root: Path) -> str | None:
-        """Returns the key of the data set that was made of a source deleted since."""
-        built = []
-        for path in (root / self.name).glob("*/source.json"):
-            with contextlib.suppress(OSError, ValueError):
-                if json.loads(path.read_text(encoding="utf-8")) == self._made_of:
-                    prepared = path.parent / str(self.VERSION)
-                    built.append((prepared.stat().st_mtime, path.parent.name))
-        return max(built)[1] if built else None
 
     def _locate(self, source: str) -> Path | archives.Download:
         """Returns where the source is."""
@@ -196,7 +162,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             problem = "--config.data.source says where the images are, and is not set"
         elif not path.exists():
             problem = f"{path} does not exist"
-        elif path.is_file() and not path.name.lower().endswith(self.FILE_ENDINGS):
+        elif not path.is_dir() and not (
+            path.is_file() and path.name.lower().endswith(self.FILE_ENDINGS)
+        ):
             problem = f"{path} is neither a folder nor one of {', '.join(self.FILE_ENDINGS)}"
         else:
             return path
@@ -357,9 +325,7 @@ def clip(
 def _read(file: ImageFile) -> tuple[bytes, tuple[int, int, bool] | str]:
     """Returns the bytes of a file, and what `decode.check` says of it or why it is unusable."""
     try:
-        if not stat.S_ISREG(file.path.stat().st_mode):  # Reading a pipe would never end.
-            return b"", "not a file"
-        data = file.path.read_bytes()
+        data = decode.read_file(file.path)
         return data, decode.check(data)
     except FileNotFoundError:
         return b"", "a link to nowhere" if file.path.is_symlink() else "no such file"
@@ -408,12 +374,7 @@ def _write_report(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def build_once(builder: tfds.core.DatasetBuilder, build: Callable[[], None]) -> None:
-    """Builds a TFDS data set unless it is on disk; of several processes at once, one does.
-
-    Args:
-      builder: of the data set.
-      build: builds it, as `tfds.core.DatasetBuilder.download_and_prepare` does.
-    """
+    """Builds a TFDS data set unless it is on disk; of several processes at once, one does."""
     folder = Path(builder.data_dir).parent
     if not os.path.exists(builder.data_dir):  # A prepared data set may be read-only.
         with one_at_a_time(folder / "lock") as alone:

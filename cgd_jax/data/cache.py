@@ -32,33 +32,18 @@ from cgd_jax.runtime.threads import parallel
 log = logging.getLogger(__name__)
 
 # Raised whenever decode.py would give other pixels for the same bytes.
-FORMAT = 1
+FORMAT = 2
 CHUNK = 16  # examples that a thread takes at once
 
 
 def cached(
     source: Any, folder: str | os.PathLike, key: dict[str, Any], size: int, crop: bool = True
 ) -> Split:
-    """Opens the cache of a split, building it first unless it is there.
+    """Opens the cache of a split, building it first unless it is there and whole.
 
-    Processes that ask for the same cache at once build it once: the others wait. A cache that
-    is damaged or cut short is built again. Nothing is visible under the final name before it
-    is whole.
-
-    Args:
-      source: examples of the split, see above.
-      folder: of all caches of the data set.
-      key: tells this split from any other: name, version, fingerprint, split. Size, crop,
-        number of images and the way of resizing are added here.
-      size: side of the squares in pixels.
-      crop: whether to cut out the `bbox` of examples that have one.
-
-    Returns:
-      The split, its images memory-mapped and read-only.
-
-    Raises:
-      OSError: not enough free disk; says how much is missing and what to do.
-      ValueError: an image cannot be decoded.
+    `key` tells the split from any other; size, crop (whether to cut out boxes), number of images
+    and the way of resizing are added. Processes that ask at once build it once, and nothing has its
+    final name before it is whole. Raises OSError where the disk is too small.
     """
     key = {**key, "size": size, "crop": crop, "images": len(source), "format": FORMAT}
     text = json.dumps(key, sort_keys=True)
@@ -88,7 +73,7 @@ def cached(
 def decoded(source: Any, size: int, crop: bool = True) -> Split:
     """Opens a split whose images are decoded when asked for; for sets larger than the disk.
 
-    Takes and returns what `cached` does. All examples are read once, for their labels.
+    All examples are read once, for their labels.
     """
     rows: list[tuple] = []
     with progress(len(source), "reading labels") as bar:
@@ -120,11 +105,7 @@ class DecodedImages:
 
 
 def pixels(examples: list[dict[str, Any]], size: int, crop: bool) -> np.ndarray:
-    """Decodes examples to uint8 [B, size, size, 3], cropped to their boxes if they have any.
-
-    Raises:
-      ValueError: an image cannot be decoded; names it.
-    """
+    """Decodes examples to uint8 [B, size, size, 3], cropped to their boxes if they have any."""
     images = np.empty((len(examples), size, size, 3), np.uint8)
     for image, example in zip(images, examples, strict=True):
         try:

@@ -58,7 +58,9 @@ class Cars196(ImageBuilder):
             halves = halves if images_in("cars_train", "cars_test") > images_in("car_ims") else None
             annotations = None if halves else annotations
         if annotations:
-            rows = _one_archive(annotations, find("car_ims"))
+            root = (find("car_ims") or annotations.parent / "car_ims").parent
+            found = [(row["relative_im_path"], row) for row in _rows(annotations)]
+            rows = [(name, root / name, row["class"], _box(row)) for name, row in found]
         elif halves:
             if labelled is None:
                 raise InputError(
@@ -82,22 +84,12 @@ class Cars196(ImageBuilder):
             yield ImageFile(split, name, path, number - 1, class_name, box)
 
 
-def _one_archive(annotations: Path, images: Path | None) -> list:
-    folder = images or annotations.parent / "car_ims"
-    return [
-        (row["relative_im_path"], folder.parent / row["relative_im_path"], row["class"], _box(row))
-        for row in _rows(annotations)
-    ]
-
-
 def _half(annotations: Path, images: Path | None, half: str) -> list:
     folder = images or annotations.parent / half
     # Some copies hold a second folder of the same name inside.
     folder = folder / half if (folder / half).is_dir() else folder
-    return [
-        (f"{half}/{row['fname']}", folder / row["fname"], row["class"], _box(row))
-        for row in _rows(annotations)
-    ]
+    rows = _rows(annotations)
+    return [(f"{half}/{r['fname']}", folder / r["fname"], r["class"], _box(r)) for r in rows]
 
 
 def _rows(path: Path) -> list[dict]:
@@ -116,12 +108,8 @@ def _rows(path: Path) -> list[dict]:
 
 def _box(row: dict) -> tuple[float, float, float, float]:
     """Makes edges that count from 0 of inclusive corners that count from 1."""
-    return (
-        float(row["bbox_x1"]) - 1,
-        float(row["bbox_y1"]) - 1,
-        float(row["bbox_x2"]),
-        float(row["bbox_y2"]),
-    )
+    left, top, right, bottom = (float(row[f"bbox_{name}"]) for name in ("x1", "y1", "x2", "y2"))
+    return left - 1, top - 1, right, bottom
 
 
 def _class_names(path: Path | None) -> list[str]:

@@ -42,8 +42,7 @@ class Dataset(NamedTuple):
     def gallery_ids(self) -> np.ndarray | None:
         """[G] int64, unique: a query is the gallery's item of the same id, under any name.
 
-        As `metrics.evaluate` takes them; None where there is no gallery, or where it is not
-        known which images are the same.
+        None where there is no gallery, or where it is not known which images are the same.
         """
         numbers = self._image_numbers()
         if numbers is None:
@@ -63,11 +62,7 @@ class Dataset(NamedTuple):
 
 
 def check_queries(dataset: Dataset) -> None:
-    """Checks that there is something to find.
-
-    Raises:
-      InputError: no query has a match; says why.
-    """
+    """Raises InputError if no query has anything to find; says why."""
     query, gallery = dataset.query, dataset.gallery
     counts = Counter((query if gallery is None else gallery).labels.tolist())
     if gallery is None:
@@ -97,13 +92,10 @@ def check_queries(dataset: Dataset) -> None:
 
 
 def fingerprint(dataset: Dataset) -> dict:
-    """Says in a few numbers what a data set holds, to recognize it later.
+    """Says in a few numbers what a data set holds, to recognize it later; all as JSON keeps it.
 
-    Returns:
-      Split → {"images": their number, "classes": their number, "names": of all images and
-      their classes, "contents": of all files; two hexadecimal digests, the latter None where
-      it is not known}. `train` also has "per class": a list of [class name, images] in the
-      order of the labels. All as JSON keeps it.
+    Split → numbers of images and classes, digests of names and contents (None: not known), and for
+    `train` a list "per class" of [name, images] in the order of the labels.
     """
     found = {}
     for name, split in dataset._asdict().items():
@@ -129,16 +121,7 @@ def fingerprint(dataset: Dataset) -> dict:
 def describe_difference(
     old: dict, new: dict, splits: Sequence[str] = ("train", "query", "gallery")
 ) -> list[str]:
-    """Says how two data sets differ.
-
-    Args:
-      old: from `fingerprint`.
-      new: likewise, of the data set that is there now.
-      splits: those to compare.
-
-    Returns:
-      A line for each kind of difference; empty if there is none.
-    """
+    """Says how two data sets differ, a line for each kind of difference between fingerprints."""
     lines = []
     for name in splits:
         before, now = old.get(name), new.get(name)

@@ -1,9 +1,9 @@
 """Encoded image bytes → RGB pixels of one size, the same way for training and for test.
 
-JPEGs go through libjpeg-turbo (simplejpeg), which can decode straight to a half,
-a quarter or an eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a
-palette, transparency, other formats) through Pillow. OpenCV resizes. All three release
-the GIL, so that threads use all cores.
+JPEGs go through libjpeg-turbo (simplejpeg), which can decode straight to a half, a quarter or an
+eighth of the size; everything unusual (CMYK, an EXIF rotation, 16 bits, a palette, transparency,
+other formats) through Pillow. OpenCV resizes. All three release the GIL, so that threads use all
+cores. Colors of another profile than sRGB become those of sRGB.
 
 Resizing averages when it shrinks (every source pixel counts, nothing aliases) and
 interpolates linearly when it enlarges; the aspect ratio is not kept. Pillow's bilinear
@@ -18,14 +18,18 @@ import contextlib
 import io
 import math
 import os
+import warnings
+import zlib
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
-from cgd_jax.runtime.files import describe_impostor
+from cgd_jax.runtime.files import describe_impostor, read_regular
 
 with contextlib.suppress(ImportError):  # for HEIC
     import pillow_heif
@@ -38,10 +42,22 @@ cv2.setNumThreads(1)
 # Ways of decoding a JPEG smaller. Libjpeg-turbo knows all eighths, but those between are
 # neither as fast nor as close to a resized whole image.
 REDUCTIONS = (1, 2, 4, 8)
-# Pillow's own limit for decompression bombs: a quarter of a GiB of RGB.
-MAX_PIXELS = 89_478_485
+# The limit of every image, also of uploads. Decoding takes 7 to 12 bytes of memory a pixel.
+MAX_PIXELS = int(os.environ.get("CGD_JAX_MAX_PIXELS", 200_000_000))
+TOO_MANY = f"more than {MAX_PIXELS:,} pixels (a decompression bomb? see CGD_JAX_MAX_PIXELS)"
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
+BAND_PIXELS = 1 << 20  # converted at a time
+
+# Pillow checks what images hold inside of them, such as those in an icon. It raises at twice this
+# number, and warns before.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of a text or a color profile in a PNG. Programs that generate images write megabytes.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 ORIENTATION = 0x0112  # the EXIF tag
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+PNG = b"\x89PNG\r\n\x1a\n"  # how it begins
 
 # Pillow knows other formats: icons, films, what it only recognizes, and EPS, for which it starts
 # Ghostscript.
@@ -57,44 +73,43 @@ BLACK = 16
 # Images of something have a contrast above this; JPEGs of one colour vary by one or two.
 PLAIN = 3
 
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image as displayed
 
-def decode(
-    data: bytes,
-    bbox: tuple[float, float, float, float] | None = None,
-    size: int | None = None,
-) -> np.ndarray:
-    """Decodes an image, cuts out a box and resizes it to a square.
 
-    Args:
-      data: the bytes of a JPEG, PNG, WebP, BMP or any other file that Pillow reads.
-      bbox: (x0, y0, x1, y1) in pixels of the image as displayed, that is after its EXIF
-        rotation; clipped to the image, and widened to whole pixels.
-      size: side in pixels of the square that comes back; None keeps what there is.
+def decode(data: bytes, bbox: Box | None = None, size: int | None = None) -> np.ndarray:
+    """Decodes an image, cuts out a box and resizes it: uint8 [size, size, 3] of sRGB, or [H, W, 3].
 
-    Returns:
-      uint8 [size, size, 3], RGB; [H, W, 3] without `size`. Transparency is laid on white,
-      16 bits are scaled to 8, the first frame stands for an animation.
-
-    Raises:
-      ValueError: not a readable, whole image of at most `MAX_PIXELS`, or an empty box.
-        The message is the reason in a few words.
+    The box is clipped to the image and widened to whole pixels. Transparency is laid on white, 16
+    bits are scaled to 8, the first frame stands for an animation. Raises ValueError, whose message
+    is the reason in a few words: not a whole image of at most `MAX_PIXELS`, or an empty box.
     """
-    height, width, plain = _header(data)
-    x0, y0, x1, y1 = box = (0, 0, width, height) if bbox is None else tuple(map(float, bbox))
-    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    if not (x1 > x0 and y1 > y0):
-        raise ValueError(f"empty box {box} in an image of {width}x{height} pixels")
-    # In the reduced image the box still has at least size x size pixels.
-    largest = 1 if size is None else min(y1 - y0, x1 - x0) / size
-    reduction = max(r for r in REDUCTIONS if r <= max(largest, 1))
-    image = _read(data, height, width, plain, reduction)
+    pixels, _ = decode_once(data, bbox, size)
+    return pixels if size is None else resize(pixels, size)
+
+
+def decode_once(
+    data: bytes, bbox: Box | None = None, least: int | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decodes and cuts as `decode` does, for whoever needs several sizes.
+
+    Returns pixels [H, W, 3] uint8, which are reduced if it is a JPEG, but to no side below `least`;
+    and (height, width) of the whole image as displayed.
+    """
+    with _opened(data) as image:
+        height, width = _size(image)
+        x0, y0, x1, y1 = box = (0, 0, width, height) if bbox is None else tuple(map(float, bbox))
+        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+        if not (x1 > x0 and y1 > y0):
+            raise ValueError(f"empty box {box} in an image of {width}x{height} pixels")
+        largest = 1 if least is None else min(y1 - y0, x1 - x0) / least
+        pixels = _read(image, data, max(r for r in REDUCTIONS if r <= max(largest, 1)))
     if bbox is not None:
-        down, across = image.shape[0] / height, image.shape[1] / width
-        image = image[
+        down, across = pixels.shape[0] / height, pixels.shape[1] / width
+        pixels = pixels[
             math.floor(y0 * down) : math.ceil(y1 * down),
             math.floor(x0 * across) : math.ceil(x1 * across),
         ]
-    return image if size is None else resize(image, size)
+    return pixels, (height, width)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -108,150 +123,193 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def check(data: bytes) -> tuple[int, int, bool]:
-    """Reads an image to its end without keeping it; as cheap as that can be.
+    """Reads an image to its end, all bits and few pixels; raises as `decode` does.
 
-    Returns:
-      (height, width) in pixels, as displayed, and whether it is blank: nearly black, or of
-      one colour.
-
-    Raises:
-      ValueError: the reason why it cannot be used, in a few words.
+    Returns height and width as displayed, and whether it is nearly black or of one color.
     """
-    height, width, plain = _header(data)
-    # All bits are read, few pixels computed.
-    image = _read(data, height, width, plain, max(REDUCTIONS))
-    high, low = image.max((0, 1)), image.min((0, 1))
+    pixels, (height, width) = decode_once(data, least=1)
+    high, low = pixels.max((0, 1)), pixels.min((0, 1))
     return height, width, bool(high.max() < BLACK or np.all(high - low < PLAIN))
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
-    """Reads (height, width) in pixels, as displayed, from an image's header.
+    """Reads (height, width) as displayed from the header alone; raises as `decode` does."""
+    with _opened(data) as image:
+        return _size(image)
 
-    Raises:
-      ValueError: the reason why it cannot be used, in a few words.
-    """
-    height, width, _ = _header(data)
-    return height, width
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Reads the file of an image; raises OSError, or ValueError where it cannot be one."""
+    return read_regular(path, MAX_BYTES)
 
 
 def looks_like_image(path: str | os.PathLike) -> bool:
     """Returns whether a file is taken for an image: by its ending, else by its first bytes."""
-    name = os.fspath(path).lower()
-    if os.path.splitext(name)[1] in ENDINGS:
+    if Path(path).suffix.lower() in ENDINGS:
         return True
     try:
-        if not os.path.isfile(path):  # Opening a pipe would wait for ever.
-            return False
-        with open(path, "rb") as file:
-            head = file.read(12)
-    except OSError:
+        head = read_regular(path, head=12)
+    except (OSError, ValueError):
         return False
-    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")) or (
+    return head.startswith((b"\xff\xd8\xff", PNG, b"GIF8")) or (
         head[:4] == b"RIFF" and head[8:] == b"WEBP"
     )
 
 
-def _read(data: bytes, height: int, width: int, plain: bool, reduction: int) -> np.ndarray:
-    if plain:
-        least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
-        try:
-            return simplejpeg.decode_jpeg(data, "RGB", **least)
-        except ValueError:  # Damaged, or merely odd: Pillow knows the difference.
-            pass
-    with _opened(data) as image:
-        # Reduces a JPEG; nothing happens for other formats.
-        image.draft(None, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
-        return to_rgb(image)
+def _read(image: Image.Image, data: bytes, reduction: int) -> np.ndarray:
+    """Reads the pixels of an opened image, a JPEG's at a fraction of its size."""
+    width, height = (-(-side // reduction) for side in image.size)
+    profile = image.info.get("icc_profile")
+    plain = image.mode == "RGB" or image.mode == "L" and not profile
+    if image.format in ("JPEG", "MPO") and plain and _orientation(image) == 1:
+        # What is damaged, or merely odd, Pillow can tell apart.
+        with contextlib.suppress(ValueError):
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+            transform = profile and _to_srgb(profile, "RGB")
+            return np.asarray(transform.apply(Image.fromarray(pixels))) if transform else pixels
+    image.draft(None, (width, height))  # Nothing happens for formats but JPEG.
+    return to_rgb(image)
 
 
-def _header(data: bytes) -> tuple[int, int, bool]:
-    """Returns height and width as displayed, and whether it is a JPEG without peculiarities."""
-    if not data:
-        raise ValueError("empty file")
-    # Without an EXIF block there is no rotation and no need for Pillow, whose header
-    # parsing takes longer than everything else here.
-    if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data[:65536]:
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            pass
-        else:
-            _check_size(height, width)
-            return height, width, colorspace in ("YCbCr", "Gray", "RGB")
-    with _opened(data) as image:
-        width, height = image.size
-        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-        try:
-            rotation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # A broken EXIF block does not make the image unreadable.
-            rotation = 1
-        if rotation in (5, 6, 7, 8):
-            height, width = width, height
-        return height, width, plain and rotation not in range(2, 9)
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Turns an image of Pillow as its EXIF says, in any mode, into uint8 [H, W, 3] of sRGB.
+
+    Damaged files raise nearly anything.
+    """
+    image.load()
+    profile = image.info.get("icc_profile")
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would clip
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(BAND_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):  # Conversions take memory several times over.
+        band = pixels[top : top + rows]
+        part = image.crop((0, top, image.width, top + len(band)))
+        band[:] = np.asarray(_on_white(part, profile))
+    return pixels
 
 
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise ValueError(
-            f"{width}x{height} pixels are more than {MAX_PIXELS:,} (a decompression bomb?)"
+def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Makes RGB of sRGB of an image of 8 bits in any mode."""
+    if not image.has_transparency_data:
+        return _in_srgb(image, profile)
+    colors = image.convert("L") if image.mode in ("LA", "La", "L") else image.convert("RGBA")
+    opaque = Image.new("RGB", image.size, "white")
+    opaque.paste(_in_srgb(colors, profile), mask=image.convert("RGBA").getchannel("A"))
+    return opaque
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Makes RGB of an image without transparency, its colors those of sRGB."""
+    modes = {"L": ("L", "RGB"), "CMYK": ("CMYK",)}.get(image.mode, ("RGB",))
+    for mode in modes if profile else ():
+        if transform := _to_srgb(profile, mode):
+            return transform.apply(image.convert(mode))
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Returns what makes sRGB of a profile's colors.
+
+    None for one that is damaged, of another mode, or sRGB under whatever name: no color changes by
+    more than two levels of 255, to which profiles are rounded.
+    """
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            # Threads share it. Without the second flag, highlights and shadows would be cut off.
+            ImageCms.Flags.NOCACHE | ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    if mode != "CMYK":
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+        colors = Image.fromarray(cube).convert(mode)
+        change = np.asarray(transform.apply(colors)).astype(int) - np.asarray(colors.convert("RGB"))
+        if np.abs(change).max() <= 2:
+            return None
+    return transform
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    """Returns (height, width) as displayed of an image that may not be loaded."""
+    width, height = image.size
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns how an image still has to be turned: a value of the EXIF tag."""
+    if image.format == "TIFF":  # Pillow's size is as displayed, and loading turns the pixels.
+        return 1
+    try:  # That of a PNG would decode it, for the sake of what `_metadata_first` has moved.
+        return Image.Image.getexif(image).get(ORIENTATION, 1)
+    except Exception:  # A broken EXIF block does not make the image unreadable.
+        return 1
+
+
+def _metadata_first(png: bytes) -> bytes:
+    """Moves what may turn a PNG from behind its pixels to where headers are read."""
+    kinds = {b"IHDR": 0, b"eXIf": 1, b"iTXt": 1, b"zTXt": 1, b"tEXt": 1}
+    chunks, at = [], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        kind, sum = png[at + 4 : at + 8], int.from_bytes(png[end - 4 : end])
+        whole = kind in kinds and zlib.crc32(png[at + 4 : end - 4]) == sum
+        chunks.append((kinds[kind] if whole else 2, png[at:end]))
+        at = end
+    return png[:8] + b"".join(chunk for _, chunk in sorted(chunks, key=lambda pair: pair[0]))
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """Opens an image with Pillow; whatever is wrong with it in the block is a ValueError."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.height, image.width)
+        if not data:
+            raise ValueError("empty file")
+        file = io.BytesIO(_metadata_first(data) if data.startswith(PNG) else data)
+        with Image.open(file, formats=FORMATS) as image:
+            _check_size(*image.size)
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                # A tile may be larger than the image, and is decoded whole.
+                _check_size(*(image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_LENGTH)))
             yield image
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
         raise ValueError(_reason(error, data)) from error
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """Turns an image of Pillow as its EXIF says, in any mode, into uint8 [H, W, 3].
-
-    Raises:
-      ValueError: it holds numbers of a range that cannot be shown. Damaged files raise nearly
-        anything.
-    """
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would clip
-        return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=-1)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} is {TOO_MANY}")
 
 
-def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Scales 16 bits, or floating-point values from 0 to 1, to uint8 [H, W].
-
-    Raises:
-      ValueError: numbers of another range.
-    """
-    low, high = grey.min(), grey.max()
-    if np.issubdtype(grey.dtype, np.floating):
-        if low >= 0 and high <= 255:  # false for NaN
-            return np.rint(grey * (255 if high <= 1 else 1)).astype(np.uint8)
-        meant = "0 to 1 or 0 to 255"
-    else:
-        if low >= 0 and high <= 65535:
-            return (grey.astype(np.int64) >> 8).astype(np.uint8)
-        meant = "0 to 65,535"
-    raise ValueError(f"holds values from {low:,} to {high:,}; {meant} can be shown")
+def _eight_bits(gray: np.ndarray) -> np.ndarray:
+    """Scales whole numbers of 16 bits to uint8 [H, W]."""
+    low, high = gray.min(), gray.max()
+    if gray.dtype.kind == "f" or low < 0 or high > 65535:
+        raise ValueError(
+            f"holds values from {low:,} to {high:,}; whole numbers from 0 to 65,535 can be shown"
+        )
+    return (gray >> 8).astype(np.uint8)
 
 
 def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         if impostor := describe_impostor(data):
             return f"{impostor}, not an image"
-        if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        heic = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+        if heic and "HEIF" not in FORMATS:
             return "a HEIC image: pip install pillow-heif to read it"
-        if data[4:12] == b"ftypavif":
+        if data[4:12] == b"ftypavif" and "AVIF" not in FORMATS:
             return "an AVIF image: pip install -U pillow to read it"
         return "not an image, or damaged at its beginning"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
+        return f"it has {TOO_MANY}"
     return f"{error}" or type(error).__name__

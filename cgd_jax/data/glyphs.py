@@ -74,14 +74,11 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
 
 
 def glyph_classes() -> list[list[Rendering]]:
-    """Renders all characters and sorts them into classes.
+    """Renders all characters and sorts them into classes, by their first characters.
 
-    Characters with identical pixels in some face (Latin A, Greek Alpha, Cyrillic A)
-    are one class, identical images within a class are kept once, and classes with
-    fewer than `MIN_IMAGES` images are left out.
-
-    Returns:
-      The classes by their first character, each a list of renderings.
+    Characters with identical pixels in some face (Latin A, Greek Alpha, Cyrillic A) are one class,
+    identical images within a class are kept once, and classes with fewer than `MIN_IMAGES` images
+    are left out.
     """
     faces = _faces()
     characters_of = {face: sorted(TTFont(face, lazy=True).getBestCmap()) for face in faces}
@@ -127,17 +124,10 @@ def glyph_classes() -> list[list[Rendering]]:
 
 
 def render(character: str, font: ImageFont.FreeTypeFont) -> bytes:
-    """Draws one character, white on black, its box centered.
+    """Draws one character, white on black: `IMAGE_SIZE`² gray values, row by row.
 
-    The box is the font's own: it takes in the baseline and the advance beside the
-    ink, so that a comma stays lower than an apostrophe.
-
-    Args:
-      character: a single character.
-      font: the face, at its size in pixels.
-
-    Returns:
-      `IMAGE_SIZE`² gray values, row by row.
+    The font's own box is centered, which takes in the baseline and the advance beside the ink, so
+    that a comma stays lower than an apostrophe.
     """
     image = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
     left, top, right, bottom = font.getbbox(character)

@@ -128,7 +128,9 @@ class ImageFolder(ImageBuilder):
 
     def _rows_below(self, root: Path, has_splits: bool) -> Iterator[Row]:
         """Yields the images below a folder, and notes the files that are left out."""
-        for path in archives.files_below(root):
+        # A file counts once, but an image of the gallery may be a query too.
+        parts = _visible(root) if has_splits else [root]
+        for path in (path for part in parts for path in archives.files_below(part)):
             id = path.relative_to(root).as_posix()
             split, _, rest = id.partition("/") if has_splits else ("", "", id)
             folder = rest.rpartition("/")[0]
@@ -201,7 +203,7 @@ def _innermost(folder: Path) -> Path:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not archives.is_litter(path.name)]
+    return sorted(path for path in folder.iterdir() if not archives.is_litter(path.name))
 
 
 def _test_classes(classes: int, seed: int, fraction: float) -> set[int]:

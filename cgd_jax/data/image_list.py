@@ -34,14 +34,7 @@ class Row(NamedTuple):
 def read(path: Path) -> list[Row]:
     """Reads a list with the columns path, label and perhaps split.
 
-    Args:
-      path: of the CSV.
-
-    Returns:
-      Its rows; a path that leads nowhere stays as it was written.
-
-    Raises:
-      InputError: the list cannot be understood; names file, line and remedy.
+    A path that leads nowhere stays as it was written. Raises InputError with file, line and remedy.
     """
     data = path.read_bytes()
     if impostor := describe_impostor(data):

@@ -16,19 +16,12 @@ log = logging.getLogger(__name__)
 
 
 def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
-    """Builds a data set and its caches if they are not there yet, and opens them.
+    """Builds the data set of a config's `data` part and its caches if need be, and opens them.
 
-    Training images have the side `config.resize`, out of which training crops the network's
-    input at random. Test images have the side `config.image_size`, as in the paper; or
-    `config.resize` too, if evaluation cuts out their center.
-
-    Args:
-      config: the `data` part of an experiment's config.
-      center_crop: whether evaluation crops.
-
-    Raises:
-      InputError, OSError: what is wrong with the source, the data set or the disk, and what
-        to do.
+    Training images have the side `config.resize`, out of which training crops the network's input
+    at random. Test images have the side `config.image_size`, as in the paper; or `config.resize`
+    too, if evaluation cuts out their center. Raises InputError or OSError: what is wrong, and what
+    to do.
     """
     tfds.disable_progress_bar()  # the builders show their own
     builder = _make_builder(config)
@@ -92,9 +85,7 @@ def _open_split(
 def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
     """Leaves out copies of test images that would find themselves, and reports the others.
 
-    Args:
-      dataset: every split with `contents`.
-      keep: whether queries that search each other keep their copies.
+    `keep`: whether queries that search each other keep their copies.
     """
     train, query, gallery = dataset
     asked = np.asarray(query.contents)

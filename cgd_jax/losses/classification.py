@@ -3,10 +3,10 @@
 The ones on angles take `embeddings [B, D]`, floating point, `labels [B]`, integers in [0, M), and
 `centers [M, S, D]`, floating point, which are trained with the network, and compare them by
 cosine. S, above 1, are sub-centers: the class is as near as its nearest one (Deng et al., ECCV
-2020, "Sub-center ArcFace").
+2020, "Sub-center ArcFace"). A `scale` multiplies cosines, a `temperature`, above 0, divides them.
 
 All of them return a float32 scalar, the mean over the batch, and raise ValueError for wrong
-ranks, lengths or dtypes.
+ranks, lengths or dtypes, or a hyper-parameter out of its range.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,6 @@ def normalized_softmax_loss(
 
     Zhai & Wu, BMVC 2019, https://arxiv.org/abs/1811.12649, equation 3.
 
-    Args:
-      temperature: by which the cosines are divided.
-
     >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{normalized_softmax_loss(x, jnp.array([0, 1]), centers, 1.0):.4f}")  # log(1 + 1/e)
     0.3133
@@ -55,10 +52,6 @@ def cosface_loss(
 
     Wang et al., CVPR 2018, https://arxiv.org/abs/1801.09414, equation 4.
 
-    Args:
-      margin: in units of cosine.
-      scale: of the cosines.
-
     >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{cosface_loss(x, jnp.array([0, 1]), centers, 1.0, 1.0):.4f}")  # log 2
     0.6931
@@ -74,15 +67,11 @@ def arcface_loss(
     margin: float = 0.5,
     scale: float = 64.0,
 ) -> jax.Array:
-    """Cross-entropy of scaled cosines, after the angle to the true class grew by a margin.
+    """Cross-entropy of scaled cosines, after the angle to the true class grew by `margin` radians.
 
     Deng et al., CVPR 2019, https://arxiv.org/abs/1801.07698, equation 3. Where the angle would
     pass π, cos θ - margin sin(margin) takes its place, as in the authors' program, so that the
     loss still falls with the angle.
-
-    Args:
-      margin: in radians, in [0, π).
-      scale: of the cosines.
 
     >>> x, centers = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{arcface_loss(x, jnp.array([0, 1]), centers, jnp.pi / 2, 1.0):.3f}")  # log 2
@@ -107,11 +96,8 @@ def smoothed_cross_entropy(
     Args:
       logits: [B, M], floating point, before the temperature.
       labels: [B], integers in [0, M).
-      temperature: τ > 0, by which the logits are divided; below 1 it sharpens.
+      temperature: τ; below 1 it sharpens.
       smoothing: ε in [0, 1).
-
-    Raises:
-      ValueError: as all do, and temperature or smoothing out of range.
 
     >>> logits, labels = jnp.array([[2.0, 0.0]]), jnp.array([0])
     >>> loss = smoothed_cross_entropy(logits, labels, temperature=0.5, smoothing=0.1)

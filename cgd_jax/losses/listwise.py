@@ -10,15 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from cgd_jax.combination import l2_normalize
-from cgd_jax.losses.pairs import (
-    LIMIT,
-    batch_mean,
-    checked,
-    masked_logsumexp,
-    masked_mean,
-    pairs_of,
-    products,
-)
+from cgd_jax.losses import pairs
+from cgd_jax.losses.pairs import LIMIT, batch_mean, checked, masked_logsumexp, masked_mean
 
 __all__ = ["LIST_LOSSES", "n_pair_loss", "recall_at_k_loss", "smooth_ap_loss"]
 
@@ -29,10 +22,7 @@ def n_pair_loss(embeddings: jax.Array, labels: jax.Array, scale: float = 16.0) -
     Sohn, NeurIPS 2016, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective",
     equation 7. Of every class the first image of the batch is the anchor, the second its positive.
     The mean over the classes with two images; 0 with one such class. Vectors are compared by
-    their product.
-
-    Args:
-      scale: factor of the products, 1 in the paper, whose embeddings are not normalized.
+    their product times `scale`, 1 in the paper, whose embeddings are not normalized.
 
     >>> x, labels = jnp.repeat(jnp.eye(2), 2, 0), jnp.array([0, 0, 1, 1])
     >>> print(f"{n_pair_loss(x, labels, scale=1.0):.4f}")  # log(1 + 1 / e)
@@ -42,7 +32,7 @@ def n_pair_loss(embeddings: jax.Array, labels: jax.Array, scale: float = 16.0) -
     same = labels[:, None] == labels[None, :]
     earlier = jnp.tril(same, -1).sum(1)  # images of the class before this one
     anchor, second = earlier == 0, earlier == 1
-    logits = scale * products(x, x)
+    logits = scale * pairs.products(x, x)
     others = masked_logsumexp(logits, ~same & second)[:, None]
     pair = anchor[:, None] & second[None, :] & same & (~same & second).any(1, keepdims=True)
     return batch_mean(jax.nn.softplus(others - logits), pair, embeddings)
@@ -55,16 +45,14 @@ def smooth_ap_loss(
 
     Brown et al., ECCV 2020, https://arxiv.org/abs/2007.12163, equation 7; in [0, 1]. An anchor
     does not find itself, as in the paper; the authors' program and pytorch-metric-learning count
-    it among its own positives and need classes of equal size.
-
-    Args:
-      temperature: of the sigmoid of differences of cosines.
+    it among its own positives and need classes of equal size. The sigmoids are of differences of
+    cosines over `temperature`.
 
     >>> x, labels = jnp.repeat(jnp.eye(2), 2, 0), jnp.array([0, 0, 1, 1])
     >>> print(f"{smooth_ap_loss(x, labels):.4f}")
     0.0000
     """
-    pairs = pairs_of(embeddings, labels)
+    found = pairs.pairs_of(embeddings, labels)
 
     @jax.checkpoint  # else the backward pass keeps B matrices of B × B
     def anchor(row):
@@ -74,8 +62,8 @@ def smooth_ap_loss(
         rank = among_positives + (ahead * is_negative).sum(1)
         return masked_mean(among_positives / rank, is_positive)
 
-    precision = jax.lax.map(anchor, (pairs.similarities, pairs.positive, pairs.negative))
-    return batch_mean(1 - precision, pairs.valid, embeddings)
+    precision = jax.lax.map(anchor, (found.similarities, found.positive, found.negative))
+    return batch_mean(1 - precision, found.valid, embeddings)
 
 
 def recall_at_k_loss(
@@ -102,10 +90,7 @@ def recall_at_k_loss(
       k_temperature: of the sigmoid of k - rank.
       mixup: virtual images for each image, mixed with the next ones of its class, cyclically;
         half the number of the others makes every pair once.
-      key: draws the shares of the mixture, uniformly; needed if `mixup` is not 0.
-
-    Raises:
-      ValueError: as all do, and mixup without a key.
+      key: draws the shares of the mixture, uniformly; ValueError if `mixup` is not 0 without it.
 
     >>> x, labels = jnp.repeat(jnp.eye(2), 2, 0), jnp.array([0, 0, 1, 1])
     >>> print(f"{recall_at_k_loss(x, labels, ks=(1, 2), k_temperature=0.01):.4f}")  # σ(0), σ(1)
@@ -136,7 +121,7 @@ def recall_at_k_loss(
         return sum(recalls) / len(ks)
 
     positive = seen & same
-    recall = jax.lax.map(anchor, (products(unit, unit), positive, seen))
+    recall = jax.lax.map(anchor, (pairs.products(unit, unit), positive, seen))
     return batch_mean(1 - recall, positive.any(1) & (seen & ~same).any(1), embeddings)
 
 

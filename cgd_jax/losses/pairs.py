@@ -64,17 +64,9 @@ class Pairs(NamedTuple):
 
 
 def pairwise_distances(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
-    """Euclidean distances between all rows, safe to differentiate at zero.
+    """Euclidean distances [N, M] float32 between the rows of `x` [N, D] and `y` [M, D], or `x`.
 
-    The root has an infinite slope at zero; here a distance of zero passes a zero
-    gradient instead.
-
-    Args:
-      x: [N, D], floating point.
-      y: [M, D]; `x` itself if left out.
-
-    Returns:
-      [N, M], float32.
+    Where the distance is zero, and the slope of the root infinite, the gradient is zero.
 
     >>> pairwise_distances(jnp.array([[0.0, 0.0], [3.0, 4.0]])).tolist()
     [[0.0, 5.0], [5.0, 0.0]]
@@ -94,14 +86,7 @@ def pairwise_distances(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
 
 
 def similarities(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
-    """Cosines between all rows.
-
-    Args:
-      x: [N, D], floating point.
-      y: [M, D]; `x` itself if left out.
-
-    Returns:
-      [N, M], float32.
+    """Cosines [N, M] float32 between the rows of `x` [N, D] and `y` [M, D], or `x`.
 
     >>> similarities(jnp.array([[2.0, 0.0], [0.0, 3.0]])).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
@@ -123,7 +108,7 @@ def safe_root(squared: jax.Array) -> jax.Array:
 
 
 def empty_memory(size: int, dim: int) -> Memory:
-    """Returns a memory for `size` embeddings of `dim` numbers, with nothing in it.
+    """Returns a memory for `size` embeddings [dim], with nothing in it.
 
     >>> empty_memory(3, 8).labels.tolist()
     [-1, -1, -1]
@@ -132,16 +117,10 @@ def empty_memory(size: int, dim: int) -> Memory:
 
 
 def push(memory: Memory, embeddings: jax.Array, labels: jax.Array) -> Memory:
-    """Puts a batch into a memory, whose oldest entries make room for it.
+    """Puts a batch, `embeddings [B, D]` and `labels [B]` from 0, before the oldest of a memory.
 
-    Args:
-      memory: of M embeddings.
-      embeddings: [B, D]; no gradient passes through the copy. Of more than M the first M are
-        kept.
-      labels: [B], integers from 0.
-
-    Returns:
-      The new memory, as large as before.
+    No gradient passes through the copy. The new memory is as large as before: of a batch that
+    does not fit the first are kept.
 
     >>> push(empty_memory(3, 1), jnp.ones((2, 1)), jnp.array([7, 8])).labels.tolist()
     [7, 8, -1]

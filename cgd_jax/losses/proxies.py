@@ -24,16 +24,7 @@ __all__ = [
 
 
 def create_proxies(key: jax.Array, classes: int, count: int, dim: int) -> jax.Array:
-    """Draws directions at random.
-
-    Args:
-      key: of the draw.
-      classes: M.
-      count: vectors a class, K.
-      dim: D.
-
-    Returns:
-      [M, K, D] float32, of lengths near 1.
+    """Draws directions at random: [classes, count, dim] float32, of lengths near 1.
 
     >>> create_proxies(jax.random.key(0), 5, 2, 3).shape
     (5, 2, 3)
@@ -47,10 +38,8 @@ def proxy_nca_loss(
     """Proxy-NCA++: cross-entropy of squared distances to the proxies, one a class.
 
     Teh, DeVries & Taylor, ECCV 2020, https://arxiv.org/abs/2004.01113, equation 6; the softmax
-    goes over all proxies, that of the true class among them.
-
-    Args:
-      temperature: by which the squared distances are divided, σ of the paper.
+    goes over all proxies, that of the true class among them. `temperature`, the paper's σ, divides
+    the squared distances.
 
     >>> x, proxies = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{proxy_nca_loss(x, jnp.array([0, 1]), proxies, 2.0):.4f}")  # log(1 + 1/e)
@@ -72,10 +61,7 @@ def proxy_anchor_loss(
 
     Kim et al., CVPR 2020, https://arxiv.org/abs/2003.13911, equation 4, with one proxy a class.
     The pull is a mean over the proxies that have a positive in the batch, the push one over all.
-
-    Args:
-      margin: δ, in units of cosine.
-      alpha: sharpness.
+    `margin`, δ, is one of cosines; `alpha` is the sharpness.
 
     >>> x, proxies = jnp.eye(2), jnp.eye(2)[:, None]
     >>> print(f"{proxy_anchor_loss(x, jnp.array([0, 1]), proxies, 0.0, 1.0):.4f}")

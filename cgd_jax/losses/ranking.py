@@ -4,6 +4,7 @@ All of them take and return the same, and differ in the hyper-parameters that ea
 
 * `embeddings [B, D]`, floating point, and `labels [B]`, integer class numbers, give a float32
   scalar, the mean over the valid anchors unless another is named.
+* `margin` is in units of distance; a `temperature`, above 0, is what cosines are divided by.
 * Of the keyword arguments `memory` (`pairs.Memory`) adds embeddings of earlier batches to those
   that anchors are compared with, and `miner` (see `miners`) chooses the pairs that are looked at.
 * The pairs and triplets of the whole batch are compared, so under `jax.jit` on a mesh the
@@ -57,17 +58,12 @@ def batch_hard_triplet_loss(
     Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 5; the
     ranking loss of CGD (section 3.1): ``max(0, max_p d(a, p) - min_n d(a, n) + margin)``.
 
-    Args:
-      margin: in units of distance.
-
     >>> x, labels = jnp.array([[0.0], [3.0], [1.0], [7.0]]), jnp.array([0, 0, 1, 1])
     >>> print(f"{batch_hard_triplet_loss(x, labels):.2f}")  # (2.1 + 1.1 + 5.1 + 2.1) / 4
     2.60
     """
-    pairs = pairs_of(embeddings, labels, **options)
-    farthest, nearest = hardest(pairs.distances, pairs.positive, pairs.negative)
-    cost = jax.nn.relu(_gap(farthest, nearest, pairs.valid) + margin)
-    return batch_mean(cost, pairs.valid, embeddings)
+    gap, valid = _hardest_gap(embeddings, labels, options)
+    return batch_mean(jax.nn.relu(gap + margin), valid, embeddings)
 
 
 def soft_margin_triplet_loss(
@@ -77,19 +73,14 @@ def soft_margin_triplet_loss(
 
     Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, section 2.1:
     ``log(1 + exp(max_p d(a, p) - min_n d(a, n)))``. It has no margin beyond which a triplet
-    counts as solved.
-
-    Args:
-      scale: factor of the difference, 1 in the paper; distances of unit vectors are below 2.
+    counts as solved. `scale` multiplies the difference, which of unit vectors is at most 2.
 
     >>> x, labels = jnp.array([[0.0], [1.0], [1.0], [2.0]]), jnp.array([0, 0, 1, 1])
     >>> print(f"{soft_margin_triplet_loss(x, labels):.4f}")  # softplus of 0, 1, 1, 0
     1.0032
     """
-    pairs = pairs_of(embeddings, labels, **options)
-    farthest, nearest = hardest(pairs.distances, pairs.positive, pairs.negative)
-    cost = jax.nn.softplus(scale * _gap(farthest, nearest, pairs.valid))
-    return batch_mean(cost, pairs.valid, embeddings)
+    gap, valid = _hardest_gap(embeddings, labels, options)
+    return batch_mean(jax.nn.softplus(scale * gap), valid, embeddings)
 
 
 def batch_all_triplet_loss(
@@ -100,9 +91,6 @@ def batch_all_triplet_loss(
     Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 6 in the
     variant with the mean over the non-zero terms (their "BA≠0"): easy triplets soon
     outnumber all others and would drown the rest. Memory grows with B², not B³.
-
-    Args:
-      margin: in units of distance.
 
     >>> x, labels = jnp.array([[0.0], [1.0], [5.0], [6.0]]), jnp.array([0, 0, 1, 1])
     >>> batch_all_triplet_loss(x, labels, margin=4.0).item()  # two of eight violate it, by 1
@@ -131,9 +119,6 @@ def semi_hard_triplet_loss(
     those farther away than the positive; where no negative is, the farthest one.
     The mean over all pairs of valid anchors.
 
-    Args:
-      margin: in units of distance.
-
     >>> x, labels = jnp.array([[0.0], [3.0], [1.0], [7.0]]), jnp.array([0, 0, 1, 1])
     >>> print(f"{semi_hard_triplet_loss(x, labels):.3f}")  # 1 to 7: 6 - 2 + 0.1, others 0
     1.025
@@ -154,10 +139,7 @@ def contrastive_loss(
     ``d²`` for a positive pair, ``max(0, margin - d)²`` for a negative one. Each
     valid anchor contributes the mean over its positives plus the mean over its
     negatives, so that the few positives of a batch weigh as much as its many
-    negatives.
-
-    Args:
-      margin: in units of distance; unit vectors at right angles are 1.41 apart.
+    negatives. Unit vectors at right angles are 1.41 apart.
 
     >>> x, labels = jnp.array([[0.0], [1.0], [9.0], [9.0]]), jnp.array([0, 0, 1, 1])
     >>> contrastive_loss(x, labels).item()  # two anchors pull by 1, two by 0, none pushes
@@ -184,14 +166,12 @@ def multi_similarity_loss(
     Wang et al., CVPR 2019, https://arxiv.org/abs/1904.06627, equations 12 to 15. A
     negative is mined when it is more similar than the least similar positive less
     `mining_margin`, a positive when it is less similar than the most similar
-    negative plus `mining_margin`. As in equation 15 the mean is over all images of the batch,
-    also those without a mined pair, such as the only one of its class, which count as 0.
+    negative plus `mining_margin`, the paper's ε. As in equation 15 the mean is over all images of
+    the batch, also those without a mined pair, such as the only one of its class, which count as 0.
 
     Args:
-      alpha: sharpness for positives.
-      beta: sharpness for negatives.
+      alpha: sharpness for positives; `beta` is that for negatives.
       base: λ, the similarity at which a pair changes from pushed to pulled.
-      mining_margin: ε of the mining step; in units of cosine similarity.
 
     >>> x, labels = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0, 1])
     >>> multi_similarity_loss(x, labels).item()  # no pair violates the mining margin
@@ -220,9 +200,6 @@ def info_nce_loss(
     every positive is compared with the negatives alone, not with the other positives. The mean
     over all positive pairs.
 
-    Args:
-      temperature: above 0, by which the cosines are divided.
-
     >>> print(f"{info_nce_loss(jnp.eye(4), jnp.array([0, 0, 1, 1])):.4f}")  # log 3
     1.0986
     """
@@ -243,9 +220,6 @@ def supervised_contrastive_loss(
     Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, equation 2 (L_out, the mean over
     an anchor's positives outside of the logarithm).
 
-    Args:
-      temperature: above 0, by which the cosines are divided.
-
     >>> print(f"{supervised_contrastive_loss(jnp.eye(4), jnp.array([0, 0, 1, 1])):.4f}")  # log 3
     1.0986
     """
@@ -265,12 +239,8 @@ def circle_loss(
     """Weights every similarity (cosine) by how far it is from its optimum.
 
     Sun et al., CVPR 2020, https://arxiv.org/abs/2002.10857, equations 6 to 9: optima 1 + m and
-    -m, margins 1 - m and m; the weights pass no gradient. The defaults are the paper's for faces;
-    for birds, cars and products it has m = 0.4, γ = 80.
-
-    Args:
-      margin: m, the relaxation.
-      scale: γ.
+    -m, margins 1 - m and m, m being `margin`; the weights pass no gradient. The defaults are the
+    paper's for faces; for birds, cars and products it has m = 0.4 and a `scale` γ = 80.
 
     >>> x, labels = jnp.repeat(jnp.eye(2), 2, 0), jnp.array([0, 0, 1, 1])
     >>> print(f"{circle_loss(x, labels, scale=1.0):.4f}")  # log(1 + 2 exp(-0.0625) exp(-0.0625))
@@ -296,9 +266,6 @@ def lifted_structure_loss(
     l))))²``, k and l running over the negatives of i and of j. Images in the memory have no
     negatives of their own.
 
-    Args:
-      margin: in units of distance.
-
     >>> print(f"{lifted_structure_loss(jnp.eye(4), jnp.array([0, 0, 1, 1])):.4f}")
     2.8472
     """
@@ -310,9 +277,15 @@ def lifted_structure_loss(
     return batch_mean(cost, pairs.positive & pairs.valid[:, None], embeddings) / 2
 
 
-def _gap(farthest: jax.Array, nearest: jax.Array, valid: jax.Array) -> jax.Array:
-    """Their difference; 0 for an anchor that is not valid, since inf - inf poisons gradients."""
-    return jnp.where(valid, farthest, 0.0) - jnp.where(valid, nearest, 0.0)
+def _hardest_gap(
+    embeddings: jax.Array, labels: jax.Array, options: PairOptions
+) -> tuple[jax.Array, jax.Array]:
+    """[B] farthest positive less nearest negative, or 0; [B] whether an anchor is valid."""
+    pairs = pairs_of(embeddings, labels, **options)
+    farthest, nearest = hardest(pairs.distances, pairs.positive, pairs.negative)
+    # Not the difference masked, since inf - inf poisons gradients.
+    gap = jnp.where(pairs.valid, farthest, 0.0) - jnp.where(pairs.valid, nearest, 0.0)
+    return gap, pairs.valid
 
 
 # The names under which configs select them; see `objective.measure_losses` for what they take.

@@ -20,6 +20,7 @@ from cgd_jax.models import (
 )
 from cgd_jax.models.family import Family
 from cgd_jax.preprocess import Normalization
+from cgd_jax.runtime.errors import InputError
 
 __all__ = [
     "BACKBONES",
@@ -35,6 +36,7 @@ __all__ = [
 FAMILIES: tuple[Family, ...] = (
     resnet.FAMILY,
     efficientnet_lite.FAMILY,
+    efficientnet_lite.TIMM,
     shufflenet.FAMILY,
     bninception.FAMILY,
     convnext.FAMILY,
@@ -44,21 +46,21 @@ FAMILIES: tuple[Family, ...] = (
     clip.SIGLIP,
 )
 
+# Arguments of timm's networks that change nothing, or what shows in the shapes of their weights.
+_HARMLESS = {
+    "drop_path_rate",
+    "drop_rate",
+    "dynamic_img_size",
+    "global_pool",
+    "img_size",
+    "num_classes",
+}
 # The family of every name under which configs select a backbone.
 BACKBONES: dict[str, Family] = {name: family for family in FAMILIES for name in family.members}
 
 
 def create(config: Any, dtype: jnp.dtype) -> nn.Module:
-    """Makes the backbone that a config names.
-
-    Args:
-      config: the `model` part of an experiment's config, or what has its attributes.
-      dtype: of the computation.
-
-    Returns:
-      A module: images [B, H, W, 3], normalized, and `train` → feature map [B, H', W', C], or
-      `family.Features` where there is a class token.
-    """
+    """Makes the backbone of a config's `model`: images and `train` → feature map, or `Features`."""
     family = BACKBONES[config.backbone]
     options = {name: getattr(config, name) for name in family.options}
     backbone = family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
@@ -73,11 +75,7 @@ def normalization_of(name: str) -> Normalization:
 
 
 def refused_options(config: Any) -> list[str]:
-    """Returns a sentence for every option that is set, but not the chosen backbone's.
-
-    Args:
-      config: as for `create`.
-    """
+    """Returns a sentence for every option that is set, but not the chosen backbone's."""
     name, chosen = config.backbone, BACKBONES[config.backbone]
     refused = []
     for option in dict.fromkeys(option for family in FAMILIES for option in family.options):
@@ -104,16 +102,10 @@ def refused_options(config: Any) -> list[str]:
 
 
 def layer_factors(backbone: nn.Module, decay: float) -> Callable[[str], float]:
-    """Returns by what the updates of a backbone's parts are multiplied.
+    """Returns by what updates of the parts one below a backbone are multiplied, by their names.
 
-    Layer-wise decay as in BEiT (https://arxiv.org/abs/2106.08254): decay^d at a depth of d
-    below the head, so that the lowest layers, which are the most general, change least.
-
-    Args:
-      backbone: its `layers` are the names of the modules and parameters that lie one below it:
-        of the stem, then of every block; all others are behind the blocks. The lowest
-        `frozen_blocks` and the stem below them get 0.
-      decay: in (0, 1].
+    Layer-wise decay as in BEiT (https://arxiv.org/abs/2106.08254): decay^d at a depth of d below
+    the head, so that the lowest, most general layers change least; 0 for what is frozen.
     """
     number = {name: i for i, names in enumerate(backbone.layers) for name in names}
     head, frozen = len(backbone.layers), backbone.frozen_blocks
@@ -126,7 +118,15 @@ def layer_factors(backbone: nn.Module, decay: float) -> Callable[[str], float]:
 
 
 def published(config: Mapping[str, Any]) -> str | None:
-    """Returns the backbone whose weights a repository has, by the content of its config.json."""
+    """Returns the backbone whose weights a repository has, by the content of its config.json.
+
+    Raises InputError if it differs from what is computed here in what weights do not show.
+    """
+    if "architecture" in config:  # timm's
+        found = (family.timm.get(config["architecture"]) for family in FAMILIES)
+        if changed := sorted((config.get("model_args") or {}).keys() - _HARMLESS):
+            raise InputError(f"its model_args set {', '.join(changed)}, which is not computed here")
+        return next(filter(None, found), None)
     names = ((family.published(config), family) for family in FAMILIES)
     return next((name for name, family in names if name in family.members), None)
 

@@ -75,13 +75,9 @@ class Block(nn.Module):
 
 
 class BNInception(ConvNet):
-    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1024], s = 32, or 16 with `last_stride=1`.
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1024], s = 32, or 16 with `last_stride=1`."""
 
-    Attributes:
-      divisor: of all channels; 1 is the published network, more make narrow ones.
-    """
-
-    divisor: int = 1
+    divisor: int = 1  # of all channels; more than 1 makes narrow networks
 
     STEM = tuple(
         f"{conv}{kind}"

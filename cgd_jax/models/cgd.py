@@ -196,15 +196,12 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 def create_model(config: Any, num_classes: int) -> CGD:
-    """Makes the network that a config describes.
+    """Makes the network that a config's `model` describes; `init(key, images)` gives its variables.
 
     Args:
       config: the `model` part of an experiment's config (see configs/base.py), or what has
         its attributes.
       num_classes: M, the number of training classes.
-
-    Returns:
-      The module; `model.init(key, images)` gives its variables.
     """
     dtype = compute_dtype(config.dtype)
     return CGD(
@@ -223,12 +220,7 @@ def create_model(config: Any, num_classes: int) -> CGD:
 
 
 def create_model_of(config: Any, variables: Mapping[str, Any]) -> CGD:
-    """Makes the network that variables belong to.
-
-    Args:
-      config: as for `create_model`.
-      variables: of the network, arrays or shapes; the number of classes is in them.
-    """
+    """Makes the network that variables, arrays or shapes, belong to; they say how many classes."""
     return create_model(config, variables["params"]["auxiliary_fc"]["bias"].shape[0])
 
 

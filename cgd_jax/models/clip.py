@@ -8,14 +8,13 @@ timm and in the class token of Hugging Face. Of a file with both towers, the one
 projections into the common space are left out. Positions are interpolated as Hugging Face does.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from cgd_jax.models.family import Scheme
+from cgd_jax.models.family import Scheme, require
 from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
 from cgd_jax.preprocess import Normalization
 
@@ -73,25 +72,16 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def _published(
-    config: Mapping[str, Any], kind: str, timm: str, base_patch: int, activation: str
+    config: Mapping[str, Any], kind: str, patch: int, computed: Mapping[str, Any]
 ) -> str | None:
-    """Returns the name of the image tower that a config describes, if it is of `kind`.
-
-    Args:
-      config: of a repository.
-      kind: "clip" or "siglip".
-      timm: pattern of timm's names: size, pixels of a patch, pixels of an image.
-      base_patch: pixels of a patch in a config of Hugging Face that leaves them out.
-      activation: of the published networks, in the words of Hugging Face.
-    """
-    if found := re.fullmatch(timm, config.get("architecture", "")):
-        return f"{kind}_{found[1]}_patch{found[2]}_{found[3]}"
-    tower = config.get("vision_config", {}) if config.get("model_type") == kind else config
-    if tower is config and config.get("model_type") != f"{kind}_vision_model":
+    """Returns the image tower of a config; `patch` pixels where it leaves out how many."""
+    tower = config
+    if config.get("model_type") == kind:  # both towers; old files say twice what this one is
+        tower = {**config.get("vision_config", {}), **(config.get("vision_config_dict") or {})}
+    elif config.get("model_type") != f"{kind}_vision_model":
         return None
-    if tower.get("hidden_act", activation) != activation:
-        return None
-    patch, image = tower.get("patch_size", base_patch), tower.get("image_size", 224)
+    require(tower, computed)
+    patch, image = tower.get("patch_size", patch), tower.get("image_size", 224)
     return f"{kind}_{size_of(tower)}_patch{patch}_{image}"
 
 
@@ -107,12 +97,17 @@ CLIP = ViTFamily(
     normalization=Normalization.of(
         (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     ),
+    timm={
+        "vit_base_patch32_clip_quickgelu_224": "clip_base_patch32_224",
+        "vit_base_patch16_clip_quickgelu_224": "clip_base_patch16_224",
+        "vit_large_patch14_clip_quickgelu_224": "clip_large_patch14_224",
+        "vit_large_patch14_clip_quickgelu_336": "clip_large_patch14_336",
+    },
     published=partial(
         _published,
         kind="clip",
-        timm=r"vit_(\w+)_patch(\d+)_clip_quickgelu_(\d+)",
-        base_patch=32,
-        activation="quick_gelu",
+        patch=32,
+        computed={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     ),
 )
 SIGLIP = CLIP._replace(
@@ -123,11 +118,16 @@ SIGLIP = CLIP._replace(
         Scheme("Hugging Face SigLIP", "head.probe", (), timm_name, _from_hugging_face),
     ),
     normalization=Normalization.of(0.5, 0.5),
+    # The only one that timm computes with the approximate GELU of the training.
+    timm={"vit_large_patch16_siglip_512": "siglip_large_patch16_512"},
     published=partial(
         _published,
         kind="siglip",
-        timm=r"vit_(\w+)_patch(16)_siglip_(\d+)",
-        base_patch=16,
-        activation="gelu_pytorch_tanh",
+        patch=16,
+        computed={
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+            "vision_use_head": True,
+        },
     ),
 )

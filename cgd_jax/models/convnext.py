@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import OPTIONS, ConvNet, DropPath, Layer, LayerNorm, LayerScale
+from cgd_jax.models.family import Family, Scheme, require
+from cgd_jax.models.layers import OPTIONS, ConvNet, Layer, LayerNorm, LayerScale, drop_path
 from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
@@ -61,25 +61,17 @@ class Block(nn.Module):
         y = nn.Dense(channels, kernel_init=_init, dtype=self.dtype, name="fc2")(y)
         if not self.v2:
             y = LayerScale(1e-6, name="scale")(y)
-        return x + DropPath(self.drop_path, name="drop_path")(y, self.train)
+        return x + drop_path(y, self.drop_path, self.train, "drop_path")
 
 
 class ConvNeXt(ConvNet):
-    """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`.
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`."""
 
-    Attributes:
-      depths: blocks in each of the four stages.
-      widths: their channels.
-      v2: whether it is ConvNeXt V2.
-      patch_size: side and stride of the first convolution in pixels, 0 for 4, as published.
-      drop_path: probability with which training leaves the last block out; it grows linearly
-        from 0 at the first block.
-    """
-
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
+    depths: tuple[int, ...]  # blocks in each of the stages
+    widths: tuple[int, ...]  # their channels
     v2: bool = False
-    patch_size: int = 0
+    patch_size: int = 0  # side and stride of the first convolution in pixels; 0: 4, as published
+    # Probability with which training leaves the last block out; linearly less from the first on.
     drop_path: float = 0.0
 
     STEM = ("stem_conv", "stem_norm")
@@ -168,10 +160,10 @@ BACKBONES = {
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    if "architecture" in config:  # timm's, under the same names
-        return config["architecture"]
     if config.get("model_type") not in ("convnext", "convnextv2"):
         return None
+    # Its layer_norm_eps is that of the norm behind the global pooling only.
+    require(config, {"patch_size": 4, "hidden_act": "gelu"})
     sizes = {
         "depths": tuple(config.get("depths", SIZES["tiny"]["depths"])),
         "widths": tuple(config.get("hidden_sizes", SIZES["tiny"]["widths"])),
@@ -200,5 +192,6 @@ FAMILY = Family(
     normalization=IMAGENET,
     options=OPTIONS | {"patch_size": 0, "drop_path": 0.0},
     batch_norm=False,
+    timm={name: name for name in BACKBONES},
     published=_published,
 )

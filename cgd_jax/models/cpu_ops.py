@@ -40,17 +40,9 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Does what `jax.lax.conv_general_dilated` does, as `flax.linen.Conv` calls it.
+    """`jax.lax.conv_general_dilated` as `flax.linen.Conv` calls it: [B, H, W, C] → [B, H', W', D].
 
-    Args:
-      lhs: [B, H, W, C]; with other axes, with dilations, with a precision or with groups of
-        several channels all platforms use XLA's convolution.
-      rhs: [k, l, C/groups, D].
-      window_strides: of rows and columns; this and the others as JAX has them.
-      dimension_numbers: NHWC and HWIO, which is all that `flax.linen.Conv` has.
-
-    Returns:
-      [B, H', W', D], the dtype of `lhs`.
+    With dilations, a precision or groups of several channels all platforms use XLA's convolution.
     """
     native = partial(
         jax.lax.conv_general_dilated,
@@ -157,8 +149,7 @@ def _of_tiles(products: str, x, kernel, transform, pads) -> jax.Array:
 def _mixed(matrix: np.ndarray, parts: Sequence[jax.Array] | jax.Array, axis: int) -> jax.Array:
     """Returns the sums of parts that the rows of a matrix weigh, along a new axis.
 
-    Unlike a product of matrices, or arrays that are stacked, this is a single loop, into which
-    XLA fuses what comes before and after.
+    Unlike a product of matrices it is one loop, into which XLA fuses what comes before and after.
     """
     weights = [
         column.reshape(-1, *(1,) * (part.ndim - axis))

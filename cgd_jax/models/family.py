@@ -8,8 +8,9 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.preprocess import Normalization
+from cgd_jax.runtime.errors import InputError
 
-__all__ = ["Family", "Features", "Scheme"]
+__all__ = ["Family", "Features", "Scheme", "require"]
 
 
 class Features(NamedTuple):
@@ -54,6 +55,18 @@ class Family(NamedTuple):
     packages: Mapping[str, tuple[str, str]] = {}
     batch_norm: bool = True
     class_token: bool = False  # whether its networks return `Features`
-    # The content of a repository's config.json → the name of the member whose weights it has; None,
-    # or what is no member's name, if it is of none.
+    # What timm calls members in a config.json, as far as it computes the same.
+    timm: Mapping[str, str] = {}
+    # The content of a config.json of Hugging Face → the name of the member whose weights lie beside
+    # it; None, or what is no member's name, if it is of none. Raises as `require`.
     published: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+
+
+def require(config: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
+    """Raises InputError if a network's config has other values than those that are computed here.
+
+    What a config leaves out is as it is computed; what shows in the weights' shapes needs no look.
+    """
+    for key, value in computed.items():
+        if config.get(key, value) != value:
+            raise InputError(f"it has {key}={config[key]!r}, and only {value!r} is computed here")

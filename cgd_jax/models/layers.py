@@ -12,10 +12,10 @@ __all__ = [
     "OPTIONS",
     "Backbone",
     "ConvNet",
-    "DropPath",
     "Layer",
     "LayerNorm",
     "LayerScale",
+    "drop_path",
     "is_ampere",
 ]
 
@@ -32,21 +32,15 @@ class Backbone(nn.Module, kw_only=True):
     """A network of blocks: images [B, H, W, 3] and `train` → feature map [B, H', W', C].
 
     A subclass has `STEM` and `blocks`, and runs every block by `run_block`.
-
-    Attributes:
-      frozen_blocks: so many of the lowest blocks, and the stem below them, get no gradient.
-      remat: computes the inside of every block once more in the backward pass.
-      dtype: of the computation; parameters and statistics stay float32.
-      conv: the convolution, for `backbones.create` to replace.
     """
 
     # The names of the modules and parameters below the first block.
     STEM: ClassVar[tuple[str, ...]] = ()
 
-    frozen_blocks: int = 0
-    remat: bool = False
-    dtype: jnp.dtype = jnp.float32
-    conv: Layer = nn.Conv
+    frozen_blocks: int = 0  # so many of the lowest, and the stem below them, get no gradient
+    remat: bool = False  # computes the inside of every block once more in the backward pass
+    dtype: jnp.dtype = jnp.float32  # of the computation; parameters and statistics stay float32
+    conv: Layer = nn.Conv  # for `backbones.create` to replace
 
     @property
     def blocks(self) -> Mapping[str, Mapping[str, Any]]:
@@ -68,13 +62,9 @@ class Backbone(nn.Module, kw_only=True):
 
 
 class ConvNet(Backbone, kw_only=True):
-    """A backbone that makes its feature map smaller from stage to stage.
+    """A backbone that makes its feature map smaller from stage to stage."""
 
-    Attributes:
-      last_stride: of the last downsampling, 2 as published or 1 as in CGD.
-    """
-
-    last_stride: int = 1
+    last_stride: int = 1  # of the last downsampling, 2 as published or 1 as in CGD
 
     @nn.nowrap
     def strides(self, published: Sequence[int]) -> list[int]:
@@ -88,10 +78,7 @@ class ConvNet(Backbone, kw_only=True):
     def conv_and_norm(
         self, train: bool, momentum: float = 0.9, epsilon: float = 1e-5, use_bias: bool = False
     ) -> tuple[Layer, Layer]:
-        """Returns what makes the network's convolutions, and BatchNorms.
-
-        The initial weights are those of He et al. (https://arxiv.org/abs/1502.01852), fan-out.
-        """
+        """Returns what makes convolutions, initialized as by He et al., and BatchNorms."""
         kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         conv = partial(self.conv, use_bias=use_bias, kernel_init=kernel_init, dtype=self.dtype)
         norm = partial(
@@ -111,23 +98,10 @@ class LayerScale(nn.Module):
         return x * gamma.astype(x.dtype)
 
 
-class DropPath(nn.Module):
-    """Leaves a branch out for some images (stochastic depth, https://arxiv.org/abs/1603.09382).
-
-    Attributes:
-      rate: the share of the images; what is kept is divided by 1 - rate. With 0, and outside of
-        training, nothing is drawn.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        if not train or not self.rate:
-            return x
-        shape = (len(x), *[1] * (x.ndim - 1))
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - self.rate, shape)
-        return jnp.where(kept, x / (1 - self.rate), 0)
+def drop_path(x: jax.Array, rate: float, train: bool, name: str) -> jax.Array:
+    """Leaves a branch out for some images (stochastic depth, https://arxiv.org/abs/1603.09382)."""
+    axes = range(1, x.ndim)
+    return nn.Dropout(rate, axes, not train, rng_collection="drop_path", name=name)(x)
 
 
 def is_ampere() -> bool:

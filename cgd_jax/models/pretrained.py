@@ -44,32 +44,19 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 
 
 def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normalization]:
-    """Fills a network with weights from somewhere.
+    """Fills a network, or a backbone, with weights; returns it and the normalization.
 
-    Args:
-      variables: of the network. Weights of a backbone fill the backbone and leave the rest
-        as it is; those of a whole network, from `save`, fill the whole of one, or a backbone.
-      source: one of
-        "efficientnet_lite0": ImageNet weights out of an installed package, no network;
-        a Hugging Face repository, "timm/resnet50.tv_in1k", with "@revision" behind it
-          if it is to be pinned; downloaded once, then cached;
-        a file: .safetensors, .npz, or torch's .pth, .pt, .bin (read without executing
-          anything in it);
-        a folder: a downloaded repository.
-      backbone: its name, see `backbones.BACKBONES`.
+    `source` is "efficientnet_lite0" (out of an installed package), a Hugging Face repository such
+    as "timm/resnet50.tv_in1k", with "@revision" behind it to pin it, a file (.safetensors, .npz,
+    torch's .pth, .pt, .bin, or an index of several), or a folder with one. The normalization is
+    what a `save`d file or the configs beside a published one say, else the backbone's.
 
-    Returns:
-      The tree of `variables` with NumPy arrays where it was filled, and the
-      normalization: as the source declares it (a `save`d file always does, config.json or
-      preprocessor_config.json beside a published one), else the one that the backbone is
-      published with.
-
-    Raises:
-      weight_files.NoSource: There is no such source, or it cannot be reached.
-      InputError: It is damaged, or does not fit the network (see `convert_state_dict`).
+    Raises `weight_files.NoSource` if there is no such source, InputError if it is damaged, of
+    another network by its config, or does not fit (`convert_state_dict`).
     """
     path = weight_files.find(source)
     arrays, metadata = weight_files.read(path)
+    weight_files.check_backbone(path.parent, backbone, metadata)
     if all(name.startswith(("params/", "batch_stats/")) for name in arrays):
         weights = unflatten_dict(arrays, sep="/")
     else:
@@ -83,15 +70,11 @@ def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normal
 
 
 def fill(variables: Variables, weights: Variables) -> dict:
-    """Returns the variables of a network with weights that have our own names.
+    """Returns the variables of a network, or of a backbone, with weights that have our own names.
 
-    Args:
-      variables: of a whole network, or of a backbone.
-      weights: likewise. Where they are a backbone's, the rest of a network stays as it is;
-        where they are a network's, their backbone fills a backbone.
-
-    Raises:
-      InputError: A tensor is missing, left over or of another shape; every one is named.
+    Weights of a backbone leave the rest of a network as it is; of those of a network a backbone
+    takes its part. Raises InputError that names every tensor that is missing, left over or of
+    another shape.
     """
     if "backbone" in variables["params"] and "backbone" not in weights["params"]:
         filled = fill(backbone_of(variables), weights)
@@ -118,14 +101,9 @@ def save(
     normalization: Normalization,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes variables as a .safetensors that `load` reads back.
+    """Writes variables, or what `to_torchvision` returns, as a .safetensors that `load` reads back.
 
-    Args:
-      path: of the file.
-      variables: the names in the file are paths such as params/backbone/conv1/kernel; or what
-        `to_torchvision` returns, whose names stay.
-      normalization: of the pixels; kept in the file's metadata.
-      metadata: further texts by name.
+    Names are paths such as params/backbone/conv1/kernel; normalization and texts are metadata.
     """
     arrays = {
         # Not ascontiguousarray, which makes [1] of the shape [].
@@ -145,22 +123,12 @@ def saved_normalization(metadata: Mapping[str, str]) -> Normalization:
 def convert_state_dict(
     state_dict: Mapping[str, np.ndarray], variables: Variables, backbone: str
 ) -> dict:
-    """Brings published weights of a backbone into our names and layout.
+    """Brings published weights of a backbone into our names and layout, NumPy float32.
 
-    Args:
-      state_dict: arrays by name, in one of the backbone's schemes (see its file),
-        convolutions as [out, in, h, w]. What lies beside the network and the ImageNet classifier
-        are dropped, which is logged; counters `num_batches_tracked` are ignored.
-      variables: of the backbone to be filled; only its names and shapes matter.
-      backbone: its name.
-
-    Returns:
-      The same tree with the weights, NumPy float32, which may be views of what was given. The
-      running variance is taken as it is, see `to_torchvision`.
-
-    Raises:
-      InputError: The names are none of these, or there are several networks; or a tensor is
-        missing, left over or of another shape: every one is named.
+    `state_dict` has one of the backbone's schemes, convolutions are [out, in, h, w]. What lies
+    beside the network and the ImageNet classifier are dropped, which is logged; of `variables` only
+    names and shapes matter. Raises InputError if the names are of no scheme, there are several
+    networks, or a tensor is missing, left over or of another shape: every one is named.
     """
     scheme, arrays = _recognize(state_dict, backbone)
     dropped = sorted(name for name in arrays if name.startswith(scheme.classifier))
@@ -180,24 +148,11 @@ def convert_state_dict(
 
 
 def to_torchvision(variables: Variables, backbone: str) -> dict[str, np.ndarray]:
-    """The inverse of `convert_state_dict`: a backbone for users of PyTorch.
+    """The inverse of `convert_state_dict`, in the backbone's first scheme, for users of PyTorch.
 
-    A model of torchvision takes the result with ``load_state_dict(..., strict=False)``
-    (its classifier is missing), one of timm made with ``num_classes=0`` strictly.
-    EfficientNet-Lite goes out under the names of efficientnet-lite-pytorch.
-
-    The running variance is exported as it is. Flax keeps the biased variance of a
-    batch, PyTorch the unbiased one, larger by n/(n - 1) where n is the number of
-    positions in a batch: thousands, so that nobody needs a correction; what either
-    computes from given statistics is the same.
-
-    Args:
-      variables: of a backbone with the published stem, or of a whole network, of which
-        only the backbone goes out.
-      backbone: its name.
-
-    Returns:
-      Arrays by name, float32, convolutions as [out, in, h, w].
+    Torchvision takes the result with ``load_state_dict(..., strict=False)`` (the classifier is
+    missing), timm's models made with ``num_classes=0`` strictly. The running variance goes out as
+    it is: Flax keeps the biased one of a batch, PyTorch one larger by n/(n - 1), n being thousands.
     """
     variables = backbone_of(variables)
     flat, scheme = flatten_dict(variables), BACKBONES[backbone].schemes[0]
@@ -253,12 +208,8 @@ def _recognize(
 def _find_prefix(arrays: Mapping[str, np.ndarray], scheme: Scheme) -> str | None:
     """Returns what stands before the names of a network; None if there is none of the scheme.
 
-    Training scripts put the names of the modules around it in front: `module.` of
-    DataParallel, `_orig_mod.` of torch.compile, `module.encoder_q.` of momentum contrast, which
-    is the one of its two networks that learns.
-
-    Raises:
-      InputError: There are several, and nobody can know which is meant.
+    Training scripts put `module.` (DataParallel), `_orig_mod.` (torch.compile) or, of momentum
+    contrast's two networks the one that learns, `module.encoder_q.` in front.
     """
     first = scheme.first
     found = [name.removesuffix(first) for name in arrays if f".{name}".endswith(f".{first}")]
@@ -297,11 +248,7 @@ def _check_fit(
 ) -> None:
     """Raises InputError with every array that is missing, left over, or of another shape.
 
-    Args:
-      found: by our paths.
-      expected: arrays or shapes, likewise.
-      what: begins the message.
-      published: what others call them.
+    `published` is what others call the paths; `what` begins the message.
     """
     problems = []
     for path in sorted(found.keys() | expected.keys()):

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Scheme
+from cgd_jax.models.family import Family, Scheme, require
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY", "STEMS", "ResNet"]
+__all__ = ["BACKBONES", "FAMILY", "STEMS", "STRIDES_REMOVED", "ResNet"]
 
 STEMS = ("7x7", "3x3")
+STRIDES_REMOVED = ("layer4", "layer3")
 
 
 class SqueezeExcite(nn.Module):
@@ -74,39 +75,38 @@ class Block(nn.Module):
 class ResNet(ConvNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, C].
 
-    With the published stem s is 32, or 16 with `last_stride=1`, which is how CGD gets
-    14 × 14 positions from 224 × 224 pixels (paper, figure 1). The 3×3 stem is meant
-    for images of 64 pixels and less; with stride 1 throughout, s is 8, or 4.
-
-    Attributes:
-      stage_sizes: blocks in each of the four stages.
-      bottleneck: bottleneck blocks (C = 32·width) or basic ones (C = 8·width).
-      width: channels of the stem and base of all others; 64 is the published
-        network, smaller numbers make tiny ones.
-      stem: "7x7" with a max-pool of stride 2 behind it, or "3x3" without.
-      stem_stride: stride of the stem's convolution, 2 as published or 1.
-      groups: groups of the 3×3 convolution in a bottleneck (ResNeXt's cardinality).
-      width_per_group: ResNeXt's bottleneck width at `width=64`.
-      squeeze_excite: adds squeeze-and-excitation to every block.
+    With the published stem s is 32, or 16 with `last_stride=1`, which is how CGD gets 14 × 14
+    positions from 224 × 224 pixels (paper, figure 1); with the 3×3 stem of stride 1, 8 or 4.
     """
 
-    stage_sizes: tuple[int, ...]
-    bottleneck: bool = True
-    width: int = 64
-    stem: str = "7x7"
-    stem_stride: int = 2
-    groups: int = 1
-    width_per_group: int = 64
-    squeeze_excite: bool = False
+    stage_sizes: tuple[int, ...]  # blocks in each of the stages
+    bottleneck: bool = True  # bottleneck blocks (C = 32·width) or basic ones (C = 8·width)
+    width: int = 64  # channels of the stem and base of all others; less makes tiny networks
+    stem: str = "7x7"  # with a max-pool of stride 2 behind it; "3x3", for small images, without
+    stem_stride: int = 2  # of the stem's convolution, 2 as published or 1
+    groups: int = 1  # of the 3×3 convolution in a bottleneck (ResNeXt's cardinality)
+    width_per_group: int = 64  # ResNeXt's bottleneck width at `width=64`
+    squeeze_excite: bool = False  # adds squeeze-and-excitation to every block
+    # Which stage has `last_stride`: layer4, as the paper's words say, or layer3, whose 14 × 14
+    # positions are computed from one more convolution of stride 2, as in leftthomas/CGD.
+    stride_removed: str = "layer4"
 
     STEM = ("conv1", "bn1")
+
+    @property
+    def stage_strides(self) -> list[int]:
+        """The strides of layer1, layer2, …."""
+        strides = self.strides([1] + [2] * (len(self.stage_sizes) - 1))
+        if self.stride_removed == "layer3":
+            strides[2:] = strides[:1:-1]
+        return strides
 
     @property
     def blocks(self) -> dict[str, dict[str, int]]:
         """See `Backbone.blocks`."""
         blocks = {}
-        strides = self.strides([1] + [2] * (len(self.stage_sizes) - 1))
-        for stage, (count, stride) in enumerate(zip(self.stage_sizes, strides, strict=True)):
+        stages = zip(self.stage_sizes, self.stage_strides, strict=True)
+        for stage, (count, stride) in enumerate(stages):
             planes = self.width * 2**stage
             width = planes * self.width_per_group // 64 * self.groups
             out = planes * 4 if self.bottleneck else planes
@@ -152,20 +152,18 @@ def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
 
 
 def _published(config: Mapping[str, Any]) -> str | None:
-    if "architecture" in config:  # timm's
-        return {"seresnet50": "se_resnet50"}.get(config["architecture"], config["architecture"])
-    if config.get("model_type") != "resnet" or config.get("embedding_size", 64) != 64:
+    if config.get("model_type") != "resnet":
         return None
-    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
-    wanted = tuple(config.get("depths", (3, 4, 6, 3))), bottleneck
-    for number in ("18", "34", "50", "101", "152"):
-        member = BACKBONES[f"resnet{number}"].keywords
-        if (member["stage_sizes"], member.get("bottleneck", True)) == wanted:
-            return f"resnet{number}"
-    return None
+    strides = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+    require(config, {"embedding_size": 64, "hidden_act": "relu"} | strides)
+    wanted: dict[str, Any] = {"stage_sizes": tuple(config.get("depths", (3, 4, 6, 3)))}
+    if config.get("layer_type", "bottleneck") == "basic":
+        wanted["bottleneck"] = False
+    found = (name for name, member in BACKBONES.items() if member.keywords == wanted)
+    return next(found, None)
 
 
-BACKBONES = {
+BACKBONES: dict[str, partial[ResNet]] = {
     "resnet10": partial(ResNet, stage_sizes=(1, 1, 1, 1), bottleneck=False),
     "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
     "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
@@ -188,6 +186,8 @@ FAMILY = Family(
         ),
     ),
     normalization=IMAGENET,
-    options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2},
+    options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2, "stride_removed": "layer4"},
+    timm={name: name for name in BACKBONES if name not in ("resnet10", "se_resnet50")}
+    | {"seresnet50": "se_resnet50"},
     published=_published,
 )

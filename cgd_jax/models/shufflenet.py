@@ -52,14 +52,9 @@ class Block(nn.Module):
 
 
 class ShuffleNet(ConvNet):
-    """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`.
+    """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`."""
 
-    Attributes:
-      widths: channels of the stem, of the three stages, and C.
-      stage_sizes: blocks in each of the stages.
-    """
-
-    widths: tuple[int, ...]
+    widths: tuple[int, ...]  # channels of the stem, of the three stages, and C
     stage_sizes: tuple[int, ...] = (4, 8, 4)
 
     STEM = ("conv1_0", "conv1_1")

@@ -4,17 +4,21 @@ Such a file is a pickle, and unpickling runs whatever the file asks for. The rea
 tensors, their storages and dicts. Everything else that training scripts leave beside them, their
 arguments, optimizers and counters, becomes an object that does nothing; a name that no
 checkpoint has use for, such as os.system, ends in an error and not in a shell. Both formats are
-read: the zip archives of torch ≥ 1.6 and the chain of pickles from before.
+read: the zip archives of torch ≥ 1.6 and the chain of pickles from before. Time and memory are
+bounded by the size of the file, whatever it repeats or says of itself.
 """
 
 import collections
 import contextlib
 import functools
+import itertools
 import logging
+import os
 import pickle
+import reprlib
 import shlex
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -58,6 +62,23 @@ w = w if isinstance(w, dict) else w.state_dict()
 s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, sys.argv[2])"""
 
 
+class _Tuple(tuple):
+    """Hashed by its identity: one of two of two of … would take a step for every leaf."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+
+def _in_tuple(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns the handler of an instruction that puts a tuple on the stack, with `_Tuple`."""
+
+    def load_tuple(unpickler):
+        load(unpickler)
+        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+
+    return load_tuple
+
+
 class _Storage(NamedTuple):
     key: str
     dtype: str  # a key of _DTYPES
@@ -72,20 +93,15 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+# The tensors of a network by name, and what to say of where they were found.
+_Network = tuple[dict[str, _Tensor], str]
+
+
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a state dict.
+    """Reads a dict of tensors, or that of a checkpoint, such as its "state_dict", in its precision.
 
-    Args:
-      path: of a file that holds a dict of tensors, or a checkpoint with such a one in it, as
-        "state_dict", "model" and the like. What was taken out of it is logged.
-
-    Returns:
-      Arrays by name, in the precision of the file.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      InputError: it is no such file, is damaged, holds several networks, or asks for what no
-        checkpoint has use for.
+    What was taken out of a checkpoint is logged. Raises InputError if it is no such file, is
+    damaged, holds several networks, or asks for what no checkpoint has use for.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -95,11 +111,13 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         file.seek(0)
         try:
             content, read_storage = _read_zip(file) if is_zip else _read_pickles(file)
-            tensors, taken = _unwrap(content)
-            arrays = {
-                name: _materialize(tensor, read_storage(tensor.storage.key))
-                for name, tensor in tensors.items()
-            }
+            tensors, taken = _unwrap(content, {})
+            arrays, size = {}, 0
+            for name, tensor in tensors.items():
+                arrays[name] = _materialize(tensor, read_storage(tensor.storage.key))
+                size += arrays[name].nbytes
+                if size > 4 * path.stat().st_size:  # a few may be the same, not all
+                    raise ValueError("its tensors are many times as large as the file")
         except InputError as error:
             raise InputError(f"{path} {error}") from error
         # A damaged pickle can raise anything; none of it is the caller's concern.
@@ -132,36 +150,38 @@ class _Ignored:
     __setstate__ = __setitem__ = append = extend = add = _nothing
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]  # that of Python, not C
     """Makes tensors and dicts, by exact name, and `_Ignored` of the rest."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        dispatch[code[0]] = _in_tuple(dispatch[code[0]])
+    del dispatch[pickle.BYTEARRAY8[0]]  # makes one of any size before it reads
 
     def __init__(self, file):
         super().__init__(file)
         self.dtypes = {}  # of the storages met so far
+        self.ignored = type("Ignored", (_Ignored,), {})
 
     def find_class(self, module, name):
-        # New functions and classes each time: a pickle may set attributes of what it gets here.
+        # Functions and classes of this file: a pickle may set attributes of what it gets here.
         if (module, name) in (("collections", "OrderedDict"), ("collections", "defaultdict")):
             return lambda *_: collections.OrderedDict()
         if module == "torch._utils" and name.startswith("_rebuild_parameter"):
             return lambda tensor, *_: tensor
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *_: (
-                _Tensor(storage, offset, shape, strides)
-                if isinstance(storage, _Storage)
-                else _Ignored()
-            )
+            return lambda *arguments: _tensor(*arguments)
         if module == "torch" and name in _DTYPES:
             return name
         root = module.partition(".")[0]
         if root in _REFUSED and not ("builtin" in module and name in _HARMLESS):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-        return type("Ignored", (_Ignored,), {})
+        return self.ignored
 
     def persistent_load(self, pid):
         kind, dtype, key = pid[:3]
         if kind != "storage" or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"it refers to {kind!r}, which is refused")
+            raise pickle.UnpicklingError("it refers to what is no storage, which is refused")
         if not isinstance(dtype, str) or dtype not in _DTYPES:  # complex or quantized numbers
             return _Ignored()
         if len(pid) > 5 and pid[5] is not None:
@@ -170,10 +190,23 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, dtype)
 
 
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
+    """A tensor as torch describes it, or what stands for one of complex or quantized numbers."""
+    if not isinstance(storage, _Storage):
+        return _Ignored()
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("a tensor's shape, strides and offset are no natural numbers")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
 def _read_zip(file: IO[bytes]) -> tuple[Any, Callable[[str], bytes]]:
     """Returns the object, and what reads a storage by its key; of torch ≥ 1.6."""
     archive = zipfile.ZipFile(file)
     names = archive.namelist()
+    # Torch compresses nothing, and no entry overlaps another.
+    if sum(entry.file_size for entry in archive.infolist()) > os.fstat(file.fileno()).st_size:
+        raise ValueError("it unpacks to more than it holds, which torch does not write")
     (root,) = {name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")}
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("it was written on a big-endian machine")
@@ -197,15 +230,23 @@ def _read_pickles(file: IO[bytes]) -> tuple[Any, Callable[[str], bytes]]:
     return content, storages.__getitem__
 
 
-def _unwrap(content: object) -> tuple[dict[str, _Tensor], str]:
-    """Finds the network in what a training script saved; says what was taken and what left."""
+def _unwrap(content: object, known: dict[int, _Network | None]) -> _Network:
+    """Finds the network in what a training script saved; says what was taken and what left.
+
+    `known` are the networks in the dicts met so far, by their ids, or None: a file may put one dict
+    into many places, or into itself.
+    """
     if not isinstance(content, dict):
         raise ValueError("it holds no dict of tensors")
     found = {}
     for key, value in content.items():
         if isinstance(value, dict) and isinstance(key, str):  # an optimizer's keys are numbers
-            with contextlib.suppress(ValueError):
-                found[key] = _unwrap(value)
+            if id(value) not in known:
+                known[id(value)] = None
+                with contextlib.suppress(ValueError):
+                    known[id(value)] = _unwrap(value, known)
+            if network := known[id(value)]:
+                found[key] = network
     named = {name: tensor for name, tensor in content.items() if isinstance(tensor, _Tensor)}
     likely = [key for key in _WRAPPERS if key in found]
     if not likely and named:
@@ -214,22 +255,24 @@ def _unwrap(content: object) -> tuple[dict[str, _Tensor], str]:
         raise ValueError("it holds no dict of tensors")
     if not likely and len(found) > 1:
         raise InputError(
-            f"holds {len(found)} dicts of tensors, {', '.join(map(repr, found))}; save the one "
+            f"holds {len(found)} dicts of tensors, {_listed(found)}; save the one "
             f"that is meant in a file of its own."
         )
     key = likely[0] if likely else next(iter(found))
     tensors, within = found.pop(key)
     taken = f"{key!r} was taken" + f", and of it {within}" * bool(within)
-    return tensors, taken + f"; {', '.join(map(repr, found))} left out" * bool(found)
+    return tensors, taken + f"; {_listed(found)} left out" * bool(found)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Some names, cut: a file may have any number of any length."""
+    return ", ".join(map(reprlib.repr, itertools.islice(names, 4)))
 
 
 def _materialize(tensor: _Tensor, storage: bytes) -> np.ndarray:
     """The array, after checking that it lies within its storage."""
     (_, dtype), offset, shape, strides = tensor
     data = np.frombuffer(storage, _DTYPES[dtype])
-    numbers = (offset, *shape, *strides)
-    if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"a tensor has shape {shape}, strides {strides}, offset {offset}")
     if 0 in shape:
         return np.zeros(shape, data.dtype)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Features
-from cgd_jax.models.layers import Backbone, DropPath, LayerNorm, LayerScale, is_ampere
+from cgd_jax.models.layers import Backbone, LayerNorm, LayerScale, drop_path, is_ampere
 
 __all__ = ["ACTIVATIONS", "SIZES", "ViT", "ViTFamily", "fuse", "rename", "size_of", "timm_name"]
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
             y = branch(self.norm(name=f"norm{number}")(x))
             if self.layer_scale:
                 y = LayerScale(name=f"ls{number}")(y)
-            x = x + DropPath(self.drop_path, name=f"drop_path{number}")(y, self.train)
+            x = x + drop_path(y, self.drop_path, self.train, f"drop_path{number}")
         return x
 
 
@@ -142,45 +142,27 @@ class ViT(Backbone):
     """images [B, H, W, 3] → `Features`: patch tokens [B, H/p, W/p, C] and a pooled token [B, C].
 
     What H and W leave over behind the last whole patch is not seen.
-
-    Attributes:
-      width: C.
-      depth: blocks.
-      heads: of the attention.
-      published_patch: p of the published network, in pixels.
-      grid: side of the grid of learned positions. They are interpolated to other sizes, see
-        `positions`; 0 for rotary positions of queries and keys instead (`rotary`).
-      antialias: whether interpolation smooths where the grid becomes coarser.
-      class_token: whether there is one; without, the pooled token is that of `AttentionPool`.
-      registers: further tokens, which are left out at the end.
-      class_position: whether the class token has a learned position.
-      patch_bias: whether the projection of the patches has a bias.
-      norm_pre: whether there is a LayerNorm in front of the blocks.
-      layer_scale: whether every branch has a `LayerScale`.
-      key_bias: whether keys have a bias, as queries and values have.
-      activation: one of `ACTIVATIONS`.
-      epsilon: of the LayerNorms.
-      patch_size: p, 0 for the published one.
-      drop_path: probability with which training leaves a branch of the last block out; it
-        grows linearly from 0 at the first block.
     """
 
-    width: int
-    depth: int
-    heads: int
-    published_patch: int = 16
-    grid: int = 14
-    antialias: bool = False
-    class_token: bool = True
-    registers: int = 0
-    class_position: bool = True
-    patch_bias: bool = True
-    norm_pre: bool = False
-    layer_scale: bool = False
-    key_bias: bool = True
-    activation: str = "gelu"
-    epsilon: float = 1e-6
-    patch_size: int = 0
+    width: int  # C
+    depth: int  # blocks
+    heads: int  # of the attention
+    published_patch: int = 16  # p of the published network, in pixels
+    grid: int = (
+        14  # side of that of learned `positions`; 0: queries and keys are rotated (`rotary`)
+    )
+    antialias: bool = False  # whether positions are smoothed where the grid becomes coarser
+    class_token: bool = True  # without it the pooled token is that of `AttentionPool`
+    registers: int = 0  # further tokens, which are left out at the end
+    class_position: bool = True  # whether the class token has a learned position
+    patch_bias: bool = True  # whether the projection of the patches has one
+    norm_pre: bool = False  # whether there is a LayerNorm in front of the blocks
+    layer_scale: bool = False  # whether every branch has a `LayerScale`
+    key_bias: bool = True  # whether keys have one, as queries and values have
+    activation: str = "gelu"  # one of `ACTIVATIONS`
+    epsilon: float = 1e-6  # of the LayerNorms
+    patch_size: int = 0  # p, 0 for the published one
+    # Probability with which training leaves a branch of the last block out; linearly less below.
     drop_path: float = 0.0
 
     STEM = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
@@ -254,20 +236,11 @@ class ViT(Backbone):
 
 
 def positions(embedding: jax.Array, rows: int, columns: int, antialias: bool) -> jax.Array:
-    """Interpolates learned positions to another grid, as Hugging Face's networks do.
+    """Interpolates learned positions [g·g, C] to [rows·columns, C], as Hugging Face does.
 
-    That is torch's bicubic interpolation of the centers of the patches, which needs another
-    cubic (a = -0.5, not -0.75) where it is to be without aliasing. timm always interpolates
-    without aliasing; the networks that do so at Hugging Face are those with registers.
-
-    Args:
-      embedding: [g·g, C], row by row.
-      rows: of patches.
-      columns: likewise.
-      antialias: see above.
-
-    Returns:
-      [rows·columns, C] float32.
+    That is torch's bicubic interpolation of the centers of the patches, which needs another cubic
+    (a = -0.5, not -0.75) without aliasing. timm always interpolates without; at Hugging Face only
+    the networks with registers do.
     """
     side = round(len(embedding) ** 0.5)
     if (rows, columns) == (side, side):
@@ -299,17 +272,10 @@ def resampling(old: int, new: int, antialias: bool) -> np.ndarray:
 
 
 def rotary(rows: int, columns: int, size: int, base: float = 100.0) -> np.ndarray:
-    """Returns the angles by which DINOv3 rotates queries and keys.
+    """Returns the angles [rows·columns, size] by which DINOv3 rotates heads of `size` numbers.
 
-    Args:
-      rows: of patches.
-      columns: likewise.
-      size: H, of a head; a multiple of 4.
-      base: the shortest wave is so many times as fast as the longest one, about.
-
-    Returns:
-      [rows·columns, H] float32: for a quarter of the channels of the place along the height,
-      from -1 to 1, then along the width, then both again.
+    A quarter goes by the place along the height, from -1 to 1, one by that along the width, then
+    both again; the shortest wave is about `base` times as fast as the longest one.
     """
     axes = [2 * (np.arange(count) + 0.5) / count - 1 for count in (rows, columns)]
     places = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2, 1)
@@ -357,15 +323,9 @@ def rename(arrays: Mapping[str, np.ndarray], rules: Mapping[str, str | None]) ->
 
 
 def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -> dict:
-    """Replaces the tensors of several linear layers by those of one, their outputs joined.
+    """Replaces the tensors of linear layers, `parts` of a block, by those of one with all outputs.
 
-    Args:
-      arrays: by name, as torch has them: the first axis is that of the outputs.
-      parts: names of the layers within their block.
-      whole: that of the one layer.
-
-    Returns:
-      All arrays. Parts that are not complete stay as they are.
+    Parts that are not complete stay as they are.
     """
     fused = dict(arrays)
     for name in arrays:
@@ -376,11 +336,8 @@ def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -
     return fused
 
 
-def size_of(config: Mapping[str, Any]) -> str | None:
-    """Returns which of `SIZES` a config of Hugging Face describes, None if none of them.
-
-    Args:
-      config: what it leaves out is as in the base network.
-    """
-    wanted = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
-    return next((n for n, size in SIZES.items() if (size["width"], size["depth"]) == wanted), None)
+def size_of(config: Mapping[str, Any], default: str = "base") -> str | None:
+    """Returns which of `SIZES` a config of Hugging Face describes; it leaves out the default's."""
+    keys = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
+    wanted = {ours: config.get(theirs, SIZES[default][ours]) for ours, theirs in keys.items()}
+    return next((name for name, size in SIZES.items() if size == wanted), None)

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,28 @@ from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["NoSource", "declared_backbone", "declared_normalization", "find", "read"]
+__all__ = [
+    "NoSource",
+    "check_backbone",
+    "declared_backbone",
+    "declared_normalization",
+    "find",
+    "read",
+]
 
 PACKAGES = {source: package for family in FAMILIES for source, package in family.packages.items()}
-# Of a Hugging Face repository: its weights, and what declares mean and std, and as what.
-_PUBLISHED = ("model.safetensors", "pytorch_model.bin")
+# The weights of a Hugging Face repository, the first that there is; an index lists several files.
+_PUBLISHED = {
+    "model.safetensors": (),
+    "model.safetensors.index.json": ("model-*.safetensors",),
+    "pytorch_model.bin": (),
+    "pytorch_model.bin.index.json": ("pytorch_model-*.bin",),
+}
+# What declares mean and std there, and as what.
 _CONFIGS = {"config.json": ("mean", "std"), "preprocessor_config.json": ("image_mean", "image_std")}
 # All but the first two are of torch.save.
 _ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+_INDEX = ".index.json"
 
 
 class NoSource(InputError, FileNotFoundError):
@@ -32,14 +46,7 @@ class NoSource(InputError, FileNotFoundError):
 
 
 def find(source: str) -> Path:
-    """Returns the file of weights that a source names, downloaded if need be.
-
-    Args:
-      source: as for `pretrained.load`.
-
-    Raises:
-      NoSource: There is no such source, or it cannot be reached.
-    """
+    """Returns the file of weights that a source names, downloaded if need be; raises NoSource."""
     if source in PACKAGES:
         package, file = PACKAGES[source]
         spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -58,8 +65,8 @@ def find(source: str) -> Path:
             if (path / name).is_file():
                 return path / name
         raise NoSource(
-            f"{path} holds no weights: neither checkpoints/ of a run nor {' or '.join(_PUBLISHED)} "
-            f"of a published network. Pass the file itself if it is called otherwise."
+            f"{path} holds no weights: neither checkpoints/ of a run nor, of a published network, "
+            f"one of {', '.join(_PUBLISHED)}. Pass the file itself if it is called otherwise."
         )
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
     if repository is None or path.suffix in _ENDINGS:
@@ -87,13 +94,13 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
             f"pip install huggingface_hub. {by_hand}"
         ) from error
     try:
-        for weights in _PUBLISHED:
+        for weights, parts in _PUBLISHED.items():
             # Of the cache, if there is no network.
-            wanted = [*_CONFIGS, weights]
+            wanted = [*_CONFIGS, weights, *parts]
             folder = snapshot_download(repository, revision=revision, allow_patterns=wanted)
             if Path(folder, weights).is_file():
                 return Path(folder, weights)
-        reason = f"it holds neither {' nor '.join(_PUBLISHED)}."
+        reason = f"it holds none of {', '.join(_PUBLISHED)}."
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
     raise NoSource(
@@ -103,17 +110,17 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a .safetensors, .npz or torch file, without executing anything in it.
+    """Reads a .safetensors, .npz or torch file, or all that an index lists, executing nothing.
 
-    Returns:
-      Arrays by name; the metadata, which only .safetensors have.
-
-    Raises:
-      InputError: It is damaged, or no file of weights.
+    Returns arrays by name, and the metadata, which only .safetensors have. Raises InputError if it
+    is damaged, or no file of weights.
     """
+    if path.name.endswith(_INDEX):
+        return _read_listed(path), {}
     if path.suffix not in _ENDINGS:
         raise InputError(
-            f"{path} is no file of weights; its name must end in one of {', '.join(_ENDINGS)}."
+            f"{path} is no file of weights; its name must end in one of "
+            f"{', '.join((*_ENDINGS, _INDEX))}."
         )
     with open(path, "rb") as file:
         start = file.read(512)
@@ -128,18 +135,32 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 return arrays, opened.metadata() or {}
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
+                unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+                # Weights are like noise: what shrinks more than that is made to fill the memory.
+                if unpacked > 2**26 + 20 * path.stat().st_size:
+                    raise ValueError(f"it unpacks to {unpacked} bytes, which no weights would")
                 return dict(archive), {}
     except Exception as error:  # safetensors, zip, zlib and NumPy each have their own
         raise InputError(f"{path} is no readable {path.suffix} file: {error}.") from error
     return read_torch_file(path), {}
 
 
-def declared_normalization(folder: Path) -> Normalization | None:
-    """Returns what timm's or Hugging Face's config in a folder says of mean and std, if any.
+def _read_listed(index: Path) -> dict[str, np.ndarray]:
+    """Reads the files of a network too large for one, which lie beside their index."""
+    with _read_config(index) as content:
+        parts = sorted(set(content["weight_map"].values()))
+        if any(Path(part).name != part or Path(part).suffix not in _ENDINGS for part in parts):
+            raise ValueError("it lists what is no file of weights beside it")
+    arrays: dict[str, np.ndarray] = {}
+    for part in parts:
+        if not (index.parent / part).is_file():
+            raise NoSource(f"{index} lists {part}, which does not lie beside it; get it too.")
+        arrays |= read(index.parent / part)[0]
+    return arrays
 
-    Raises:
-      InputError: The config is damaged.
-    """
+
+def declared_normalization(folder: Path) -> Normalization | None:
+    """Returns what timm's or Hugging Face's config in a folder says of mean and std, if any."""
     for path, keys in ((folder / name, keys) for name, keys in _CONFIGS.items()):
         if path.exists():
             with _read_config(path) as content:
@@ -150,33 +171,51 @@ def declared_normalization(folder: Path) -> Normalization | None:
 
 
 def declared_backbone(source: str) -> str:
-    """Returns the name of the backbone whose weights a source has, as its config.json says.
+    """Returns the backbone whose weights a source has, or a run's folder, by its config.json.
 
-    Args:
-      source: as for `pretrained.load`, or the folder of a run; of a Hugging Face repository the
-        weights are downloaded with it.
-
-    Raises:
-      NoSource: There is no such source, it cannot be reached, or has no config.json.
-      InputError: The config is damaged, or of no backbone that is known here.
+    Raises NoSource if there is none, and InputError if it is damaged or of no network known here.
     """
     if source in PACKAGES:
         return source
     folder = Path(source).expanduser()
-    path = (folder if folder.is_dir() else find(source).parent) / "config.json"
-    if not path.exists():
+    name = _backbone_in(folder if folder.is_dir() else find(source).parent)
+    if name is None:
         raise NoSource(
             f"{source!r} has no config.json that says which backbone its weights are of; set "
             f"model.backbone to one of: {listed()}."
         )
-    with _read_config(path) as content:
-        name = content["model"]["backbone"] if "model" in content else published(content)
-        kind = content.get("architecture") or content.get("model_type") or "of no named kind"
-    if name is None:
+    return name
+
+
+def check_backbone(folder: Path, backbone: str, metadata: Mapping[str, str] | None = None) -> None:
+    """Raises InputError if the metadata of a file, or the config beside it, names another one."""
+    if metadata and "config" in metadata:  # of an exported network
+        found = json.loads(metadata["config"]).get("model", {}).get("backbone")
+    else:
+        found = _backbone_in(folder)
+    if found not in (None, backbone):
         raise InputError(
-            f"{source!r} is {kind} by its config.json, of a size or kind that is not known here. "
-            f"Known are: {listed()}."
+            f"The weights in {folder} are of a {found} by the config that goes with them, the "
+            f"network is a {backbone}; set model.backbone={found}."
         )
+
+
+def _backbone_in(folder: Path) -> str | None:
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    with _read_config(path) as content:
+        if "model" in content:  # of a run
+            return content["model"]["backbone"]
+        kind = content.get("architecture") or content.get("model_type")
+        if kind is None:
+            return None
+        try:
+            name, why = published(content), "of a size or kind that is not known here"
+        except InputError as error:
+            name, why = None, f"but {error}"
+    if name is None:
+        raise InputError(f"By {path} the weights are of {kind}, {why}. Known are: {listed()}.")
     return name
 
 

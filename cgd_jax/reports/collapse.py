@@ -7,8 +7,6 @@ network retrieves it owes to the classification loss.
 
 import numpy as np
 
-__all__ = ["warnings"]
-
 ROWS = 5  # of the history, the last ones, that are judged together
 NEAR_MARGIN = 0.05  # of the margin: how near the ranking loss is when it sits there
 ALL_ACTIVE = 0.95  # share of active triplets
@@ -23,16 +21,10 @@ REMEDIES = {
 
 
 def warnings(rows: list[dict[str, float]], margin: float | None, center: str) -> list[str]:
-    """Judges the end of a run.
+    """Returns a sentence with its remedy for each sign of a collapse at the end of a run.
 
-    Args:
-      rows: of the history; those that have "ranking_loss", "active_triplets" (a share) and
-        "mean_embedding_norm" count. Fewer than `ROWS` are not judged.
-      margin: of the ranking loss; None if it has none.
-      center: the config's `model.center`, for the remedy.
-
-    Returns:
-      A sentence for each sign of a collapse, with its remedy.
+    Rows of the history count that have "ranking_loss", "active_triplets" (a share) and
+    "mean_embedding_norm"; fewer than `ROWS` are not judged. `margin` is None if the loss has none.
     """
     found = []
     loss, active = _latest(rows, "ranking_loss"), _latest(rows, "active_triplets")

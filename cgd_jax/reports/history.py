@@ -23,13 +23,7 @@ class History:
         step: int,
         track: Callable[[int, dict[str, float]], object] = lambda step, values: None,
     ):
-        """Opens the history of a run.
-
-        Args:
-          folder: of the run; need not hold a history.
-          step: where the run goes on; later rows are dropped.
-          track: is given what is added as well, see `trackers.tracking`.
-        """
+        """Opens the history in a run's folder, without its rows later than `step`."""
         self.track = track
         self.path = folder / "history.csv"
         self.rows = [row for row in read_history(self.path) if row["step"] <= step]

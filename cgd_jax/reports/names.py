@@ -3,8 +3,6 @@
 import re
 import unicodedata
 
-__all__ = ["literal", "markdown", "shorten"]
-
 
 def literal(name: object) -> str:
     r"""Returns a name on one line: letters that cannot be seen become escapes, such as \n."""

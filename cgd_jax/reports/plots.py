@@ -33,6 +33,7 @@ _CONTRIBUTION = LinearSegmentedColormap.from_list(
 # Matplotlib takes each letter from the first of its fonts that has it. DejaVu comes with it; of
 # these, those that are installed have the letters of China, Japan and Korea, and more symbols.
 _FAMILIES = (
+    "DejaVu Sans",
     "Noto Sans CJK JP",
     "WenQuanYi Zen Hei",
     "Hiragino Sans",
@@ -46,20 +47,11 @@ _FAMILIES = (
 
 @contextlib.contextmanager
 def figure(path: str | Path, width: float, height: float, dpi: int = 120) -> Iterator[Figure]:
-    """Yields an empty figure, and writes it as a PNG at the end.
+    """Yields an empty figure, sized in inches, and writes it as a PNG at the end.
 
-    Texts in it are drawn as they are: a $ or a _ is no markup, and a letter that no font has is a
-    box.
-
-    Args:
-      path: of the PNG.
-      width, height: in inches.
-      dpi: pixels an inch.
+    Texts in it are drawn as they are: a $ or a _ is no markup; a letter that no font has is a box.
     """
-    families = [
-        "DejaVu Sans",
-        *(name for name in _FAMILIES if name in font_manager.get_font_names()),
-    ]
+    families = [name for name in _FAMILIES if name in font_manager.get_font_names()]
     with matplotlib.rc_context(
         {"text.parse_math": False, "text.usetex": False, "font.family": families}
     ):
@@ -76,12 +68,8 @@ def figure(path: str | Path, width: float, height: float, dpi: int = 120) -> Ite
 def figure_of(path: str | Path, image: Image.Image, heading: int = 0) -> Iterator[Figure]:
     """Yields a figure of an image, pixel by pixel, to write on, and writes it as a PNG at the end.
 
-    A hundred images on one canvas take no time, on axes of their own seconds.
-
-    Args:
-      path: of the PNG.
-      image: at the bottom of the figure.
-      heading: pixels of room above it.
+    A hundred images on one canvas take no time, on axes of their own seconds. `heading` is in
+    pixels.
     """
     dpi = 128  # a power of two: no size is rounded
     with figure(path, image.width / dpi, (image.height + heading) / dpi, dpi) as drawn:
@@ -108,15 +96,10 @@ def plot_curves(
     margin: float | None = None,
     classes: str = "test classes",
 ) -> None:
-    """Draws losses and Recall@K over the steps, and whether the embedding collapses.
+    """Draws losses and Recall@K over the steps, and signs of a collapse where rows have them.
 
-    Args:
-      path: of the PNG.
-      rows: of the history. Distances, active triplets, the norm of the mean embedding and
-        those of the gradients are drawn where rows have them.
-      baselines: name → {"recall@1": ...}; their R@1 become dashed lines.
-      margin: of the ranking loss, a dashed line; None if it has none.
-      classes: whose recall it is, see `tables.describe_classes`.
+    `baselines`, name → {"recall@1": ...}, and `margin` become dashed lines; `classes` says whose
+    recall it is, see `tables.describe_classes`.
     """
     has_signs = any(row.keys() & (_DISTANCES | _SHARES | _GRADIENTS).keys() for row in rows)
     with figure(path, 11, 7.4 if has_signs else 4) as drawn:
@@ -193,14 +176,9 @@ def plot_samples(
     columns: int,
     normalization: Normalization,
 ) -> None:
-    """Draws training images as the network sees them.
+    """Draws training images [B, S, S, 3], normalized float, as the network sees them.
 
-    Args:
-      path: of the PNG.
-      images: [B, S, S, 3] float, normalized.
-      names: of the images' classes; written above the first of several alike.
-      columns: images in a row.
-      normalization: what was done to the pixels.
+    The names of their classes stand above the first of several alike.
     """
     pixels = np.clip((images * normalization.std + normalization.mean) * 255, 0, 255)
     side, room, gap = min(max(images.shape[1], 64), 128), 16, 4
@@ -224,15 +202,8 @@ def plot_retrievals(
     """Draws queries with their nearest neighbours: green frames are right, red ones wrong.
 
     The first eight queries are drawn as they come; below them stand the next four whose first
-    neighbour is wrong.
-
-    Args:
-      path: of the PNG.
-      dataset: whose query and gallery images are drawn.
-      rows: [R] positions of queries, in random order.
-      nearest: [R, k] positions of their neighbours in the gallery (among the queries, if there
-        is none).
-      title: of the figure.
+    neighbour is wrong. `rows` [R] are positions of queries in random order, `nearest` [R, k] those
+    of their neighbours in the gallery (among the queries, if there is none).
     """
     gallery = dataset.query if dataset.gallery is None else dataset.gallery
     right = gallery.labels[nearest] == dataset.query.labels[rows, None]
@@ -266,15 +237,9 @@ def contact_sheet(tiles: Sequence[Image.Image], columns: int, gap: int) -> Image
 def plot_explanations(path: str | Path, rows: list[tuple], letters: str, title: str) -> None:
     """Draws pairs of images, and over them what each region contributes to their similarity.
 
-    Beside them stand the branches' shares. Both images of a pair have one scale, symmetric
-    around 0; where nothing is contributed, the overlay is transparent.
-
-    Args:
-      path: of the PNG.
-      rows: of each pair: images [2, S, S, 3] uint8 as the network sees them, their two
-        names, whether the match is right (None: unknown), an `attribution.Explanation`.
-      letters: the descriptor set.
-      title: of the figure.
+    Rows are images [2, S, S, 3] uint8 as the network sees them, their two names, whether the match
+    is right (None: unknown), an `attribution.Explanation`. Both images of a pair have one scale,
+    symmetric around 0, and beside them stand the branches' shares.
     """
     with figure(path, 12, 0.4 + 2.7 * len(rows), dpi=110) as drawn:
         drawn.suptitle(literal(title), fontsize=12)

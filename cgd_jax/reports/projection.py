@@ -20,8 +20,6 @@ from cgd_jax.reports.names import literal, shorten
 from cgd_jax.reports.tables import write_csv
 from cgd_jax.runtime import files
 
-__all__ = ["Sample", "draw_map", "project", "sample_test", "write_projector"]
-
 # The projector in the browser, and UMAP, grow slow with more images. TensorBoard shows up to 8,192
 # pixels a side, which this many thumbnails keep to.
 MOST = 10_000
@@ -42,14 +40,7 @@ class Sample(NamedTuple):
 def sample_test(
     embeddings: tuple[np.ndarray, np.ndarray | None], dataset: Dataset, seed: int, most: int = MOST
 ) -> Sample:
-    """Takes all test images, or as many at random as a person can look at.
-
-    Args:
-      embeddings: [N, D] of the queries, [G, D] of the gallery if there is one.
-      dataset: that was embedded.
-      seed: of the draw.
-      most: images in the sample.
-    """
+    """Takes all test images, or as many at random as a person can look at."""
     vectors = np.concatenate([x for x in embeddings if x is not None])
     splits = {"query": dataset.query, "gallery": dataset.gallery}
     named = {name: split for name, split in splits.items() if split is not None}
@@ -60,19 +51,7 @@ def sample_test(
 
 
 def project(vectors: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, str]:
-    """Puts vectors into the plane.
-
-    Args:
-      vectors: [N, D] float.
-      kind: "pca" or "umap".
-      seed: of UMAP, which begins at random.
-
-    Returns:
-      ([N, 2] float, a caption that says how).
-
-    Raises:
-      ImportError: "umap" without umap-learn.
-    """
+    """Puts vectors [N, D] into the plane by "pca" or "umap"; returns [N, 2] and how, a caption."""
     if kind == "umap":
         import umap  # pip install umap-learn; slow to import
 
@@ -90,18 +69,10 @@ def project(vectors: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, str]
 def draw_map(
     path: str | Path, points: np.ndarray, sample: Sample, dataset: Dataset, title: str, seed: int
 ) -> None:
-    """Draws images where they lie in the plane, on a grid: of those in one cell it draws one.
+    """Draws images where they lie in the plane [N, 2], on a grid: of those in one cell one.
 
     The classes with the most images have a color each, and precedence: else one would hardly see
-    them among thousands of others.
-
-    Args:
-      path: of the PNG.
-      points: [N, 2] float, of the sample's images; the second axis points up.
-      sample: from `sample_test`.
-      dataset: it was drawn from.
-      title: of the figure.
-      seed: of which classes are colored and which images are drawn.
+    them among thousands of others. The seed decides between equals.
     """
     order = np.random.default_rng(seed).permutation(len(points))
     classes, counts = np.unique(sample.labels, return_counts=True)
@@ -135,16 +106,9 @@ def draw_map(
 def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title: str) -> None:
     """Writes what `tensorboard --logdir=FOLDER` shows under PROJECTOR, over what was there.
 
-    tensorboardX's `add_embedding` is not used: it adds to the configuration whenever it is
-    called and holds the images as float64. The vectors are text because TensorBoard tries
-    that first; they can also be loaded at https://projector.tensorflow.org.
-
-    Args:
-      folder: of the TensorBoard run: projector_config.pbtxt goes there; vectors.tsv,
-        metadata.tsv and sprite.png into `projector` below it.
-      sample: from `sample_test`.
-      dataset: it was drawn from.
-      title: of the embedding.
+    tensorboardX's `add_embedding` adds to the configuration whenever it is called and holds images
+    as float64. The vectors are text because TensorBoard tries that first; they can also be loaded
+    at https://projector.tensorflow.org.
     """
     below = Path(folder, "projector")
     below.mkdir(parents=True, exist_ok=True)

@@ -12,17 +12,6 @@ from cgd_jax.data import Dataset
 from cgd_jax.reports.names import literal, markdown
 from cgd_jax.runtime import console, files
 
-__all__ = [
-    "complementarity_text",
-    "dataset_table",
-    "describe_classes",
-    "metric_name",
-    "metrics_table",
-    "run_table",
-    "table",
-    "write_csv",
-]
-
 
 def metric_name(key: str) -> str:
     """Returns how people write a metric: recall@1 is R@1."""
@@ -30,12 +19,7 @@ def metric_name(key: str) -> str:
 
 
 def describe_classes(tested: int, trained_on: int) -> str:
-    """Says whether a network had seen the classes that it is measured on.
-
-    Args:
-      tested: how many classes it is measured on.
-      trained_on: how many of those it was trained on.
-    """
+    """Says whether a network had seen the classes that it is measured on."""
     if not trained_on:
         return "classes never seen in training"
     if trained_on == tested:
@@ -44,13 +28,10 @@ def describe_classes(tested: int, trained_on: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple") -> str:
-    """Lays texts out in columns, the first one left-aligned and the others right-aligned.
+    """Lays texts out in columns, the first one of names and left-aligned.
 
-    Args:
-      header: of every column; names are shown as they are, whatever they contain.
-      rows: as long as the header; the first of each is a name too.
-      style: "simple" for a terminal, where columns that do not fit beside the others follow below
-        them, behind the first one again; "github" for Markdown.
+    Style "simple" is for a terminal, where columns that do not fit beside the others follow below
+    them, behind the first one again; "github" is Markdown.
     """
     show = markdown if style == "github" else literal
     header = [show(name) for name in header]
@@ -70,14 +51,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence], style: str = "simple"
 
 
 def write_csv(path: str | Path, rows: Sequence[dict], delimiter: str = ",") -> None:
-    """Writes rows with the columns that any of them has; cells that a row lacks stay empty.
-
-    >>> write_csv("classes.csv", [{"class": 7, "recall@1": 0.5}, {"class": 8}])
-    >>> print(open("classes.csv").read().strip())
-    class,recall@1
-    7,0.5
-    8,
-    """
+    """Writes rows with the columns that any of them has; cells that a row lacks stay empty."""
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, columns, delimiter=delimiter, lineterminator="\n")
@@ -102,13 +76,7 @@ def _parts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[in
 
 
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
-    """Shows Recall@K and MAP@R in per cent, one row for each way of embedding.
-
-    Args:
-      rows: name of the row → {"recall@1": between 0 and 1, ..., "map@r": ...}; what a
-        row lacks stays empty.
-      style: as for `table`.
-    """
+    """Shows Recall@K and MAP@R in per cent, one row for each way of embedding."""
     first = next(iter(rows.values()))
     keys = [key for key in first if key.startswith("recall@")] + ["map@r"]
     cells = [
@@ -137,12 +105,7 @@ def run_table(facts: dict[str, str]) -> str:
 
 
 def complementarity_text(found: dict, style: str = "simple") -> str:
-    """Shows what `complementarity.measure` found, in three tables with a sentence each.
-
-    Args:
-      found: its dict.
-      style: as for `table`.
-    """
+    """Shows what `complementarity.measure` found, in three tables with a sentence each."""
     queries, best, gain = found["queries"], found["best_branch"], found["gain"]
     shares = {f"branch {name}": share for name, share in found["branches"].items()}
     shares |= {"combined": found["combined"], "at least one branch": found["any_branch"]}

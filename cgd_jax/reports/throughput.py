@@ -17,14 +17,7 @@ class Meter:
     """Measures how fast training is, over the steps since it was last read."""
 
     def __init__(self, images: int, flops: float, peak: float, started: float = float("nan")):
-        """Starts the clock.
-
-        Args:
-          images: of a step.
-          flops: floating-point operations of a step; nan if not known.
-          peak: FLOP/s of all devices; nan if not known.
-          started: when the program started, in seconds since the epoch.
-        """
+        """Starts the clock; FLOPs of a step, and FLOP/s of all devices, are nan if not known."""
         self.started = started
         self.images, self.flops, self.peak = images, flops, peak
         self.restart()
@@ -66,10 +59,7 @@ class Meter:
 def flops_per_image(
     model: CGD, variables: dict, normalization: Normalization, image_size: int
 ) -> float:
-    """Counts the floating-point operations of a forward pass, as the compiler does; or nan.
-
-    The compiler of the CPU, since that of a GPU does not tell.
-    """
+    """Counts the FLOPs of a forward pass as the CPU's compiler does: a GPU's does not; or nan."""
 
     def embed(variables, images):
         return model.apply(variables, normalize(images, normalization)).embedding
@@ -103,11 +93,7 @@ _PEAKS = {
 
 
 def peak_flops(dtype: str) -> float:
-    """Returns what all devices could compute together, in FLOP/s; nan if that is not known.
-
-    Args:
-      dtype: of the computation, as a config has it; only 16 bits are known here.
-    """
+    """Returns the FLOP/s of all devices together for a 16-bit dtype; nan where it is not known."""
     kind = jax.devices()[0].device_kind
     names = [name for name in _PEAKS if kind.startswith(name)]
     if not names or compute_dtype(dtype).itemsize != 2:

@@ -136,7 +136,9 @@ def torch_code(network: "Network") -> str | None:
 def _resnet(model: Mapping[str, Any]) -> str:
     """Returns the function `backbone` for a ResNet of any width, stem and stride."""
     network = resnet.BACKBONES[model["backbone"]].keywords
-    stages = list(zip(network["stage_sizes"], (1, 2, 2, model["last_stride"]), strict=True))
+    options = {key: model[key] for key in ("last_stride", "stride_removed")}
+    strides = resnet.BACKBONES[model["backbone"]](**options).stage_strides
+    stages = list(zip(network["stage_sizes"], strides, strict=True))
     code = _RESNET.replace("STEM_STRIDE", str(model["stem_stride"])).replace("STAGES", str(stages))
     pool = "    x = F.max_pool2d(x, 3, 2, 1)\n" if model["stem"] == "7x7" else ""
     code = code.replace("    MAX_POOL\n", pool)

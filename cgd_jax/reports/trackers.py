@@ -16,8 +16,6 @@ from flax.traverse_util import flatten_dict
 from cgd_jax.runtime import console, files, processes
 from cgd_jax.runtime.errors import ConfigError
 
-__all__ = ["TRACKERS", "tracking"]
-
 log = logging.getLogger(__name__)
 
 Track = Callable[[int, dict[str, float]], object]
@@ -57,18 +55,10 @@ TRACKERS = {"wandb": _wandb, "mlflow": _mlflow}
 
 @contextlib.contextmanager
 def tracking(tracker: str, folder: Path, config: dict) -> Iterator[Track]:
-    """Opens the run of a tracker, or goes on with it.
+    """Opens the run of a tracker, or goes on with it; yields what logs the values of a step.
 
-    Args:
-      tracker: a name in `TRACKERS`, or "" for none.
-      folder: of the run; tracker.json in it keeps by what name the tracker knows the run.
-      config: of the run, nested.
-
-    Yields:
-      A function that logs the values of a step. Training goes on if it fails.
-
-    Raises:
-      ConfigError: The tracker does not take the run: nobody has logged in, for example.
+    tracker.json in the run's folder keeps by what name the tracker knows it. Training goes on if
+    logging fails. Raises ConfigError if the tracker does not take the run.
     """
     if not tracker or not processes.is_first():
         yield lambda step, values: None

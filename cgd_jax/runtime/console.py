@@ -111,12 +111,8 @@ def progress(
 ) -> Iterator[tqdm]:
     """Yields a progress bar, which goes when it is done; without a terminal, log lines.
 
-    Args:
-      total: number of units of work; 0 if it is not known.
-      what: is being done, such as "resizing images".
-      unit: name of one unit; "B" counts bytes in kB, MB and GB.
-      log_every: seconds between two log lines; None for none.
-      initial: units that were done before.
+    `total` is 0 if it is not known; the unit "B" counts bytes in kB, MB and GB; `log_every` is in
+    seconds, None for no lines.
     """
     options: dict[str, Any]
     options = {"total": total or None, "desc": what, "initial": initial}

@@ -5,10 +5,13 @@ import io
 import json
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cgd_jax.runtime.console import quantity
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,7 +24,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields where to write a file; it gets the name `path` when the block ends without an error.
 
     A reader sees the old file or the new one, never half of it, whoever else writes it too.
-    The path to write to lies in the same folder and has the same suffix.
     """
     path = Path(path)
     part = path.with_name(f"incomplete.{uuid.uuid4().hex[:12]}{path.suffix}")
@@ -50,14 +52,24 @@ def write_picture(path: str | Path, picture: "Image.Image") -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def read_regular(path: str | os.PathLike, most: int = 1 << 30, head: int | None = None) -> bytes:
+    """Reads a file, or its first `head` bytes.
+
+    Raises ValueError for what is too large and for pipes and devices, which may never end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a file")
+    if head is None and status.st_size > most:
+        raise ValueError(f"larger than {quantity(most, 'B')}")
+    with open(path, "rb") as file:
+        return file.read(status.st_size if head is None else head)
+
+
 def describe_impostor(data: bytes) -> str | None:
-    """Names what often lies under the name of a picture, an archive or a file of weights.
+    """Names what often lies under the name of an image, an archive or a file of weights.
 
-    Args:
-      data: the file, or its first 512 bytes.
-
-    Returns:
-      "a Git LFS pointer (...)" or "an HTML page (...)", with what to do; None for neither.
+    That is a Git LFS pointer or a page of HTML, by the first 512 bytes; None for neither.
     """
     if data.startswith(b"version https://git-lfs.github.com/"):
         return "a Git LFS pointer (run `git lfs pull` where the file came from)"

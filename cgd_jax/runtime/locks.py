@@ -14,20 +14,11 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Lets one process (or thread) at a time into the block.
+    """Lets one process (or thread) at a time into the block; the lock file stays.
 
-    The operating system drops the lock when its holder dies, so no folder stays locked. The
-    lock saves double work; what keeps files whole is `replacing`.
-
-    Args:
-      path: of the lock file, which is made if it is not there and stays.
-      wait: whether to wait for the holder.
-
-    Yields:
-      Whether the file system has locks. Without them everybody goes in at once.
-
-    Raises:
-      BlockingIOError: somebody else holds the lock and `wait` is False.
+    The system drops the lock when its holder dies. It saves double work; what keeps files whole is
+    `replacing`. Yields whether the file system has locks: without, everybody goes in at once.
+    Raises BlockingIOError if somebody holds it and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -12,18 +12,12 @@ _ARENA_MAX = (-8, 1)  # of which all threads share one, since the others are giv
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library keep what is freed; call it before JAX starts its threads.
+    """Makes the C library keep what is freed, before JAX starts its threads; returns if it does.
 
-    XLA frees the temporary memory of a program when it has run, glibc gives large blocks back,
-    and the next step takes them again page by page: on a CPU that is more than a quarter of a
-    training step's time, and all of it in the kernel (`benchmarks/allocation.py`).
-
-    Nothing is done where JAX may use an accelerator, whose programs have their memory on the
-    device, and whose hosts have so many cores that one heap would be in demand; nor where the
-    C library is not glibc.
-
-    Returns:
-      Whether it was done.
+    XLA frees the temporary memory of a program when it has run, glibc gives large blocks back, and
+    the next step takes them again page by page: on a CPU that is more than a quarter of a training
+    step's time (`benchmarks/allocation.py`). An accelerator's programs have their memory on the
+    device, and its hosts so many cores that one heap would be in demand.
     """
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if plugins or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
@@ -35,9 +29,5 @@ def keep_freed_memory() -> bool:
 
 
 def collect_garbage_rarely() -> None:
-    """Lets Python look for cycles among objects after 50,000 new ones instead of 700 or 2,000.
-
-    Importing JAX and tracing a network make hundreds of thousands of objects that stay; looking
-    through them again and again takes a sixth of the time of a start.
-    """
+    """Lets Python look for cycles after 50,000 new objects: importing JAX makes many that stay."""
     gc.set_threshold(50_000)

@@ -2,20 +2,9 @@
 
 import importlib.util
 
-__all__ = ["missing", "require"]
-
 
 def require(what: str, extra: str, *modules: str) -> None:
-    """Checks that packages are installed, before anything imports them.
-
-    Args:
-      what: needs them.
-      extra: of this project's pyproject.toml, which brings them.
-      modules: as they are imported.
-
-    Raises:
-      ModuleNotFoundError: Names the first that is missing, and the extra.
-    """
+    """Raises ModuleNotFoundError with the first of some modules that is missing, and its extra."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise missing(what, extra, module)

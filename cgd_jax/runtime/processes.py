@@ -15,45 +15,22 @@ from jax.experimental import multihost_utils
 
 from cgd_jax.runtime.errors import UserError
 
-__all__ = [
-    "NotFound",
-    "is_first",
-    "local_mesh",
-    "local_rows",
-    "merge_rows",
-    "report_folder",
-    "share_of_rows",
-    "start",
-    "stop_together",
-    "to_host",
-    "wait_for_all",
-]
-
-
-class NotFound(UserError):
-    """The processes did not find each other."""
-
 
 def start(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
     """Joins this process to the others, before anything else is done with JAX.
 
-    Args:
-      coordinator: address:port of the first process; None where the environment says so
-        itself (SLURM, Open MPI, Cloud TPU).
-      processes: how many there are; None likewise.
-      process: which of them this is, from 0; None likewise.
-
-    Raises:
-      NotFound: They do not find each other.
+    The first one's address:port, the number of processes and which of them this is are None where
+    the environment says so itself (SLURM, Open MPI, Cloud TPU). Raises UserError
+    if they do not find each other.
     """
     # For CPUs; other devices have their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
-        raise NotFound(
+        raise UserError(
             f"The processes did not find each other: {' '.join(str(error).split())} Where neither "
             f"SLURM nor a TPU pod says who takes part, give every process --coordinator=HOST:PORT "
             f"(of the first one), --num_processes= and its own --process_id=."
@@ -81,14 +58,9 @@ def wait_for_all(where: str) -> None:
 def stop_together(sharding: jax.sharding.NamedSharding) -> Callable[[bool], bool]:
     """Makes a function by which all processes leave a loop in the same round.
 
-    Args:
-      sharding: divides the first axis over all devices.
-
-    Returns:
-      A function to call once a round in every process, with whether this one wants to stop.
-      It returns whether any process wanted to in the round before: that answer was computed
-      along with the round, so no device waits for it. With a single process it returns its
-      argument.
+    It is called once a round in every process, with whether this one wants to stop, and returns
+    whether any wanted to in the round before: that answer was computed along with the round, so no
+    device waits for it. With a single process it returns its argument.
     """
     if jax.process_count() == 1:
         return bool
@@ -113,14 +85,9 @@ def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 
 
 def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> slice:
-    """Returns which rows of an embarrassingly parallel job this process works on.
+    """Returns which of many rows to work on this process has: every n-th of n processes'.
 
-    Args:
-      mesh: whose processes share the work.
-      rows: how many there are.
-
-    Returns:
-      Every n-th row for n processes; all rows if there are fewer of them than processes.
+    All of them if there are fewer rows than processes.
     """
     sharing = _processes_of(mesh)
     if rows < len(sharing):
@@ -129,14 +96,9 @@ def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> slice:
 
 
 def merge_rows(array: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Joins what the processes of a mesh computed, each for its own rows.
+    """Joins [N, ...], of 32 or 64 bits, that the processes of a mesh computed, each its own rows.
 
-    Args:
-      array: [N, ...], of 32 or 64 bits; rows of other processes hold the dtype's least value.
-      mesh: whose processes share the work.
-
-    Returns:
-      The elementwise maximum over the processes, on the host of each.
+    Rows of other processes hold the dtype's least value: it is the maximum.
     """
     if len(_processes_of(mesh)) == 1:
         return array
@@ -151,15 +113,7 @@ def _processes_of(mesh: jax.sharding.Mesh) -> list[int]:
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:
-    """Returns which rows of a global batch this process provides.
-
-    Args:
-      sharding: divides the first axis.
-      batch: rows in all.
-
-    Returns:
-      Positions in ascending order, as `jax.make_array_from_process_local_data` takes them.
-    """
+    """Returns which rows of a global batch this process provides, in ascending order."""
     indices = sharding.addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices]))
 

@@ -17,8 +17,6 @@ from cgd_jax.reports import plots
 from cgd_jax.reports.names import shorten
 from cgd_jax.reports.tables import metric_name, table
 
-__all__ = ["Comparison", "compare", "comparison_table", "mean_interval", "plot"]
-
 Rows = list[dict[str, str]]
 
 # Columns whose means stand beside the metrics, their titles and formats. Near a mean norm of 1
@@ -45,10 +43,7 @@ class Comparison(NamedTuple):
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Returns the mean of some numbers, and half of its 95 % interval by Student's t.
-
-    The mean of none is nan, and so is half the interval of fewer than two.
-    """
+    """Returns a mean and half of its 95 % interval by Student's t; nan if there are too few."""
     values = np.asarray(list(values), np.float64)
     if len(values) < 2:
         return (float(values[0]) if len(values) else float("nan")), float("nan")
@@ -56,15 +51,9 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def compare(rows: Rows, column: str, reference: str) -> dict[str, Comparison]:
-    """Works out means with intervals, and differences to one variant paired by seed.
+    """Returns variant → means with intervals of a column, and differences paired by seed.
 
-    Args:
-      rows: with variant, seed and what is compared; cells may be empty.
-      column: what is compared.
-      reference: the variant that the others are compared with; its own difference is nan.
-
-    Returns:
-      variant → its comparison, in the order of the rows.
+    The difference of the reference to itself is nan; cells may be empty.
     """
     measured: dict[str, dict[str, float]] = {}  # variant → seed → value
     for row in rows:
@@ -84,8 +73,7 @@ def compare(rows: Rows, column: str, reference: str) -> dict[str, Comparison]:
 def comparison_table(rows: Rows, reference: str, style: str = "simple") -> str:
     """Shows Recall@K and MAP@R of every variant in per cent, and differences of R@1.
 
-    A star marks a difference whose 95 % interval excludes zero. Arguments are those of `compare`
-    and `tables.table`.
+    A star marks a difference whose 95 % interval excludes zero.
     """
     compared = {
         name: compare(rows, name, reference)

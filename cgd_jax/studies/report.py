@@ -13,8 +13,6 @@ from cgd_jax.runtime import files
 from cgd_jax.studies.comparison import Rows, compare, comparison_table, plot
 from cgd_jax.studies.study import Run, Study
 
-__all__ = ["measured", "report_text", "write_report"]
-
 # Fewer seeds leave next to nothing to judge the noise by.
 FEW_SEEDS = 3
 
@@ -22,8 +20,7 @@ FEW_SEEDS = 3
 def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     """Writes NAME.csv with the values of what is finished; from these NAME.md and NAME.png.
 
-    Returns:
-      The table of the embeddings for the terminal; "" if nothing is finished.
+    Returns the table of the embeddings for the terminal; "" if nothing is finished.
     """
     values = [row for run in runs if run.finished() for row in measured(run)]
     if not values:
@@ -41,10 +38,7 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
 
 
 def measured(run: Run) -> list[dict]:
-    """Returns a row for every vector that was measured, metrics as shares between 0 and 1.
-
-    That of the embedding comes first, and has its geometry too, see `geometry.describe_set`.
-    """
+    """Returns a row for every vector that was measured, the embedding's first."""
     result = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
     config = run.config
     # The steps alone, without compiling and evaluating.
@@ -69,13 +63,7 @@ def measured(run: Run) -> list[dict]:
 
 
 def report_text(study: Study, runs: list[Run], rows: Rows) -> str:
-    """Returns the report as Markdown.
-
-    Args:
-      study: from `load`.
-      runs: of the study, finished or not.
-      rows: of NAME.csv.
-    """
+    """Returns the report as Markdown."""
     config = runs[0].config
     seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in runs)))
     finished = len({(row["variant"], row["seed"]) for row in rows})

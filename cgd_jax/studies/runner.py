@@ -18,8 +18,6 @@ from cgd_jax.runtime.errors import UserError
 from cgd_jax.studies.report import measured, write_report
 from cgd_jax.studies.study import Run, Study
 
-__all__ = ["run_study"]
-
 
 def run_study(
     study: Study,
@@ -29,24 +27,11 @@ def run_study(
     jobs: int = 1,
     dry_run: bool = False,
 ) -> None:
-    """Trains what is not trained yet, and writes the comparison.
+    """Trains what is not trained yet, each run in a folder of `workdir`, and writes the comparison.
 
-    `workdir` then holds a folder a run, and for the study NAME.md, NAME.csv and NAME.png,
-    brought up to date after every run. Several studies of the same config may share it.
-
-    Args:
-      study: from `load`.
-      runs: from `plan`.
-      command: that trains the base config; a run's own flags are added to it.
-      workdir: the folder of all runs.
-      jobs: how many runs are trained at a time. On a CPU they share it; an accelerator has
-        memory for one.
-      dry_run: only prints the commands of the runs that are not finished, for example to start
-        each on a device of its own.
-
-    Raises:
-      UserError: runs failed, which are named; the others were trained.
-      SystemExit: with the status `interrupts.EXIT_TEMPFAIL`, when SIGINT or SIGTERM ended it.
+    `command` trains the base config; a run's own flags are added. On a CPU `jobs` runs share it; an
+    accelerator has memory for one. `dry_run` only prints the commands, for example to start each on
+    a device of its own. Raises UserError with the runs that failed, SystemExit after a signal.
     """
     jax.config.update("jax_platforms", "cpu")  # the devices are for the runs
     waiting = [run for run in runs if not run.finished()]
@@ -75,10 +60,7 @@ def command_of(run: Run, command: list[str]) -> list[str]:
 def train_all(
     waiting: list[Run], command: list[str], jobs: int, finished: Callable[[], object]
 ) -> list[str]:
-    """Trains runs, as many at a time as there are jobs; see `run_study`.
-
-    Calls `finished` after each that ended well, and returns a line about each that failed.
-    """
+    """Trains runs, `jobs` at a time, and calls `finished` after each; returns a line a failure."""
     failed, started = [], time.time()
     with interrupts.stop_signals() as stopped_by, ThreadPoolExecutor(jobs) as pool:
         try:
@@ -108,13 +90,7 @@ def train_all(
 def train(run: Run, command: list[str], stopped_by: list[int]) -> int | None:
     """Trains a run in a process, which is sent whatever signals come; log.txt has what it prints.
 
-    Args:
-      run: to be trained.
-      command: see `run_study`.
-      stopped_by: signals, to which more are appended; with any at the start nothing is trained.
-
-    Returns:
-      The exit status; None without a training.
+    Returns the exit status; None if a signal had come before.
     """
     if stopped_by:
         return None

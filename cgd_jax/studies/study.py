@@ -15,8 +15,6 @@ from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.workdir import check_workdir
 
-__all__ = ["Run", "Study", "load", "plan", "with_base_config"]
-
 FOLDER = config_files.FOLDER / "studies"
 
 # Recall is taken at the last step, not at the step where the test classes liked it best:
@@ -55,15 +53,7 @@ class Run(NamedTuple):
 
 
 def load(name: str) -> Study:
-    """Reads a study.
-
-    Args:
-      name: of a file in configs/studies without its .py, or the path of a file; its CONFIG is
-        found as --config is.
-
-    Raises:
-      ConfigError: there is none, or it is not as it should be.
-    """
+    """Reads a study by the path of a file, or its name in configs/studies without .py."""
     path = config_files.find(name, FOLDER)
     if path is None:
         raise ConfigError(
@@ -90,11 +80,7 @@ def load(name: str) -> Study:
 
 
 def with_base_config(argv: list[str]) -> list[str]:
-    """Adds --config of a study to a command line that has --study, but no --config.
-
-    Raises:
-      ConfigError: there is no such study.
-    """
+    """Adds --config of a study to a command line that has --study, but no --config."""
     lines = "\n".join(argv[1:])  # --flag=value, or value on the next line
     study = re.search(r"^--?study[=\n](.*)", lines, re.MULTILINE)
     if not study or re.search(r"^--?config[=\n]", lines, re.MULTILINE):
@@ -112,16 +98,8 @@ def plan(
 ) -> list[Run]:
     """Returns all runs of a study, every seed of all variants before the next one.
 
-    Args:
-      study: from `load`.
-      config: the base, with what the command line gave.
-      given: what the command line gave: path of a config key → value.
-      workdir: the runs are folders in it.
-      variants: names of the ones to run, in this order; None for all.
-      seeds: None for the study's.
-
-    Raises:
-      ConfigError: a run that could not be trained, or whose folder holds another one.
+    `given` are the config keys of the command line. Raises ConfigError for a run that could not be
+    trained, or whose folder holds another one.
     """
     chosen = list(study.variants) if variants is None else variants
     if study.reference not in chosen or not set(chosen) <= study.variants.keys():
@@ -141,11 +119,7 @@ def plan(
 
 
 def run_of(study: Study, variant: str, seed: int, config: ConfigDict, workdir: str) -> Run:
-    """Returns one run; arguments as for `plan`.
-
-    Its folder is called after what it changes in the base config, so that studies with the same
-    work folder share the runs that they have in common.
-    """
+    """Returns one run; studies share those whose folders, named after the changes, are alike."""
     config = config.copy_and_resolve_references()
     base, changes = flatten_dict(config.to_dict(), sep="."), study.variants[variant]
     overrides = FIXED | {"train.eval_every": config.train.steps} | changes | {"seed": seed}

@@ -87,7 +87,15 @@ def shufflenet_map(model, x):
     return nn.Sequential(*layers)(x)
 
 
+def narrow_efficientnet_lite():
+    return timm.models.efficientnet._gen_efficientnet_lite("efficientnet_lite0", 0.2, 0.2)
+
+
 NETWORKS = {
+    "efficientnet_lite0_timm": Network(
+        narrow_efficientnet_lite,
+        lambda model, x: (model.forward_features(x).permute(0, 2, 3, 1), None),
+    ),
     "shufflenet_v2_x1_0": Network(
         narrow_shufflenet,
         lambda model, x: (shufflenet_map(model, x).permute(0, 2, 3, 1), None),
@@ -131,6 +139,7 @@ NETWORKS = {
 
 # The networks that exported ones are for.
 EXPORTED = {
+    "efficientnet_lite0_timm": narrow_efficientnet_lite,
     "shufflenet_v2_x1_0": narrow_shufflenet,
     "bninception": narrow_bn_inception,
     "convnext_tiny": lambda: timm.create_model("convnext_tiny", depths=DEPTHS, dims=WIDTHS),

@@ -15,12 +15,14 @@ OPTIONS = {
         "widths": (4, 8, 12, 16, 20),
         "last_stride": 2,
     },
+    "efficientnet_lite0_timm": {"width": 0.2, "depth": 0.2, "last_stride": 2},
     "bninception": {"divisor": 16, "last_stride": 2},
     "clip_base_patch32_224": {**VIT, "grid": 5, "published_patch": 16},
     "siglip_base_patch16_224": {**VIT, "grid": 5},
 }
 # Of the images, in pixels: all positions are interpolated.
 SIZES = {
+    "efficientnet_lite0_timm": 45,
     "convnext_tiny": 64,
     "convnextv2_tiny": 64,
     "dinov2_small": 42,
