@@ -192,7 +192,8 @@ def measure(address: str, pid: int, clients: int, hostile: int, seconds: float) 
     failed = sum(status != 200 for status in statuses)
     print(
         f"{clients} clients, {hostile} hostile: {summary(times)}, "
-        f"{len(times) / seconds:.1f} queries/s, {cost:.0f} ms of the processor each"
+        f"{len(times) / seconds:.1f} queries/s, "
+        f"{cost:.0f} ms of the processor each"
     )
     print(f"{failed} failed; memory in MB: {' '.join(f'{m:.0f}' for m in memory)}")
 
