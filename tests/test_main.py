@@ -42,7 +42,7 @@ def run(*arguments):
     return process.returncode, output, errors
 
 
-def run_here(*arguments):
+def run_here(*arguments, folder=ROOT):
     """What `run` returns, from this process, in which JAX is imported and has compiled already.
 
     Log handlers and signal handlers are left as they were.
@@ -52,7 +52,7 @@ def run_here(*arguments):
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         with (
-            contextlib.chdir(ROOT),
+            contextlib.chdir(folder),
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
         ):

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 
 from cgd_jax import cli
 from cgd_jax.runtime import packages
+from tests.search_samples import folder_of_photographs, write_network
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -80,3 +81,28 @@ main()
     assert "cgd_jax.search needs the package pyarrow" in search and "cgd_jax[search]" in search
     assert run.returncode == 1 and "jax" not in run.stderr.partition("cgd_jax[")[0]
     assert run.stderr.startswith("error: The command line needs the package absl")
+
+
+def test_serve_explains_without_the_packages_that_train(tmp_path):
+    """What `serve` brings is enough for what `/about` offers: nothing draws, trains, reads TFDS."""
+    brought_by_train = requirements_of("train").keys() - requirements_of("serve").keys()
+    assert {"tensorflow-datasets", "orbax-checkpoint", "optax"} <= brought_by_train
+    write_network(tmp_path / "network")
+    photos = folder_of_photographs(tmp_path / "photos", 4)
+    code = f"""
+import sys
+absent = ("tensorflow_datasets", "orbax", "optax", "array_record", "tensorboardX", "matplotlib")
+sys.modules |= dict.fromkeys(absent)  # to import them is a ModuleNotFoundError
+from fastapi.testclient import TestClient
+from cgd_jax.search import Index, indexing
+from cgd_jax.serve.app import create_app
+import tests.tiny  # the backbone of the network
+indexing.update({str(tmp_path / "index")!r}, [{str(photos)!r}], {str(tmp_path / "network")!r})
+index = Index.open({str(tmp_path / "index")!r})
+client = TestClient(create_app(index), base_url="http://localhost")
+query, match = index.vectors()[0][:2]
+answer = client.get("/explanation", params=dict(query=query, match=match))
+print(client.get("/about").json()["explains"], answer.status_code)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.split()[-2:] == ["True", "200"], run.stderr

@@ -1,0 +1,83 @@
+"""Commands of the pages are run, from the pages' own text, with small things in place of large."""
+
+import itertools
+import re
+import shlex
+import shutil
+
+import pytest
+
+pytest.importorskip("lancedb", reason="lancedb is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+
+from cgd_jax import cli  # noqa: E402
+from cgd_jax.search import indexing  # noqa: E402
+from tests.search_samples import photograph, write_network  # noqa: E402
+from tests.test_docs import ROOT, TRUE_TODAY, commands  # noqa: E402
+from tests.test_main import run_here  # noqa: E402
+from tests.test_ways import TINY  # noqa: E402
+
+COMMANDS = sorted({text for page in TRUE_TODAY for text in commands(page.read_text("utf-8"))})
+
+NOT_RUN = {
+    "weights would be downloaded": r"=(timm|facebook)/|OWNER/NAME",
+    "a data set would be downloaded": r"=(auto|CARS|BIRDS|INSHOP|\S*Products\.zip|GroceryStore)",
+    "several processes, of which each waits for the others": r"--distributed|--coordinator",
+    "a service elsewhere": r"train\.tracker=|http://HOST|s3://",
+    "a file of one's own": r"--config=\w+\.py",
+}
+# What stands in for what the pages speak of, in a folder where the first words lie.
+STAND_INS = {
+    r"\b(PHOTOS|IMAGES|photos)\b": "images",
+    r"\bruns/(x|photos)\b": "runs/glyphs",
+    r"\bSTUDY\b": "descriptors",
+    r"--config=(configs/)?(glyphs|cub200|sop)(\.py)?(?=[:\s])": f"--config={ROOT}/tests/tiny.py",
+    r"(train\.steps|train\.eval_every)=\d+": r"\1=4",
+    r"memory_from=\d+": "memory_from=2",
+    r"--step=\d+": "--step=12",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(finished_run, tmp_path_factory):
+    """Where commands run: a finished run, images, and an index of them by a small network."""
+    folder = tmp_path_factory.mktemp("docs")
+    for label, i in itertools.product(range(8), range(4)):
+        photograph(folder / f"images/class {label}/{i}.png", seed=label)
+    for name in ("a.jpg", "b.jpg", "A.jpg", "B.jpg", "A.png", "B.png"):
+        photograph(folder / name, len(name))
+    network = str(write_network(folder / "network"))
+    indexing.update(str(folder / "runs/index"), [str(folder / "images")], network)
+    shutil.copytree(finished_run[1], folder / "runs/glyphs")
+    shutil.copytree(finished_run[1], folder / "evaluated")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", COMMANDS)
+def test_a_command_of_the_pages(text, folder, finished_run, monkeypatch):
+    for reason, pattern in NOT_RUN.items():
+        if re.search(pattern, text) and not re.search(r"study|--help", text):
+            pytest.skip(reason)
+    text = f"{text} "
+    for pattern, stand_in in STAND_INS.items():
+        text = re.sub(pattern, stand_in, text)
+    words = shlex.split(text, comments=True)
+    named = [word.removeprefix("--mode=") for word in words if word.startswith("--mode=")]
+    command = [*named, *(word for word in words[:1] if word in cli.COMMANDS), "train"][0]
+    if command == "study":
+        words += ["--dry_run"]
+    elif "tests/tiny.py" in text:  # as the finished run is, which is what it goes on with
+        words += ["--data.dir=" + finished_run[0].data.dir, "--model.backbone=resnet10"]
+        words += ["--eval.baselines=False"]
+        shutil.rmtree(folder / "runs/tiny", ignore_errors=True)
+        if command != "train":
+            shutil.copytree(folder / "evaluated", folder / "runs/tiny")
+    elif command in ("index", "search", "serve") and "--workdir" not in text:
+        words += ["--model=network"]
+    elif "image_folder" in text:
+        words += [f"--data.dir={folder}/data", *TINY, "--model.frozen_blocks=1"]
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)
+    status, output, errors = run_here(*words, folder=folder)
+    assert status == 0, errors
+    assert output
