@@ -76,6 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(where)
+            listener.listen()  # who comes before the server is there waits, and is not refused
         except BaseException:
             listener.close()
             raise
