@@ -30,11 +30,11 @@ NOT_RUN = {
 STAND_INS = {
     r"\b(PHOTOS|IMAGES|photos)\b": "images",
     r"\bruns/(x|photos)\b": "runs/glyphs",
-    r"\bSTUDY\b": "descriptors",
     r"--config=(configs/)?(glyphs|cub200|sop)(\.py)?(?=[:\s])": f"--config={ROOT}/tests/tiny.py",
     r"(train\.steps|train\.eval_every)=\d+": r"\1=4",
     r"memory_from=\d+": "memory_from=2",
     r"--step=\d+": "--step=12",
+    ":SMG": ":SMG --model.embedding_dim=12",
 }
 
 
@@ -43,7 +43,7 @@ def folder(finished_run, tmp_path_factory):
     """Where commands run: a finished run, images, and an index of them by a small network."""
     folder = tmp_path_factory.mktemp("docs")
     for label, i in itertools.product(range(8), range(4)):
-        photograph(folder / f"images/class {label}/{i}.png", seed=label)
+        photograph(folder / f"images/class {label}/{i}.png", seed=4 * label + i)
     for name in ("a.jpg", "b.jpg", "A.jpg", "B.jpg", "A.png", "B.png"):
         photograph(folder / name, len(name))
     network = str(write_network(folder / "network"))
@@ -60,8 +60,10 @@ def test_a_command_of_the_pages(text, folder, finished_run, monkeypatch):
         if re.search(pattern, text) and not re.search(r"study|--help", text):
             pytest.skip(reason)
     text = f"{text} "
-    for pattern, stand_in in STAND_INS.items():
-        text = re.sub(pattern, stand_in, text)
+    if "study" not in text:  # of which the plan is made, with the real config
+        for pattern, stand_in in STAND_INS.items():
+            text = re.sub(pattern, stand_in, text)
+    text = text.replace("STUDY", "descriptors")
     words = shlex.split(text, comments=True)
     named = [word.removeprefix("--mode=") for word in words if word.startswith("--mode=")]
     command = [*named, *(word for word in words[:1] if word in cli.COMMANDS), "train"][0]
