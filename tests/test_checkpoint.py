@@ -163,7 +163,7 @@ def test_no_flipped_bit_changes_weights_in_silence(tmp_path, caplog):
         try:
             weights, _, step = checkpoint.read_weights(tmp_path / "run")
         except ConfigError as error:  # the R@1, by which it is chosen
-            assert "The R@1 in" in str(error) and path.name == "metrics"
+            assert "The score in" in str(error) and path.name == "metrics"
         else:
             assert_same(weights["params"], saved[step].params)
             assert step == 7 or "Checkpoint 7 is damaged; 3 takes its place" in caplog.text
@@ -211,11 +211,11 @@ def test_a_damaged_recall_is_no_recall(tmp_path, caplog, content):
         for step in (3, 7):
             checkpoint.save(checkpoints, state_with(step, jnp.ones(2)), step / 10)
     (tmp_path / "checkpoints/3/metrics/metrics").write_bytes(content)
-    with pytest.raises(ConfigError, match="The R@1 in .*3/metrics/metrics is damaged"):
+    with pytest.raises(ConfigError, match="The score in .*3/metrics/metrics is damaged"):
         checkpoint.read_weights(tmp_path)
     with checkpoint.manager(tmp_path, keep=5) as checkpoints:
         assert checkpoints.best_step() == 7 and checkpoints.metrics(3) is None
-    assert "The R@1 of checkpoint 3 is damaged" in caplog.text
+    assert "The score of checkpoint 3 is damaged" in caplog.text
 
 
 def test_checkpoints_of_versions_without_digests_are_read(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Commands of the pages are run, from the pages' own text, with small things in place of large."""
 
+import gc
 import itertools
 import re
 import shlex
 import shutil
 
+import jax
 import pytest
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
@@ -51,6 +53,14 @@ def folder(finished_run, tmp_path_factory):
     shutil.copytree(finished_run[1], folder / "runs/glyphs")
     shutil.copytree(finished_run[1], folder / "evaluated")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_programs_of_other_commands():
+    """In one process they would add up to more memory than a machine has."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.mark.slow

@@ -240,7 +240,8 @@ def test_data_mode(data, tmp_path):
     assert status == 0, errors
     assert re.search(r"query +6 +24 +3 +4 +5 +0", output)
     # Twelve tiles of 64 pixels in a row, the three of a class side by side.
-    sheet = np.asarray(Image.open(tmp_path / "run" / "samples.png"), float)[4:-4, 4:].mean(0)
+    drawn = Image.open(tmp_path / "run" / "samples.png").convert("RGB")
+    sheet = np.asarray(drawn, float)[20:-4, 4:].mean(0)
     tiles = sheet.reshape(4, 3, 68, 3)[:, :, :64].mean(2)
     within = np.linalg.norm(tiles - tiles.mean(1, keepdims=True), axis=-1)
     between = np.linalg.norm(tiles.mean(1)[:, None] - tiles.mean(1), axis=-1)

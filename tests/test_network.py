@@ -103,11 +103,11 @@ def test_the_packaged_network(caplog, tmp_path):
 
 
 def test_published_weights_of_a_backbone(tmp_path):
-    backbone = BACKBONES["resnet10"]()
+    backbone = BACKBONES["resnet18"]()
     variables = random_variables(backbone, jnp.zeros((1, 64, 64, 3)))
-    arrays = pretrained.to_torchvision(variables, "resnet10")
-    pretrained.save(tmp_path / "resnet10-1a2b.safetensors", arrays, Normalization.of(0.5, 0.25))
-    network = cgd_jax.open(tmp_path / "resnet10-1a2b.safetensors")
+    arrays = pretrained.to_torchvision(variables, "resnet18")
+    pretrained.save(tmp_path / "resnet18-1a2b.safetensors", arrays, Normalization.of(0.5, 0.25))
+    network = cgd_jax.open(tmp_path / "resnet18-1a2b.safetensors")
     assert (network.vector, network.dimension) == ("descriptor_G", 512)
     same(network.normalization.std, [0.25] * 3)
     same(
@@ -119,11 +119,11 @@ def test_published_weights_of_a_backbone(tmp_path):
     save_file(arrays, tmp_path / "folder/model.safetensors")
     with pytest.raises(InputError, match="not the config of their network, as files of --mode=exp"):
         cgd_jax.open(tmp_path / "folder")
-    about = {"architecture": "resnet10", "mean": [0, 0, 0], "std": [1, 1, 1]}
+    about = {"architecture": "resnet18", "mean": [0, 0, 0], "std": [1, 1, 1]}
     (tmp_path / "folder/config.json").write_text(json.dumps(about))
     same(cgd_jax.open(tmp_path / "folder").normalization.std, [1, 1, 1])
-    (tmp_path / "folder/config.json").write_text(json.dumps(about | {"architecture": "resnet18"}))
-    with pytest.raises(ValueError, match="do not fit the network.*missing: layer1.1.bn1"):
+    (tmp_path / "folder/config.json").write_text(json.dumps(about | {"architecture": "resnet34"}))
+    with pytest.raises(ValueError, match="do not fit the network.*missing: layer1.2.bn1"):
         cgd_jax.open(tmp_path / "folder")
 
 
