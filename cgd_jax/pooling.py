@@ -71,7 +71,7 @@ def mac(features: jax.Array) -> jax.Array:
     [6.0]
     """
     _check_features(features)
-    return features.max((-3, -2))
+    return _maximum(features)
 
 
 def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = EPS) -> jax.Array:
@@ -146,7 +146,7 @@ def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
     for top, left, side in rmac_regions(height, width, levels):
         region = features[..., top : top + side, left : left + side, :]
         # In float32: the square of a half-precision maximum may overflow.
-        maximum = region.max((-3, -2)).astype(jnp.float32)
+        maximum = _maximum(region).astype(jnp.float32)
         squared_norm = jnp.sum(maximum**2, -1, keepdims=True)
         total += maximum * jax.lax.rsqrt(jnp.maximum(squared_norm, EPS))
     return total.astype(features.dtype)
@@ -206,3 +206,20 @@ POOLINGS = {"S": spoc, "M": mac, "G": gem, "R": rmac}
 # map, but a global descriptor that a network may have beside it.
 CLASS_TOKEN = "C"
 LETTERS = (*POOLINGS, CLASS_TOKEN)
+
+
+@jax.custom_jvp
+def _maximum(features: jax.Array) -> jax.Array:
+    """[..., H, W, C] → [..., C]; equal maxima share the gradient."""
+    return features.max((-3, -2))
+
+
+@_maximum.defjvp
+def _maximum_jvp(primals, tangents):
+    (features,), (tangent,) = primals, tangents
+    highest = features.max((-3, -2), keepdims=True)
+    found = (features == highest).astype(tangent.dtype)
+    # A compiler may compute the features twice, rounded otherwise, and then none is the highest:
+    # JAX's own derivative divides 0 by 0 there.
+    found /= jnp.maximum(found.sum((-3, -2), keepdims=True), 1)
+    return highest[..., 0, 0, :], jnp.sum(found * tangent, (-3, -2))

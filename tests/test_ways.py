@@ -116,15 +116,9 @@ def command(*words):
     return output
 
 
-# GeM, R-MAC and MAC together give a gradient that is not finite, where programs are compiled with
-# the flags of conftest.py; with XLA's own flags it is finite. Not understood yet.
-NOT_FINITE = pytest.mark.xfail(strict=False, reason="not finite with the test's compiler flags")
-
-
 def marks_of(number):
     """The first four rows, with every value but `ema_decay=0.9`, run every time."""
-    marks = [pytest.mark.slow] if number >= 4 else []
-    return marks + [NOT_FINITE] * (ROWS[number]["descriptors"] == "GRM")
+    return [pytest.mark.slow] if number >= 4 else []
 
 
 @pytest.mark.parametrize("number", [pytest.param(i, marks=marks_of(i)) for i in range(len(ROWS))])
