@@ -93,3 +93,17 @@ def test_a_command_of_the_pages(text, folder, finished_run, monkeypatch):
     status, output, errors = run_here(*words, folder=folder)
     assert status == 0, errors
     assert output
+
+
+def test_the_page_in_ten_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg", "photos/1.jpg", "photos/2.jpg"):
+        photograph(tmp_path / name, seed=len(name))
+    page = (ROOT / "docs/in_ten_lines.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    said = page.split("# [2, ")
+    assert names["vectors"].shape == (2, int(said[1].partition("]")[0]))
+    maps = names["network"].explain("a.jpg", "b.jpg").maps
+    assert f"{maps.shape[1]}, {maps.shape[2]}, {maps.shape[3]}" == said[2].partition("]")[0]
+    assert capsys.readouterr().out.count("photos") == 2
