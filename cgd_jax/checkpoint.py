@@ -212,7 +212,7 @@ def read_weights(workdir: str | Path, step: int | None = None) -> tuple[dict, No
 def _read_chosen(checkpoints: ocp.CheckpointManager, step: int | None, state=None):
     """Returns a step, and the fields saved of it; FileNotFoundError if it is not there.
 
-    Without a step it is the one with the best R@1, or the latest if none was evaluated; if that
+    Without a step it is that of the highest score, or the latest if none was evaluated; if that
     is damaged, the next best with a warning.
     """
     steps = sorted(checkpoints.all_steps(), reverse=True)

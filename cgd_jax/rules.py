@@ -142,7 +142,7 @@ RULES: dict[str, Rule] = {
     "eval.batch_size": at_least(1),
     "eval.ks": Rule(
         lambda ks: 1 in ks and _all_positive_integers(ks),
-        "must be positive whole numbers with 1 among them (the best checkpoint goes by R@1)",
+        "must be positive whole numbers with 1 among them (steps are compared by R@1)",
     ),
     "eval.matmul_precision": one_of(metrics.PRECISIONS),
     "eval.bootstrap": at_least(1),

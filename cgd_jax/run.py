@@ -200,7 +200,7 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
 
     Args:
       config: the `model` part of an experiment's config. `pretrained` is the folder of a run,
-        whose best checkpoint is taken, or what `pretrained.load` knows.
+        whose chosen checkpoint is taken, or what `pretrained.load` knows.
       state: from `create_state`.
 
     Returns:

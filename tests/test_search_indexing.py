@@ -367,3 +367,10 @@ def test_whitening_is_learned_and_applied(tmp_path):
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=5e-3)
     assert index.search(files[3], 1)[0].path == str(files[3])
     assert numbers(update(address, [photos], network)) == (0, 0, 0, 40, 0)
+
+
+def test_a_pipe_with_the_name_of_an_image_is_left_out(tmp_path):
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.png")
+    found = indexing._read((None, tmp_path / "a.png"), {}, 16)
+    assert found == "not a file"

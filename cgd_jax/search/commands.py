@@ -1,4 +1,4 @@
-"""What --mode=index and --mode=search do."""
+"""What the commands index and search do."""
 
 import time
 from collections.abc import Sequence

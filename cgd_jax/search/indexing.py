@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cgd_jax import rerank
+from cgd_jax.data.decode import read_file
 from cgd_jax.network import Network, open_network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import files, processes
@@ -211,7 +212,7 @@ def _read(
     """Reads a file: what `images.read` returns, or why not; None if the index has its content."""
     record, file = listed
     try:
-        data = file.read_bytes()
+        data = read_file(file)
         if record.id in known and images.hash_of(data) == known[record.id].hash:
             return None
         return images.read(data, side)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cgd_jax.data import archives
-from cgd_jax.data.decode import looks_like_image
+from cgd_jax.data.decode import looks_like_image, read_file
 from cgd_jax.data.images import Box
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime.errors import InputError
@@ -90,7 +90,7 @@ def ask(
 
     def read(path: Path) -> tuple[np.ndarray, dict[str, Any]] | str:
         try:
-            return images.read(path.read_bytes(), index.info.resize, crop)
+            return images.read(read_file(path), index.info.resize, crop)
         except (OSError, ValueError) as error:
             return images.reason_of(error)
 

@@ -141,6 +141,6 @@ def among(ids: Iterable[str]) -> str:
 def no_index(address: str) -> NoIndexError:
     """Returns the error for an index that is not there."""
     return NoIndexError(
-        f"--index={address}: there is no index. Make one first: --mode=index "
-        f"--images=PHOTOS --index={address}."
+        f"--index={address}: there is no index. Make one first: `cgd_jax index "
+        f"IMAGES --index={address}`."
     )
