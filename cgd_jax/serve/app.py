@@ -2,8 +2,8 @@
 
     app = create_app(Index.open("runs/index"))
 
-`connections.server_of` runs it, with limits to what clients may hoard. Files are never sent: images
-are shown as JPEGs that are made here.
+`connections.server_of` runs it, with limits to what clients may hoard. Images are shown as JPEGs
+that are made here; files are sent as they are only where paths are shown.
 """
 
 import mimetypes
@@ -14,7 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from cgd_jax.search import Index, StoreError
-from cgd_jax.serve import routes
+from cgd_jax.serve import browsing, describing, explaining, searching, showing
 from cgd_jax.serve.guard import Guard
 from cgd_jax.serve.service import Service
 
@@ -30,8 +30,9 @@ class Refusal(BaseModel):
 def create_app(index: Index, *, token: str | None = None, show_paths: bool = False) -> FastAPI:
     """Makes the application.
 
-    Without a token it answers everybody who reaches it under a name of this machine. With
-    `show_paths` its answers tell where images lie.
+    Without a token it answers everybody who reaches it under a name of this machine, and trusts
+    them with what `show_paths` grants others: where images lie, their files, and updates of the
+    index.
     """
     app = FastAPI(
         title="Image search",
@@ -45,10 +46,10 @@ def create_app(index: Index, *, token: str | None = None, show_paths: bool = Fal
         },
         exception_handlers={StoreError: _index_is_away},
     )
-    app.state.service = Service(index, show_paths)
+    app.state.service = Service(index, show_paths or token is None)
     app.add_middleware(Guard, token=token)
-    for router in (routes.searching, routes.showing, routes.explaining, routes.describing):
-        app.include_router(router)
+    for part in (searching, browsing, showing, explaining, describing):
+        app.include_router(part.router)
     mimetypes.add_type("text/javascript", ".js")  # Windows may have been told otherwise
     app.mount("/", StaticFiles(packages=[("cgd_jax.serve", "static")], html=True))
     return app

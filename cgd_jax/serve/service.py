@@ -5,27 +5,42 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 from fastapi import Depends, HTTPException, Request
+from pydantic import BaseModel, Field
 
 from cgd_jax.data.decode import MAX_PIXELS, decode, dimensions
 from cgd_jax.data.images import Box
-from cgd_jax.search import Index
+from cgd_jax.search import Hit, Index, collection
 from cgd_jax.search.images import as_jpeg, hash_of
 from cgd_jax.search.stores import Record
 from cgd_jax.serve import uploads
 from cgd_jax.serve.device import Decoder, Device, Threads
 from cgd_jax.serve.heat import Heat
+from cgd_jax.serve.updating import Updater
 
-__all__ = ["Served", "Service"]
+__all__ = ["Served", "Service", "Shown"]
 
 CAPACITY = 32  # searches at once; more are refused
 VECTORS = 1000  # of uploads that are remembered
 NO_IMAGE = "The index has no such image."
+LISTINGS = 4  # of filters and orders, that are remembered
 OLDEST = 60  # seconds that a count is believed where the database has no versions
+
+
+class Shown(BaseModel):
+    """An image of the index."""
+
+    id: str
+    name: str = Field(description="of its file")
+    folder: str = Field(description="below the one that holds all images")
+    label: str | None
+    path: str | None = Field(description="only if the server was told to show paths")
 
 
 class Service:
@@ -38,9 +53,16 @@ class Service:
         self.decoder = Decoder(MAX_PIXELS)
         # Not the device's thread: the first explanation compiles for long.
         self.heat, self.explainer = Heat(index), Threads(1, "explainer")
+        self.comparer, self.updater = Threads(1, "comparer"), Updater(index)
         self._gate = asyncio.Semaphore(CAPACITY)
         self._vectors: dict[tuple[str, str | None], np.ndarray] = {}  # of uploads, for their pages
-        self._labels = functools.lru_cache(1)(lambda state: index.labels())
+        self._labels = functools.lru_cache(1)(lambda version: index.labels())
+        self._listing = functools.lru_cache(LISTINGS)(
+            lambda version, *of: collection.listing(index, *of)
+        )
+        self._root = functools.lru_cache(1)(
+            lambda version: collection.root_of(self._listing(version, None, "newest"))
+        )
 
     def gate(self) -> asyncio.Semaphore:
         """Returns what lets in as many as can be served in good time; HTTPException 503."""
@@ -50,8 +72,35 @@ class Service:
 
     def labels(self) -> dict[str, int]:
         """Counts the images of every label."""
+        return self._labels(self._version())
+
+    def listing(self, where: str | None, order: str) -> pa.Table:
+        """Lists images as `collection.listing` does."""
+        return self._listing(self._version(), where, order)
+
+    def _version(self) -> float:
         version = self.index.store.version()
-        return self._labels(time.monotonic() // OLDEST if version is None else version)
+        return time.monotonic() // OLDEST if version is None else version
+
+    def folder(self, folder: str) -> str:
+        """Returns the path of a folder below the root, with a separator behind it."""
+        root = self._root(self._version())
+        if not folder:
+            return root
+        separator = "\\" if "\\" in root else "/"
+        return root + folder.replace("/", separator) + separator
+
+    def shown(self, images: Sequence[Hit | Record]) -> list[dict]:
+        """Returns the fields of `Shown` of images."""
+        root = self.folder("")
+        found = []
+        for image in images:
+            folder, name = collection.split(image.path, root)
+            path = image.path if self.show_paths else None
+            found.append(
+                {"id": image.id, "name": name, "folder": folder, "label": image.label, "path": path}
+            )
+        return found
 
     async def vector(self, id: str, crop: str | None) -> np.ndarray:
         """Returns the vector [D] of an image, or of a part of it."""
@@ -80,7 +129,7 @@ class Service:
         """Decodes an image, or a part of it, to what is embedded; in a thread of the decoder."""
         return self._decoded(id, crop, self.index.info.resize)[0]
 
-    def shown(self, id: str, side: int) -> bytes:
+    def drawn(self, id: str, side: int) -> bytes:
         """Returns an image as a JPEG whose longer side has at most `side` pixels; likewise."""
         square, height, width = self._decoded(id, None, side)
         return as_jpeg(square, width, height, side)
@@ -88,7 +137,11 @@ class Service:
     def _decoded(self, id: str, crop: str | None, side: int) -> tuple[np.ndarray, int, int]:
         """Decodes an image once: [side, side, 3], and the height and width of the whole."""
         upload = id.startswith(uploads.PREFIX)
-        data = self.uploads.get(id) if upload else file_of(self.record(id))
+        if upload:
+            data = self.uploads.get(id)
+        else:
+            record = self.record(id)
+            data = file_of(record) or record.thumbnail
         try:
             height, width = dimensions(data)
             box = box_of(crop, height, width)
@@ -130,12 +183,12 @@ def box_of(crop: str | None, height: int, width: int) -> Box | None:
     return x0, y0, x1, y1
 
 
-def file_of(record: Record) -> bytes:
-    """Returns the file of an indexed image, if it is still what was indexed; else its thumbnail."""
+def file_of(record: Record) -> bytes | None:
+    """Returns the file of an indexed image, if it is still what was indexed; else None."""
     path = Path(record.path)
     with contextlib.suppress(OSError, ValueError):
         if record.path and path.is_file() and path.stat().st_size == record.size:
             data = path.read_bytes()
             if hash_of(data) == record.hash:
                 return data
-    return record.thumbnail
+    return None

@@ -1,423 +1,222 @@
-// The page: what it shows follows from its address, ?id=...&crop=...&label=....
+// The page: shows what its address says, and comes back to it as it was.
 
-const PAGE = 40; // images a request
-const $ = (id) => document.getElementById(id);
-const root = document.documentElement;
+import { $, FILTERS, about, address, ask, calm, complain, copy, count, element, follow, go, key, pick, read, root, whenGone } from "./core.js";
+import * as duplicates from "./duplicates.js";
+import * as filters from "./filters.js";
+import * as grid from "./grid.js";
+import * as heat from "./heat.js";
+import * as query from "./query.js";
+import * as view from "./view.js";
 
-let about = { explains: false, max_bytes: Infinity };
-let shown = {}; // the query whose results are shown: id, crop, label
-let offset = 0;
-let latest = null; // the AbortController of the request that counts
+const BLOCK = 100; // images of the collection that are asked for at a time
+const KEPT = 20; // pages that Back finds as they were
+const kept = new Map(); // by the key of the history: what the grid held
+let wanted = {};
+let shown = null; // the address, but for what is only looked at
+let now = null; // the key of the history
+let inside = {}; // folders
 
-const read = () => Object.fromEntries(new URLSearchParams(location.search));
+const core = ({ view, why, ...rest }) => address(rest);
 
-function address(query) {
-  const given = Object.entries(query).filter(([, value]) => value);
-  const text = new URLSearchParams(given).toString();
-  return text ? `/?${text}` : "/";
+function leaving() {
+  kept.delete(now);
+  kept.set(now, { ...grid.contents(), status: $("status").textContent, folders: inside, top: scrollY });
+  if (kept.size > KEPT) kept.delete(kept.keys().next().value);
+  sessionStorage.setItem(`top ${now}`, scrollY);
 }
 
-async function ask(path, options) {
-  let response;
+async function show(answer) {
+  wanted = read();
+  now = key();
+  calm();
+  if (core(wanted) !== shown) await load(answer);
+  $("heat").checked = Boolean(wanted.why) && about.explains;
+  heat.on() ? heat.explain() : heat.remove();
+  $("legend").hidden = !heat.on() || !wanted.id;
+  look();
+}
+
+show.leaving = leaving;
+
+async function load(answer) {
+  const before = kept.get(key());
+  const mine = (shown = core(wanted));
+  root.classList.toggle("asked", Boolean(wanted.id));
+  query.stop();
+  query.present(wanted);
+  filters.present(wanted);
+  heat.begin(query.example().id, query.example().crop);
+  const asks = Boolean(wanted.id);
+  $("groups").hidden = !wanted.near;
+  $("ordering").hidden = asks || Boolean(wanted.near);
+  $("update").hidden = $("ordering").hidden || !about.files;
+  $("why").hidden = !asks || !about.explains;
+  $("near").ariaCurrent = wanted.near ? "page" : null;
+  follow($("near"), { ...pick(wanted, FILTERS), near: wanted.near ?? "0.94" });
+  $("order").value = wanted.order ?? "newest";
+  const place = wanted.folder?.split("/").at(-1) ?? "All images";
+  $("heading").textContent = asks ? "Most similar" : wanted.near ? "Near-duplicates" : place;
+  document.title = `${$("heading").textContent} · Image search`;
+  const source = asks ? results(wanted) : wanted.near ? empty : collection(wanted);
   try {
-    response = await fetch(path, options);
+    if (wanted.near) {
+      grid.fill(empty, { items: [], total: 0 }, BLOCK);
+      filters.folders(wanted);
+      $("status").textContent = "Comparing all with all…";
+      await duplicates.find(wanted);
+    } else {
+      const first = before ?? (await source.load(0, answer));
+      if (mine !== shown) return;
+      grid.fill(source, first, BLOCK);
+      filters.folders(wanted, (inside = first.folders));
+      $("status").textContent = first.status;
+      if (!first.total) nothing();
+    }
+    const top = before ? before.top : answer ? 0 : sessionStorage.getItem(`top ${key()}`) ?? 0;
+    scrollTo({ top });
+    if (asks) name();
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is it still running?");
-  }
-  if (response.ok) return response.json();
-  const text = await response.text();
-  let detail = text || response.statusText;
-  try {
-    const parsed = JSON.parse(text).detail;
-    detail = typeof parsed === "string" ? parsed : parsed.map((e) => e.msg).join(" ");
-  } catch { /* plain text */ }
-  throw new Error(detail);
-}
-
-function complain(error) {
-  if (error.name === "AbortError") return;
-  $("error").textContent = error.message;
-  $("error").hidden = false;
-}
-
-// Goes to a query, as if its link had been followed.
-function go(query, answer) {
-  history.pushState(null, "", address(query));
-  return show(query, answer);
-}
-
-// Shows a query, and what it found, which is asked for unless it is known.
-async function show(query, answer) {
-  latest?.abort();
-  root.classList.remove("busy");
-  root.classList.toggle("asked", Boolean(query.id));
-  $("error").hidden = true;
-  $("query").hidden = $("found").hidden = !query.id;
-  $("label").value = query.label || "";
-  if (query.id !== shown.id) {
-    $("image").removeAttribute("src");
-    if (query.id) $("image").src = `/image/${encodeURIComponent(query.id)}?size=large`;
-  }
-  shown = query;
-  drawBox(parseCrop(query.crop));
-  clearCanvas($("queryheat"));
-  scrollTo({ top: 0 });
-  if (!query.id) $("results").replaceChildren();
-  else if (answer) present(answer, 0);
-  else await search(0);
-}
-
-// Sends a request that replaces the one under way; undefined if it fails or is replaced.
-async function latestOf(path, options) {
-  latest?.abort();
-  const mine = (latest = new AbortController());
-  root.classList.add("busy");
-  $("error").hidden = true;
-  try {
-    return await ask(path, { method: "POST", signal: mine.signal, ...options });
-  } catch (error) {
-    complain(error);
-  } finally {
-    if (latest === mine) root.classList.remove("busy");
+    if (error.name === "AbortError" || mine !== shown) return;
+    grid.fill(empty, { items: [], total: 0 }, BLOCK);
+    $("status").textContent = "";
+    complain(/no such image|no longer kept/.test(error.message) ? `This link is stale. ${error.message}` : error);
   }
 }
 
-function searchPath(query, from) {
-  const given = Object.entries({ ...query, k: PAGE, offset: from }).filter(([, value]) => value);
-  return `/search?${new URLSearchParams(given)}`;
+function nothing() {
+  const some = filters.active(wanted).length > 0;
+  $("status").textContent = some ? "No image fits these filters." : "The index has no images yet.";
+  if (!some) return;
+  const clear = element("button", { type: "button", textContent: "Clear the filters" });
+  clear.onclick = filters.clear;
+  $("status").append(" ", clear);
 }
 
-async function search(from) {
-  const query = shown;
-  $("more").hidden = true;
-  const answer = await latestOf(searchPath(query, from));
-  if (query !== shown) return;
-  if (answer) present(answer, from);
-  else if (from) $("more").hidden = false;
-  else $("results").replaceChildren(), ($("status").textContent = "");
+// What the grid shows.
+
+const open = (place) => {
+  const item = grid.contents().items[place];
+  if (item) go({ ...wanted, view: item.id }, { pushed: true });
+};
+const empty = { load: () => ({ items: [], total: 0 }), wanted: () => ({}), look: () => {} };
+
+const collection = (from) => ({
+  look: open,
+  wanted: (item) => ({ ...pick(from, FILTERS), id: item.id }),
+  async load(offset) {
+    const path = address({ ...pick(from, FILTERS), order: from.order, k: BLOCK, offset }, "/collection");
+    const found = await ask(path, { quiet: offset > 0 });
+    return { items: found.images, total: found.total, folders: found.folders, status: count(found.total, "image") };
+  },
+});
+
+const results = (from) => ({
+  look: open,
+  wanted: (item) => ({ ...pick(from, [...FILTERS, "others", "similarity"]), id: item.id, why: read().why }),
+  async load(offset, answer) {
+    const found = answer ?? (await query.search(from, offset));
+    const time = Math.max(Math.round(found.milliseconds), 1);
+    const how = found.exact ? "exact" : "approximate";
+    const status = `${count(found.searched, "image")} searched in ${time}\u00a0ms, ${how}`;
+    return { items: found.hits, total: offset + found.hits.length + (found.more ? BLOCK : 0), status };
+  },
+});
+
+// Says in the title what is searched by.
+async function name() {
+  const { id } = query.example();
+  if (id.startsWith("upload-")) return;
+  const found = await ask(`/details/${encodeURIComponent(id)}`, { quiet: true }).catch(() => null);
+  if (!found || id !== query.example().id || !read().id) return;
+  $("image").alt = `The image searched by: ${grid.nameOf(found)}`;
+  document.title = `Like ${grid.nameOf(found)} · Image search`;
 }
 
-function present(answer, from) {
-  const tiles = answer.hits.map(tile);
-  if (from) $("results").append(...tiles);
-  else {
-    $("results").replaceChildren(...tiles);
-    const noun = answer.searched === 1 ? "image" : "images";
-    const how = answer.exact ? "exact" : "approximate";
-    const count = answer.searched.toLocaleString("en");
-    const time = Math.max(Math.round(answer.milliseconds), 1);
-    $("status").textContent = `${count} ${noun} searched in ${time}\u00a0ms, ${how}`;
-  }
-  offset = from + answer.hits.length;
-  $("more").hidden = !answer.more;
-}
-
-function element(name, properties, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
-}
-
-function tile(hit) {
-  const label = hit.label ?? "";
-  const alike = hit.similarity.toFixed(3);
-  const link = element(
-    "a",
-    { href: address({ id: hit.id, label: shown.label }), title: label, draggable: false },
-    element(
-      "div",
-      { className: "tile" },
-      element("img", {
-        src: `/image/${encodeURIComponent(hit.id)}`,
-        alt: label || "image without a label",
-        loading: "lazy",
-        decoding: "async",
-      }),
-    ),
-    element(
-      "div",
-      { className: "caption" },
-      element("span", { className: "what", textContent: label }),
-      element("span", { className: "alike", textContent: alike, title: "cosine similarity" }),
-    ),
-  );
-  if (hit.path) link.append(element("div", { className: "path", textContent: `\u200e${hit.path}` }));
-  link.dataset.id = hit.id;
-  link.addEventListener("click", (event) => {
-    if (event.metaKey || event.ctrlKey || event.shiftKey || event.button) return;
-    event.preventDefault();
-    go({ id: hit.id, label: shown.label });
-  });
-  for (const kind of ["mouseenter", "focus"]) {
-    link.addEventListener(kind, () => $("heat").checked && link.heat && drawQueryHeat(link.heat));
-  }
-  const item = element("li", {}, link);
-  visible.observe(item);
-  return item;
-}
-
-// Uploads.
-
-async function upload(file) {
-  if (!file) return;
-  if (file.size > about.max_bytes) {
-    complain(new Error(`The file is larger than ${about.max_bytes / 1e6} MB.`));
+function look() {
+  if (!wanted.view) {
+    const place = grid.indexOf(view.hide());
+    if (place >= 0) grid.focus(place);
     return;
   }
-  const label = $("label").value.trim();
-  const headers = { "Content-Type": "application/octet-stream" };
-  const answer = await latestOf(searchPath({ label }, 0), { body: file, headers });
-  $("file").value = "";
-  if (answer) go({ id: answer.query, label }, answer);
+  const id = wanted.view;
+  const place = grid.indexOf(id);
+  const all = wanted.near ? duplicates.groupOf(id) : grid.contents().items;
+  const at = wanted.near ? all.findIndex((one) => one.id === id) : place;
+  const around = { before: at > 0 ? all[at - 1]?.id : null, after: at >= 0 ? all[at + 1]?.id : null };
+  const similarity = (of) => grid.contents().items.find((one) => one?.id === of)?.similarity?.toFixed(3);
+  const { id: example, crop } = query.example();
+  const best = wanted.near && all.find((one) => one.best && one.id !== id);
+  const other = example ? { id: example, crop, text: "Query", explained: true, similarity } : best && { id: best.id, text: `Best copy: ${best.name}` };
+  view.show(id, other || null, around);
 }
-
-$("file").addEventListener("change", () => upload($("file").files[0]));
-addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
-  if (!file) return;
-  event.preventDefault();
-  upload(file);
-});
-let inside = 0;
-const carriesFile = (event) => event.dataTransfer?.types.includes("Files");
-addEventListener("dragenter", (event) => {
-  if (carriesFile(event) && ++inside) root.classList.add("dragging");
-});
-addEventListener("dragleave", (event) => {
-  if (carriesFile(event) && --inside <= 0) (inside = 0), root.classList.remove("dragging");
-});
-addEventListener("dragover", (event) => carriesFile(event) && event.preventDefault());
-addEventListener("drop", (event) => {
-  inside = 0;
-  root.classList.remove("dragging");
-  if (!carriesFile(event)) return;
-  event.preventDefault();
-  upload(event.dataTransfer.files[0]);
-});
-
-// A part of the query: a box in fractions of the image.
-
-let box = null;
-
-function parseCrop(text) {
-  const [x, y, w, h] = (text || "").split(",").map(Number);
-  return w > 0 && h > 0 ? { x, y, w, h } : null;
-}
-
-const cropText = ({ x, y, w, h }) => [x, y, w, h].map((v) => +v.toFixed(4)).join(",");
-
-// Where the image lies in its frame, in CSS pixels.
-function area() {
-  const { width, height } = $("frame").getBoundingClientRect();
-  const { naturalWidth: w = 0, naturalHeight: h = 0 } = $("image");
-  if (!w || !h) return { left: 0, top: 0, width, height };
-  const scale = Math.min(width / w, height / h);
-  return {
-    left: (width - w * scale) / 2,
-    top: (height - h * scale) / 2,
-    width: w * scale,
-    height: h * scale,
-  };
-}
-
-function drawBox(wanted) {
-  box = wanted;
-  $("box").hidden = !box;
-  $("whole").disabled = !box;
-  if (!box) return;
-  const inner = area();
-  Object.assign($("box").style, {
-    left: `${inner.left + box.x * inner.width}px`,
-    top: `${inner.top + box.y * inner.height}px`,
-    width: `${box.w * inner.width}px`,
-    height: `${box.h * inner.height}px`,
-  });
-}
-
-const clamp = (value) => Math.min(Math.max(value, 0), 1);
-let start = null;
-
-function pointAt(event) {
-  const frame = $("frame").getBoundingClientRect();
-  const inner = area();
-  return {
-    x: clamp((event.clientX - frame.left - inner.left) / inner.width),
-    y: clamp((event.clientY - frame.top - inner.top) / inner.height),
-  };
-}
-
-$("frame").addEventListener("pointerdown", (event) => {
-  if (event.button) return;
-  start = pointAt(event);
-  try {
-    $("frame").setPointerCapture(event.pointerId);
-  } catch { /* the pointer has left already */ }
-});
-$("frame").addEventListener("pointermove", (event) => {
-  if (!start) return;
-  const end = pointAt(event);
-  drawBox({
-    x: Math.min(start.x, end.x),
-    y: Math.min(start.y, end.y),
-    w: Math.abs(end.x - start.x),
-    h: Math.abs(end.y - start.y),
-  });
-});
-$("frame").addEventListener("pointerup", () => {
-  if (!start) return;
-  start = null;
-  const inner = area();
-  if (box && box.w * inner.width > 8 && box.h * inner.height > 8) searchBox();
-  else drawBox(parseCrop(shown.crop)); // a click, not a drag
-});
-$("frame").addEventListener("pointercancel", () => {
-  start = null;
-  drawBox(parseCrop(shown.crop));
-});
-$("frame").addEventListener("keydown", (event) => {
-  const step = 0.04;
-  const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-  if (event.key === "Enter") {
-    if (box && cropText(box) !== shown.crop) searchBox();
-    else if (!box) drawBox({ x: 0.25, y: 0.25, w: 0.5, h: 0.5 });
-    $("hint").textContent = "Arrows move, Shift and arrows resize, Enter searches, Esc cancels.";
-  } else if (event.key === "Escape") {
-    drawBox(parseCrop(shown.crop));
-  } else if (move && box) {
-    const [dx, dy] = move.map((one) => one * step);
-    if (event.shiftKey) {
-      const w = Math.min(Math.max(box.w + dx, step), 1 - box.x);
-      drawBox({ ...box, w, h: Math.min(Math.max(box.h + dy, step), 1 - box.y) });
-    } else {
-      const x = Math.min(Math.max(box.x + dx, 0), 1 - box.w);
-      drawBox({ ...box, x, y: Math.min(Math.max(box.y + dy, 0), 1 - box.h) });
-    }
-  } else return;
-  event.preventDefault();
-});
-
-const searchBox = () => go({ ...shown, crop: cropText(box) });
-$("whole").addEventListener("click", () => go({ ...shown, crop: undefined }));
-$("image").addEventListener("load", () => {
-  const { naturalWidth: width, naturalHeight: height } = $("image");
-  $("frame").style.setProperty("--shape", width / height);
-  drawBox(box);
-});
-$("image").addEventListener("error", () => $("image").removeAttribute("src"));
-addEventListener("resize", () => drawBox(box));
-
-// Why two images are alike: what adds nothing to their similarity is darkened.
-
-const visible = new IntersectionObserver((entries) => {
-  for (const entry of entries) entry.target.inView = entry.isIntersecting;
-  explainVisible();
-});
-let explaining = false;
-
-async function explainVisible() {
-  if (explaining || !$("heat").checked) return;
-  explaining = true; // one at a time, so that searches get through
-  try {
-    for (;;) {
-      const query = shown;
-      const item = [...$("results").children].find((one) => one.inView && !one.firstChild.heat);
-      if (!item || !$("heat").checked) break;
-      const link = item.firstChild;
-      const given = { query: query.id, match: link.dataset.id };
-      if (query.crop) given.crop = query.crop;
-      const heat = await ask(`/explanation?${new URLSearchParams(given)}`);
-      if (query !== shown) continue;
-      link.heat = heat;
-      const image = link.querySelector("img");
-      const canvas = element("canvas", {});
-      await image.decode().catch(() => {});
-      drawHeat(canvas, image, heat.match, heat.inset);
-      link.querySelector(".tile").append(canvas);
-      if (item === $("results").firstChild) drawQueryHeat(heat);
-    }
-  } catch (error) {
-    $("heat").checked = false;
-    complain(error);
-  } finally {
-    explaining = false;
-  }
-}
-
-const clearCanvas = (canvas) => canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
-
-function drawQueryHeat(heat) {
-  drawHeat($("queryheat"), $("image"), heat.query, heat.inset, box);
-}
-
-function drawHeat(canvas, image, grid, inset, part) {
-  const most = Math.max(...grid.flat(), 1e-9);
-  const rows = grid.length;
-  const columns = grid[0].length;
-  const dark = new ImageData(columns, rows);
-  grid.flat().forEach((value, i) => {
-    dark.data[4 * i + 3] = Math.round(170 * (1 - Math.sqrt(clamp(value / most))));
-  });
-  const small = element("canvas", { width: columns, height: rows });
-  small.getContext("2d").putImageData(dark, 0, 0);
-  canvas.width = image.naturalWidth || 1;
-  canvas.height = image.naturalHeight || 1;
-  const { x, y, w, h } = part || { x: 0, y: 0, w: 1, h: 1 };
-  const margin = (1 - inset) / 2;
-  const context = canvas.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  context.drawImage(
-    small,
-    canvas.width * (x + margin * w),
-    canvas.height * (y + margin * h),
-    canvas.width * w * inset,
-    canvas.height * h * inset,
-  );
-}
-
-$("heat").addEventListener("change", () => {
-  if ($("heat").checked) return explainVisible();
-  clearCanvas($("queryheat"));
-  for (const link of $("results").querySelectorAll("a")) {
-    link.heat = undefined;
-    link.querySelector("canvas")?.remove();
-  }
-});
 
 // The rest.
 
-$("label").addEventListener("change", () => {
-  const label = $("label").value.trim();
-  if (shown.id && label !== (shown.label || "")) go({ ...shown, label });
+$("heat").addEventListener("change", () => go({ ...read(), why: $("heat").checked ? "1" : "" }, { replace: true }));
+$("order").addEventListener("change", () => go({ ...read(), order: $("order").value }));
+$("link").addEventListener("click", () => copy(location.href, $("link")));
+grid.whenDrawn(() => heat.explain());
+for (const kind of ["mouseover", "focusin"]) {
+  $("grid").addEventListener(kind, async (event) => {
+    const item = event.target.closest("li")?.item;
+    if (heat.on() && item) heat.drawQuery(await heat.between(item.id).catch(() => ({ query: [[0]], inset: 1 })));
+  });
+}
+whenGone(show);
+history.scrollRestoration = "manual";
+addEventListener("popstate", () => {
+  leaving(); // under the key of what is left
+  show();
 });
-$("link").addEventListener("click", async () => {
-  try {
-    await navigator.clipboard.writeText(location.href);
-    $("link").textContent = "Copied";
-  } catch { // only secure origins may write to the clipboard
-    prompt("The link to this search:", location.href);
-  }
-  setTimeout(() => ($("link").textContent = "Copy link"), 1500);
-});
-const more = () => $("more").hidden || root.classList.contains("busy") || search(offset);
-$("more").addEventListener("click", more);
-new IntersectionObserver(([entry]) => entry.isIntersecting && more(), { rootMargin: "600px" }).observe(
-  $("more"),
-);
-addEventListener("popstate", () => show(read()));
+addEventListener("pagehide", leaving);
 
-async function begin() {
-  show(read());
+// The count is live, and an update says how far it is.
+let updating = false;
+
+async function live() {
   try {
-    about = await ask("/about");
-    $("size").textContent = `${about.images.toLocaleString("en")} images`;
-    const labels = Object.entries(about.labels);
-    $("filter").hidden = !labels.length;
-    $("labels").append(...labels.map(([value, count]) => element("option", { value, label: `${value} (${count})` })));
-    $("why").hidden = !about.explains;
+    const { images, update } = await ask("/state", { quiet: true });
+    $("size").textContent = count(images, "image");
+    $("update").disabled = update.running;
+    $("update").textContent = update.running ? (update.files ? `${update.done} of ${update.files}` : "Looking…") : "Update";
+    if (updating && !update.running) {
+      $("status").textContent = update.said;
+      Object.assign(about, await ask("/about", { quiet: true }));
+      filters.labels();
+      kept.clear();
+      if (!wanted.id && !wanted.near) (shown = null), await show(), ($("status").textContent = update.said);
+    }
+    updating = update.running;
+  } catch { /* it is said when something is asked for */ }
+  clearTimeout(live.next);
+  live.next = setTimeout(live, updating ? 500 : document.hidden ? 60_000 : 10_000);
+}
+
+$("update").addEventListener("click", async () => {
+  try {
+    await ask("/update", { method: "POST" });
+    updating = true;
+    live();
   } catch (error) {
     complain(error);
   }
+});
+
+async function begin() {
+  if (!key()) history.replaceState({ key: `${Math.random()}` }, "", location.href);
+  const known = ask("/about", { quiet: true }).then((found) => Object.assign(about, found));
+  if (wanted.why || read().why || read().view) await known.catch(() => {});
+  filters.open(filters.active(read()).some((filter) => filter !== "folder"));
+  show();
+  try {
+    await known;
+    filters.labels();
+    $("why").hidden = !wanted.id || !about.explains;
+    $("update").hidden = $("ordering").hidden || !about.files;
+  } catch (error) {
+    complain(error);
+  }
+  live();
 }
 
 begin();

@@ -1,0 +1,88 @@
+"""An index as a collection: its images in an order, and the folders that they lie in.
+
+Folders are those below the root, the deepest one that holds all images: what is shown of a path
+does not tell where the collection lies.
+"""
+
+import os
+import re
+from datetime import date, datetime, timedelta
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cgd_jax.search import stores
+from cgd_jax.search.index import Index
+
+__all__ = ["below", "between", "folders_below", "listing", "root_of", "split"]
+
+LISTED = ["id", "path", "label", "modified"]
+NANOSECONDS = 1_000_000_000
+
+
+def listing(index: Index, where: str | None, order: str) -> pa.Table:
+    """Returns the columns `LISTED` of the images that a condition selects.
+
+    Args:
+      index: whose images.
+      where: as for `Index.search`.
+      order: "newest" first, or by "folder" and name.
+    """
+    schema = pa.schema([stores.SCHEMA.field(name) for name in LISTED])
+    batches = [batch.cast(schema) for batch in index.store.read(LISTED, where)]
+    table = pa.Table.from_batches(batches, schema)
+    name = pc.replace_substring_regex(table["path"], r"(?s)^.*[/\\]", "")
+    folder = pc.utf8_slice_codeunits(table["path"], 0)
+    if order == "folder":
+        folder = pc.replace_substring_regex(table["path"], r"[^/\\]*$", "")
+        keys = [("folder", "ascending"), ("name", "ascending")]
+    else:
+        keys = [("modified", "descending"), ("folder", "ascending")]
+    table = table.append_column("folder", folder).append_column("name", name)
+    return table.take(pc.sort_indices(table, keys)).select(LISTED).combine_chunks()
+
+
+def root_of(table: pa.Table) -> str:
+    """Returns the deepest folder that all images of a listing lie in, with a separator behind."""
+    paths = pc.drop_null(pc.if_else(pc.equal(table["path"], ""), None, table["path"]))
+    ends = pc.min_max(paths).as_py()
+    shared = os.path.commonprefix([ends["min"] or "", ends["max"] or ""])
+    return re.sub(r"[^/\\]*$", "", shared)
+
+
+def split(path: str, root: str) -> tuple[str, str]:
+    """Returns the folder of an image below the root, and its name."""
+    folder, _, name = path.removeprefix(root).replace("\\", "/").rpartition("/")
+    return folder, name
+
+
+def folders_below(table: pa.Table, prefix: str) -> dict[str, int]:
+    """Counts the images of every folder that lies directly below one."""
+    inside = table["path"].filter(pc.starts_with(table["path"], prefix))
+    rest = pc.utf8_slice_codeunits(inside, len(prefix))
+    rest = rest.filter(pc.match_substring_regex(rest, r"[/\\]"))
+    counts = pc.value_counts(pc.replace_substring_regex(rest, r"(?s)[/\\].*$", "")).to_pylist()
+    return dict(sorted((count["values"], count["counts"]) for count in counts))
+
+
+def below(folder: str) -> str:
+    """Returns the condition that an image lies in a folder, at any depth.
+
+    Not LIKE, whose signs names may hold: all that begins with "a/" stands from "a/" to "a0".
+    """
+    end = folder[:-1] + chr(ord(folder[-1]) + 1)
+    return f"path >= {stores.quoted(folder)} AND path < {stores.quoted(end)}"
+
+
+def between(first: date | None, last: date | None) -> list[str]:
+    """Returns the conditions that an image is of one of these days."""
+    found = []
+    if first is not None:
+        found.append(f"modified >= {_nanoseconds(first)}")
+    if last is not None:
+        found.append(f"modified < {_nanoseconds(last + timedelta(1))}")
+    return found
+
+
+def _nanoseconds(day: date) -> int:
+    return int(datetime.combine(day, datetime.min.time()).timestamp()) * NANOSECONDS

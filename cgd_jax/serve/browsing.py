@@ -1,0 +1,99 @@
+"""The collection: its images in pages, its folders, and what lies in it twice."""
+
+import asyncio
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from cgd_jax.search import collection, stores
+from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
+from cgd_jax.search.stores import COLUMNS, Record
+from cgd_jax.serve.filters import Filtered
+from cgd_jax.serve.service import Served, Shown
+from cgd_jax.serve.showing import Details, details_of
+
+__all__ = ["router"]
+
+GROUPS = 1000  # that are shown, at most
+router = APIRouter(tags=["collection"])
+
+
+class Listing(BaseModel):
+    """Some of the images that filters let through."""
+
+    total: int = Field(description="images that the filters let through")
+    folders: dict[str, int] = Field(description="those directly below, and images in each of them")
+    images: list[Shown]
+
+
+@router.get("/collection")
+async def listing(
+    service: Served,
+    filters: Filtered,
+    order: Literal["newest", "folder"] = "newest",
+    k: Annotated[int, Query(ge=0, le=500)] = 100,
+    offset: Annotated[int, Query(ge=0)] = 0,
+) -> Listing:
+    """Lists the images, the newest first or by folder and name."""
+    return await asyncio.to_thread(_listing, service, filters, order, k, offset)
+
+
+def _listing(service, filters, order, k, offset) -> Listing:
+    table = service.listing(filters.where(service), order)
+    rows = [stores.Hit(similarity=0, **row) for row in _rows(table.slice(offset, k))]
+    inside = service.folder(filters.folder or "")
+    folders = collection.folders_below(table, inside) if offset == 0 else {}
+    images = [Shown(**one) for one in service.shown(rows)]
+    return Listing(total=len(table), folders=folders, images=images)
+
+
+def _rows(table) -> list[dict]:
+    return table.select(stores.HIT_COLUMNS).to_pylist()
+
+
+class Copy(Details):
+    """One of several images that are nearly the same."""
+
+    similarity: float = Field(description="to the nearest in the group")
+    best: bool = Field(description="the most pixels, then bytes, then the earliest")
+
+
+class Duplicates(BaseModel):
+    """Groups of images that are nearly the same."""
+
+    groups: list[list[Copy]]
+    total: int = Field(description="groups that there are")
+
+
+@router.get("/duplicates")
+async def duplicates(
+    service: Served,
+    filters: Filtered,
+    similarity: Annotated[float, Query(gt=0, le=1)] = SIMILARITY,
+) -> Duplicates:
+    """Finds images that are nearly the same; compares all with all, which takes its time."""
+    async with service.gate():
+        return await service.comparer.run(_duplicates, service, filters, similarity)
+
+
+def _duplicates(service, filters, similarity) -> Duplicates:
+    found = find_duplicates(service.index, similarity, filters.where(service))
+    groups = []
+    names = [name for name in COLUMNS if name != "thumbnail"]
+    for group in found[:GROUPS]:
+        alike = {hit.id: hit.similarity for hit in group.members}
+        rows = service.index.store.read(names, stores.among(alike))
+        records = [Record(**row) for batch in rows for row in batch.to_pylist()]
+        records.sort(key=lambda r: (-r.width * r.height, -r.size, r.modified, r.id))
+        groups.append(
+            [
+                Copy(
+                    similarity=alike[record.id],
+                    best=record is records[0],
+                    **details_of(service, record).model_dump(),
+                )
+                for record in records
+            ]
+        )
+    return Duplicates(groups=groups, total=len(found))

@@ -1,0 +1,61 @@
+"""An index that is brought up to date while it is served."""
+
+import logging
+from threading import Lock, Thread
+
+from pydantic import BaseModel, Field
+
+from cgd_jax.runtime.errors import UserError
+from cgd_jax.search import Index, indexing
+
+__all__ = ["Update", "Updater"]
+
+log = logging.getLogger(__name__)
+
+
+class Update(BaseModel):
+    """How far it is."""
+
+    running: bool = False
+    done: int = Field(0, description="files that were read")
+    files: int = Field(0, description="files to read; 0 before they are known")
+    said: str = Field("", description="what became of the last one")
+
+
+class Updater:
+    """Updates an index from the folders, archives and CSVs that it was made from."""
+
+    def __init__(self, index: Index):
+        self._index, self._lock, self.update = index, Lock(), Update()
+
+    def begin(self) -> Update:
+        """Begins, unless it has begun already."""
+        with self._lock:
+            if not self.update.running:
+                self.update = Update(running=True)
+                Thread(target=self._run, name="updater", daemon=True).start()
+        return self.update
+
+    def _run(self) -> None:
+        try:
+            rows = (batch["source"].to_pylist() for batch in self._index.store.read(["source"]))
+            sources = sorted({source for batch in rows for source in batch if source})
+            if sources:
+                made = indexing.update(
+                    self._index.store.address, sources, self._index.network, watch=self._watch
+                )
+                said = (
+                    f"{made.added:,} images added, {made.changed:,} changed, {made.removed:,} "
+                    f"removed, {len(made.skipped):,} files left out."
+                )
+            else:
+                said = "The index was made from no folder: there is nothing to look at again."
+        except (UserError, OSError) as error:
+            said = f"The index was not updated: {error}"
+        except Exception:
+            log.exception("The index was not updated")
+            said = "The index was not updated; the server's output says why."
+        self.update = Update(said=said)
+
+    def _watch(self, done: int, files: int) -> None:
+        self.update = Update(running=True, done=done, files=files)
