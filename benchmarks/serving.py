@@ -1,6 +1,7 @@
 """Measures the page's server: queries by file, and eight clients at once.
 
     python benchmarks/serving.py                        # 100,000 x 512, a minute, 8 clients
+    python benchmarks/serving.py --filtered             # by folder, shape, date and size
     python benchmarks/serving.py --count=1000 --seconds=5
     python benchmarks/serving.py --hostile=11 --clients=21 --seconds=600
 
@@ -12,6 +13,7 @@ what a client waits, from sending an image of 500 x 375 pixels to the last byte 
 """
 
 import argparse
+import contextlib
 import http.client
 import io
 import os
@@ -22,12 +24,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+FILTERS = ""  # of the queries
+COMBINED = "folder=07&orientation=portrait&after=2021-01-01&pixels=2000&others=true"
 sys.path.insert(0, str(ROOT))
 
 
@@ -42,12 +47,27 @@ def make_index(address: str, count: int, dimension: int) -> None:
     whitening = np.zeros(network.dimension, np.float32), basis.astype(np.float32)
     index = Index.create(address, network, whitening=whitening)
     centers = rng.standard_normal((1000, dimension), np.float32)
+    thumbnails = [draw(i, (192, 144)) for i in range(64)]
     for at in range(0, count, 10_000):
         size = min(10_000, count - at)
         vectors = centers[rng.integers(1000, size=size)]
         vectors += 0.7 * rng.standard_normal((size, dimension), np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        index.write([Record(f"{i:020x}") for i in range(at, at + size)], vectors)
+        records = [
+            Record(
+                id=f"{i:020x}",
+                path=f"/photos/{i % 40:02}/{i // 1000:03}/{i:06}.jpg",
+                label=f"label {i % 40}",
+                size=100_000,
+                hash=f"{i:032x}",
+                width=(4000, 3000)[i % 2],
+                height=(3000, 4000)[i % 2],
+                modified=(1_600_000_000 + 1000 * i) * 10**9,
+                thumbnail=thumbnails[i % 64],
+            )
+            for i in range(at, at + size)
+        ]
+        index.write(records, vectors)
     index.store.finish()
 
 
@@ -58,19 +78,20 @@ def rows(address: str) -> int:
     return len(Index.open(address).vectors()[0])
 
 
-def draw(seed: int) -> bytes:
-    """Draws a JPEG of 500 x 375 pixels with as much detail as a photo has."""
+def draw(seed: int, size: tuple[int, int] = (500, 375)) -> bytes:
+    """Draws a JPEG with as much detail as a photo has."""
     import cv2
 
     noise = np.random.default_rng(seed).integers(0, 256, (47, 63, 3), np.uint8)
-    image = cv2.resize(noise, (500, 375), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(noise, size, interpolation=cv2.INTER_CUBIC)
     return cv2.imencode(".jpg", image)[1].tobytes()
 
 
 def ask(connection: http.client.HTTPConnection, image: bytes) -> tuple[int, float]:
     """Searches by an image; returns the status, and ms."""
     begin = time.perf_counter()
-    connection.request("POST", "/search?k=20", image, {"Content-Type": "image/jpeg"})
+    path = f"/search?k=20{'&' * bool(FILTERS)}{FILTERS}"
+    connection.request("POST", path, image, {"Content-Type": "image/jpeg"})
     answer = connection.getresponse()
     answer.read()
     return answer.status, 1e3 * (time.perf_counter() - begin)
@@ -131,24 +152,35 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--hostile", type=int, default=0, help="clients beside them")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--filtered", action="store_true", help="searches a part of the images")
     given = parser.parse_args()
+    global FILTERS
+    FILTERS = COMBINED if given.filtered else ""
     with tempfile.TemporaryDirectory() as scratch:
         address = str(Path(scratch, "index"))
         make_index(address, given.count, given.dimension)
-        command = [sys.executable, str(ROOT / "main.py"), "--mode=serve", f"--index={address}"]
-        server = subprocess.Popen([*command, "--port=0"], stdout=subprocess.PIPE, text=True)
-        try:
-            found = None
-            while found is None:
-                line = server.stdout.readline()
-                if not line:
-                    sys.exit("the server has ended")
-                found = re.search(r"http://(127\.0\.0\.1:\d+)/", line)
-            measure(found[1], server.pid, given.clients, given.hostile, given.seconds)
-        finally:
-            server.kill()
-            server.wait()
+        with started(address) as (where, pid):
+            measure(where, pid, given.clients, given.hostile, given.seconds)
         print(f"killed (SIGKILL): {rows(address):,} of {given.count:,} images are there")
+
+
+@contextlib.contextmanager
+def started(address: str, images: Path | None = None) -> Iterator[tuple[str, int]]:
+    """Serves an index, after images were put into it; yields host and port, and the process."""
+    command = [sys.executable, str(ROOT / "main.py"), "--mode=serve", f"--index={address}"]
+    command += ["--port=0", *([f"--images={images}"] if images else [])]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        found = None
+        while found is None:
+            line = server.stdout.readline()
+            if not line:
+                sys.exit("the server has ended")
+            found = re.search(r"http://(127\.0\.0\.1:\d+)/", line)
+        yield found[1], server.pid
+    finally:
+        server.kill()
+        server.wait()
 
 
 def measure(address: str, pid: int, clients: int, hostile: int, seconds: float) -> None:

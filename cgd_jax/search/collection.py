@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from cgd_jax.search import stores
 from cgd_jax.search.index import Index
 
-__all__ = ["below", "between", "folders_below", "listing", "root_of", "split"]
+__all__ = ["below", "between", "folders_below", "inside", "listing", "root_of", "split"]
 
 LISTED = ["id", "path", "label", "modified"]
 NANOSECONDS = 1_000_000_000
@@ -32,13 +32,13 @@ def listing(index: Index, where: str | None, order: str) -> pa.Table:
     batches = [batch.cast(schema) for batch in index.store.read(LISTED, where)]
     table = pa.Table.from_batches(batches, schema)
     name = pc.replace_substring_regex(table["path"], r"(?s)^.*[/\\]", "")
-    folder = pc.utf8_slice_codeunits(table["path"], 0)
-    if order == "folder":
-        folder = pc.replace_substring_regex(table["path"], r"[^/\\]*$", "")
-        keys = [("folder", "ascending"), ("name", "ascending")]
-    else:
-        keys = [("modified", "descending"), ("folder", "ascending")]
+    # A folder stands before those in it, and these before the next one, whatever its name.
+    folder = pc.replace_substring_regex(table["path"], r"[/\\]?[^/\\]*$", "")
+    folder = pc.replace_substring_regex(folder, r"[/\\]", "\1")
     table = table.append_column("folder", folder).append_column("name", name)
+    keys = [("folder", "ascending"), ("name", "ascending")]
+    if order == "newest":
+        keys.insert(0, ("modified", "descending"))
     return table.take(pc.sort_indices(table, keys)).select(LISTED).combine_chunks()
 
 
@@ -65,8 +65,14 @@ def folders_below(table: pa.Table, prefix: str) -> dict[str, int]:
     return dict(sorted((count["values"], count["counts"]) for count in counts))
 
 
+def inside(root: str, folder: str) -> str:
+    """Returns what the paths of all images in a folder begin with, at any depth."""
+    separator = "\\" if "\\" in root else "/"
+    return root + (folder.replace("/", separator) + separator if folder else "")
+
+
 def below(folder: str) -> str:
-    """Returns the condition that an image lies in a folder, at any depth.
+    """Returns the condition that a path begins with a folder's, which ends in a separator.
 
     Not LIKE, whose signs names may hold: all that begins with "a/" stands from "a/" to "a0".
     """

@@ -40,16 +40,14 @@ async def listing(
 
 
 def _listing(service, filters, order, k, offset) -> Listing:
-    table = service.listing(filters.where(service), order)
-    rows = [stores.Hit(similarity=0, **row) for row in _rows(table.slice(offset, k))]
-    inside = service.folder(filters.folder or "")
+    root = service.root()
+    table = service.listing(filters.where(root), order)
+    page = table.slice(offset, k).select(stores.HIT_COLUMNS).to_pylist()
+    rows = [stores.Hit(similarity=0, **row) for row in page]
+    inside = collection.inside(root, filters.folder or "")
     folders = collection.folders_below(table, inside) if offset == 0 else {}
-    images = [Shown(**one) for one in service.shown(rows)]
+    images = [Shown(**one) for one in service.shown(rows, root)]
     return Listing(total=len(table), folders=folders, images=images)
-
-
-def _rows(table) -> list[dict]:
-    return table.select(stores.HIT_COLUMNS).to_pylist()
 
 
 class Copy(Details):
@@ -78,12 +76,13 @@ async def duplicates(
 
 
 def _duplicates(service, filters, similarity) -> Duplicates:
-    found = find_duplicates(service.index, similarity, filters.where(service))
+    root, store = service.root(), service.index.store
+    found = find_duplicates(service.index, similarity, filters.where(root))
     groups = []
     names = [name for name in COLUMNS if name != "thumbnail"]
     for group in found[:GROUPS]:
         alike = {hit.id: hit.similarity for hit in group.members}
-        rows = service.index.store.read(names, stores.among(alike))
+        rows = store.read(names, stores.among(alike))
         records = [Record(**row) for batch in rows for row in batch.to_pylist()]
         records.sort(key=lambda r: (-r.width * r.height, -r.size, r.modified, r.id))
         groups.append(
@@ -91,7 +90,7 @@ def _duplicates(service, filters, similarity) -> Duplicates:
                 Copy(
                     similarity=alike[record.id],
                     best=record is records[0],
-                    **details_of(service, record).model_dump(),
+                    **details_of(service, record, root),
                 )
                 for record in records
             ]

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from fastapi import Depends, Query
 
 from cgd_jax.search import collection, stores
-from cgd_jax.serve.service import Service
 
 __all__ = ["Filtered", "Filters"]
 
@@ -27,11 +26,11 @@ class Filters:
     pixels: Annotated[int | None, Query(ge=1, le=10**6, description="of the longer side")] = None
     orientation: Literal["landscape", "portrait", "square"] | None = None
 
-    def where(self, service: Service, *others: str) -> str | None:
-        """Returns them as one condition, with others."""
+    def where(self, root: str, *others: str) -> str | None:
+        """Returns them as one condition, with others; `root` is that of the collection."""
         parts = [*others, *collection.between(self.after, self.before)]
         if self.folder:
-            parts.append(collection.below(service.folder(self.folder)))
+            parts.append(collection.below(collection.inside(root, self.folder)))
         if self.label is not None:
             parts.append(f"label = {stores.quoted(stores.composed(self.label) or '')}")
         if self.pixels is not None:

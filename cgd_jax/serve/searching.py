@@ -71,8 +71,7 @@ async def search(
 
     By several images it searches with the mean of their vectors, normalized.
     """
-    index, last = service.index, min(offset + k, FARTHEST)
-    headers = request.headers
+    last, headers = min(offset + k, FARTHEST), request.headers
     sent = not id or headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
     body = service.uploads.received(request) if sent else contextlib.nullcontext(b"")
     async with body as data:
@@ -82,23 +81,30 @@ async def search(
             ids += [await asyncio.to_thread(service.uploads.keep, data)] if sent else []
             vector = await vector_of(service, ids, crop.split(";"))
             itself = [part for one in ids for part in not_itself(one)] if others else []
-            where = await asyncio.to_thread(filters.where, service, *itself)
             # An exact search may read all vectors into memory: one at a time.
             run = service.device.run if exact else asyncio.to_thread
-            (found,) = await run(index.search_vectors, vector[None], last, where, exact)
-            elapsed = 1e3 * (time.perf_counter() - begin)
-            searched = await asyncio.to_thread(index.count, where)
-            approximate = await asyncio.to_thread(index.store.approximate)
-            hits = [hit for hit in found if hit.similarity >= similarity]
-            shown = await asyncio.to_thread(service.shown, hits[offset:])
+            hits, known = await run(_found, service, vector, last, filters, itself, exact)
+    near = [hit for hit in hits if hit["similarity"] >= similarity]
     return Answer(
         query=",".join(ids),
-        hits=[Match(similarity=h.similarity, **s) for h, s in zip(hits[offset:], shown, strict=True)],
-        more=len(hits) == last < min(FARTHEST, searched),
-        searched=searched,
-        exact=exact or not approximate,
-        milliseconds=round(elapsed, 1),
+        hits=[Match(**hit) for hit in near[offset:]],
+        more=len(near) == last < min(FARTHEST, known["searched"]),
+        milliseconds=round(1e3 * (time.perf_counter() - begin), 1),
+        **known,
     )
+
+
+def _found(service, vector, last, filters, itself, exact) -> tuple[list[dict], dict]:
+    """Returns hits, as they are shown, and how they were found; in a thread."""
+    index, root = service.index, service.root()
+    where = filters.where(root, *itself)
+    (hits,) = index.search_vectors(vector[None], last, where, exact)
+    store = index.store
+    shown = [
+        {"similarity": hit.similarity, **one}
+        for hit, one in zip(hits, service.shown(hits, root), strict=True)
+    ]
+    return shown, {"searched": store.count(where), "exact": exact or not store.approximate()}
 
 
 async def vector_of(service: Served, ids: list[str], crops: list[str]) -> np.ndarray:

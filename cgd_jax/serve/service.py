@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,17 +82,12 @@ class Service:
         version = self.index.store.version()
         return time.monotonic() // OLDEST if version is None else version
 
-    def folder(self, folder: str) -> str:
-        """Returns the path of a folder below the root, with a separator behind it."""
-        root = self._root(self._version())
-        if not folder:
-            return root
-        separator = "\\" if "\\" in root else "/"
-        return root + folder.replace("/", separator) + separator
+    def root(self) -> str:
+        """Returns the path of the folder that holds all images, with a separator behind it."""
+        return self._root(self._version())
 
-    def shown(self, images: Sequence[Hit | Record]) -> list[dict]:
+    def shown(self, images: Sequence[Hit | Record], root: str) -> list[dict[str, Any]]:
         """Returns the fields of `Shown` of images."""
-        root = self.folder("")
         found = []
         for image in images:
             folder, name = collection.split(image.path, root)

@@ -3,7 +3,7 @@
 import asyncio
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, HTTPException, Request, Response
@@ -33,18 +33,18 @@ class Details(Shown):
     date: datetime = Field(description="when the file was changed last")
 
 
-def details_of(service: Served, record: Record) -> Details:
-    """Returns what is shown of a record."""
-    (shown,) = service.shown([record])
+def details_of(service: Served, record: Record, root: str) -> dict[str, Any]:
+    """Returns the fields of `Details` of a record."""
+    (shown,) = service.shown([record], root)
     date = datetime.fromtimestamp(record.modified / 1e9)
     sides = {"width": record.width, "height": record.height}
-    return Details(**shown, **sides, bytes=record.size, date=date)
+    return {**shown, **sides, "bytes": record.size, "date": date}
 
 
 @router.get("/details/{id}")
 def details(service: Served, id: str) -> Details:
     """Says what is known of an image of the index."""
-    return details_of(service, service.record(id))
+    return Details(**details_of(service, service.record(id), service.root()))
 
 
 @router.get("/image/{id}", response_class=Response, responses=AN_IMAGE)

@@ -116,10 +116,9 @@ function tile(place, item) {
   const alike = item.similarity?.toFixed(3);
   const where = [item.folder.split("/").includes(item.label) ? "" : item.label, item.folder].filter(Boolean).join(" · ");
   const picture = element("div", { className: "tile" }, element("img", { src: imageOf(item.id, dense()), alt: name, decoding: "async" }));
-  const caption = element("div", { className: "caption" }, element("span", { className: "what", textContent: name }));
-  if (alike) caption.append(element("span", { className: "alike", textContent: alike, title: "cosine similarity" }));
+  const caption = element("div", { className: "caption" }, element("span", { className: "what", textContent: name, ariaHidden: true }));
+  if (alike) caption.append(element("span", { className: "unseen", textContent: "similarity" }), element("span", { className: "alike", textContent: alike, title: "cosine similarity" }));
   const link = element("a", { title: item.path ?? name }, picture, caption, element("div", { className: "where", textContent: where }));
-  link.ariaLabel = [name, where, alike && `similarity ${alike}`].filter(Boolean).join(", ");
   link.tabIndex = place === current ? 0 : -1;
   link.dataset.id = item.id;
   follow(link, source.wanted(item));

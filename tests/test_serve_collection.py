@@ -1,0 +1,281 @@
+"""The API of the collection: listings, filters, several examples, files, duplicates, updates."""
+
+import datetime
+import itertools
+import os
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lancedb", reason="lancedb is not installed")
+testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
+
+from cgd_jax.search import Index, collection  # noqa: E402
+from cgd_jax.search.indexing import update  # noqa: E402
+from cgd_jax.serve.app import create_app  # noqa: E402
+from tests.search_samples import photograph, stand_in  # noqa: E402
+from tests.test_data_decode import picture  # noqa: E402
+
+# Names that mean something to SQL, to LIKE, to a shell, to the order of paths.
+FOLDERS = ["a", "a/b", "a/b%", "a b", "a_b", "it's", "Ü", "a0"]
+DAY = datetime.datetime(2024, 2, 29, 12).timestamp()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two images in every folder, a day apart from each other, of several sizes."""
+    root = tmp_path_factory.mktemp("collection") / "photos"
+    sizes = [(24, 16), (16, 24), (20, 20), (48, 32)]
+    for i, (folder, name) in enumerate(itertools.product(FOLDERS, ("x.png", "-y'.png"))):
+        file = photograph(root / folder / name, i, sizes[i % 4])
+        os.utime(file, (DAY - 86_400 * i, DAY - 86_400 * i))
+    return root
+
+
+@pytest.fixture(scope="module")
+def index(photos):
+    address = str(photos.parent / "index")
+    update(address, [photos], stand_in())
+    return Index.open(address, stand_in())
+
+
+def client_of(index, **options):
+    app = create_app(index, **options)
+    base = "http://127.0.0.1:8000"
+    return testclient.TestClient(app, base_url=base, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(index):
+    return client_of(index)
+
+
+def names(listed):
+    return [f"{one['folder']}/{one['name']}" for one in listed["images"]]
+
+
+def test_everything_is_listed_in_pages(client, photos):
+    files = [file for file in photos.rglob("*.png")]
+    newest = sorted(files, key=lambda file: -file.stat().st_mtime)
+    whole = client.get("/collection", params={"k": 500}).json()
+    assert whole["total"] == len(files) == 16
+    assert names(whole) == [str(file.relative_to(photos)) for file in newest]
+    pages = [client.get("/collection", params={"k": 5, "offset": i}).json() for i in (0, 5, 10, 15)]
+    assert [one for page in pages for one in page["images"]] == whole["images"]
+    assert [page["folders"] != {} for page in pages] == [True, False, False, False]
+    parts = lambda path: (path.split("/")[:-1], path)
+    by_folder = client.get("/collection", params={"order": "folder"}).json()
+    assert names(by_folder) == sorted(names(by_folder), key=parts)
+    assert client.get("/collection", params={"offset": 10**9}).json()["images"] == []
+
+
+def test_folders_are_counted_at_any_depth(client):
+    below = lambda folder: client.get("/collection", params={"folder": folder}).json()
+    assert below("")["folders"] == {
+        "a": 6, "a b": 2, "a0": 2, "a_b": 2, "it's": 2, "Ü": 2,
+    }  # fmt: skip
+    assert below("a")["folders"] == {"b": 2, "b%": 2} and below("a")["total"] == 6
+    for folder in FOLDERS[1:]:
+        assert {name.rsplit("/", 1)[0] for name in names(below(folder))} == {folder}
+        assert below(folder)["total"] == 2
+    for folder in ("none", "..", "../index", "a/", "%", "' OR ''='", "a\0", "/"):
+        assert below(folder)["total"] == 0, folder
+
+
+@pytest.mark.parametrize(
+    "filters, expected",
+    [
+        ({"label": "it's"}, lambda one: one.label == "it's"),
+        ({"label": "U\u0308"}, lambda one: one.label == "Ü"),
+        ({"orientation": "portrait"}, lambda one: one.width < one.height),
+        ({"orientation": "square", "folder": "a"}, lambda one: one.width == one.height),
+        ({"pixels": 24}, lambda one: max(one.width, one.height) >= 24),
+        ({"after": "2024-02-27"}, lambda one: one.modified >= (DAY - 2.5 * 86_400) * 1e9),
+        ({"after": "2024-02-27", "before": "2024-02-28"},
+         lambda one: abs(one.modified / 1e9 - DAY + 1.5 * 86_400) < 86_400),
+    ],
+)  # fmt: skip
+def test_filters_are_those_of_searches_too(client, index, filters, expected):
+    records = [index.get(id) for id in index.vectors()[0]]
+    if "folder" in filters:
+        records = [one for one in records if "/photos/a/" in one.path]
+    wanted = {one.id for one in records if expected(one)}
+    assert wanted
+    listed = client.get("/collection", params=filters).json()
+    assert {one["id"] for one in listed["images"]} == wanted
+    id = index.vectors()[0][0]
+    found = client.post("/search", params=filters | {"id": id, "k": 50}).json()
+    assert {hit["id"] for hit in found["hits"]} == wanted and found["searched"] == len(wanted)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{"after": "yesterday"}, {"before": "2024-02-30"}, {"pixels": 0}, {"pixels": "1 OR 1=1"},
+     {"orientation": "width > 0"}, {"order": "path"}, {"k": 501}, {"offset": -1},
+     {"folder": "x" * 4001}],
+)  # fmt: skip
+def test_filters_that_mean_nothing_are_refused(client, filters):
+    assert client.get("/collection", params=filters).status_code == 422
+
+
+def test_what_is_not_the_query_and_similar_enough(client, index, photos):
+    id = index.vectors()[0][0]
+    ask = lambda **params: client.post("/search", params={"id": id, "k": 50} | params).json()
+    everything = ask()["hits"]
+    assert everything[0]["id"] == id
+    assert ask(others=True)["hits"] == everything[1:]
+    least = everything[5]["similarity"]
+    some = ask(similarity=least)
+    assert some["hits"] == [hit for hit in everything if hit["similarity"] >= least]
+    assert not some["more"]
+    assert client.post("/search", params={"id": id, "similarity": 2}).status_code == 422
+    file = photos / "a/x.png"
+    found = client.post("/search", params={"others": True}, content=file.read_bytes()).json()
+    assert all(hit["path"] != str(file) for hit in found["hits"]) and len(found["hits"]) == 15
+
+
+def test_several_images_are_searched_by_the_mean_of_their_vectors(client, index, photos):
+    ids, vectors = index.vectors()
+    asked = {"id": f"{ids[0]},{ids[1]},{ids[2]}", "k": 16}
+    found = client.post("/search", params=asked).json()
+    expected = index.search(vectors[:3].mean(0), 16)
+    assert [hit["id"] for hit in found["hits"]] == [hit.id for hit in expected]
+    np.testing.assert_allclose(
+        [hit["similarity"] for hit in found["hits"]],
+        [hit.similarity for hit in expected],
+        atol=1e-5,
+    )
+    # An image in the body joins those of the ids; crops are of one image each.
+    joined = client.post("/search", params={"id": ids[0]}, content=picture(1)).json()
+    first, second = joined["query"].split(",")
+    assert first == ids[0] and second.startswith("upload-")
+    again = client.post("/search", params={"id": joined["query"]}).json()
+    assert again["hits"] == joined["hits"]
+    cropped = {"id": joined["query"], "crop": ";0,0,0.5,0.5"}
+    part = client.post("/search", params=cropped).json()
+    assert part["hits"] != again["hits"]
+    alone = client.post("/search", params={"id": second, "crop": "0,0,0.5,0.5"}).json()
+    assert alone["hits"] != part["hits"]
+    for bad in ({"id": ",".join(ids[:9])}, {"id": ids[0], "crop": ";0,0,1,1"}):
+        assert client.post("/search", params=bad).status_code == 422
+    for bad in (f"{ids[0]},", f"{ids[0]},none", ","):
+        assert client.post("/search", params={"id": bad}).status_code == 404
+
+
+def test_the_file_as_it_is(tmp_path):
+    """Sent only while it is what was indexed; what browsers do not show, they save."""
+    file = photograph(tmp_path / "photos/it's ü.png", 1)
+    bitmap = photograph(tmp_path / "photos/b.bmp", 2)
+    index = Index.create(tmp_path / "index", stand_in())
+    first, second = index.add([file, bitmap])
+    client = client_of(index)
+    answer = client.get(f"/original/{first}")
+    assert answer.content == file.read_bytes() and answer.headers["content-type"] == "image/png"
+    assert "content-disposition" not in answer.headers
+    saved = client.get(f"/original/{first}", params={"save": True})
+    assert (
+        saved.headers["content-disposition"] == "attachment; filename*=UTF-8''it%27s%20%C3%BC.png"
+    )
+    other = client.get(f"/original/{second}").headers
+    assert other["content-type"] == "application/octet-stream"
+    assert other["content-disposition"].startswith("attachment")
+    assert client.get("/original/none").status_code == 404
+    before = file.stat()
+    file.write_bytes(b"x" * before.st_size)
+    assert client.get(f"/original/{first}").status_code == 404
+    file.unlink()
+    assert client.get(f"/original/{first}").status_code == 404
+    details = client.get(f"/details/{first}").json()
+    assert details["name"] == "it's ü.png" and (details["width"], details["height"]) == (24, 16)
+    assert details["bytes"] == before.st_size and details["path"] == str(file)
+    assert client.get("/details/none").status_code == 404
+
+
+def test_browsers_keep_images_and_ask_again_by_their_tags(client, index):
+    id = index.vectors()[0][0]
+    for path in (f"/image/{id}", f"/image/{id}?size=medium", f"/original/{id}"):
+        answer = client.get(path)
+        assert answer.headers["cache-control"] == "private, max-age=300"
+        tag = answer.headers["etag"]
+        again = client.get(path, headers={"if-none-match": f'"other", {tag}'})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+        assert client.get(path, headers={"if-none-match": '"other"'}).content == answer.content
+    assert client.get(f"/image/{id}?size=huge").status_code == 422
+
+
+def test_duplicates_with_the_best_copy_first(tmp_path):
+    small, large = (tmp_path / f"photos/{n}/a.png" for n in ("small", "large"))
+    photograph(small, 1, (24, 16))
+    photograph(large, 1, (48, 32))
+    photograph(tmp_path / "photos/other.png", 2)
+    index = Index.create(tmp_path / "index", stand_in())
+    index.add(sorted((tmp_path / "photos").rglob("*.png")))
+    client = client_of(index)
+    found = client.get("/duplicates", params={"similarity": 0.99}).json()
+    assert found["total"] == 1
+    (group,) = found["groups"]
+    assert [(one["folder"], one["best"]) for one in group] == [("large", True), ("small", False)]
+    assert group[0]["width"] == 48 and group[1]["path"] == str(small)
+    assert all(one["similarity"] > 0.99 for one in group)
+    none = client.get("/duplicates", params={"similarity": 0.99, "folder": "small"}).json()
+    assert none == {"groups": [], "total": 0}
+    for similarity in (0, 1.1, "x"):
+        bad = client.get("/duplicates", params={"similarity": similarity})
+        assert bad.status_code == 422
+
+
+def wait_for_update(client):
+    deadline = time.monotonic() + 20
+    while (state := client.get("/state").json())["update"]["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return state
+
+
+def test_the_index_is_brought_up_to_date(tmp_path):
+    photos = tmp_path / "photos"
+    for i in range(3):
+        photograph(photos / f"{i}.png", i)
+    address = str(tmp_path / "index")
+    update(address, [photos], stand_in())
+    client = client_of(Index.open(address, stand_in()))
+    assert client.get("/collection").json()["total"] == 3
+    photograph(photos / "new.png", 9)
+    (photos / "0.png").unlink()
+    assert client.post("/update").json()["running"]
+    state = wait_for_update(client)
+    assert state["images"] == 3
+    assert state["update"]["said"].startswith("1 images added, 0 changed, 1 removed")
+    listed = client.get("/collection", params={"order": "folder"}).json()
+    assert [one["name"] for one in listed["images"]] == ["1.png", "2.png", "new.png"]
+    for file in photos.iterdir():
+        file.unlink()
+    client.post("/update")
+    assert "was not updated" in wait_for_update(client)["update"]["said"]
+
+
+def test_an_index_without_folders_is_not_updated(tmp_path):
+    index = Index.create(tmp_path / "index", stand_in())
+    client = client_of(index)
+    assert client.get("/collection").json() == {"total": 0, "folders": {}, "images": []}
+    client.post("/update")
+    assert "was made from no folder" in wait_for_update(client)["update"]["said"]
+
+
+@pytest.mark.parametrize(
+    "paths, root",
+    [
+        ([], ""),
+        (["/a/b.jpg"], "/a/"),
+        (["/a/b/c.jpg", "/a/bb/c.jpg"], "/a/"),
+        (["/a/b.jpg", "/a/b.jpg.png"], "/a/"),
+        (["/x.jpg", "/a/b.jpg"], "/"),
+        (["", "/a/b.jpg"], "/a/"),
+        (["C:\\p\\a.jpg", "C:\\p\\q\\b.jpg"], "C:\\p\\"),
+    ],
+)
+def test_the_root_is_the_deepest_folder_that_holds_all(paths, root):
+    import pyarrow as pa
+
+    assert collection.root_of(pa.table({"path": pa.array(paths, pa.string())})) == root
