@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cgd_jax.data import decode
 from cgd_jax.reports import plots
 from cgd_jax.runtime import files as writing
 from cgd_jax.search import Index, commands, images, indexing, queries
@@ -275,14 +276,14 @@ def test_nothing_of_ours_is_an_image(tmp_path, monkeypatch):
 
 
 def test_every_image_is_decoded_once(tmp_path, monkeypatch):
-    loads, load = [], Image.Image.load
+    loads = []
     for i, (name, size) in enumerate({"a.png": (300, 200), "b.webp": (50, 40)}.items()):
         photograph(tmp_path / "photos" / name, i, size)
-    prepare = images.decode_once
-    monkeypatch.setattr(images, "decode_once", lambda *args: loads.append(1) or prepare(*args))
+    opened = decode._opened
+    monkeypatch.setattr(decode, "_opened", lambda data: loads.append(1) or opened(data))
     filled(tmp_path / "index", tmp_path / "photos")
     assert len(loads) == 2
     for side in (8, 192, 300):
         pixels, found = images.read((tmp_path / "photos/a.png").read_bytes(), side)
         assert pixels.shape == (side, side, 3) and (found["width"], found["height"]) == (300, 200)
-    assert len(loads) == 5 and load is Image.Image.load and np.ptp(pixels) > 0
+    assert len(loads) == 5 and np.ptp(pixels) > 0

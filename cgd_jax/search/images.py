@@ -12,8 +12,8 @@ import numpy as np
 import simplejpeg
 
 from cgd_jax.data import archives, image_list
-from cgd_jax.data.decode import PNG, decode_once, looks_like_image, resize
-from cgd_jax.data.images import Box, clip, load, naming
+from cgd_jax.data.decode import PNG, looks_like_image, resize
+from cgd_jax.data.images import Box, at_least, clip, load, naming
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import SOFTWARE
 from cgd_jax.search.stores import Record, composed
@@ -53,16 +53,12 @@ def read(image: Any, side: int, crop: Box | None = None) -> tuple[np.ndarray, di
     """
     with naming(image):
         content = load(image)
-        if isinstance(content, bytes):
-            found, size = decode_once(content, crop, side)
-            x0, y0, x1, y1 = clip(crop, *size)
-        else:
-            x0, y0, x1, y1 = clip(crop, *content.shape[:2])
-            found = content[y0:y1, x0:x1]
-            content = f"{content.shape}".encode() + content.tobytes()
-    pixels = resize(found, side)
-    small = pixels if side >= THUMBNAIL else resize(found, THUMBNAIL)
-    width, height = x1 - x0, y1 - y0
+        found = at_least(content, side, crop)
+        x0, y0, x1, y1 = clip(crop, found.height, found.width)
+    if isinstance(content, np.ndarray):
+        content = f"{content.shape}".encode() + content.tobytes()
+    pixels, width, height = resize(found.pixels, side), x1 - x0, y1 - y0
+    small = pixels if side >= THUMBNAIL else resize(found.pixels, THUMBNAIL)
     thumbnail, digest = as_jpeg(small, width, height), hash_of(content)
     return pixels, {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
 

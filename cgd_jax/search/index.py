@@ -63,12 +63,7 @@ class IndexInfo(NamedTuple):
 
 
 class Index:
-    """Images and their vectors in a database. `open` and `create` make one.
-
-    Attributes:
-      info: an `IndexInfo`.
-      address: see `opening.open_store`.
-    """
+    """Images and their vectors in a database; `open` and `create` make one, `info` is of it."""
 
     def __init__(self, store: Store, network: Network | str | None = None):
         self.address, self._store = store.address, store
@@ -105,9 +100,8 @@ class Index:
           vector: as `network.open_network` takes it; None likewise.
 
         Raises:
-          NoIndexError: there is no index.
-          InputError: the index is of another network.
-          StoreError: the index is damaged, or cannot be reached or read.
+          NoIndexError, InputError: there is no index, or it is of another network.
+          StoreError: it is damaged, or cannot be reached or read.
           ImportError: the package of the database is missing.
         """
         digests.check(str(address))
@@ -154,7 +148,9 @@ class Index:
         if whitening is not None:
             numbers = np.column_stack(whitening).astype("<f4")
             about["whitening"] = base64.b64encode(numbers.tobytes()).decode()
-        return cls(open_store(str(address), about, info.dimension), network)
+        index = cls(open_store(str(address), about, info.dimension), network)
+        index._check_network(network)
+        return index
 
     @property
     def network(self) -> Network:
@@ -176,8 +172,8 @@ class Index:
                 network = networks.open_network(source, self.info.vector)
             except FileNotFoundError as error:
                 raise InputError(
-                    f"The index {self.address} was made with the network {source}, which is "
-                    f"not there: {error} If it is elsewhere now, say so with --model=."
+                    f"The index {self.address} was made with the network {literal(source)}, which "
+                    f"is not there: {error} If it is elsewhere now, say so with --model=."
                 ) from error
             self._check_network(network)
             self._network = network
@@ -209,10 +205,10 @@ class Index:
         if differing:
             values = "; ".join(f"{key} {known[key]}, here {found[key]}" for key in differing)
             raise InputError(
-                f"The index {self.address} was made with the network {self.info.network}; "
-                f"{name} is another one, or has changed since ({values}). Their vectors cannot be "
-                f"compared: say with --model= where the index's network is, or make another index "
-                f"with --index=."
+                f"The index {self.address} was made with the network {literal(self.info.network)}; "
+                f"{name} is another one, or has changed since ({literal(values)}). Their vectors "
+                f"cannot be compared: say with --model= where the index's network is, or make "
+                f"another index with --index=."
             )
 
     def embed(self, images: Query | Sequence[Query]) -> np.ndarray:
@@ -240,8 +236,7 @@ class Index:
         """Finds the images most similar to an image, or to each of a list of them.
 
         Args:
-          query: one image, its vector [D], or a list of images.
-          k: how many images, at most.
+          query: one image, its vector [D], or a list of images; k are found, at most.
           where: which of them to look at, as SQL: "label = 'shoes' AND width > 500".
           exact: whether to compare with every image, where the index is so large that it
             does not do so anyway. All vectors are then read into memory.
@@ -250,8 +245,7 @@ class Index:
           The most similar first; of several queries, a list for each.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          InputError: something is no image, or `where` is not understood.
+          FileNotFoundError, InputError: something is no image, or `where` is not understood.
           StoreError: the index cannot be read.
         """
         if isinstance(query, np.ndarray) and query.ndim == 1:
