@@ -64,12 +64,12 @@ def test_writing_blesses_no_damage(address, tmp_path):
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     digests.record(str(copy))
+    photograph(tmp_path / "n.png", 5)
     for use in (lambda: Index.open(copy), lambda: indexing.update(str(copy), [tmp_path])):
         with pytest.raises(StoreError, match=f"{file.name} is not what was written. Delete"):
             use()
     index.count()  # what was read before is not read again until something is written
     shutil.copytree(address, tmp_path / "other")
-    photograph(tmp_path / "n.png", 5)
     other = Index.open(tmp_path / "other", stand_in())
     before = (tmp_path / "other/digests.txt").read_text()
     other.add([tmp_path / "n.png"])

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -226,7 +227,8 @@ def _update(
     share: tuple[int, int],
 ) -> Changes:
     """Brings this process's share of the index up to date."""
-    mine = {id for id in wanted.keys() | known.keys() if int(id, 16) % share[1] == share[0]}
+    ids = wanted.keys() | known.keys()
+    mine = {id for id in ids if zlib.crc32(id.encode()) % share[1] == share[0]}
     todo = {
         id: listed
         for id, listed in wanted.items()
@@ -234,8 +236,7 @@ def _update(
     }
     # Images that stay as they are until the end, by their content: others may take their vectors.
     origins = {known[id].hash: id for id in mine & known.keys() if id not in todo}
-    skipped, copies, moved, added, changed = [], [], set(), 0, 0
-    gone = []
+    skipped, copies, moved, gone, added, changed = [], [], set(), [], 0, 0
     records, vectors, written = [], [], time.monotonic()
     side = index.network.resize if todo else 0
     read = partial(_read, known=known, origins=origins, side=side)
@@ -246,12 +247,13 @@ def _update(
             if record.id in known and isinstance(found, ValueError):  # else it cannot be read now
                 gone.append(record.id)
             continue
-        added += record.id not in known
+        is_new = record.id not in known
+        added += is_new
         if vector is None:
             copies.append((record, found))
-            moved.add(known[found].hash)
+            moved |= {known[found].hash} if is_new else set()
             continue
-        changed += record.id in known
+        changed += not is_new
         records.append(record._replace(**found))
         vectors.append(vector)
         if len(records) >= WRITE_EVERY or time.monotonic() > written + WRITE_AFTER:
@@ -260,8 +262,8 @@ def _update(
     if records:
         index.write(records, np.stack(vectors))
     _copy(index, copies)
-    lost = [id for id in mine & missing.keys() if missing[id] and known[id].hash not in moved]
-    gone += [id for id in mine & missing.keys() if prune or id not in lost]
+    lost = {id for id in mine & missing.keys() if missing[id] and known[id].hash not in moved}
+    gone += mine & missing.keys() if prune else mine & missing.keys() - lost
     if gone:
         index.store.delete(gone)
     if lost and not prune:
