@@ -10,7 +10,7 @@ COMMANDS = {
     "index": Command(
         "embeds your own images into an index, or brings it up to date",
         "IMAGES",
-        ("index", "model", "images", "vector", "precision", "whiten"),
+        ("index", "model", "images", "vector", "precision", "whiten", "prune"),
         ("images",),
         "search",
     ),
@@ -82,6 +82,12 @@ FLAGS = {
         "Dimensions of PCA-whitened vectors; else all as they are.",
         options=(1,),
     ),
+    "prune": Flag(
+        flags.DEFINE_bool,
+        "Also removes images whose folders are gone, empty or cannot be read: a disk may be away.",
+        "",
+        False,
+    ),
     "k": Flag(flags.DEFINE_integer, "How many images; else 20.", default=20, options=(1,)),
     "where": Flag(
         flags.DEFINE_string, "Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"
@@ -146,6 +152,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             vector=given.vector,
             precision=given.precision,
             whiten=given.whiten,
+            prune=given.prune,
             share=share_of_files(given),
         )
     elif name == "search":

@@ -372,5 +372,5 @@ def test_whitening_is_learned_and_applied(tmp_path):
 def test_a_pipe_with_the_name_of_an_image_is_left_out(tmp_path):
     """Reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.png")
-    found = indexing._read((None, tmp_path / "a.png"), {}, 16)
-    assert found == "not a file"
+    found = indexing._read((None, tmp_path / "a.png"), {}, {}, 16)
+    assert isinstance(found, ValueError) and str(found) == "not a file"

@@ -78,9 +78,11 @@ def large(tmp_path_factory):
     vectors = np.random.default_rng(0).normal(size=(MANY, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     records = [
-        Record(f"{i:020x}", f"/p/{i // 1000:03}/{i:06}.jpg", None, 1, f"{i}", 24, 16, "", -i, thumbnail)
+        Record(
+            id=f"{i:020x}", path=f"/p/{i // 1000:03}/{i:06}.jpg", modified=-i, thumbnail=thumbnail
+        )
         for i in range(MANY)
-    ]  # fmt: skip
+    ]
     index.write(records, vectors)
     with served(index) as url:
         yield url
@@ -169,12 +171,15 @@ def carry(page, kind, script):
           const put = {
             files: (names) => names.forEach((name) => carried.items.add(
               new File([new Uint8Array(content)], name, { type: "image/png" }))),
-            address: (text) => ["text/uri-list", "text/plain"].forEach((k) => carried.setData(k, text)),
+            address: (text) => {
+              for (const kind of ["text/uri-list", "text/plain"]) carried.setData(kind, text);
+            },
           };
           put[script[0]](script[1]);
           const type = kind === "drop" ? DragEvent : ClipboardEvent;
           const name = kind === "drop" ? "dataTransfer" : "clipboardData";
-          document.body.dispatchEvent(new type(kind, { [name]: carried, bubbles: true, cancelable: true }));
+          const options = { [name]: carried, bubbles: true, cancelable: true };
+          document.body.dispatchEvent(new type(kind, options));
         }""",
         [kind, script, carry.content],
     )

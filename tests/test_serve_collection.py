@@ -7,11 +7,12 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-pytest.importorskip("lancedb", reason="lancedb is not installed")
+lancedb = pytest.importorskip("lancedb", reason="lancedb is not installed")
 testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
-from cgd_jax.search import Index, collection  # noqa: E402
+from cgd_jax.search import Index, collection, indexing  # noqa: E402
 from cgd_jax.search.indexing import update  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from tests.search_samples import photograph, stand_in  # noqa: E402
@@ -279,3 +280,55 @@ def test_the_root_is_the_deepest_folder_that_holds_all(paths, root):
     import pyarrow as pa
 
     assert collection.root_of(pa.table({"path": pa.array(paths, pa.string())})) == root
+
+
+def test_the_date_is_that_of_exif_if_it_says_one(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "2015:06:07 23:59:59"
+    broken = Image.Exif()
+    broken.get_ifd(0x8769)[0x9003] = "9999:99:99 junk"
+    files = [tmp_path / f"photos/{name}.jpg" for name in ("taken", "broken", "none")]
+    for i, (file, options) in enumerate(
+        zip(files, ({"exif": exif}, {"exif": broken}, {}), strict=True)
+    ):
+        photograph(file, i, **options)
+        os.utime(file, (DAY, DAY))
+    address = str(tmp_path / "index")
+    update(address, [tmp_path / "photos"], stand_in())
+    client = client_of(Index.open(address, stand_in()))
+    named = lambda **params: {
+        one["name"] for one in client.get("/collection", params=params).json()["images"]
+    }
+    assert named(after="2015-06-07", before="2015-06-07") == {"taken.jpg"}
+    assert named(after="2015-06-08") == named(before="2024-02-29", after="2024-02-29")
+    assert named(after="2024-02-29") == {"broken.jpg", "none.jpg"} and not named(after="2024-03-01")
+    listed = client.get("/collection").json()["images"]
+    assert listed[-1]["name"] == "taken.jpg"
+    details = client.get(f"/details/{listed[-1]['id']}").json()
+    assert details["date"] == "2015-06-07T23:59:59"
+
+
+def test_an_index_of_an_earlier_version_learns_dates_without_embedding(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "2015:06:07 08:00:00"
+    photograph(tmp_path / "photos/a.jpg", 1, exif=exif)
+    photograph(tmp_path / "photos/b.jpg", 2)
+    address = str(tmp_path / "index")
+    update(address, [tmp_path / "photos"], stand_in())
+    before = Index.open(address, stand_in()).vectors()
+    table = lancedb.connect(address).open_table("images")
+    table.drop_columns(["taken"])
+    old = Index.open(address, stand_in())
+    assert {old.get(id).taken for id in before[0]} == {-1}
+    network = stand_in()
+    network.embed_batch = None  # whoever embeds fails
+    changes = update(address, [tmp_path / "photos"], network)
+    assert (changes.added, changes.changed, changes.unchanged) == (0, 0, 2)
+    new = Index.open(address, stand_in())
+    assert sorted(new.get(id).taken > 0 for id in before[0]) == [False, True]
+    np.testing.assert_array_equal(new.vectors()[1][np.argsort(new.vectors()[0])],
+                                  before[1][np.argsort(before[0])])  # fmt: skip
+    reads = []
+    monkeypatch.setattr(indexing, "read_file", lambda path: reads.append(path))
+    update(address, [tmp_path / "photos"], network)
+    assert not reads

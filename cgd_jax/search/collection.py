@@ -16,7 +16,7 @@ from cgd_jax.search.index import Index
 
 __all__ = ["below", "between", "folders_below", "inside", "listing", "root_of", "split"]
 
-LISTED = ["id", "path", "label", "modified"]
+LISTED = ["id", "path", "label", "modified", "taken"]
 NANOSECONDS = 1_000_000_000
 
 
@@ -35,10 +35,12 @@ def listing(index: Index, where: str | None, order: str) -> pa.Table:
     # A folder stands before those in it, and these before the next one, whatever its name.
     folder = pc.replace_substring_regex(table["path"], r"[/\\]?[^/\\]*$", "")
     folder = pc.replace_substring_regex(folder, r"[/\\]", "\1")
-    table = table.append_column("folder", folder).append_column("name", name)
+    date = pc.if_else(pc.greater(table["taken"], 0), table["taken"], table["modified"])
+    for column, values in (("folder", folder), ("name", name), ("date", date)):
+        table = table.append_column(column, values)
     keys = [("folder", "ascending"), ("name", "ascending")]
     if order == "newest":
-        keys.insert(0, ("modified", "descending"))
+        keys.insert(0, ("date", "descending"))
     return table.take(pc.sort_indices(table, keys)).select(LISTED).combine_chunks()
 
 
@@ -81,13 +83,17 @@ def below(folder: str) -> str:
 
 
 def between(first: date | None, last: date | None) -> list[str]:
-    """Returns the conditions that an image is of one of these days."""
-    found = []
-    if first is not None:
-        found.append(f"modified >= {_nanoseconds(first)}")
-    if last is not None:
-        found.append(f"modified < {_nanoseconds(last + timedelta(1))}")
-    return found
+    """Returns the conditions, if any, that an image was taken on one of these days.
+
+    Where EXIF does not say, the file was changed last on one of them.
+    """
+    span = [f"{{0}} >= {_nanoseconds(first)}"] if first else []
+    span += [f"{{0}} < {_nanoseconds(last + timedelta(1))}"] if last else []
+    ways = [
+        " AND ".join([known, *span]).format(column)
+        for known, column in (("taken > 0", "taken"), ("taken <= 0", "modified"))
+    ]
+    return [f"(({ways[0]}) OR ({ways[1]}))"] if span else []
 
 
 def _nanoseconds(day: date) -> int:

@@ -58,11 +58,13 @@ class LanceStore:
                 # Last: from now on there is an index.
                 self._database.create_table(IMAGES, schema=schema, exist_ok=True)
             self._table: Any = self._database.open_table(IMAGES)
+            if "taken" not in self._table.schema.names:  # of an earlier version
+                self._table.add_columns({"taken": f"CAST({stores.UNKNOWN} AS BIGINT)"})
 
-    def about(self) -> dict[str, str]:
+    def about(self, name: str) -> str | None:
         with self._failures("read"):
-            rows = self._database.open_table(ABOUT).to_arrow().to_pylist()
-        return {row["name"]: row["text"] for row in rows}
+            found = self._database.open_table(ABOUT).search().where(f"name = {stores.quoted(name)}")
+            return next((row["text"] for row in found.to_list()), None)
 
     def upsert(self, rows: pa.Table) -> None:
         with self._failures("written"):

@@ -29,6 +29,9 @@ class BusyError(StoreError, BlockingIOError):
     """Another process writes to the index."""
 
 
+UNKNOWN = -1  # when an image was taken that an earlier version of this program indexed
+
+
 class Record(NamedTuple):
     """What an index keeps of an image beside its vector."""
 
@@ -42,6 +45,7 @@ class Record(NamedTuple):
     source: str = ""  # what it was listed from
     modified: int = 0  # ns, when the file was changed last
     thumbnail: bytes = b""  # JPEG
+    taken: int = UNKNOWN  # ns, by EXIF; 0 if it does not say
 
 
 class Hit(NamedTuple):
@@ -70,8 +74,8 @@ class Store(Protocol):
 
     address: str
 
-    def about(self) -> dict[str, str]:
-        """Returns the texts that were written when the index was made."""
+    def about(self, name: str) -> str | None:
+        """Returns a text that was written when the index was made."""
 
     def upsert(self, rows: pa.Table) -> None:
         """Inserts rows, or replaces those with the same ids: all of them or none."""

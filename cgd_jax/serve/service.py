@@ -122,7 +122,7 @@ class Service:
 
     def pixels(self, id: str, crop: str | None = None) -> np.ndarray:
         """Decodes an image, or a part of it, to what is embedded; in a thread of the decoder."""
-        return self._decoded(id, crop, self.index.info.resize)[0]
+        return self._decoded(id, crop, self.index.network.resize)[0]
 
     def drawn(self, id: str, side: int) -> bytes:
         """Returns an image as a JPEG whose longer side has at most `side` pixels; likewise."""

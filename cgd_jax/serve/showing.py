@@ -30,13 +30,13 @@ class Details(Shown):
     width: int
     height: int
     bytes: int
-    date: datetime = Field(description="when the file was changed last")
+    date: datetime = Field(description="by EXIF, else when the file was changed last")
 
 
 def details_of(service: Served, record: Record, root: str) -> dict[str, Any]:
     """Returns the fields of `Details` of a record."""
     (shown,) = service.shown([record], root)
-    date = datetime.fromtimestamp(record.modified / 1e9)
+    date = datetime.fromtimestamp((max(record.taken, 0) or record.modified) / 1e9)
     sides = {"width": record.width, "height": record.height}
     return {**shown, **sides, "bytes": record.size, "date": date}
 

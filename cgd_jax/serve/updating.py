@@ -42,7 +42,7 @@ class Updater:
             sources = sorted({source for batch in rows for source in batch if source})
             if sources:
                 made = indexing.update(
-                    self._index.store.address, sources, self._index.network, watch=self._watch
+                    self._index.address, sources, self._index.network, watch=self._watch
                 )
                 said = (
                     f"{made.added:,} images added, {made.changed:,} changed, {made.removed:,} "
