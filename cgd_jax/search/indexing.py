@@ -89,8 +89,8 @@ def update(
     Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
     stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`
     and `whiten`, a dimension, are of a new index. Of n processes that fill an index together,
-    process i calls this with the same sources and `share` (i, n). `watch` is told how many files were
-    read, of how many. Returns what this process did.
+    process i calls this with the same sources and `share` (i, n). `watch` is told how many
+    files were read, of how many. Returns what this process did.
 
     Raises InputError, and changes nothing: a source is missing or holds no image, or the index is
     another than is asked for. BusyError, StoreError: what was written stays.
