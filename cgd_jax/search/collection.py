@@ -1,6 +1,6 @@
 """An index as a collection: its images in an order, and the folders that they lie in.
 
-Folders are those below the root, the deepest one that holds all images: what is shown of a path
+Folders are those below the root, the deepest one that holds all sources: what is shown of a path
 does not tell where the collection lies.
 """
 
@@ -16,8 +16,9 @@ from cgd_jax.search.index import Index
 
 __all__ = ["below", "between", "folders_below", "inside", "listing", "root_of", "split"]
 
-LISTED = ["id", "path", "label", "modified", "taken"]
-NANOSECONDS = 1_000_000_000
+LISTED = ["id", "path", "label", "source", "modified", "taken"]
+SEPARATOR = re.escape(os.sep)
+DAYS = date(1970, 1, 2), date(2261, 12, 31)  # what is counted in ns goes no farther
 
 
 def listing(index: Index, where: str | None, order: str) -> pa.Table:
@@ -31,13 +32,15 @@ def listing(index: Index, where: str | None, order: str) -> pa.Table:
     schema = pa.schema([stores.SCHEMA.field(name) for name in LISTED])
     batches = [batch.cast(schema) for batch in index.store.read(LISTED, where)]
     table = pa.Table.from_batches(batches, schema)
-    name = pc.replace_substring_regex(table["path"], r"(?s)^.*[/\\]", "")
     # A folder stands before those in it, and these before the next one, whatever its name.
-    folder = pc.replace_substring_regex(table["path"], r"[/\\]?[^/\\]*$", "")
-    folder = pc.replace_substring_regex(folder, r"[/\\]", "\1")
-    date = pc.if_else(pc.greater(table["taken"], 0), table["taken"], table["modified"])
-    for column, values in (("folder", folder), ("name", name), ("date", date)):
-        table = table.append_column(column, values)
+    folder = pc.replace_substring_regex(table["path"], f"(?s){SEPARATOR}?[^{SEPARATOR}]*$", "")
+    columns = {
+        "folder": pc.replace_substring(folder, os.sep, "\1"),
+        "name": pc.replace_substring_regex(table["path"], f"(?s)^.*{SEPARATOR}", ""),
+        "date": pc.if_else(pc.greater(table["taken"], 0), table["taken"], table["modified"]),
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, values)
     keys = [("folder", "ascending"), ("name", "ascending")]
     if order == "newest":
         keys.insert(0, ("date", "descending"))
@@ -45,32 +48,34 @@ def listing(index: Index, where: str | None, order: str) -> pa.Table:
 
 
 def root_of(table: pa.Table) -> str:
-    """Returns the deepest folder that all images of a listing lie in, with a separator behind."""
-    paths = pc.drop_null(pc.if_else(pc.equal(table["path"], ""), None, table["path"]))
-    ends = pc.min_max(paths).as_py()
-    shared = os.path.commonprefix([ends["min"] or "", ends["max"] or ""])
-    return re.sub(r"[^/\\]*$", "", shared)
+    """Returns the deepest folder that holds the sources of all images, with a separator behind."""
+    known: list[str] = []
+    for source in table["source"].unique().to_pylist():
+        paths = table["path"].filter(pc.equal(table["source"], source))
+        ends = [end for end in pc.min_max(paths).as_py().values() if end]
+        folder = os.path.join(source, "")  # unless the source is a list, or there was none
+        known += [folder] if source and all(end.startswith(folder) for end in ends) else ends
+    return re.sub(f"[^{SEPARATOR}]*$", "", os.path.commonprefix(known))
 
 
 def split(path: str, root: str) -> tuple[str, str]:
     """Returns the folder of an image below the root, and its name."""
-    folder, _, name = path.removeprefix(root).replace("\\", "/").rpartition("/")
-    return folder, name
+    folder, _, name = path.removeprefix(root).rpartition(os.sep)
+    return folder.replace(os.sep, "/"), name
 
 
 def folders_below(table: pa.Table, prefix: str) -> dict[str, int]:
     """Counts the images of every folder that lies directly below one."""
     inside = table["path"].filter(pc.starts_with(table["path"], prefix))
     rest = pc.utf8_slice_codeunits(inside, len(prefix))
-    rest = rest.filter(pc.match_substring_regex(rest, r"[/\\]"))
-    counts = pc.value_counts(pc.replace_substring_regex(rest, r"(?s)[/\\].*$", "")).to_pylist()
-    return dict(sorted((count["values"], count["counts"]) for count in counts))
+    rest = rest.filter(pc.match_substring(rest, os.sep))
+    counts = pc.value_counts(pc.replace_substring_regex(rest, f"(?s){SEPARATOR}.*$", ""))
+    return dict(sorted((one["values"], one["counts"]) for one in counts.to_pylist()))
 
 
 def inside(root: str, folder: str) -> str:
     """Returns what the paths of all images in a folder begin with, at any depth."""
-    separator = "\\" if "\\" in root else "/"
-    return root + (folder.replace("/", separator) + separator if folder else "")
+    return root + (os.path.join(folder.replace("/", os.sep), "") if folder else "")
 
 
 def below(folder: str) -> str:
@@ -88,7 +93,7 @@ def between(first: date | None, last: date | None) -> list[str]:
     Where EXIF does not say, the file was changed last on one of them.
     """
     span = [f"{{0}} >= {_nanoseconds(first)}"] if first else []
-    span += [f"{{0}} < {_nanoseconds(last + timedelta(1))}"] if last else []
+    span += [f"{{0}} < {_nanoseconds(last, 1)}"] if last else []
     ways = [
         " AND ".join([known, *span]).format(column)
         for known, column in (("taken > 0", "taken"), ("taken <= 0", "modified"))
@@ -96,5 +101,6 @@ def between(first: date | None, last: date | None) -> list[str]:
     return [f"(({ways[0]}) OR ({ways[1]}))"] if span else []
 
 
-def _nanoseconds(day: date) -> int:
-    return int(datetime.combine(day, datetime.min.time()).timestamp()) * NANOSECONDS
+def _nanoseconds(day: date, later: int = 0) -> int:
+    day = min(max(day, DAYS[0]), DAYS[1]) + timedelta(later)
+    return int(datetime.combine(day, datetime.min.time()).timestamp()) * 1_000_000_000

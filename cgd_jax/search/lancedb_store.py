@@ -69,7 +69,9 @@ class LanceStore:
     def upsert(self, rows: pa.Table) -> None:
         with self._failures("written"):
             merge = self._table.merge_insert("id").when_matched_update_all()
-            merge.when_not_matched_insert_all().execute(rows.cast(self._table.schema))
+            merge.when_not_matched_insert_all().execute(
+                rows.select(self._table.schema.names).cast(self._table.schema)
+            )
 
     def delete(self, ids: Sequence[str]) -> None:
         self._deleted = True

@@ -23,7 +23,7 @@ export async function find(wanted) {
 }
 
 function tools(wanted) {
-  const least = element("input", { type: "number", min: 0.5, max: 1, step: 0.01, value: wanted.near });
+  const least = element("input", { type: "number", min: 0.5, max: 1, step: 0.001, value: wanted.near });
   least.onchange = () => least.reportValidity() && go({ ...read(), near: least.value });
   const kinds = { "Save as CSV": csv, "Save paths": paths, "Save a script": script };
   const buttons = Object.entries(kinds).map(([text, write]) => {

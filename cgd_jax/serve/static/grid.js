@@ -105,6 +105,8 @@ async function load(first, last) {
 
 const dense = () => (shape.tile * Math.min(devicePixelRatio, 2) > 300 ? "medium" : "");
 export const nameOf = (item) => item.name || item.label || item.id;
+export const whereOf = (item) => // most labels are folders
+  [item.folder.split("/").includes(item.label) ? "" : item.label, item.folder].filter(Boolean).join(" · ");
 
 function tile(place, item) {
   const node = element("li", { place, item, className: item ? "" : "empty" });
@@ -114,11 +116,10 @@ function tile(place, item) {
   if (!item) return node;
   const name = nameOf(item);
   const alike = item.similarity?.toFixed(3);
-  const where = [item.folder.split("/").includes(item.label) ? "" : item.label, item.folder].filter(Boolean).join(" · ");
   const picture = element("div", { className: "tile" }, element("img", { src: imageOf(item.id, dense()), alt: name, decoding: "async" }));
   const caption = element("div", { className: "caption" }, element("span", { className: "what", textContent: name, ariaHidden: true }));
   if (alike) caption.append(element("span", { className: "unseen", textContent: "similarity" }), element("span", { className: "alike", textContent: alike, title: "cosine similarity" }));
-  const link = element("a", { title: item.path ?? name }, picture, caption, element("div", { className: "where", textContent: where }));
+  const link = element("a", { title: item.path ?? name }, picture, caption, element("div", { className: "where", textContent: whereOf(item) }));
   link.tabIndex = place === current ? 0 : -1;
   link.dataset.id = item.id;
   follow(link, source.wanted(item));

@@ -41,12 +41,13 @@ show.leaving = leaving;
 async function load(answer) {
   const before = kept.get(key());
   const mine = (shown = core(wanted));
-  root.classList.toggle("asked", Boolean(wanted.id));
+  const asks = Boolean(wanted.id);
+  if (root.classList.contains("asked") !== asks) scrollTo({ top: 0 }); // the grid becomes another
+  root.classList.toggle("asked", asks);
   query.stop();
   query.present(wanted);
   filters.present(wanted);
   heat.begin(query.example().id, query.example().crop);
-  const asks = Boolean(wanted.id);
   $("groups").hidden = !wanted.near;
   $("ordering").hidden = asks || Boolean(wanted.near);
   $("update").hidden = $("ordering").hidden || !about.files;

@@ -51,7 +51,7 @@ export async function show(id, left, neighbours) {
     $("viewname").textContent = name;
     $("right").querySelector("img").alt = name;
     $("right").querySelector("figcaption").textContent = name;
-    $("facts").textContent = [found.label, found.folder, facts(found), alike && `similarity ${alike}`].filter(Boolean).join(" · ");
+    $("facts").textContent = [grid.whereOf(found), facts(found), alike && `similarity ${alike}`].filter(Boolean).join(" · ");
     $("there").hidden = !found.folder;
     follow($("there"), { folder: found.folder, order: "folder" });
     $("copy").onclick = () => copy(found.path, $("copy"));
