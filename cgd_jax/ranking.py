@@ -115,7 +115,7 @@ def _is_cpu(mesh):
 
 def _ranks_on_cpu(query, gallery, relevance, rows, first):
     gallery = _of_unit_length(gallery)
-    block = _even(len(rows), max(1, HELD // len(gallery)))
+    block = _even(len(rows), max(1, min(2**11, HELD // len(gallery))))
     similarity = np.empty((block, len(gallery)), np.float32)
     # Products of one shape add in one order: the last part overlaps, the last block repeats.
     size = _even(len(gallery), PART)
