@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax import metrics
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import prefetch
+from cgd_jax.labels import own_index
 from cgd_jax.runtime import console, files, processes
 
 __all__ = [
@@ -126,7 +126,7 @@ def own_rows(dataset: Dataset) -> np.ndarray | None:
     query_ids, gallery_ids = dataset.query_ids, dataset.gallery_ids
     if query_ids is None or gallery_ids is None:
         return None
-    own = metrics.own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
+    own = own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
     return own if (own >= 0).any() else None
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from cgd_jax import metrics, rerank
+from cgd_jax import rerank
 from cgd_jax.embed import Embeddings, embed_images
 from cgd_jax.evaluate import embed_function, embed_test, measure
 from cgd_jax.models.cgd import network_params
+from cgd_jax.ranking import normalize
 from cgd_jax.reports import tables
 from cgd_jax.run import open_run
 from cgd_jax.runtime import console, files
@@ -91,7 +92,7 @@ def join(parts: Sequence[Embeddings]) -> Embeddings:
     """Concatenates the embeddings of several networks, each of unit length, to unit length."""
 
     def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        units = [np.asarray(metrics.normalize(array)) for array in arrays]
+        units = [np.asarray(normalize(array)) for array in arrays]
         return np.concatenate(units, 1) / np.sqrt(len(units), dtype=np.float32)
 
     galleries = [part.gallery for part in parts if part.gallery is not None]

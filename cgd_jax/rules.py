@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cgd_jax import combination, config_files, data, losses, metrics, pooling
+from cgd_jax import combination, config_files, data, losses, pooling, retrieval
 from cgd_jax.config import flatten
 from cgd_jax.models import backbones, cgd, resnet
 from cgd_jax.runtime.errors import ConfigError
@@ -144,7 +144,7 @@ RULES: dict[str, Rule] = {
         lambda ks: 1 in ks and _all_positive_integers(ks),
         "must be positive whole numbers with 1 among them (steps are compared by R@1)",
     ),
-    "eval.matmul_precision": one_of(metrics.PRECISIONS),
+    "eval.matmul_precision": one_of(retrieval.PRECISIONS),
     "eval.bootstrap": at_least(1),
     "eval.projection": Rule(
         lambda kind: kind in ("", "pca", "umap"), "must be pca, umap, or empty"
