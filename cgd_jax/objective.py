@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cgd_jax import losses
-from cgd_jax.losses.pairs import Miner
 from cgd_jax.models.cgd import Output
 
 __all__ = [
@@ -78,7 +77,10 @@ def _ranking_loss(
     if "key" in inspect.signature(loss).parameters:
         options["key"] = key
     if config.ranking in losses.PAIR_LOSSES:
-        options["miner"] = _miner(config, key, ranked[0].shape[1])
+        options["miner"] = losses.MINERS[config.miner]
+        if config.miner == "distance_weighted":  # the one that draws
+            drawn = {"key": key, "dim": ranked[0].shape[1], **config.distance_weighted}
+            options["miner"] = functools.partial(options["miner"], **drawn)
     parts = []
     for i, vectors in enumerate(ranked):
         own = lambda array, i=i: jnp.split(array, len(ranked), -1)[i]
@@ -88,13 +90,6 @@ def _ranking_loss(
             options["proxies"] = own(loss_params["proxies"])
         parts.append(loss(vectors, labels, **options))
     return sum(parts[1:], parts[0]) / len(parts)
-
-
-def _miner(config: ConfigDict, key: jax.Array | None, dim: int) -> Miner:
-    miner = losses.MINERS[config.miner]
-    if config.miner == "distance_weighted":  # the one that draws
-        return functools.partial(miner, key=key, dim=dim, **config.distance_weighted)
-    return miner
 
 
 def loss_param_counts(config: ConfigDict) -> dict[str, int]:
