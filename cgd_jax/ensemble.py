@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from cgd_jax import rerank
-from cgd_jax.embed import Embeddings, embed_images
-from cgd_jax.evaluate import embed_function, embed_test, measure
+from cgd_jax.embed import Embeddings
+from cgd_jax.evaluate import embed_test, embed_training, measure
 from cgd_jax.models.cgd import network_params
 from cgd_jax.ranking import normalize
 from cgd_jax.reports import tables
@@ -26,18 +26,9 @@ __all__ = ["evaluate_together", "join"]
 def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
     """Measures each of several runs, all of them joined, and that by PCA in one's dimension.
 
-    The PCA is learned on the training images of the first run.
-
-    Args:
-      workdirs: folders of runs that are tested on the same images.
-
-    Returns:
-      Name of the row → metrics, with "dimension", "parameters" and "seconds", the time to embed
-      the test images. Also written to together.json in the first run's folder.
-
-    Raises:
-      FileNotFoundError: one of them is no run.
-      ConfigError: they are tested on different images, or train on what others are tested on.
+    The PCA is learned on the training images of the first run. Returns name of the row → metrics,
+    with "dimension", "parameters" and "seconds", the time to embed the test images; together.json
+    in the first run's folder holds the same. Raises FileNotFoundError and ConfigError.
     """
     rows, parts, training = {}, [], []
     first, _ = open_run(workdirs[0])
@@ -48,15 +39,7 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
         begin = time.monotonic()
         parts.append(embed_test(run, state))
         seconds = time.monotonic() - begin
-        training.append(
-            embed_images(
-                embed_function(run, state),
-                first.dataset.train.images,
-                run.config.eval.batch_size,
-                run.batch_sharding,
-                "embedding training images",
-            )
-        )
+        training.append(embed_training(run._replace(dataset=first.dataset), state))
         parameters = sum(x.size for x in jax.tree.leaves(network_params(state.params)))
         costs = {"parameters": parameters, "seconds": seconds}
         rows[f"{workdir}, step {int(state.step)}"] = (parts[-1], costs)
