@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from cgd_jax.data import decode as decode_module
+from cgd_jax.data import images
 from cgd_jax.data.decode import check, decode, resize
+from cgd_jax.runtime.errors import InputError
 from tests import color_profiles
 from tests.dataset_samples import encoded, picture, write
 
@@ -456,11 +458,13 @@ def test_one_decoding_gives_every_size(monkeypatch):
     )
     data = encoded(photograph(640, 480), "PNG")
     opened.clear()
-    pixels, size = decode_module.decode_once(data, (10, 20, 330, 340), 100)
-    assert len(opened) == 1 and size == (480, 640)
+    pixels, *size = decode_module.decode_at_least(data, 100, (10, 20, 330, 340))
+    assert len(opened) == 1 and size == [480, 640]
     np.testing.assert_array_equal(pixels, decode(data)[20:340, 10:330])
-    reduced, size = decode_module.decode_once(encoded(photograph(640, 480), "JPEG"), None, 100)
-    assert size == (480, 640) and reduced.shape == (120, 160, 3)
+    jpeg = encoded(photograph(640, 480), "JPEG")
+    reduced, *size = decode_module.decode_at_least(jpeg, 100)
+    assert size == [480, 640] and reduced.shape == (120, 160, 3)
+    np.testing.assert_array_equal(resize(reduced, 100), decode(jpeg, size=100))
 
 
 def tile_bomb():
@@ -532,6 +536,13 @@ def test_what_never_ends_or_is_too_much_is_refused_in_little_memory(tmp_path):
     )
     for (name, reason), line in zip(expected.items(), done.stdout.splitlines(), strict=True):
         assert reason in line, (name, line)
+
+
+def test_pipes_and_devices_are_no_images_for_a_network_either(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
+        with pytest.raises(InputError, match=f"{path}: not a file"):
+            images.read_image(path, 8)
 
 
 @pytest.mark.parametrize("most, expected", [("255", "bomb"), ("256", "(16, 16)")])
