@@ -15,6 +15,7 @@ from cgd_jax.run import fit_to_data, open_data
 from cgd_jax.runtime import console
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.train_step import step_key
+from cgd_jax.workdir import check_writable
 
 
 def show_data(config: ConfigDict, workdir: str) -> None:
@@ -29,6 +30,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
       ConfigError: a config that cannot be run, or data that cannot be used.
     """
     validate(config)
+    check_writable(workdir)
     dataset, _, labels = open_data(config)
     console.log(tables.dataset_table(dataset))
     problem = None

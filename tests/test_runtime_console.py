@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from cgd_jax import cli
 from cgd_jax.runtime import console
 
 
@@ -23,6 +24,14 @@ def test_characters_that_a_terminal_does_not_have_are_escaped(monkeypatch, encod
     console.log("1 → 2 \udcff")
     terminal.flush()
     assert terminal.buffer.getvalue().decode(encoding).rstrip() == shown
+
+
+def test_control_characters_of_names_do_not_reach_a_terminal(capsys):
+    console.log("a\x1b[2Jb\rc\n\td\x9b e")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\rc\n\td\\x9b e\n"
+    with pytest.raises(SystemExit) as end:  # an error of a whole command
+        cli.main(["cgd_jax", "data", "--config=gone\x1b]0;title\a"])
+    assert "gone\\x1b]0;title\\x07" in str(end.value)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
