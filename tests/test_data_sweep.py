@@ -172,7 +172,6 @@ PLAIN = {
 PROFILES = {
     "": None,
     "P3": color_profiles.profile(color_profiles.DISPLAY_P3, 2.2),
-    "grey": color_profiles.profile(None, 1.8, b"GRAY"),
     "broken": b"no profile",
 }
 DAMAGE = {
@@ -211,19 +210,24 @@ def odd_files():
                     yield kind, mode, profile, orientation, data
 
 
+@pytest.mark.filterwarnings("ignore:Tag data larger", "ignore:Truncated File Read")
 def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
     """Every file is decoded as it is to be seen, or left out of training with a reason."""
-    original = np.asarray(Image.open(io.BytesIO(picture(3, 48, 24, "PNG"))).convert("L"))
+
+    def luminance(pixels):  # in 6×6 fields, as dots and palettes mix colors
+        return np.asarray(Image.fromarray(decode.resize(pixels, 6)).convert("L")).astype(int)
+
+    original = luminance(decode.decode(picture(3, 48, 24, "PNG")))
     good, damaged = {}, {}
     for kind, mode, profile, orientation, data in odd_files():
         name = f"{kind} {mode.replace(';', '')} {profile} {orientation}"
         height, width = (48, 24) if orientation >= 5 else (24, 48)
         assert decode.dimensions(data) == (height, width), name
-        pixels = decode.decode(data).astype(int)
+        pixels = decode.decode(data)
         if orientation == 1:
-            upright = pixels
-            if not profile and mode != "1":
-                assert np.abs(upright.mean(2) - original).mean() < 12, name
+            upright = pixels.astype(int)
+            if not profile:
+                assert np.abs(luminance(pixels) - original).mean() < 8, name
         assert np.abs(pixels - TURNS[orientation](upright)).mean() < 4, name
         good[name] = data
         if orientation in (1, 6):
@@ -233,15 +237,17 @@ def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
             assert decode.decode(data, size=8).shape == (8, 8, 3), name
         except ValueError as error:
             assert str(error), name
-    files = [*good.items(), *damaged.items()]
-    write(tmp_path / "in", {f"{i % 2}/{name}.jpg": data for i, (name, data) in enumerate(files)})
+    # Some formats write the same for two modes; training would leave copies out.
+    files = {data: name for name, data in [*damaged.items(), *good.items()]}
+    write(tmp_path / "in", {f"{i % 2}/{n}.jpg": data for i, (data, n) in enumerate(files.items())})
     config = data_config(image_folder.get_config().data, tmp_path / "in", tmp_path / "data")
     dataset = load_dataset(config)
     seen = {id[2:-4] for split in (dataset.train, dataset.query) for id in split.ids}
     refused = sum(split.skipped for split in (dataset.train, dataset.query))
-    assert seen >= good.keys() and seen | damaged.keys() == dict(files).keys()
+    assert seen >= good.keys() & set(files.values()) and seen <= set(files.values())
     assert len(seen) + refused == len(files) and refused > len(damaged) / 3
-    print(f"{len(files)} odd files: {len(good)} good, {len(damaged)} damaged, {refused} refused")
+    tried = f"{len(good)} odd files and {len(damaged)} damaged ones were decoded"
+    print(f"{tried}; of {len(files)} different ones training left out {refused}")
 
 
 @pytest.mark.parametrize("form", ["folders", "a CSV with queries in the gallery"])
