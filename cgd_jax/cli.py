@@ -49,8 +49,8 @@ COMMANDS = {
     "study": Command(
         "trains variants with several seeds and compares them",
         "descriptors --variants=S,SG --dry_run",
-        ("config", "study", "variants", "seeds", "jobs", "dry_run"),
-        ("study",),
+        ("config", "study", "values", "variants", "seeds", "jobs", "dry_run"),
+        ("study", "values"),
     ),
     **search_cli.COMMANDS,
 }
@@ -78,8 +78,11 @@ FLAGS = {
     "study": Flag(
         flags.DEFINE_string,
         f"The study: {config_files.listed(config_files.FOLDER / 'studies')}, or a file of your "
-        f"own.",
+        f"own; or the CSV file that one wrote, to compare its runs again.",
         "NAME",
+    ),
+    "values": Flag(
+        flags.DEFINE_multi_string, "More such CSV files, for verdicts over all.", "FILE"
     ),
     "variants": Flag(flags.DEFINE_list, "Some of the study's, separated by commas.", "NAME,NAME"),
     "seeds": Flag(flags.DEFINE_list, "Others than the study's: 0,1,2.", "NUMBER,NUMBER"),
@@ -117,6 +120,8 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
         )
     if name == "study" and not all(seed.isdigit() for seed in given.seeds or []):
         raise flags.Error(f"--seeds={','.join(given.seeds)}: give whole numbers such as 0,1,2.")
+    if name == "study" and given.study.endswith(".csv"):
+        return None
     if name == "explain" and (len(given.query or []) > 1 or bool(given.query) != bool(given.match)):
         raise flags.Error("--query and --match go together: the two images to compare.")
     if not given.config and not given.workdir:
@@ -131,9 +136,11 @@ def run(name: str, given: flags.FlagValues) -> None:
     if name in search_cli.COMMANDS:
         return search_cli.run(name, given)
     from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
-    from cgd_jax.studies import runner, study
+    from cgd_jax.studies import report, runner, study
     from cgd_jax.workdir import default_workdir
 
+    if name == "study" and given.study.endswith(".csv"):
+        return report.compare_again([given.study, *(given["values"].value or [])])
     file = (
         ""
         if given.workdir and name != "study"

@@ -7,6 +7,7 @@ in which they are needed, stand the functions that they are made of.
 
 import contextlib
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -73,14 +74,17 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
       suffix: of the names of pictures and tables.
 
     Returns:
-      {"step": ..., "metrics": of the embedding as it is trained, "classes": see
-      `workdir.count_classes`, "geometry": of the queries, see `geometry.describe_set`,
-      "with options": what was done → metrics, see `measure_test_time`, and if it is asked for
-      "complementarity": see `complementarity.measure`}.
+      {"step": ..., "metrics": of the embedding as it is trained, "costs": "parameters" and the
+      "embed_seconds" of the test images, "classes": see `workdir.count_classes`, "geometry": of the
+      queries, see `geometry.describe_set`, "with options": what was done → metrics, see
+      `measure_test_time`, and if it is asked for "complementarity": see
+      `complementarity.measure`}.
     """
     config, folder, dataset, step = run.config, run.folder, run.dataset, int(state.step)
     wanted = config.eval
+    begin = time.monotonic()
     embeddings = embed_test(run, state)
+    seconds = time.monotonic() - begin
     measured = measure(
         run,
         embeddings,
@@ -104,6 +108,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
     result = {
         "step": step,
         "metrics": measured,
+        "costs": {"parameters": count_parameters(state), "embed_seconds": seconds},
         "classes": count_classes(run.workdir, dataset),
         "geometry": geometry.describe_set(embeddings.query, dataset.query.labels),
         "with options": measure_test_time(run, state, embeddings),
@@ -224,6 +229,11 @@ def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[st
         except ValueError as error:
             console.log(f"Not measured, re-ranked: {error}")
     return measured
+
+
+def count_parameters(state: State) -> int:
+    """Returns how many parameters a network has, without those of the losses."""
+    return sum(array.size for array in jax.tree.leaves(cgd.network_params(state.params)))
 
 
 def embed_function(run: Run, state: State, **augmentation):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.studies.study import FOLDER, Study, load, plan, with_base_config
+from cgd_jax.studies.study import FOLDER, Study, ensembles, load, plan, with_base_config
 from configs import glyphs
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,40 @@ def test_plan(tmp_path):
     assert config.loss.classification_weight == 0.1 and config.seed == 0, "the base is as it was"
     some = plan(TWO, config, {}, str(tmp_path), ["both"], [7])
     assert [run.folder.name for run in some] == ["seed=7"]
+
+
+def test_steps_between_are_evaluated_if_something_follows_from_them(tmp_path):
+    config = glyphs.get_config()
+    config.data.validation_fraction = 0.2
+    assert plan(TWO, config, {}, str(tmp_path))[0].config.train.eval_every == 500
+    config = glyphs.get_config()
+    config.train.update(eval_every=50, best_of_test=True)
+    (run, *_) = plan(TWO, config, {"train.eval_every": 50}, str(tmp_path))
+    assert run.config.train.eval_every == 50 and not run.config.train.best_of_test
+
+
+def test_a_value_may_follow_from_the_config(tmp_path):
+    long = {"long": {"train.steps": lambda steps: 2 * steps}}
+    study = TWO._replace(variants=TWO.variants | long)
+    (run,) = [r for r in plan(study, glyphs.get_config(), {}, str(tmp_path), seeds=[3])][2:]
+    assert run.config.train.steps == run.config.train.eval_every == 2000
+    assert run.folder.name == "train.steps=2000,seed=3"
+
+
+def test_members_of_ensembles(tmp_path):
+    study = TWO._replace(together={"a/b": ("rank", "both")}, reference="a/b, PCA")
+    runs = plan(study, glyphs.get_config(), {}, str(tmp_path))
+    found = ensembles(study, runs, str(tmp_path))
+    assert [[run.name() for run in one.members] for one in found] == [
+        ["rank, seed 0", "both, seed 0"],
+        ["rank, seed 1", "both, seed 1"],
+    ]
+    assert found[1].path == tmp_path / "together,a_b,seed=1.json" and not found[1].finished()
+    assert ensembles(TWO, runs, str(tmp_path)) == []
+    with pytest.raises(ConfigError, match="compares them with rank, both, which cannot be left"):
+        plan(study, glyphs.get_config(), {}, str(tmp_path), ["both"])
+    some = plan(TWO, glyphs.get_config(), {}, str(tmp_path), ["both"])
+    assert ensembles(study, some, str(tmp_path)) == [], "a member was left out"
 
 
 def test_studies_share_runs(tmp_path):
@@ -90,7 +124,10 @@ NAMES = "CONFIG, SEEDS, VARIANTS, REFERENCE"
     [
         ("", "KeyError: 'CONFIG'.*It needs CONFIG"),
         ("1 +", "SyntaxError"),
-        (f"{NAMES} = 'glyphs', (0,), {{'a': {{}}}}, 'b'", "REFERENCE 'b' is none of"),
+        (
+            f"{NAMES} = 'glyphs', (0,), {{'a': {{}}}}, 'b'",
+            "'b', of REFERENCE or TOGETHER, is none of",
+        ),
         (f"{NAMES} = 'glyphs', (), {{'a': {{}}}}, 'a'", "those of SEEDS, at least one"),
         (f"{NAMES} = 'other', (0,), {{'a': {{}}}}, 'a'", "there is no config 'other'"),
         (f"{NAMES} = 'glyphs', (0,), {{'a': {{'seed': 1}}}}, 'a'", "those of SEEDS, at"),

@@ -3,6 +3,7 @@
 cgd_jax --mode=study --study=descriptors
 """
 
+import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import jax
 from cgd_jax.runtime import console, interrupts
 from cgd_jax.runtime.errors import UserError
 from cgd_jax.studies.report import measured, write_report
-from cgd_jax.studies.study import Run, Study
+from cgd_jax.studies.study import Ensemble, Run, Study, ensembles
 
 
 def run_study(
@@ -42,6 +43,9 @@ def run_study(
         return
     Path(workdir).mkdir(parents=True, exist_ok=True)
     failed = train_all(waiting, command, jobs, lambda: write_report(study, runs, workdir))
+    for ensemble in ensembles(study, runs, workdir):
+        if not ensemble.finished() and all(run.finished() for run in ensemble.members):
+            measure_together(ensemble, command)
     if table := write_report(study, runs, workdir):
         console.log(f"\n{table}\n\nLook at {study.name}.md and {study.name}.png in {workdir}.")
     if failed:
@@ -110,6 +114,17 @@ def train(run: Run, command: list[str], stopped_by: list[int]) -> int | None:
             passed_on += 1
         time.sleep(0.1)
     return process.returncode
+
+
+def measure_together(ensemble: Ensemble, command: list[str]) -> None:
+    """Measures an ensemble in a process, like `cgd_jax eval RUN RUN`."""
+    folders = [str(run.folder) for run in ensemble.members]
+    console.log(f"{ensemble.name}, seed {ensemble.members[0].seed}: measured together.")
+    done = subprocess.run([*command, "--mode=eval", *folders], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "it said nothing").splitlines()[-1][:300]
+        raise UserError(f"{ensemble.name} could not be measured: {said}")
+    os.replace(ensemble.members[0].folder / "together.json", ensemble.path)
 
 
 def last_words(run: Run, status: int | None) -> str:
