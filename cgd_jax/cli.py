@@ -170,6 +170,11 @@ def run(name: str, given: flags.FlagValues) -> None:
                 console.log(f"Uploaded to {export.push_to_hub(folder, given.push_to_hub)}")
         case "study":
             chosen = study.load(given.study)
+            if chosen.space:
+                packages.require("A search", "tuning", "optuna")
+                from cgd_jax.studies import search
+
+                return search.run_search(chosen, given.config, workdir)
             changed = config_flags.get_override_values(given["config"])
             seeds = given.seeds and list(map(int, given.seeds))
             runs = study.plan(chosen, given.config, changed, workdir, given.variants, seeds)

@@ -34,18 +34,18 @@ def compare(measured, reference):
 
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=8, unique=True))
 def test_interval_is_that_of_a_t_test(values):
-    mean, half = comparison.mean_interval(values)
+    mean, half = comparison.student(values)[:2]
     interval = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     np.testing.assert_allclose([mean - half, mean + half], interval, rtol=1e-9, atol=1e-12)
 
 
 def test_interval_by_hand():
     # The quantile 0.975 of Student's t with 2 degrees of freedom is 4.3027.
-    mean, half = comparison.mean_interval([1.0, 2.0, 3.0])
+    mean, half = comparison.student([1.0, 2.0, 3.0])[:2]
     assert mean == 2 and half == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
-    mean, half = comparison.mean_interval([0.25])
+    mean, half = comparison.student([0.25])[:2]
     assert mean == 0.25 and np.isnan(half)
-    assert np.isnan(comparison.mean_interval([])).all()
+    assert np.isnan(comparison.student([])).all()
 
 
 def test_differences_are_paired_by_seed():
@@ -122,9 +122,19 @@ def test_a_verdict_of_one_setting_is_over_its_seeds():
 
 
 def test_equal_differences_are_certain_and_none_are_open():
-    same = {"reference": {0: 0.5, 1: 0.75}, "new": {0: 0.625, 1: 0.875}, "same": {0: 0.5, 1: 0.75}}
+    same = {"reference": {0: 0.5, 1: 0.75, 2: 0}, "new": {0: 0.625, 1: 0.875, 2: 0.125}}
+    same["same"] = same["reference"]
     new, same = comparison.verdicts(settings_of(only=same))
     assert new.p == 0 and new.word() == "ahead" and same.word() == "open"
+
+
+def test_two_measurements_give_no_verdict():
+    """However alike they are: few test images make equal differences likely."""
+    two = {"reference": {0: 0.5, 1: 0.75}, "new": {0: 0.625, 1: 0.875}}
+    (found,) = comparison.verdicts(settings_of(only=two))
+    assert found.difference == 0.125 and np.isnan(found.holm) and found.word() == "open"
+    (found,) = comparison.verdicts(settings_of(one=two, other=two))
+    assert found.settings == ["one", "other"] and found.word() == "open"
 
 
 def test_holm_by_hand():

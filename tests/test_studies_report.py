@@ -37,7 +37,7 @@ def report(folder, study=TWO, seeds=(0, 1), classes=(UNSEEN,), options=(), **mor
         # 500 steps of 64 images at 64 images/s, 500 at 128, and an evaluation between.
         history = "step,images_per_second,recall@1\n500,64,\n700,,0.5\n1000,128,\n"
         (run.folder / "history.csv").write_text(history)
-    for ensemble in ensembles(study, runs, str(folder)):
+    for _, _, path in ensembles(study, runs, str(folder)):
         joined = {
             "recall@1": 0.9,
             "map@r": 0.8,
@@ -46,7 +46,7 @@ def report(folder, study=TWO, seeds=(0, 1), classes=(UNSEEN,), options=(), **mor
             "embed_seconds": 9,
         }
         parts = {"one": {}, "other": {}, "together": joined, "PCA": joined | {"dimension": 252}}
-        ensemble.path.write_text(json.dumps(parts))
+        path.write_text(json.dumps(parts))
     shown = write_report(study, runs, str(folder))
     assert max(map(len, shown.splitlines())) <= 80, "the terminal"
     return (folder / f"{study.name}.md").read_text()
@@ -132,7 +132,7 @@ def test_runs_that_are_measured_together(tmp_path):
         *(f"S + G, {k}" for k in ("separated", "concatenated", "PCA")),
     ]
     *_, apart, together, reduced = rows.values()
-    assert float(apart["recall@1"]) == pytest.approx(0.505) and apart["dimension"] == "252"
+    assert float(apart["recall@1"]) == pytest.approx(0.505) and float(apart["dimension"]) == 252
     assert (together["recall@1"], together["dimension"], reduced["dimension"]) == (
         "0.9",
         "504",
@@ -157,14 +157,15 @@ def test_a_step_that_validation_classes_chose_beside_the_last_one(tmp_path):
 
 def test_verdicts_over_settings(tmp_path, capsys):
     files = []
-    for setting in ("cars", "birds"):
+    for setting in ("cars", "birds", "glyphs"):
         report(tmp_path / setting)
         files.append(str(tmp_path / setting / "two.csv"))
     compare_again(files)
     text = (tmp_path / "cars" / "verdicts.md").read_text()
-    assert re.search(r"two: rank − both +\| +2 \| +-1.00 ± 0.00 \| +10.00 \|.* behind \|", text)
+    assert re.search(r"two: rank − both +\| +3 \| +-1.00 ± 0.00 \| +10.00 \|.* behind \|", text)
     assert (
-        "Of 1 intervals chance alone would have 0.05" in text and "Settings: cars, birds." in text
+        "alone would have 0.05 of 1 intervals exclude zero" in text
+        and "Settings: cars, birds, glyphs." in text
     )
     assert "two: rank − both" in capsys.readouterr().out
     path = tmp_path / "old.csv"
@@ -176,3 +177,28 @@ def test_verdicts_over_settings(tmp_path, capsys):
     path.write_text("")
     with pytest.raises(InputError, match="it lacks study"):
         compare_again([str(path)])
+
+
+def test_steps_to_a_recall(tmp_path):
+    """Those of the highest level that all runs with a curve reach."""
+    study = TWO._replace(together={"two": ("rank", "both")})
+    text = report(tmp_path, study, seeds=(0, 1, 2))
+    assert "steps to" not in text, "they were evaluated once"
+    curves = {"rank": ".1 .3 .6 .55", "both": ".35 .4 .41 .5"}
+    for run in plan(study, glyphs.get_config(), {}, str(tmp_path), seeds=[0, 1, 2]):
+        recalls = curves[run.variant].split()
+        rows = [f"{100 * (i + 1 + run.seed)},64,{recall}" for i, recall in enumerate(recalls)]
+        (run.folder / "history.csv").write_text(
+            "\n".join(["step,images_per_second,recall@1", *rows])
+        )
+    runs = plan(study, glyphs.get_config(), {}, str(tmp_path), seeds=[0, 1, 2])
+    shown = write_report(study, runs, str(tmp_path))
+    assert re.search(r"steps to 50 %", shown)
+    rank, both = (
+        row
+        for row in read_values(tmp_path / "two.csv")
+        if row["seed"] == "0" and row["evaluations"]
+    )
+    assert (rank["steps_to_60"], both["steps_to_60"]) == ("300", "")
+    assert (rank["steps_to_30"], both["steps_to_30"], both["steps_to_50"]) == ("200", "100", "400")
+    assert "400 ± 248" in shown and "500 ± 248" in shown

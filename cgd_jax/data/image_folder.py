@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from cgd_jax.data import archives, image_list
 from cgd_jax.data.builder import ImageBuilder, ImageFile
@@ -30,7 +31,7 @@ ROLES = {
     "query": "query",
     "gallery": "gallery",
 }
-SPLITS = (("train", "query", "gallery"), ("train", "test"), ("train", "val"))
+SPLITS = (("train", "query", "gallery"), ("train", "test"))
 # Folders of re-identification sets, such as bounding_box_train, are of this kind too.
 NAMES_A_SPLIT = re.compile(
     r"((bounding_box|image|images|gt|multi)[_-])?(train|test|val|query|gallery|bbox)\w*", re.I
@@ -43,8 +44,8 @@ class ImageFolder(ImageBuilder):
     - `root/class_name/*.jpg` (or any other format that Pillow reads; deeper folders count to
       the class): the classes are divided at random into train and test;
     - `root/train/class_name/*` beside `root/test/...`, or beside `root/query/...` and
-      `root/gallery/...`: used as they are. Capital letters do not matter, and where there is
-      no test, `val` stands for it;
+      `root/gallery/...`: used as they are. Images in `root/val/...` choose the step; where
+      there is no other split to test on, they test. Capital letters do not matter;
     - a CSV with the columns path, label and perhaps split, see `image_list`.
 
     The root may lie in folders that hold nothing else. An archive of one of the first two
@@ -58,6 +59,7 @@ class ImageFolder(ImageBuilder):
       **keywords: of `ImageBuilder`.
     """
 
+    VERSION = tfds.core.Version("1.1.0")  # with the split val, if the source has it
     CONFIG_KEYS = (*ImageBuilder.CONFIG_KEYS, "split_seed", "test_fraction", "nested_classes")
     FILE_ENDINGS = (*ImageBuilder.FILE_ENDINGS, ".csv")
     HOW_TO_GET = (
@@ -152,7 +154,9 @@ def _understand(names: set[str]) -> dict[str, str] | None:
             called.setdefault(ROLES[name.lower()], name)
     for roles in SPLITS:
         if set(roles) <= called.keys():
-            return {called[role]: role.replace("val", "test") for role in roles}
+            return {called[role]: role for role in (*roles, "val") if role in called}
+    if {"train", "val"} <= called.keys():
+        return {called["train"]: "train", called["val"]: "test"}
     return None
 
 

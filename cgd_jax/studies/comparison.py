@@ -9,6 +9,7 @@ a claim holds in settings that were not tried.
 Rows are those of a study's NAME.csv as `csv.DictReader` gives them, of one vector each.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,9 @@ FACTS = {
     "mean_embedding_norm": ("mean norm", "{:.3f}".format),
 }
 LEVEL = 0.05  # of tests; intervals are of 1 - LEVEL
+# Fewer seeds, or settings, leave next to nothing to judge the noise by, and no verdict.
+FEW = 3
+LEVELS = range(10, 100, 10)  # of R@1, in per cent, to which steps are counted
 
 
 class Comparison(NamedTuple):
@@ -67,13 +71,15 @@ class Verdict(NamedTuple):
         return "ahead" if self.difference > 0 else "behind"
 
 
-def mean_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Returns a mean and half of its 95 % interval by Student's t; nan if there are too few."""
-    values = np.asarray(list(values), np.float64)
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else float("nan")), float("nan")
-    quantile = stats.t.ppf(1 - LEVEL / 2, len(values) - 1)
-    return float(values.mean()), float(quantile * stats.sem(values))
+def student(values: Iterable[float]) -> tuple[float, float, float]:
+    """Returns a mean, half of its 95 % interval, the p-value of a mean of 0; nan for too few."""
+    sample = np.asarray(list(values), np.float64)
+    if len(sample) < 2:
+        return (float(sample[0]) if len(sample) else float("nan")), float("nan"), float("nan")
+    mean, error, freedom = sample.mean(), np.float64(stats.sem(sample)), len(sample) - 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stats.t.sf(np.abs(mean) / error, freedom) if len(sample) >= FEW else float("nan")
+    return float(mean), float(stats.t.ppf(1 - LEVEL / 2, freedom) * error), float(p)
 
 
 def compare(rows: Rows, column: str, reference: str) -> dict[str, Comparison]:
@@ -82,17 +88,15 @@ def compare(rows: Rows, column: str, reference: str) -> dict[str, Comparison]:
     All of them are of the seeds that every variant has, but for variants without any value. The
     difference of the reference to itself is nan; cells may be empty.
     """
-    measured: dict[str, dict[str, float]] = {row["variant"]: {} for row in rows}
-    for row in rows:
-        if row.get(column):
-            measured[row["variant"]][row["seed"]] = float(row[column])
-    seeds = shared_seeds(rows, column)
+    seeds, values = shared_seeds(rows, column), {row["variant"]: [] for row in rows}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        if row.get(column) and row["seed"] in seeds:
+            values[row["variant"]].append(float(row[column]))
     compared = {}
-    for variant, of_seed in measured.items():
-        values = [of_seed[seed] for seed in seeds if of_seed]
-        others = {} if variant == reference or not of_seed else measured.get(reference, {})
-        differences = [of_seed[seed] - others[seed] for seed in seeds if others]
-        compared[variant] = Comparison(values, *mean_interval(values), *mean_interval(differences))
+    for variant, own in values.items():
+        others = [] if variant == reference else values.get(reference, [])
+        differences = [a - b for a, b in zip(own, others, strict=False)]
+        compared[variant] = Comparison(own, *student(own)[:2], *student(differences)[:2])
     return compared
 
 
@@ -119,36 +123,22 @@ def over_classes(rows: Rows) -> float:
 def verdicts(rows: Rows) -> list[Verdict]:
     """Compares the R@1 of every variant with the reference of its study, over all settings."""
     found = []
-    pairs = dict.fromkeys((row["study"], row["variant"], row["reference"]) for row in rows)
-    for study, variant, reference in pairs:
-        if variant == reference:
-            continue
-        both = [r for r in rows if r["study"] == study and r["variant"] in (variant, reference)]
-        differences = {}
-        for setting in dict.fromkeys(row["setting"] for row in both):
-            of_setting = [row for row in both if row["setting"] == setting]
-            pair = compare(of_setting, "recall@1", reference)
-            if len(pair) == 2 and pair[variant].values and pair[reference].values:
-                by_seed = np.subtract(pair[variant].values, pair[reference].values)
-                differences[setting] = by_seed
-        sample = [float(by_seed.mean()) for by_seed in differences.values()]
-        if len(sample) == 1:
-            sample = by_seed.tolist()
-        mean, half = mean_interval(sample)
-        name = f"{study}: {variant} − {reference}"
-        p = two_sided_p(sample)
-        found.append(Verdict(name, [*differences], mean, half, over_classes(both), p, p))
+    names = dict.fromkeys((row["study"], row["variant"], row["reference"]) for row in rows)
+    for study, variant, reference in names:
+        pair = [r for r in rows if r["study"] == study and r["variant"] in (variant, reference)]
+        differences: dict[str, list[float]] = {}
+        for setting in dict.fromkeys(row["setting"] for row in pair):
+            both = compare([r for r in pair if r["setting"] == setting], "recall@1", reference)
+            if variant != reference and len(both) == 2 and both[variant].values:
+                of_reference = both[reference].values
+                differences[setting] = list(np.subtract(both[variant].values, of_reference))
+        if differences:
+            each = list(differences.values())
+            mean, half, p = student(each[0] if len(each) == 1 else map(np.mean, each))
+            name = f"{study}: {variant} − {reference}"
+            found.append(Verdict(name, [*differences], mean, half, over_classes(pair), p, p))
     corrected = holm([verdict.p for verdict in found])
     return [verdict._replace(holm=p) for verdict, p in zip(found, corrected, strict=True)]
-
-
-def two_sided_p(values: Sequence[float]) -> float:
-    """Returns the p-value of Student's t-test of a mean of 0; nan for fewer than two values."""
-    if len(values) < 2:
-        return float("nan")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.abs(np.mean(values)) / np.float64(stats.sem(values))
-    return float(2 * stats.t.sf(t, len(values) - 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -183,39 +173,48 @@ def comparison_table(rows: Rows, reference: str, style: str = "simple") -> str:
 
     A star marks a difference whose 95 % interval excludes zero.
     """
-    compared = {
-        name: compare(rows, name, reference)
-        for name in rows[0]
-        if name in FACTS
-        or (name.startswith("recall@") and name[7:].isdigit())
-        or name in ("map@r", "r_precision")
-        if any(row[name] for row in rows)
-    }
-    recalls = compared["recall@1"]
-    differences = [
-        "reference"
-        if variant == reference
-        else _per_cent(found.difference, found.difference_half, "+") + " *" * found.differs()
-        for variant, found in recalls.items()
-    ]
+    recalls = compare(rows, "recall@1", reference)
     columns: dict[str, list] = {
         "": list(recalls),
         "seeds": [len(found.values) for found in recalls.values()],
         "R@1": [],
-        f"R@1 − {reference}": differences,
+        f"R@1 − {reference}": [
+            "reference"
+            if variant == reference
+            else _per_cent(found.difference, found.difference_half, "+") + " *" * found.differs()
+            for variant, found in recalls.items()
+        ],
     }
-    for name, by_variant in compared.items():
-        if name not in FACTS:
-            cells = [_per_cent(found.mean, found.half) for found in by_variant.values()]
-            columns[metric_name(name)] = cells
-    of_variant = {name: [row for row in rows if row["variant"] == name] for name in recalls}
-    columns["± classes"] = [_per_cent(over_classes(found)) for found in of_variant.values()]
+    for name in rows[0]:
+        if re.fullmatch(r"recall@\d+|map@r|r_precision", name):
+            found = compare(rows, name, reference).values()
+            columns[metric_name(name)] = [_per_cent(each.mean, each.half) for each in found]
+    columns["± classes"] = [
+        _per_cent(over_classes([row for row in rows if row["variant"] == name])) for name in recalls
+    ]
     for name, (title, show) in FACTS.items():
-        if name in compared:
-            means = [found.mean for found in compared[name].values()]
-            columns[title] = ["" if np.isnan(mean) else show(mean) for mean in means]
+        means = [found.mean for found in compare(rows, name, reference).values()]
+        columns[title] = ["" if np.isnan(mean) else show(mean) for mean in means]
+    columns |= steps_to_recall(rows, reference)
     columns = {title: cells for title, cells in columns.items() if any(map(str, cells))}
     return table(list(columns), list(zip(*columns.values(), strict=True)), style)
+
+
+def steps_to_recall(rows: Rows, reference: str) -> dict[str, list[str]]:
+    """Returns a column: after how many steps all runs that were evaluated between had reached R@1.
+
+    It is of the highest level that all of them reach; none if no run was evaluated between.
+    """
+    evaluated = [row for row in rows if row.get("evaluations")]
+    for level in reversed(LEVELS if evaluated else ()):
+        name = f"steps_to_{level}"
+        if all(row[name] for row in evaluated):
+            found = compare(rows, name, reference).values()
+            cells = [
+                f"{each.mean:,.0f} ± {each.half:,.0f}".removesuffix(" ± nan") for each in found
+            ]
+            return {f"steps to {level} %": [cell.replace("nan", "") for cell in cells]}
+    return {}
 
 
 def _per_cent(value: float, half: float = float("nan"), sign: str = "") -> str:

@@ -13,7 +13,9 @@ from cgd_jax.reports.tables import describe_classes, write_csv
 from cgd_jax.runtime import console, files
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.studies.comparison import (
+    FEW,
     LEVEL,
+    LEVELS,
     Rows,
     compare,
     comparison_table,
@@ -22,11 +24,11 @@ from cgd_jax.studies.comparison import (
     verdict_table,
     verdicts,
 )
-from cgd_jax.studies.study import TOGETHER, Ensemble, Run, Study, ensembles
+from cgd_jax.studies.study import TOGETHER, Run, Study, ensembles
 
-# Fewer seeds leave next to nothing to judge the noise by.
-FEW_SEEDS = 3
-COSTS = ("parameters", "embed_seconds", "training_seconds")  # of members of an ensemble: added up
+# Of the members of an ensemble: what is added up, and what they have in common.
+COSTS = ("parameters", "embed_seconds", "training_seconds")
+SHARED = ("dataset", "seed", "step", "chosen_by", "classes", "classes_trained_on", "vector")
 
 
 def write_report(study: Study, runs: list[Run], workdir: str) -> str:
@@ -35,9 +37,9 @@ def write_report(study: Study, runs: list[Run], workdir: str) -> str:
     Returns the table of the embeddings for the terminal; "" if nothing is finished.
     """
     measurements = [row for run in runs if run.finished() for row in measured(run)]
-    for ensemble in ensembles(study, runs, workdir):
-        if ensemble.finished():
-            measurements += measured_together(ensemble)
+    for name, members, path in ensembles(study, runs, workdir):
+        if path.exists():
+            measurements += measured_together(name, members, path)
     if not measurements:
         return ""
     of_study = {"study": study.name, "setting": Path(workdir).resolve().name}
@@ -72,16 +74,17 @@ def compare_again(paths: Sequence[str]) -> None:
     said = (
         f"Differences of R@1 to the reference of each study, in points, with 95 % intervals by "
         f"Student's t: over settings, each of which counts once with its mean over seeds, or over "
-        f"seeds where there is one setting. Of {len(tested)} intervals chance alone would have "
-        f"{LEVEL * len(tested):g} exclude zero, so verdicts go by p-values after Holm's correction "
-        f"for all of them, at {LEVEL}. Variants of a study share the runs of its reference, and "
-        f'studies may share runs: rows are not independent. "± classes" is half of the interval '
-        f"of one training's R@1 over test classes, by bootstrap: a difference that is smaller "
-        f"may be one of these classes."
+        f"seeds where there is one setting. If nothing differed, chance alone would have "
+        f"{LEVEL * len(tested):g} of {len(tested)} intervals exclude zero; so verdicts go by "
+        f"p-values after Holm's correction for all of them, at {LEVEL}. Fewer than {FEW} settings "
+        f"or seeds give none. Variants of a study share the runs of its reference, and studies may "
+        f"share runs: rows are not independent. ± classes is half of the interval of one "
+        f"training's R@1 over test classes, by bootstrap: a smaller difference may be one of "
+        f"these classes alone."
     )
     listed = f"Settings: {', '.join(map(markdown, settings))}."
-    text = "\n\n".join(["# Verdicts", verdict_table(found, "github"), said, listed])
-    files.write_atomically(Path(paths[0]).with_name("verdicts.md"), text + "\n")
+    text = f"# Verdicts\n\n{verdict_table(found, 'github')}\n\n{said}\n\n{listed}\n"
+    files.write_atomically(Path(paths[0]).with_name("verdicts.md"), text)
     console.log(f"{verdict_table(found)}\n\n{console.fold(said)}")
 
 
@@ -102,8 +105,9 @@ def measured(run: Run) -> list[dict]:
     """Returns a row for every vector that was measured, the embedding's first."""
     result = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
     config, by = run.config, result.get("chosen by", "last step")
+    history = read_history(run.folder / "history.csv")
     # The steps alone, without compiling and evaluating.
-    logged = [row for row in read_history(run.folder / "history.csv") if "images_per_second" in row]
+    logged = [row for row in history if "images_per_second" in row]
     images = config.train.classes_per_batch * config.train.images_per_class
     steps = np.diff([row["step"] for row in logged], prepend=0)
     seconds = np.sum(steps * images / [row["images_per_second"] for row in logged])
@@ -116,6 +120,7 @@ def measured(run: Run) -> list[dict]:
         "dimension": config.model.embedding_dim,
         "training_seconds": round(float(seconds), 1),
         **result.get("costs", {}),
+        **learning(history),
         "classes": result["classes"]["tested"],
         "classes_trained_on": result["classes"]["trained on"],
     }
@@ -128,6 +133,16 @@ def measured(run: Run) -> list[dict]:
     return rows
 
 
+def learning(history: list[dict[str, float]]) -> dict[str, int]:
+    """Returns after how many steps a run had reached each of `LEVELS` of R@1, if it has a curve."""
+    curve = [(int(row["step"]), 100 * row["recall@1"]) for row in history if "recall@1" in row]
+    if len(curve) < 2:
+        return {}
+    levels = [level for level in LEVELS if level <= max(recall for _, recall in curve)]
+    first = {f"steps_to_{x}": next(step for step, recall in curve if recall >= x) for x in levels}
+    return {"evaluations": len(curve), **first}
+
+
 def flat(metrics: dict) -> dict:
     """Returns metrics with the bounds of their intervals over classes, without what is nested."""
     bounds = {
@@ -138,17 +153,16 @@ def flat(metrics: dict) -> dict:
     return {key: x for key, x in metrics.items() if not isinstance(x, dict)} | bounds
 
 
-def measured_together(ensemble: Ensemble) -> list[dict]:
+def measured_together(name: str, members: list[Run], path: Path) -> list[dict]:
     """Returns a row for the mean of the members, one for them joined, one for that by PCA."""
-    parts = [measured(run)[0] for run in ensemble.members]
-    *_, joined, reduced = json.loads(ensemble.path.read_text(encoding="utf-8")).values()
-    costs = [key for key in COSTS if key in parts[0]]
-    of_all = {key: sum(part[key] for part in parts) for key in costs}
-    numbers = [key for key, x in parts[0].items() if key in joined and isinstance(x, float)]
-    mean = {key: float(np.mean([part[key] for part in parts])) for key in [*numbers, *costs]}
-    kinds = dict(zip(TOGETHER, (mean, flat(joined) | of_all, flat(reduced) | of_all), strict=True))
-    kept = {key: parts[0][key] for key in parts[0] if not isinstance(parts[0][key], float)}
-    return [kept | {"variant": f"{ensemble.name}, {kind}"} | row for kind, row in kinds.items()]
+    parts = [measured(run)[0] for run in members]
+    *_, joined, reduced = map(flat, json.loads(path.read_text(encoding="utf-8")).values())
+    kept = {key: parts[0][key] for key in SHARED}
+    of_all = {key: sum(part[key] for part in parts) for key in COSTS if key in parts[0]}
+    both = parts[0].keys() & {*joined, *of_all}
+    mean = {key: float(np.mean([part[key] for part in parts])) for key in both}
+    kinds = zip(TOGETHER, (mean, joined | of_all, reduced | of_all), strict=True)
+    return [kept | {"variant": f"{name}, {kind}"} | row for kind, row in kinds]
 
 
 def steps_of(rows: Rows) -> str:
@@ -184,13 +198,13 @@ def report_text(rows: Rows) -> str:
         "seed have the same batches, unless the variants change these. A star marks a difference "
         f"whose interval excludes zero; if no variant differed, chance alone would star "
         f"{LEVEL * tried:g} of the {tried} here. All are differences to the same runs, so that "
-        f'rows are not independent. "± classes" is half of the 95 % interval of one training\'s '
+        f"rows are not independent. ± classes is half of the 95 % interval of one training's "
         f"R@1 over test classes, by bootstrap. Training time is that of the steps alone."
     )
     fewest = min(len(found.values) for found in compared)
-    if fewest < FEW_SEEDS:
+    if fewest < FEW:
         blocks.append(
             f"**Warning:** there {'is 1 seed' if fewest == 1 else f'are {fewest} seeds'} that all "
-            f"variants have. Fewer than {FEW_SEEDS} leave next to nothing to judge the noise by."
+            f"variants have. Fewer than {FEW} leave next to nothing to judge the noise by."
         )
     return "\n\n".join(blocks) + "\n"

@@ -17,7 +17,7 @@ import jax
 from cgd_jax.runtime import console, interrupts
 from cgd_jax.runtime.errors import UserError
 from cgd_jax.studies.report import measured, write_report
-from cgd_jax.studies.study import Ensemble, Run, Study, ensembles
+from cgd_jax.studies.study import Run, Study, ensembles
 
 
 def run_study(
@@ -43,9 +43,9 @@ def run_study(
         return
     Path(workdir).mkdir(parents=True, exist_ok=True)
     failed = train_all(waiting, command, jobs, lambda: write_report(study, runs, workdir))
-    for ensemble in ensembles(study, runs, workdir):
-        if not ensemble.finished() and all(run.finished() for run in ensemble.members):
-            measure_together(ensemble, command)
+    for name, members, path in ensembles(study, runs, workdir):
+        if not path.exists() and all(run.finished() for run in members):
+            measure_together(name, members, path, command)
     if table := write_report(study, runs, workdir):
         console.log(f"\n{table}\n\nLook at {study.name}.md and {study.name}.png in {workdir}.")
     if failed:
@@ -116,15 +116,15 @@ def train(run: Run, command: list[str], stopped_by: list[int]) -> int | None:
     return process.returncode
 
 
-def measure_together(ensemble: Ensemble, command: list[str]) -> None:
+def measure_together(name: str, members: list[Run], path: Path, command: list[str]) -> None:
     """Measures an ensemble in a process, like `cgd_jax eval RUN RUN`."""
-    folders = [str(run.folder) for run in ensemble.members]
-    console.log(f"{ensemble.name}, seed {ensemble.members[0].seed}: measured together.")
-    done = subprocess.run([*command, "--mode=eval", *folders], capture_output=True, text=True)
+    console.log(f"{name}, seed {members[0].seed}: measured together.")
+    eval_command = [*command, "--mode=eval", *(str(run.folder) for run in members)]
+    done = subprocess.run(eval_command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip() or "it said nothing").splitlines()[-1][:300]
-        raise UserError(f"{ensemble.name} could not be measured: {said}")
-    os.replace(ensemble.members[0].folder / "together.json", ensemble.path)
+        raise UserError(f"{name} could not be measured: {said}")
+    os.replace(members[0].folder / "together.json", path)
 
 
 def last_words(run: Run, status: int | None) -> str:

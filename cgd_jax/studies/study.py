@@ -1,8 +1,8 @@
 """What a study is: a file of four names, and the training runs that follow from it."""
 
 import hashlib
+import itertools
 import os
-import re
 import runpy
 from pathlib import Path
 from typing import NamedTuple
@@ -34,12 +34,14 @@ class Study(NamedTuple):
     """What a file in configs/studies says."""
 
     name: str
-    question: str  # its docstring
     config: str  # the base config, unless the command line names another
     reference: str  # the variant that the others are compared with
     variants: dict[str, dict]  # name → path of a config key → value, or config's value → value
     seeds: tuple[int, ...]
     together: dict[str, tuple[str, ...]] = {}  # name → variants that are measured as an ensemble
+    # In the place of variants: path of a config key → [choices] or (low, high); how many trials.
+    space: dict[str, list | tuple[float, float]] = {}
+    trials: int = 0
 
     def members(self, variant: str) -> tuple[str, ...]:
         """Returns the variants that must be trained for what a table calls a variant."""
@@ -65,18 +67,6 @@ class Run(NamedTuple):
         return f"{self.variant}, seed {self.seed}"
 
 
-class Ensemble(NamedTuple):
-    """Runs of one seed that are measured together."""
-
-    name: str
-    members: list[Run]
-    path: Path  # of what `ensemble.evaluate_together` wrote
-
-    def finished(self) -> bool:
-        """Whether it is measured."""
-        return self.path.exists()
-
-
 def load(name: str) -> Study:
     """Reads a study by the path of a file, or its name in configs/studies without .py."""
     path = config_files.find(name, FOLDER)
@@ -87,36 +77,28 @@ def load(name: str) -> Study:
         )
     try:
         found = runpy.run_path(str(path))
-        question = " ".join((found["__doc__"] or "").split())
-        config, reference = config_files.find(found["CONFIG"]), found["REFERENCE"]
-        variants, seeds = dict(found["VARIANTS"]), tuple(found["SEEDS"])
-        together = dict(found.get("TOGETHER", {}))
-        study = Study(path.stem, question, str(config), reference, variants, seeds, together)
+        config = config_files.find(found["CONFIG"])
         if config is None:
             raise ValueError(f"there is no config {found['CONFIG']!r}")
-        needed = {name for parts in together.values() for name in parts}
-        if unknown := needed.union(study.members(reference)) - variants.keys():
-            raise ValueError(
-                f"{', '.join(map(repr, sorted(unknown)))}, of REFERENCE or TOGETHER, is none of "
-                f"VARIANTS, {', '.join(variants)}"
-            )
+        if "SPACE" in found:
+            space, trials = dict(found["SPACE"]), int(found["TRIALS"])
+            return Study(path.stem, str(config), "", {}, (), {}, space, trials)
+        reference, seeds = found["REFERENCE"], tuple(found["SEEDS"])
+        variants = dict(found["VARIANTS"])
+        together = dict(found.get("TOGETHER", {}))
+        study = Study(path.stem, str(config), reference, variants, seeds, together)
+        named = {*study.members(reference), *itertools.chain(*together.values())}
+        if unknown := sorted(named - variants.keys()):
+            raise ValueError(f"REFERENCE or TOGETHER names {unknown}, VARIANTS {list(variants)}")
         if not seeds or any("seed" in changes for changes in variants.values()):
             raise ValueError("the seeds are those of SEEDS, at least one")
     except Exception as error:  # whatever the user's file raises
         raise ConfigError(
             f"{path} is not a study: {type(error).__name__}: {error}. It needs CONFIG (a config "
-            f"file), VARIANTS (name → dict of config keys), REFERENCE (one of them) and SEEDS."
+            f"file), VARIANTS (name → dict of config keys), REFERENCE (one of them) and SEEDS; or "
+            f"CONFIG, SPACE and TRIALS, see configs/studies/search.py."
         ) from error
     return study
-
-
-def with_base_config(argv: list[str]) -> list[str]:
-    """Adds --config of a study to a command line that has --study, but no --config."""
-    lines = "\n".join(argv[1:])  # --flag=value, or value on the next line
-    study = re.search(r"^--?study[=\n](.*)", lines, re.MULTILINE)
-    if not study or re.search(r"^--?config[=\n]", lines, re.MULTILINE):
-        return argv
-    return [argv[0], f"--config={load(study[1]).config}", *argv[1:]]
 
 
 def plan(
@@ -181,11 +163,11 @@ def run_of(
     return Run(variant, seed, overrides, config, Path(workdir, name))
 
 
-def ensembles(study: Study, runs: list[Run], workdir: str) -> list[Ensemble]:
-    """Returns what is measured together, of every seed that has all the members."""
+def ensembles(study: Study, runs: list[Run], workdir: str) -> list[tuple[str, list[Run], Path]]:
+    """Returns name, members of one seed, and where it is kept what they are worth together."""
     by_name = {(run.variant, run.seed): run for run in runs}
     return [
-        Ensemble(
+        (
             name,
             [by_name[part, seed] for part in parts],
             Path(workdir, f"together,{name},seed={seed}.json".translate(ODD)),
