@@ -103,8 +103,8 @@ def test_what_chance_would_star(tmp_path, others, said):
 
 
 def test_few_seeds(tmp_path):
-    assert "there is 1 seed that" in report(tmp_path / "1", seeds=(7,))
-    assert "there are 2 seeds that" in report(tmp_path / "2")
+    assert "all variants have: 1. Fewer" in report(tmp_path / "1", seeds=(7,))
+    assert "all variants have: 2. Fewer" in report(tmp_path / "2")
     assert "Warning" not in report(tmp_path / "3", seeds=(1, 2, 3))
 
 

@@ -35,7 +35,7 @@ def test_whole_study(tiny_config, tmp_path, drawn):
     assert re.search(r"rank, seed 5: R@1 \d+\.\d\d %; \d of 2, about .+ s left", output)
     text = (tmp_path / "s" / "tiny_study.md").read_text()
     assert "Measured after 12 steps, chosen by: last step." in text
-    assert "**Warning:** there is 1 seed that all" in text
+    assert "**Warning:** seeds that all variants have: 1." in text
     assert (tmp_path / "s" / "tiny_study.csv").read_text().count("\n") == 3
     assert {"rank", "both"} < {found.get_text() for found in drawn[-1].findobj(Text)}
 

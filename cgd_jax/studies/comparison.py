@@ -36,7 +36,7 @@ FACTS = {
 LEVEL = 0.05  # of tests; intervals are of 1 - LEVEL
 # Fewer seeds, or settings, leave next to nothing to judge the noise by, and no verdict.
 FEW = 3
-LEVELS = range(10, 100, 10)  # of R@1, in per cent, to which steps are counted
+LEVELS = tuple(range(10, 100, 10))  # of R@1, in per cent, to which steps are counted
 
 
 class Comparison(NamedTuple):
@@ -146,26 +146,22 @@ def holm(p: Sequence[float]) -> list[float]:
 
     Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979.
     """
-    order = [i for i in np.argsort(p) if np.isfinite(p[i])]
-    corrected, highest = [float("nan")] * len(p), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p[i]))
-        corrected[i] = highest
-    return corrected
+    order, left = np.argsort(p), np.isfinite(p).sum() - np.arange(len(p))  # nan comes last
+    corrected = np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(np.minimum(1, np.asarray(p)[order] * left))
+    return corrected.tolist()
 
 
 def verdict_table(found: Sequence[Verdict], style: str = "simple") -> str:
     """Shows verdicts, differences in points of R@1."""
-    columns = {
-        "": [verdict.name for verdict in found],
-        "settings": [len(verdict.settings) for verdict in found],
-        "R@1, points": [_per_cent(verdict.difference, verdict.half, "+") for verdict in found],
-        "± classes": [_per_cent(verdict.classes) for verdict in found],
-        "p": [_p(verdict.p) for verdict in found],
-        "p, Holm": [_p(verdict.holm) for verdict in found],
-        "verdict": [verdict.word() for verdict in found],
-    }
-    return table(list(columns), list(zip(*columns.values(), strict=True)), style)
+    header = ["", "settings", "R@1, points", "± classes", "p", "p, Holm", "verdict"]
+    rows = []
+    for each in found:
+        p = ["" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" for p in each[-2:]]
+        difference = _per_cent(each.difference, each.half, "+")
+        classes = _per_cent(each.classes)
+        rows.append([each.name, len(each.settings), difference, classes, *p, each.word()])
+    return table(header, rows, style)
 
 
 def comparison_table(rows: Rows, reference: str, style: str = "simple") -> str:
@@ -201,18 +197,13 @@ def comparison_table(rows: Rows, reference: str, style: str = "simple") -> str:
 
 
 def steps_to_recall(rows: Rows, reference: str) -> dict[str, list[str]]:
-    """Returns a column: after how many steps all runs that were evaluated between had reached R@1.
-
-    It is of the highest level that all of them reach; none if no run was evaluated between.
-    """
-    evaluated = [row for row in rows if row.get("evaluations")]
-    for level in reversed(LEVELS if evaluated else ()):
+    """Returns a column: steps to the highest R@1 that all runs reach, of those with curves."""
+    curves = [row for row in rows if row.get("evaluations")]
+    for level in reversed(LEVELS if curves else ()):
         name = f"steps_to_{level}"
-        if all(row[name] for row in evaluated):
+        if all(row.get(name) for row in curves):
             found = compare(rows, name, reference).values()
-            cells = [
-                f"{each.mean:,.0f} ± {each.half:,.0f}".removesuffix(" ± nan") for each in found
-            ]
+            cells = [f"{each.mean:,.0f} ± {each.half:,.0f}".replace(" ± nan", "") for each in found]
             return {f"steps to {level} %": [cell.replace("nan", "") for cell in cells]}
     return {}
 
@@ -222,10 +213,6 @@ def _per_cent(value: float, half: float = float("nan"), sign: str = "") -> str:
         return ""
     interval = "" if np.isnan(half) else f" ± {100 * half:.2f}"
     return f"{100 * value:{sign}.2f}{interval}"
-
-
-def _p(p: float) -> str:
-    return "" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def plot(path: str | Path, rows: Rows, reference: str, title: str) -> None:

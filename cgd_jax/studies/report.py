@@ -138,9 +138,9 @@ def learning(history: list[dict[str, float]]) -> dict[str, int]:
     curve = [(int(row["step"]), 100 * row["recall@1"]) for row in history if "recall@1" in row]
     if len(curve) < 2:
         return {}
-    levels = [level for level in LEVELS if level <= max(recall for _, recall in curve)]
-    first = {f"steps_to_{x}": next(step for step, recall in curve if recall >= x) for x in levels}
-    return {"evaluations": len(curve), **first}
+    steps = {level: [step for step, recall in curve if recall >= level] for level in LEVELS}
+    reached = {f"steps_to_{level}": found[0] for level, found in steps.items() if found}
+    return {"evaluations": len(curve), **reached}
 
 
 def flat(metrics: dict) -> dict:
@@ -201,10 +201,9 @@ def report_text(rows: Rows) -> str:
         f"rows are not independent. ± classes is half of the 95 % interval of one training's "
         f"R@1 over test classes, by bootstrap. Training time is that of the steps alone."
     )
-    fewest = min(len(found.values) for found in compared)
-    if fewest < FEW:
+    if len(of_all) < FEW:
         blocks.append(
-            f"**Warning:** there {'is 1 seed' if fewest == 1 else f'are {fewest} seeds'} that all "
-            f"variants have. Fewer than {FEW} leave next to nothing to judge the noise by."
+            f"**Warning:** seeds that all variants have: {len(of_all)}. Fewer than {FEW} leave "
+            f"next to nothing to judge the noise by."
         )
     return "\n\n".join(blocks) + "\n"

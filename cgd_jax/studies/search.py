@@ -42,15 +42,13 @@ def run_search(study: Study, config: ConfigDict, workdir: str) -> None:
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{folder / 'search.db'}",
         heartbeat_interval=30,  # trials of a process that was killed are tried again
-        failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
     )
+    sampler = optuna.samplers.TPESampler(seed=config.seed)
     search = optuna.create_study(
-        study_name=study.name,
-        storage=storage,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=config.seed),
+        storage=storage, sampler=sampler, study_name=study.name, direction="maximize",
         load_if_exists=True,
-    )
+    )  # fmt: skip
 
     def objective(trial: optuna.Trial) -> float:
         values = {
@@ -73,7 +71,7 @@ def run_search(study: Study, config: ConfigDict, workdir: str) -> None:
     flags = " ".join(f"--{key}={value}" for key, value in search.best_params.items())
     console.log(
         f"Best of {len(search.trials)} trials, R@1 {100 * search.best_value:.2f} % of the "
-        f"validation classes:\n{flags}\nLook at {', '.join(PLOTS)}.png in {workdir}."
+        f"validation classes:\n{flags}\nLook at the figures in {workdir}."
     )
 
 
