@@ -22,7 +22,9 @@ def test_the_file_that_comes_along():
 
 
 def test_without_validation_classes_nothing_is_trained(tiny_config, tmp_path):
-    with pytest.raises(ConfigError, match="chooses on validation classes, and the config has none"):
+    with pytest.raises(
+        ConfigError, match="A search chooses on validation classes, and the config has none"
+    ):
         search.run_search(STUDY, tiny_config, str(tmp_path / "search"))
     assert not (tmp_path / "search").exists()
 

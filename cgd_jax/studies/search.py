@@ -8,7 +8,7 @@ import time
 import warnings
 from pathlib import Path
 
-import matplotlib
+import numpy as np
 import optuna
 from ml_collections import ConfigDict
 
@@ -28,13 +28,13 @@ PLOTS = ("optimization_history", "intermediate_values", "param_importances", "sl
 def run_search(study: Study, config: ConfigDict, workdir: str) -> None:
     """Trains until a study's number of trials is finished; search.db in `workdir` has them all.
 
-    The same command goes on, and several at once share the trials. Raises ConfigError if there are
-    no validation classes, SystemExit after a signal.
+    The same command goes on, and several at once share the trials. Without validation classes that
+    is a ConfigError.
     """
     if open_data(config)[1] is None:
         raise ConfigError(
-            f"{study.name} chooses on validation classes, and the config has none: set "
-            f"--data.validation_fraction=0.25, for example."
+            "A search chooses on validation classes, and the config has none: set "
+            "--data.validation_fraction=0.25, for example."
         )
     folder = Path(workdir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +63,9 @@ def run_search(study: Study, config: ConfigDict, workdir: str) -> None:
     until = optuna.study.MaxTrialsCallback(study.trials, states)
     if len(search.get_trials(deepcopy=False, states=states)) < study.trials:
         search.optimize(objective, callbacks=[until])
-    with matplotlib.rc_context({"figure.constrained_layout.use": True}):
-        for name in PLOTS:
-            axes = getattr(optuna.visualization.matplotlib, f"plot_{name}")(search)
-            axes = axes if hasattr(axes, "figure") else axes.flat[0]
-            axes.figure.savefig(folder / f"{name}.png", dpi=120)
+    for name in PLOTS:
+        axes = getattr(optuna.visualization.matplotlib, f"plot_{name}")(search)
+        np.ravel(axes)[0].figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
     flags = " ".join(f"--{key}={value}" for key, value in search.best_params.items())
     console.log(
         f"Best of {len(search.trials)} trials, R@1 {100 * search.best_value:.2f} % of the "
