@@ -69,6 +69,10 @@ def test_a_value_may_follow_from_the_config(tmp_path):
     (run,) = [r for r in plan(study, glyphs.get_config(), {}, str(tmp_path), seeds=[3])][2:]
     assert run.config.train.steps == run.config.train.eval_every == 2000
     assert run.folder.name == "train.steps=2000,seed=3"
+    config = glyphs.get_config()
+    config.train.steps = 30
+    *_, run = plan(study, config, {"train.steps": 30}, str(tmp_path))
+    assert run.config.train.steps == 60, "it may be given, and is the value that others follow from"
 
 
 def test_members_of_ensembles(tmp_path):

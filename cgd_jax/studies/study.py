@@ -121,7 +121,8 @@ def plan(
             f"--variants={','.join(chosen)}: {study.name} has {', '.join(study.variants)}, and "
             f"compares them with {', '.join(needed)}, which cannot be left out."
         )
-    varied = {"seed"}.union(*(study.variants[name] for name in chosen))
+    values = [value for name in chosen for value in study.variants[name].items()]
+    varied = {"seed", *(key for key, new in values if not callable(new))}
     if both := sorted(varied & given.keys()):
         raise ConfigError(f"--config.{both[0]} was given, but it is what {study.name} varies.")
     seeds = list(study.seeds) if seeds is None else seeds
