@@ -62,6 +62,7 @@ class Dataset(NamedTuple):
     train: Split
     query: Split
     gallery: Split | None  # None: every query searches all the other queries
+    validation: Split | None = None  # images to choose a step by, if the source has such a split
 
     @property
     def query_ids(self) -> np.ndarray | None:
@@ -150,7 +151,9 @@ def fingerprint(dataset: Dataset) -> dict:
 
 
 def describe_difference(
-    old: dict, new: dict, splits: Sequence[str] = ("train", "query", "gallery")
+    old: dict,
+    new: dict,
+    splits: Sequence[str] = ("train", "query", "gallery", "validation"),
 ) -> list[str]:
     """Says how two data sets differ, a line for each kind of difference between fingerprints."""
     lines = []
