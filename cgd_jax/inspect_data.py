@@ -15,20 +15,17 @@ from cgd_jax.run import fit_to_data, open_data
 from cgd_jax.runtime import console
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.train_step import step_key
+from cgd_jax.workdir import check_writable
 
 
 def show_data(config: ConfigDict, workdir: str) -> None:
     """Builds the data set and its caches, prints its splits, draws what the network will see.
 
-    Args:
-      config: see configs/base.py.
-      workdir: where samples.png goes: the images of the first batch after augmentation,
-        class by class.
-
-    Raises:
-      ConfigError: a config that cannot be run, or data that cannot be used.
+    samples.png in the work folder shows the first batch after augmentation, class by class. Raises
+    ConfigError.
     """
     validate(config)
+    check_writable(workdir)
     dataset, _, labels = open_data(config)
     console.log(tables.dataset_table(dataset))
     problem = None

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "glyphs"  # which data set: see cgd_jax/data
-    data.source = ""  # the archive you have, or the folder it unpacks to; "auto": download
+    data.source = ""  # the archive you have, or the folder it unpacks to
     data.dir = ""  # where data sets and caches are built; "": where TFDS puts them
     data.resize = 252  # pixels: training images are resized to this square, ratio not kept
     data.image_size = 224  # pixels the network sees, a square

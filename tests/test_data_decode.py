@@ -19,7 +19,7 @@ from cgd_jax.data import images
 from cgd_jax.data.decode import check, decode, resize
 from cgd_jax.runtime.errors import InputError
 from tests import color_profiles
-from tests.dataset_samples import encoded, picture, write
+from tests.dataset_samples import TURNS, encoded, picture, write
 
 
 def photograph(width, height, seed=0):
@@ -82,19 +82,6 @@ def test_alpha_is_laid_on_white(mode):
     assert abs(int(pixels[2, 4, 0]) - 127) <= 1
 
 
-# Orientation of EXIF → what has to be done to see the image upright.
-TURNS = {
-    1: lambda x: x,
-    2: np.fliplr,
-    3: lambda x: np.rot90(x, 2),
-    4: np.flipud,
-    5: lambda x: x.transpose(1, 0, 2),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
-    8: lambda x: np.rot90(x),
-}
-
-
 def png_chunk(kind, content):
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
@@ -113,6 +100,16 @@ def behind_a_long_header(image, exif):
     data = encoded(image, "JPEG", exif=exif, quality=95)
     segment = b"\xff\xed" + struct.pack(">H", 65_535) + bytes(65_533)
     return data[:2] + 2 * segment + data[2:]
+
+
+def long_exif(kind):
+    """Returns what writes an image whose EXIF is longer than 64 kB, as makers' notes may be."""
+
+    def write_it(image, exif):
+        exif[0x010E] = "a description " * 10_000
+        return encoded(image, kind, exif=exif, quality=95)
+
+    return write_it
 
 
 END_OF_PNG = png_chunk(b"IEND", b"")
@@ -134,11 +131,13 @@ TURNED = {
     "JPEG, XMP": by_xmp,
     "JPEG, EXIF beyond 64 kB": behind_a_long_header,
     "PNG, EXIF behind the pixels": behind_the_pixels,
+    "PNG, EXIF of 140 kB": long_exif("PNG"),
+    "WEBP, EXIF of 140 kB": long_exif("WEBP"),
 }
 
 
 @pytest.mark.parametrize("kind", TURNED)
-def test_orientation_of_dimensions_crops_and_pixels(kind):
+def test_orientation_of_dimensions_crops_boxes_thumbnails_and_pixels(kind):
     image = photograph(64, 32)
     if "grey" in kind:
         image = image.convert("L").convert("RGB")
@@ -154,6 +153,12 @@ def test_orientation_of_dimensions_crops_and_pixels(kind):
         assert whole.shape == upright.shape
         assert np.abs(whole - upright).mean() < 8
         np.testing.assert_array_equal(decode_module.to_rgb(Image.open(io.BytesIO(data))), whole)
+        turned = Image.open(io.BytesIO(data))
+        for content in (data, turned, whole):  # as a network or a search crops them
+            part = images.cut(images.load(content), 8, (4, 8, 28, 24))
+            assert np.abs(part - resize(whole[8:24, 4:28], 8).astype(int)).mean() < 8
+            found = images.at_least(images.load(content), 8, (4, 8, 28, 24))
+            assert found[1:] == (height, width)
         box = decode(data, bbox=(4, 8, 30, 28))
         assert np.abs(box - upright[8:28, 4:30]).mean() < 8
         small = decode(data, size=8)  # a JPEG is decoded reduced, and turned then
@@ -245,10 +250,19 @@ def test_box_is_cut_out_where_it_says():
     assert clipped.shape == (40, 400, 3)
 
 
-@pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 5, 5, 9), (100, 0, 120, 9), (0, -9, 9, 0)])
+@pytest.mark.parametrize(
+    "box", [(5, 5, 5, 9), (9, 5, 5, 9), (100, 0, 120, 9), (0, -9, 9, 0), (np.nan, 0, 5, 5)]
+)
 def test_empty_box(box):
     with pytest.raises(ValueError, match="empty box"):
         decode(picture(), box)
+
+
+def test_boxes_are_clipped_to_the_image_and_widened_to_whole_pixels():
+    assert decode_module.clip((1.5, 2, 9.2, 12), 20, 30) == (1, 2, 10, 12)
+    assert decode_module.clip((-5, -1, 100, 200), 20, 30) == (0, 0, 30, 20)
+    assert decode_module.clip((5, 5, 5 + 1e-9, 9), 20, 30) == (5, 5, 6, 9)
+    assert decode_module.clip(None, 20, 30) == (0, 0, 30, 20)
 
 
 def bomb(width=30_000, height=30_000):
@@ -263,6 +277,29 @@ def jpeg_bomb():
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
     return bytes(data)
+
+
+def of_many_scans(scans, **options):
+    """A progressive JPEG whose last scan is there again and again."""
+    data = encoded(photograph(64, 64), "JPEG", progressive=True, **options)
+    last, usual = data.rindex(b"\xff\xda"), data.count(b"\xff\xda")
+    return data[:last] + data[last:-2] * (scans - usual + 1) + data[-2:]
+
+
+def test_scans_of_progressive_jpegs_are_counted_and_bounded(monkeypatch):
+    assert check(of_many_scans(100))[:2] == (64, 64)
+    for function in (check, decode_module.dimensions):
+        with pytest.raises(ValueError, match="a JPEG of 101 scans"):
+            function(of_many_scans(101))
+    # What looks like a scan within a segment, or behind the image, is none.
+    data = of_many_scans(100)
+    segment = b"\xff\xed\0\x20" + 10 * b"\xff\xda\0"
+    assert check(data[:2] + segment + data[2:] + 9 * b"\xff\xda\0\3\0")[:2] == (64, 64)
+    # The larger the image, the fewer; but one scan is always allowed.
+    monkeypatch.setattr(decode_module, "SCANNED_PIXELS", 12 * 64 * 64)
+    assert check(of_many_scans(12)) and pytest.raises(ValueError, check, of_many_scans(13))
+    monkeypatch.setattr(decode_module, "SCANNED_PIXELS", 1)
+    assert check(picture())
 
 
 BAD = {
@@ -495,6 +532,14 @@ def icon_bomb():
     return struct.pack("<HHH", 0, 1, 1) + entry + png
 
 
+def frame_bomb():
+    """A GIF of 16×16 pixels whose first frame is of 60,000×60,000."""
+    data = bytearray(encoded(Image.new("P", (16, 16)), "GIF"))
+    at = data.index(b",\0\0\0\0")
+    data[at + 5 : at + 9] = struct.pack("<HH", 60_000, 60_000)
+    return bytes(data)
+
+
 # Runs below a limit of memory that the whole of none of these would stay below.
 BOUNDED = """
 import resource, sys
@@ -524,7 +569,11 @@ def test_what_never_ends_or_is_too_much_is_refused_in_little_memory(tmp_path):
     with open(path("sparse.jpg"), "wb") as file:
         file.truncate(1 << 40)
     expected["sparse.jpg"] = "larger than 1.6 GB"
-    for name, data in {"tile.tif": tile_bomb(), "icon.ico": icon_bomb()}.items():
+    for name, data in {
+        "tile.tif": tile_bomb(),
+        "icon.ico": icon_bomb(),
+        "frame.gif": frame_bomb(),
+    }.items():
         write(tmp_path, {name: data})
         expected[name] = "bomb"
     done = subprocess.run(
@@ -557,3 +606,21 @@ def test_the_limit_of_pixels_is_set_by_the_environment(most, expected):
         check=False,
     )
     assert expected in (done.stdout + done.stderr).decode()
+
+
+@pytest.mark.parametrize("most", ["many", "2e8", "0", "-5", ""])
+def test_a_limit_of_pixels_that_is_no_number_is_one_sentence(most):
+    with pytest.raises(InputError, match=f"MAX_PIXELS='{most}' is no number.*such as 400000000"):
+        decode_module.max_pixels(most)
+
+
+def test_a_command_says_what_is_wrong_with_the_limit_of_pixels():
+    done = subprocess.run(
+        [sys.executable, "-m", "cgd_jax", "data", "--config=glyphs"],
+        capture_output=True,
+        env=os.environ | {"CGD_JAX_MAX_PIXELS": "many"},
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: The environment variable CGD_JAX_MAX_PIXELS='many' is")

@@ -241,7 +241,9 @@ def test_several_processes_fill_one_index(photos, tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(changes.added for changes in done) and sum(changes.added for changes in done) == 12
+    # By hashes of paths, which differ from run to run, one of three may have nothing to do.
+    added = [changes.added for changes in done]
+    assert sum(added) == 12 and max(added) < 12
     monkeypatch.undo()
     undisturbed = str(tmp_path / "undisturbed")
     update(undisturbed, [photos], stand_in())

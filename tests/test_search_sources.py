@@ -276,6 +276,10 @@ def test_nothing_of_ours_is_an_image(tmp_path, monkeypatch):
     assert {file.name for file in photos.rglob("*.png")} > drawn
     changes = update("runs/index", [photos], stand_in())
     assert numbers(changes)[:4] == (0, 0, 0, 4)
+    monkeypatch.setattr(Index, "network", None)  # which up-to-date images do not need
+    assert numbers(update("runs/index", [photos])) == numbers(changes)
+    monkeypatch.undo()
+    monkeypatch.chdir(photos)
     reasons = {os.path.basename(path): reason for path, reason in changes.skipped}
     ours = {
         name for name, reason in reasons.items() if reason == "a picture that this program drew"

@@ -18,6 +18,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -30,12 +31,27 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor, read_regular
 
 with contextlib.suppress(ImportError):  # for HEIC
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+
+
+def max_pixels(text: str) -> int:
+    """Reads the limit of an image's pixels; InputError if it is none."""
+    try:
+        if (limit := int(text)) > 0:
+            return limit
+    except ValueError:
+        pass
+    raise InputError(
+        f"The environment variable CGD_JAX_MAX_PIXELS={text!r} is no number of pixels. Give a "
+        f"whole number above 0, such as 400000000 for images of 400 megapixels, or unset it."
+    )
+
 
 # The caller decodes many images at once; threads inside of one resize would only compete.
 cv2.setNumThreads(1)
@@ -44,9 +60,12 @@ cv2.setNumThreads(1)
 # neither as fast nor as close to a resized whole image.
 REDUCTIONS = (1, 2, 4, 8)
 # The limit of every image, also of uploads. Decoding takes 7 to 12 bytes of memory a pixel.
-MAX_PIXELS = int(os.environ.get("CGD_JAX_MAX_PIXELS", 200_000_000))
+MAX_PIXELS = max_pixels(os.environ.get("CGD_JAX_MAX_PIXELS", "200_000_000"))
 TOO_MANY = f"more than {MAX_PIXELS:,} pixels (a decompression bomb? see CGD_JAX_MAX_PIXELS)"
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
+# A scan of a JPEG costs time for every pixel, and hardly a byte. Cameras and programs write about
+# ten; with this many pixels in all of them, decoding takes five seconds.
+MAX_SCANS, SCANNED_PIXELS = 100, 4_000_000_000
 BAND_PIXELS = 1 << 20  # converted at a time
 
 # Pillow checks what images hold inside of them, such as those in an icon. It raises at twice this
@@ -58,6 +77,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 ORIENTATION = 0x0112  # the EXIF tag
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+# Of a JPEG: all but those without a length, which are stuffed or restart a scan.
+MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+SCAN, END = 0xDA, 0xD9
 PNG = b"\x89PNG\r\n\x1a\n"  # how it begins
 
 # Pillow knows other formats: icons, films, what it only recognizes, and EPS, for which it starts
@@ -293,6 +315,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 # A tile may be larger than the image, and is decoded whole.
                 _check_size(*(image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_LENGTH)))
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(data, image.width * image.height)
             yield image
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
         raise ValueError(_reason(error, data)) from error
@@ -301,6 +325,17 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} is {TOO_MANY}")
+
+
+def _check_scans(jpeg: bytes, pixels: int) -> None:
+    """Counts the scans of a JPEG, skipping segments as a decoder does."""
+    at, scans = 2, 0
+    while (found := MARKER.search(jpeg, at)) and found[1][0] != END:
+        scans += found[1][0] == SCAN
+        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
+    if scans > min(MAX_SCANS, max(SCANNED_PIXELS // pixels, 1)):
+        remedy = "a decompression bomb? save it anew, not progressive"
+        raise ValueError(f"a JPEG of {scans} scans, too many for its size ({remedy})")
 
 
 def _eight_bits(gray: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from cgd_jax.data import archives, image_list
 from cgd_jax.data.builder import ImageBuilder, ImageFile
@@ -19,18 +20,9 @@ from cgd_jax.data.image_list import Row
 from cgd_jax.runtime.errors import InputError
 
 # What people call a split, in lower case → what it is.
-ROLES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "query": "query",
-    "gallery": "gallery",
-}
-SPLITS = (("train", "query", "gallery"), ("train", "test"), ("train", "val"))
+ROLES = {role: role for role in ("train", "test", "val", "query", "gallery")}
+ROLES |= {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
+SPLITS = (("train", "query", "gallery"), ("train", "test"))
 # Folders of re-identification sets, such as bounding_box_train, are of this kind too.
 NAMES_A_SPLIT = re.compile(
     r"((bounding_box|image|images|gt|multi)[_-])?(train|test|val|query|gallery|bbox)\w*", re.I
@@ -43,8 +35,8 @@ class ImageFolder(ImageBuilder):
     - `root/class_name/*.jpg` (or any other format that Pillow reads; deeper folders count to
       the class): the classes are divided at random into train and test;
     - `root/train/class_name/*` beside `root/test/...`, or beside `root/query/...` and
-      `root/gallery/...`: used as they are. Capital letters do not matter, and where there is
-      no test, `val` stands for it;
+      `root/gallery/...`: used as they are. Images in `root/val/...` choose the step; where
+      there is no other split to test on, they test. Capital letters do not matter;
     - a CSV with the columns path, label and perhaps split, see `image_list`.
 
     The root may lie in folders that hold nothing else. An archive of one of the first two
@@ -58,6 +50,7 @@ class ImageFolder(ImageBuilder):
       **keywords: of `ImageBuilder`.
     """
 
+    VERSION = tfds.core.Version("1.1.0")  # with the split val, if the source has it
     CONFIG_KEYS = (*ImageBuilder.CONFIG_KEYS, "split_seed", "test_fraction", "nested_classes")
     FILE_ENDINGS = (*ImageBuilder.FILE_ENDINGS, ".csv")
     HOW_TO_GET = (
@@ -152,7 +145,9 @@ def _understand(names: set[str]) -> dict[str, str] | None:
             called.setdefault(ROLES[name.lower()], name)
     for roles in SPLITS:
         if set(roles) <= called.keys():
-            return {called[role]: role.replace("val", "test") for role in roles}
+            return {called[role]: role for role in (*roles, "val") if role in called}
+    if {"train", "val"} <= called.keys():
+        return {called["train"]: "train", called["val"]: "test"}
     return None
 
 
@@ -175,31 +170,25 @@ def _splits_of_folders(root: Path) -> dict[str, str] | None:
     if splits := _understand(folders):
         return splits
     roles = {ROLES.get(name.lower()) for name in folders}
-    if "train" in roles and roles & {"query", "gallery"}:
-        raise InputError(
-            f"image_folder: {root} has a folder train and only one of query and gallery. All "
-            "three are needed; or name the folder of test images test."
-        )
-    if folders and all(NAMES_A_SPLIT.fullmatch(name) for name in folders):
+    half = "train" in roles and roles & {"query", "gallery"}
+    if half or folders and all(NAMES_A_SPLIT.fullmatch(name) for name in folders):
         raise InputError(
             f"image_folder: the folders in {root} ({listed(sorted(folders))}) look like "
-            "splits, not like classes. Name them train and test, or train, query and gallery, "
-            "with a folder per class in each; or write a CSV with the columns path,label,split."
+            "splits, not like classes. Name them train and test, or train, query and gallery "
+            "(all three), with a folder per class in each; or write a CSV with the columns "
+            "path,label,split."
         )
     return None
 
 
 def _innermost(folder: Path) -> Path:
     """Returns the folder that has the classes, below folders that hold one folder only."""
-    for _ in range(8):
-        inside = _visible(folder)
-        inner = [path for path in inside if path.is_dir()]
-        if len(inner) != 1 or any(looks_like_image(path) for path in inside):
-            break
-        if not any(path.is_dir() for path in _visible(inner[0])):  # a class
-            break
-        (folder,) = inner
-    return folder
+    inside = _visible(folder)
+    inner = [path for path in inside if path.is_dir()]
+    if len(inner) != 1 or any(looks_like_image(path) for path in inside):
+        return folder
+    is_class = not any(path.is_dir() for path in _visible(inner[0]))
+    return folder if is_class else _innermost(inner[0])
 
 
 def _visible(folder: Path) -> list[Path]:

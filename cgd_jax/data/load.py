@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from cgd_jax.data import Dataset, Split, builder_class, cache, check_queries, config_keys
-from cgd_jax.data.dataset import listed
+from cgd_jax.data.dataset import listed, rows_of
 from cgd_jax.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,9 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     dataset = _handle_copies(Dataset(splits["train"], query, splits.get("gallery")), keep_copies)
     check_queries(dataset)
     _warn_of_classes(dataset)
+    if "val" in splits:
+        check_queries(Dataset(dataset.train, splits["val"], None))
+        dataset = dataset._replace(validation=splits["val"])
     for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
         names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
         log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
@@ -77,7 +80,7 @@ def _open_split(
     else:
         key = {"data set": builder.info.full_name, "split": name}
         folder = Path(builder.data_dir, "cache")
-        split = cache.cached(source, folder, key, size, config.bbox_crop)
+        split = cache.cached(source, folder, key, size, config.bbox_crop)._replace(cache=folder)
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
     return split._replace(skipped=sum(row["split"] == name for row in skipped))
 
@@ -87,7 +90,7 @@ def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
 
     `keep`: whether queries that search each other keep their copies.
     """
-    train, query, gallery = dataset
+    train, query, gallery, _ = dataset
     asked = np.asarray(query.contents)
     seen = np.isin(asked, np.asarray(train.contents))
     _warn(query, seen, "test images are in the training set too")
@@ -120,7 +123,7 @@ def _warn(split: Split, chosen: np.ndarray, what: str) -> None:
 
 def _warn_of_classes(dataset: Dataset) -> None:
     """Reports what is allowed but changes what the numbers mean."""
-    train, query, gallery = dataset
+    train, query, gallery, _ = dataset
     tested, counts = np.unique(query.labels, return_counts=True)
     alone = tested[counts == 1] if gallery is None else np.setdiff1d(tested, gallery.labels)
     kinds = {
@@ -131,30 +134,3 @@ def _warn_of_classes(dataset: Dataset) -> None:
         if len(classes):
             names = listed([query.class_names[label] for label in classes.tolist()])
             log.warning("%d of %d test classes %s: %s", len(classes), len(tested), text, names)
-
-
-def rows_of(split: Split, chosen: np.ndarray) -> Split:
-    """Returns a split with some of its rows, given as [N] bool."""
-    if chosen.all():
-        return split
-    rows = np.flatnonzero(chosen)
-    return split._replace(
-        images=_ImageRows(split.images, rows),
-        labels=split.labels[rows],
-        ids=[split.ids[i] for i in rows],
-        contents=None if split.contents is None else np.asarray(split.contents)[rows],
-    )
-
-
-class _ImageRows:
-    """Some rows of an array of images, read when they are asked for."""
-
-    def __init__(self, images, rows: np.ndarray):
-        self._images, self._numbers = images, rows
-        self.shape = (len(rows), *images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, indices) -> np.ndarray:
-        return self._images[self._numbers[indices]]

@@ -139,15 +139,11 @@ def list_images(
     elif source.is_dir() or archives.is_archive(source):
         modified = None if source.is_dir() else source.stat().st_mtime_ns
         index = os.path.abspath(address)
-
-        def leave_out(error: OSError) -> None:
-            left_out.append((str(error.filename), reason_of(error)))
-
         with archives.unpacked(source, scratch) as folder:
-            inside = [file.relative_to(folder) for file in archives.files_below(folder, leave_out)]
+            inside, left_out = files_of(folder)
             named = [
                 (folder / path, str(source / path), label_of(path))
-                for path in inside
+                for path in (file.relative_to(folder) for file in inside)
                 if not (source / path).is_relative_to(index)
                 and not any(part.endswith(".lance") for part in path.parts)
             ]
@@ -157,6 +153,13 @@ def list_images(
             f"--images={source} is neither a folder, nor a CSV, nor an archive "
             f"({', '.join(archives.ARCHIVE_ENDINGS)})."
         )
+
+
+def files_of(folder: Path) -> tuple[list[Path], list[LeftOut]]:
+    """Lists the files of a folder, and what of it cannot be read."""
+    errors: list[OSError] = []
+    found = archives.files_below(folder, errors.append)
+    return found, [(str(error.filename), reason_of(error)) for error in errors]
 
 
 def label_of(path: Path) -> str | None:

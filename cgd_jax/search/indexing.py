@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,7 +173,7 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> 
             f"({network.dimension}) and the number of images ({len(listed):,})."
         )
     chosen = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))[:SAMPLE]]
-    read = partial(_read, known={}, origins={}, side=network.resize)
+    read = partial(_read, known={}, origins={}, side=lambda: network.resize)
     outcomes = embedding.read_and_embed(
         chosen, read, network.embed_pixels, "learning the whitening"
     )
@@ -262,7 +263,12 @@ def _update(
     origins = {known[id].hash: id for id in mine & known.keys() if id not in todo}
     skipped, copies, moved, gone, added, changed = [], [], set(), [], 0, 0
     records, vectors, written = [], [], time.monotonic()
-    side = index.network.resize if todo else 0
+    opening = Lock()
+
+    def side() -> int:
+        with opening:  # by one thread, and only if there is something to embed
+            return index.network.resize
+
     read = partial(_read, known=known, origins=origins, side=side)
     outcomes = embedding.read_and_embed(list(todo.values()), read, index.embed_pixels, "indexing")
     for done, ((record, _), found, vector) in enumerate(outcomes, 1):
@@ -309,7 +315,7 @@ def _traits(record: Record) -> tuple:
 
 
 def _read(
-    listed: Listed, known: dict[str, Record], origins: dict[str, str], side: int
+    listed: Listed, known: dict[str, Record], origins: dict[str, str], side: Callable[[], int]
 ) -> tuple[np.ndarray, dict[str, Any]] | Copy | Exception:
     """Reads a file: what `images.read` returns, what has its content, or why not."""
     record, file = listed
@@ -321,8 +327,12 @@ def _read(
             return Copy(record.id if same else origins[digest], images.taken(data))
         if images.is_drawn_here(data):
             raise ValueError("a picture that this program drew")
-        return images.read(data, side)
     except (OSError, ValueError) as error:  # it may have vanished meanwhile
+        return error
+    resize = side()  # an index of another network is no matter of the file
+    try:
+        return images.read(data, resize)
+    except ValueError as error:
         return error
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cgd_jax.data import archives
 from cgd_jax.data.decode import looks_like_image, read_file
 from cgd_jax.data.images import Box
 from cgd_jax.reports.names import literal
@@ -66,19 +65,17 @@ def ask(
     """
     paths: list[Path] = []
     skipped: list[images.LeftOut] = []
-    side = index.network.resize  # before anything is read: a stranger's index may claim any size
-
-    def leave_out(error: OSError) -> None:
-        skipped.append((str(error.filename), images.reason_of(error)))
-
     for query in queries:
         path = Path(query).expanduser()
         if not path.exists():
             raise InputError(f"--query={query}: there is no such file or folder.")
         if path.is_dir():
-            paths += filter(looks_like_image, archives.files_below(path, leave_out))
+            below, unreadable = images.files_of(path)
+            paths += filter(looks_like_image, below)
+            skipped += unreadable
         else:
             paths.append(path)
+    side = index.network.resize  # which a stranger's index may say is any size
 
     def read(path: Path) -> tuple[np.ndarray, dict[str, Any]] | str:
         try:
