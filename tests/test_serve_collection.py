@@ -343,3 +343,26 @@ def test_an_index_of_an_earlier_version_learns_dates_without_embedding(tmp_path,
     monkeypatch.setattr(indexing, "read_file", lambda path: reads.append(path))
     update(address, [tmp_path / "photos"], network)
     assert not reads
+
+
+@pytest.mark.slow
+def test_filters_mean_the_same_in_milvus(client, photos, tmp_path):
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed")
+    address = str(tmp_path / "index.db")
+    update(address, [photos], stand_in())
+    other = client_of(Index.open(address, stand_in()))
+    for filters in (
+        *({"folder": folder} for folder in FOLDERS),
+        {"label": "it's", "orientation": "portrait"},
+        {"orientation": "square"},
+        {"pixels": 24, "folder": "a"},
+        {"after": "2024-02-20", "before": "2024-02-27"},
+    ):
+        for order in ("newest", "folder"):
+            asked = filters | {"order": order}
+            expected = client.get("/collection", params=asked).json()
+            assert expected["total"] and other.get("/collection", params=asked).json() == expected
+    id = expected["images"][0]["id"]
+    params = {"id": id, "others": True, "similarity": -0.5, "orientation": "landscape"}
+    found, wanted = (one.post("/search", params=params).json()["hits"] for one in (other, client))
+    assert [hit["id"] for hit in found] == [hit["id"] for hit in wanted]
