@@ -1,6 +1,6 @@
 """Looks at the page in Chromium: films it, and measures how soon and how smoothly it shows.
 
-    python benchmarks/page.py --images=PHOTOS --out=docs     # serving.png, _phone.png, .webp
+    python benchmarks/page.py --images=PHOTOS --query=a.jpg  # docs/serving.png, _phone.png, .webp
     python benchmarks/page.py --count=100000                 # drawn images, 512 dimensions
     python benchmarks/page.py --count=100000 --minutes=10    # memory of the page and the server
 
@@ -67,9 +67,8 @@ def settle(page: Page) -> None:
     page.wait_for_timeout(300)
 
 
-def film(address: str, images: Path, out: Path) -> None:
+def film(address: str, query: Path, out: Path) -> None:
     """Goes through the page as a visitor would; saves pictures and a film."""
-    query = sorted(images.rglob("*.jpg"))[len(list(images.rglob("*.jpg"))) // 20]
     size = {"width": 1400, "height": 900}
     with chromium(address, viewport=size) as page:
         page.goto("/")
@@ -203,6 +202,7 @@ def measure(address: str, pid: int, minutes: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder to index and film")
+    parser.add_argument("--query", type=Path, help="image to search by in the film")
     parser.add_argument("--index", help="of these images, if there is one")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--count", type=int, default=100_000, help="drawn images")
@@ -215,7 +215,7 @@ def main() -> None:
             make_index(address, given.count, given.dimension)
         with started(address, given.images) as (where, pid):
             if given.images:
-                film(where, given.images, given.out)
+                film(where, given.query, given.out)
             else:
                 measure(where, pid, given.minutes)
 

@@ -353,6 +353,12 @@ def test_an_image_is_looked_at(page, photos):
         page.keyboard.press("+")
     zoomed = page.locator("#right .sheet").bounding_box()["width"]
     assert zoomed > 3 * page.locator("#right .pane").bounding_box()["width"]
+    page.keyboard.press("Escape")
+    until(lambda: "view" not in page.url)
+    assert page.locator("#view").is_hidden()
+    assert page.evaluate("() => document.activeElement.dataset.id") == shown
+    page.keyboard.press("v")
+    page.locator("#viewname", has_text="1.png").wait_for()
     with page.expect_download() as download:
         page.locator("#save").click()
     assert download.value.suggested_filename == "1.png"
@@ -360,12 +366,6 @@ def test_an_image_is_looked_at(page, photos):
     with page.context.expect_page() as other:
         page.locator("#open").click()
     assert urlsplit(other.value.url).path == f"/original/{shown}"
-    other.value.close()
-    page.bring_to_front()
-    page.keyboard.press("Escape")
-    until(lambda: "view" not in page.url)
-    assert page.locator("#view").is_hidden()
-    assert page.evaluate("() => document.activeElement.dataset.id") == shown
     # Beside the query; from there it becomes the query, or a part of it.
     page.goto(f"/?id={shown}")
     page.locator("#grid li").nth(1).hover()

@@ -77,7 +77,8 @@ export function draw() {
   draw.later = setTimeout(() => load(first, last), 40);
   const above = clamp(Math.ceil(-top / shape.row), 0, Math.max(rows - 1, 0)) * shape.columns;
   const place = items[above];
-  $("place").textContent = place && above ? `${number(above + 1)} of ${number(total)}  ${place.folder}` : "";
+  const text = place && above ? `${number(above + 1)} of ${number(total)}  ${place.folder}` : "";
+  if ($("place").textContent !== text) $("place").textContent = text;
   drawn();
 }
 
