@@ -223,7 +223,8 @@ def test_duplicates_with_the_best_copy_first(tmp_path):
     client = client_of(index)
     found = client.get("/duplicates", params={"similarity": 0.99}).json()
     assert found["total"] == 1
-    (group,) = found["groups"]
+    (size, group) = found["groups"][0].values()
+    assert size == 2
     assert [(one["folder"], one["best"]) for one in group] == [("large", True), ("small", False)]
     assert group[0]["width"] == 48 and group[1]["path"] == str(small)
     assert all(one["similarity"] > 0.99 for one in group)
@@ -232,6 +233,15 @@ def test_duplicates_with_the_best_copy_first(tmp_path):
     for similarity in (0, 1.1, "x"):
         bad = client.get("/duplicates", params={"similarity": similarity})
         assert bad.status_code == 422
+
+
+def test_of_large_groups_some_are_shown(client, monkeypatch):
+    from cgd_jax.serve import browsing
+
+    monkeypatch.setattr(browsing, "COPIES", 3)
+    found = client.get("/duplicates", params={"similarity": 0.001}).json()
+    assert max(group["size"] for group in found["groups"]) > 3
+    assert all(len(group["copies"]) <= 3 for group in found["groups"])
 
 
 def wait_for_update(client):

@@ -15,7 +15,7 @@ from cgd_jax.serve.showing import Details, details_of
 
 __all__ = ["router"]
 
-GROUPS = 1000  # that are shown, at most
+GROUPS, COPIES = 1000, 100  # that are shown, and of one group, at most
 router = APIRouter(tags=["collection"])
 
 
@@ -57,10 +57,17 @@ class Copy(Details):
     best: bool = Field(description="the most pixels, then bytes, then the earliest")
 
 
+class Alike(BaseModel):
+    """Images that are nearly the same."""
+
+    size: int
+    copies: list[Copy] = Field(description=f"the best first, {COPIES} at most")
+
+
 class Duplicates(BaseModel):
     """Groups of images that are nearly the same."""
 
-    groups: list[list[Copy]]
+    groups: list[Alike] = Field(description=f"{GROUPS} at most")
     total: int = Field(description="groups that there are")
 
 
@@ -78,21 +85,19 @@ async def duplicates(
 def _duplicates(service, filters, similarity) -> Duplicates:
     root, store = service.root(), service.index.store
     found = find_duplicates(service.index, similarity, filters.where(root))
+    shown = [group.members[:COPIES] for group in found[:GROUPS]]
+    ids = [hit.id for members in shown for hit in members]
+    names, records = [name for name in COLUMNS if name != "thumbnail"], {}
+    for at in range(0, len(ids), 1000):
+        for batch in store.read(names, stores.among(ids[at : at + 1000])):
+            records |= {row["id"]: Record(**row) for row in batch.to_pylist()}
     groups = []
-    names = [name for name in COLUMNS if name != "thumbnail"]
-    for group in found[:GROUPS]:
-        alike = {hit.id: hit.similarity for hit in group.members}
-        rows = store.read(names, stores.among(alike))
-        records = [Record(**row) for batch in rows for row in batch.to_pylist()]
-        records.sort(key=lambda r: (-r.width * r.height, -r.size, r.modified, r.id))
-        groups.append(
-            [
-                Copy(
-                    similarity=alike[record.id],
-                    best=record is records[0],
-                    **details_of(service, record, root),
-                )
-                for record in records
-            ]
-        )
+    for group, members in zip(found, shown, strict=False):
+        there = [(records[hit.id], hit.similarity) for hit in members if hit.id in records]
+        there.sort(key=lambda one: (-one[0].width * one[0].height, -one[0].size, one[0].modified))
+        copies = [
+            Copy(similarity=alike, best=i == 0, **details_of(service, record, root))
+            for i, (record, alike) in enumerate(there)
+        ]
+        groups.append(Alike(size=len(group.members), copies=copies))
     return Duplicates(groups=groups, total=len(found))

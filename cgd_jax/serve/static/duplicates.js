@@ -12,7 +12,7 @@ export const groupOf = (id) => groups.find((group) => group.some((one) => one.id
 
 export async function find(wanted) {
   const found = await ask(address({ ...pick(wanted, FILTERS), similarity: wanted.near }, "/duplicates"));
-  groups = found.groups;
+  groups = found.groups.map((group) => Object.assign(group.copies, { size: group.size }));
   chosen = new Set(groups.flatMap((group) => group.filter((one) => !one.best).map((one) => one.id)));
   const more = found.total > groups.length ? ` The first ${groups.length} are shown.` : "";
   $("status").textContent = groups.length
@@ -66,7 +66,7 @@ function row(group, i) {
     return element("li", {}, look, name, element("p", {}, ...best, ` ${text}`));
   });
   const least = Math.min(...group.map((one) => one.similarity)).toFixed(3);
-  const title = element("h3", { textContent: `Group ${number}: ${count(group.length, "image")}, similarity from ${least}` });
+  const title = element("h3", { textContent: `Group ${number}: ${count(group.size, "image")}, similarity from ${least}` });
   return element("section", { className: "group" }, title, element("ul", {}, ...copies));
 }
 
