@@ -64,6 +64,8 @@ def chromium(address: str, **options) -> Iterator[Page]:
 
 def settle(page: Page) -> None:
     page.wait_for_load_state("networkidle")
+    while not all(page.locator("#grid img").evaluate_all("all => all.map((one) => one.complete)")):
+        page.wait_for_timeout(100)
     page.wait_for_timeout(300)
 
 
@@ -121,8 +123,9 @@ def film(address: str, query: Path, out: Path) -> None:
         settle(page)
         page.screenshot(path=out / "serving_phone.png")
     for name in ("serving.png", "serving_phone.png"):
-        picture = Image.open(out / name).convert("RGB").quantize(256)
-        picture.save(out / name, optimize=True)
+        picture = Image.open(out / name).convert("RGB")
+        colors = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE)
+        picture.quantize(palette=colors).save(out / name, optimize=True)
 
 
 PAINTED = """() => new Promise((done) => {

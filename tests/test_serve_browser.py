@@ -220,9 +220,11 @@ def test_any_number_of_images_are_scrolled_and_few_are_in_the_document(opened, l
     page.evaluate("() => scrollTo(0, document.documentElement.scrollHeight)")
     page.locator(f'#grid a[data-id="{MANY - 1:020x}"]').wait_for()
     page.evaluate("() => scrollTo(0, document.documentElement.scrollHeight / 2)")
-    page.locator("#grid li:not(.empty) a").first.wait_for()
-    middle = sorted(int(id, 16) for id in ids(page))
-    assert len(middle) < 200 and abs(middle[0] - MANY / 2) < 500
+    numbers = lambda: sorted(int(id, 16) for id in ids(page))
+    until(lambda: numbers() and abs(numbers()[0] - MANY / 2) < 500)
+    page.wait_for_load_state("networkidle")
+    middle = numbers()
+    assert len(middle) < 200
     assert middle == list(range(middle[0], middle[0] + len(middle)))
     place = page.locator("#place")
     until(lambda: re.match(r"[\d,]+ of 20,000  0(09|10)$", place.inner_text()))
@@ -355,8 +357,8 @@ def test_an_image_is_looked_at(page, photos):
     assert zoomed > 3 * page.locator("#right .pane").bounding_box()["width"]
     page.keyboard.press("Escape")
     until(lambda: "view" not in page.url)
-    assert page.locator("#view").is_hidden()
-    assert page.evaluate("() => document.activeElement.dataset.id") == shown
+    page.locator("#view").wait_for(state="hidden")
+    until(lambda: page.evaluate("() => document.activeElement.dataset.id") == shown)
     page.keyboard.press("v")
     page.locator("#viewname", has_text="1.png").wait_for()
     with page.expect_download() as download:
@@ -375,7 +377,7 @@ def test_an_image_is_looked_at(page, photos):
     second = dict(parse_qsl(urlsplit(page.url).query))["view"]
     page.locator("#adding").click()
     page.wait_for_url(f"**id={shown}%2C{second}")
-    assert page.locator("#view").is_hidden()
+    page.locator("#view").wait_for(state="hidden")
 
 
 def test_from_outside_files_are_not_offered(opened, photos):
