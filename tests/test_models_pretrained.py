@@ -121,6 +121,19 @@ def test_out_in_torchvision_names_and_back():
         assert_same(pretrained.convert_state_dict(weights, variables, backbone), variables)
 
 
+def test_names_of_a_list_of_children(small, published, tmp_path, caplog):
+    """As leftthomas/CGD has them, with a branch and the classifier beside the backbone."""
+    children = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    weights = {"main_modules.0.0.weight": np.ones((3, 32), np.float32)}
+    for name, array in published.items():
+        child, _, rest = name.partition(".")
+        weights[f"features.{children.index(child)}.{rest}"] = array
+    save_file(weights, tmp_path / "a.safetensors")
+    with caplog.at_level(logging.INFO, "cgd_jax"):
+        assert_same(pretrained.load(small, str(tmp_path / "a.safetensors"), "resnet18")[0], small)
+    assert "main_modules.0.0.weight [3, 32]" in caplog.text
+
+
 def test_layout_of_a_kernel(small):
     kernel = small["params"]["layer2_0"]["downsample_conv"]["kernel"]
     weights = pretrained.to_torchvision(small, "resnet18")

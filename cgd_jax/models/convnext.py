@@ -74,6 +74,7 @@ class ConvNeXt(ConvNet):
     drop_path: float = 0.0
 
     STEM = ("stem_conv", "stem_norm")
+    DOWNSAMPLE = ("norm", "conv")
 
     @property
     def blocks(self) -> dict[str, dict[str, float]]:
@@ -81,15 +82,6 @@ class ConvNeXt(ConvNet):
         names = [f"stages{stage}_{i}" for stage, n in enumerate(self.depths) for i in range(n)]
         rates = np.linspace(0, self.drop_path, len(names)).tolist()
         return {name: {"drop_path": rate} for name, rate in zip(names, rates, strict=True)}
-
-    @property
-    def layers(self) -> tuple[tuple[str, ...], ...]:
-        """See `Backbone.layers`; the downsampling of a stage is a part of its first block."""
-        downsampling = {
-            f"stages{stage}_0": (f"downsample{stage}_norm", f"downsample{stage}_conv")
-            for stage in range(1, len(self.depths))
-        }
-        return (self.STEM, *((*downsampling.get(name, ()), name) for name in self.blocks))
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

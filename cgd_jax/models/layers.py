@@ -65,7 +65,20 @@ class Backbone(nn.Module, kw_only=True):
 class ConvNet(Backbone, kw_only=True):
     """A backbone that makes its feature map smaller from stage to stage."""
 
+    # What stands in front of the first block of stages1, …: the ends of names such as
+    # downsample1_norm.
+    DOWNSAMPLE: ClassVar[tuple[str, ...]] = ()
+
     last_stride: int = 1  # of the last downsampling, 2 as published or 1 as in CGD
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """See `Backbone.layers`; the downsampling of a stage is a part of its first block."""
+        below = {
+            f"stages{stage}_0": tuple(f"downsample{stage}_{part}" for part in self.DOWNSAMPLE)
+            for stage in range(1, 4)
+        }
+        return (self.STEM, *((*below.get(name, ()), name) for name in self.blocks))
 
     @nn.nowrap
     def strides(self, published: Sequence[int]) -> list[int]:

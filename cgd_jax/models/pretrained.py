@@ -128,7 +128,7 @@ def convert_state_dict(
     dropped = sorted(name for name in arrays if name.startswith(scheme.classifier))
     if dropped:
         shapes = ", ".join(f"{name} {list(arrays.pop(name).shape)}" for name in dropped[::-1])
-        log.info("Left out the ImageNet classifier: %s.", shapes)
+        log.info("Left out what stands behind the features: %s.", shapes)
     arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
     arrays = scheme.prepare(arrays)
     named = names(scheme, variables)
@@ -170,7 +170,8 @@ def _recognize(
     arrays: Mapping[str, np.ndarray], backbone: str
 ) -> tuple[Scheme, dict[str, np.ndarray]]:
     """Recognizes by whom the weights of a backbone were named, and which of them are its."""
-    for scheme in BACKBONES[backbone].schemes:
+    # The last first: blocks of leftthomas/CGD's list have torchvision's names too.
+    for scheme in reversed(BACKBONES[backbone].schemes):
         prefix = _find_prefix(arrays, scheme)
         if prefix is None:
             continue

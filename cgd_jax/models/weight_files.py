@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from cgd_jax.models import mxnet
 from cgd_jax.models.backbones import FAMILIES, listed, published
-from cgd_jax.preprocess import Normalization
+from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 
@@ -35,7 +36,7 @@ PACKAGES = {source: package for family in FAMILIES for source, package in family
 _PUBLISHED = {"model.safetensors": (), "model.safetensors.index.json": ("model-*.safetensors",)}
 # What declares mean and std there, and as what.
 _CONFIGS = {"config.json": ("mean", "std"), "preprocessor_config.json": ("image_mean", "image_std")}
-_ENDINGS = (".safetensors", ".npz")
+_ENDINGS = (".safetensors", ".npz", ".params")
 _OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 _INDEX = ".index.json"
 # What a person with torch does to a file of torch.save; docs/backbones.md says the same.
@@ -112,7 +113,7 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a .safetensors, an .npz, or all that an index lists, executing nothing.
+    """Reads a .safetensors, .npz or MXNet's .params, or all that an index lists, executing nothing.
 
     Returns arrays by name, and the metadata, which only .safetensors have. Raises InputError if it
     is damaged, or no file of weights.
@@ -141,6 +142,13 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return arrays, metadata
         if path.suffix in _OF_TORCH:
             return _read_packaged(path), {}
+        if path.suffix == ".params":
+            arrays, model = mxnet.read_network(path)
+            size = {"image_size": 224, "resize": 224}  # to which naver/cgd resizes, whatever shape
+            config = {"model": model, "data": size, "eval": {"center_crop": False}}
+            normalization = {name: a.tolist() for name, a in IMAGENET._asdict().items()}
+            texts = {"config": config, "normalization": normalization}
+            return arrays, {name: json.dumps(text) for name, text in texts.items()}
         with np.load(path, allow_pickle=False) as archive:
             unpacked = sum(entry.file_size for entry in archive.zip.infolist())
             # Weights are like noise: what shrinks more than that is made to fill the memory.
