@@ -343,13 +343,17 @@ class Call:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("name", ["my weights.pth", "a.pt", "a.pth.tar", "a.ckpt", "folder"])
+OLD = ["folder/pytorch_model.bin", "folder/pytorch_model-1.bin"]
+
+
+@pytest.mark.parametrize("name", ["my weights.pth", "a.pt", "a.pth.tar", "a.ckpt", *OLD])
 def test_a_file_of_torch_is_not_opened_and_two_lines_convert_it(small, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    if name == "folder":  # as an old repository is downloaded
-        name = "folder/pytorch_model.bin"
-        (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").mkdir()  # as an old repository is downloaded
     (tmp_path / name).write_bytes(pickle.dumps(Call()))
+    if name.endswith("-1.bin"):
+        index = tmp_path / "folder" / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
     for source in dict.fromkeys((name, name.split("/")[0])):
         with pytest.raises(InputError, match="of torch.save.*two lines") as error:
             pretrained.load(small, source, "resnet18")

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, HuggingFace, Scheme, rename
-from cgd_jax.models.layers import OPTIONS, ConvNet, LayerNorm, drop_path
+from cgd_jax.models.layers import OPTIONS, LayerNorm, StagedNet, drop_path
 from cgd_jax.models.vit import Mlp
 from cgd_jax.preprocess import IMAGENET
 
@@ -97,35 +97,18 @@ class Block(nn.Module):
         return x
 
 
-class Swin(ConvNet):
+class Swin(StagedNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, 8·width], s = 32, or 16 with `last_stride=1`.
 
     The sides of maps are rounded up.
     """
 
-    depths: tuple[int, ...]  # blocks in each of the stages
-    heads: tuple[int, ...]
+    heads: tuple[int, ...]  # of the stages
     width: int  # channels of the first stage
     window: int = 7  # side
-    # Probability with which training leaves the last block out; linearly less from the first on.
-    drop_path: float = 0.0
 
     STEM = ("stem_conv", "stem_norm")
     DOWNSAMPLE = ("norm", "linear")
-
-    @property
-    def blocks(self) -> dict[str, dict[str, Any]]:
-        """See `Backbone.blocks`."""
-        places = [(stage, i) for stage, n in enumerate(self.depths) for i in range(n)]
-        rates = np.linspace(0, self.drop_path, len(places)).tolist()
-        return {
-            f"stages{stage}_{i}": {
-                "heads": self.heads[stage],
-                "shifted": i % 2 == 1,
-                "drop_path": p,
-            }
-            for (stage, i), p in zip(places, rates, strict=True)
-        }
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -141,6 +124,7 @@ class Swin(ConvNet):
                 dense = partial(nn.Dense, use_bias=False, kernel_init=_init, dtype=self.dtype)
                 x = dense(x.shape[-1] // 2, name=f"downsample{stage}_linear")(x)
             common = {"window": self.window, "train": train, "dtype": self.dtype}
+            common |= {"heads": self.heads[stage], "shifted": block % 2 == 1}
             x = self.run_block(Block, name, x, **own, **common)
         return norm(name="norm")(x)
 

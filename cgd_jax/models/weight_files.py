@@ -64,7 +64,8 @@ def find(source: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        for name in (*_PUBLISHED, "pytorch_model.bin"):  # of which `read` says how to convert it
+        # Of the last two `read` says how to convert them.
+        for name in (*_PUBLISHED, "pytorch_model.bin", "pytorch_model.bin.index.json"):
             if (path / name).is_file():
                 return path / name
         raise NoSource(
@@ -204,7 +205,8 @@ def _read_listed(index: Path) -> dict[str, np.ndarray]:
     """Reads the files of a network too large for one, which lie beside their index."""
     with _read_config(index) as content:
         parts = sorted(set(content["weight_map"].values()))
-        if any(Path(part).name != part or Path(part).suffix not in _ENDINGS for part in parts):
+        known = _ENDINGS + _OF_TORCH
+        if any(Path(part).name != part or Path(part).suffix not in known for part in parts):
             raise ValueError("it lists what is no file of weights beside it")
     arrays: dict[str, np.ndarray] = {}
     for part in parts:
