@@ -371,7 +371,7 @@ def test_a_file_of_torch_is_not_opened_and_two_lines_convert_it(small, tmp_path,
     save = lambda tensors, path: saved.update({path: tensors})
     names = {"torch": types.SimpleNamespace(load=load)}
     names["safetensors"] = types.SimpleNamespace(torch=types.SimpleNamespace(save_file=save))
-    for line in re.search(r"(weights = .*?\)) and (safe.*?\)) If", message).groups():
+    for line in re.search(r"(weights = .*?\)) and (safe.*?\))\. If", message).groups():
         exec(line, names)
     assert saved == {Path(name).stem + ".safetensors": {"a": 1}}
 

@@ -184,9 +184,9 @@ def _read_packaged(path: Path) -> dict[str, np.ndarray]:
         first, second = _CONVERT.format(path.name, f"{path.stem}.safetensors").splitlines()
         raise InputError(
             f"{path} is a file of torch.save, which may hold programs, and is not opened. Where "
-            f"torch and safetensors are installed, two lines make a file of it that can be passed "
-            f"instead: {first} and {second} If it is a checkpoint with more in it, save its dict "
-            f"of tensors, such as weights['state_dict']."
+            f"torch and safetensors are installed, after import torch, safetensors.torch two lines "
+            f"make a file of it that can be passed instead: {first} and {second}. If it is a "
+            f"checkpoint with more in it, save its dict of tensors, such as weights['state_dict']."
         )
     file = io.BytesIO(content)
     *_, tensors, keys = (_Unpickler(file).load() for _ in range(5))
