@@ -130,7 +130,7 @@ def read_network(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "embedding_dim": k * len(letters),
         "gem_p": exponent,
     }
-    return {name: np.float32(array) for name, array in found.items()}, config
+    return {name: np.asarray(array, np.float32) for name, array in found.items()}, config
 
 
 def _find_convolutions(graph: _Graph) -> dict[tuple[str, str], int]:
