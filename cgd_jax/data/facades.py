@@ -1,0 +1,190 @@
+"""facades: in which street, and where in it, was this photograph taken?
+
+Streets of drawn houses in a plane, nothing to download. Photographs are taken from the middle of a
+street, of its north or its south side; each has light, noise, a crop and things in the way of its
+own. What stands within 25 m of each other overlaps, as on a real street.
+"""
+
+import io
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, ImageDraw
+
+from cgd_jax.data import truth
+from cgd_jax.data.builder import build_once, example_features
+
+SIZE = 64  # pixels of a photograph
+VIEW = 20.0  # metres of the street that it shows
+LENGTH = 600  # metres of a street
+BETWEEN = 60  # metres between streets: no photograph is near one of the next street
+SEED = 0
+TRAIN, TEST = range(0, 24), range(24, 32)  # streets
+PLACES_EVERY, VIEWS = 40, 6  # training: metres between places, photographs of each
+DATABASE_EVERY, QUERIES = 10, 32  # test: metres between photographs, queries a side of a street
+
+
+class House(NamedTuple):
+    """One house of a street."""
+
+    left: float  # metres along the street
+    width: float
+    height: float
+    wall: np.ndarray  # RGB, as all colors
+    glass: np.ndarray
+    frame: np.ndarray
+    floors: int
+    columns: int
+    window: np.ndarray  # of a cell, the shares of width and height that it fills
+    door: int  # the column that has it
+    roof: float  # metres of a gable, 0 for a flat roof
+
+
+class Facades(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder of the drawn streets: some train, in others queries search a database."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    CONFIG_KEYS = ("radius", "turn")
+
+    def __init__(self, *, radius: float = 25.0, turn: float = 180.0, **keywords):
+        self._radius, self._turn = radius, turn
+        super().__init__(**keywords)
+
+    def _info(self):
+        features = example_features()
+        return tfds.core.DatasetInfo(
+            builder=self, description=__doc__, features=features, disable_shuffling=True
+        )
+
+    def download_and_prepare(self, **keywords) -> None:
+        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`."""
+        build_once(self, partial(super().download_and_prepare, **keywords))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "query", "gallery")}
+
+    def _generate_examples(self, split):
+        for key, (street, side, along, label) in enumerate(positions(split)):
+            rng = np.random.default_rng([SEED, 1, ("train", "query", "gallery").index(split), key])
+            east, north = along + rng.normal(0, 0.5), BETWEEN * street + rng.normal(0, 0.5)
+            buffer = io.BytesIO()
+            photograph(houses(street, side), east, rng).save(buffer, "PNG")
+            # Named as files of places are.
+            heading = f"{180 * side:03d}"
+            yield (
+                key,
+                {
+                    "image": buffer.getvalue(),
+                    "label": label,
+                    "class_name": f"street {street}, {'south' if side else 'north'} {along // 100:.0f}",
+                    "id": f"@{east:010.2f}@{north:010.2f}@@@@@{key:05d}@@{heading}@@@@@@.png",
+                },
+            )
+
+    def truth(self, query, gallery) -> truth.Truth:
+        """Returns what is right, for images with these names."""
+        fields = {name: name.split("@") for name in (*query, *gallery)}
+        stored = {name: [float(f[9]), float(f[1]), float(f[2])] for name, f in fields.items()}
+        return truth.of_positions(stored, query, gallery, self._radius, self._turn)
+
+
+def positions(split: str) -> list[tuple[int, int, float, int]]:
+    """Returns where the photographs of a split are taken: street, side, metres along, label."""
+    found = []
+    for street in TRAIN if split == "train" else TEST:
+        for side in (0, 1):
+            rng = np.random.default_rng([SEED, 2, street, side])
+            row = 2 * street + side
+            if split == "train":  # a place is a class
+                for place, along in enumerate(range(30, LENGTH - 20, PLACES_EVERY)):
+                    label = 100 * row + place
+                    found += [
+                        (street, side, along + rng.uniform(-3, 3), label) for _ in range(VIEWS)
+                    ]
+                continue
+            along = np.arange(20, LENGTH - 20, DATABASE_EVERY, float)
+            if split == "query":
+                along = rng.uniform(20, LENGTH - 20, QUERIES)
+            found += [(street, side, x, 100 * row + int(x // 100)) for x in along]
+    return found
+
+
+def houses(street: int, side: int) -> list[House]:
+    """Draws the houses of one side of a street, each like no other."""
+    rng, left, found = np.random.default_rng([SEED, 0, street, side]), -40.0, []
+    while left < LENGTH + 40:
+        width, floors = rng.uniform(6, 13), int(rng.integers(1, 5))
+        wall, glass, frame = (
+            rng.uniform(70, 230, 3),
+            rng.uniform(20, 110, 3),
+            rng.uniform(60, 250, 3),
+        )
+        columns = int(rng.integers(2, 6))
+        height, window = 3.0 * floors + rng.uniform(0.5, 2), rng.uniform(0.3, 0.8, 2)
+        door, roof = int(rng.integers(columns)), rng.choice([0.0, rng.uniform(1.5, 3.5)])
+        form = floors, columns, window, door, roof
+        found.append(House(left, width, height, wall, glass, frame, *form))
+        left += width + rng.choice([0.0, rng.uniform(1, 4)])
+    return found
+
+
+def photograph(street: list[House], along: float, rng: np.random.Generator) -> Image.Image:
+    """Takes a photograph of one side of a street from a place along it."""
+    side = 2 * SIZE  # drawn at twice the size, and reduced
+    view, shift, ground = VIEW * rng.uniform(0.85, 1.15), rng.normal(0, 1), rng.uniform(0.78, 0.9)
+    sky = np.array([150, 190, 230]) * rng.uniform(0.5, 1.1) + rng.normal(0, 12, 3)
+    image = Image.new("RGB", (side, side), _color(sky))
+    draw, scale = ImageDraw.Draw(image), side / view
+    left = along + shift - view / 2
+
+    def box(x, y, width, height, color):
+        corner = (x - left) * scale, ground * side - (y + height) * scale
+        draw.rectangle(
+            (*corner, corner[0] + width * scale, corner[1] + height * scale), _color(color)
+        )
+
+    for house in street:
+        if left - house.width < house.left < left + view:
+            _draw_house(
+                draw, house, box, lambda x, y: ((x - left) * scale, ground * side - y * scale)
+            )
+    draw.rectangle((0, ground * side, side, side), _color(rng.uniform(70, 110, 3)))
+    for _ in range(rng.integers(0, 3)):  # cars
+        box(left + rng.uniform(-2, view), -0.4, rng.uniform(2, 4), 1.4, rng.uniform(20, 230, 3))
+    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX), np.float64)
+    # Light: its strength, its color and the shadow that lies across.
+    pixels = 255 * (pixels / 255) ** rng.uniform(0.7, 1.5) * rng.uniform(0.65, 1.15)
+    pixels *= rng.uniform(0.85, 1.15, 3)
+    edge = rng.uniform(-0.5, 1.5) * SIZE + rng.normal(0, 0.5) * np.arange(SIZE)[:, None]
+    pixels *= np.where(np.arange(SIZE) < edge, rng.uniform(0.55, 1), 1)[..., None]
+    pixels += rng.normal(0, rng.uniform(2, 14), pixels.shape)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _draw_house(draw, house, box, point):
+    box(house.left, 0, house.width, house.height, house.wall)
+    if house.roof:
+        right, middle = house.left + house.width, house.left + house.width / 2
+        gable = (
+            (house.left, house.height),
+            (right, house.height),
+            (middle, house.height + house.roof),
+        )
+        draw.polygon([point(*corner) for corner in gable], _color(house.wall * 0.6))
+    wide, tall = house.width / house.columns, 3.0
+    for floor in range(house.floors):
+        for column in range(house.columns):
+            x, y = house.left + column * wide, floor * tall
+            width, height = house.window[0] * wide, house.window[1] * tall
+            if floor == 0 and column == house.door:
+                box(x + wide * 0.2, 0, wide * 0.6, 2.2, house.frame)
+                continue
+            x, y = x + (wide - width) / 2, y + (tall - height) / 2
+            box(x - 0.15, y - 0.15, width + 0.3, height + 0.3, house.frame)
+            box(x, y, width, height, house.glass)
+
+
+def _color(rgb):
+    return tuple(np.clip(rgb, 0, 255).astype(int).tolist())

@@ -1,0 +1,297 @@
+"""Landmarks and places: retrieval metrics by the rules of their benchmarks.
+
+What is right here is no class but a list: the positives of every query, and perhaps items that
+are ignored for it. As in `metrics`, everything follows from the exact ranks at which positives
+stand, ignored items taken out; see `ranking`. Similarity is cosine.
+
+All metrics take embeddings, `query` [Q, D] and `gallery` [G, D] of any real dtype and length, and
+lists of positions in the gallery, one for every query. They return {metric: [Q]}, a number for
+every query, NaN for one that the benchmark does not count; its `means` are what is published.
+They raise ValueError for embeddings or lists that do not fit, or if no query has a positive.
+
+>>> query, gallery = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.1], [0.1, 1.0], [1.0, 0.3]]
+>>> means(places(query, gallery, [[2], [1]], ks=(1, 2)))
+{'recall@1': 0.5, 'recall@2': 1.0}
+
+Ties: an item within ``TIE`` of a positive's cosine ranks before it. The benchmarks' own programs
+leave the order of ties to their sort; of what they may report, this is the least.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypedDict, Unpack
+
+import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
+
+from cgd_jax.ranking import Places, Relevance, ranks_of_positives
+from cgd_jax.retrieval import check_matrix, check_rows
+from cgd_jax.runtime import processes
+
+__all__ = ["Options", "landmarks", "means", "ndcg", "places", "relevance", "revisited"]
+
+Lists = Sequence[ArrayLike]  # for every query positions in the gallery
+
+
+class Options(TypedDict, total=False):
+    """How the gallery is ranked: precision and mesh as `metrics.RankingOptions` has them."""
+
+    precision: str
+    mesh: Mesh | None
+
+
+def revisited(
+    query: ArrayLike,
+    gallery: ArrayLike,
+    easy: Lists,
+    hard: Lists,
+    junk: Lists,
+    ks: Sequence[int] = (1, 5, 10),
+    **options: Unpack[Options],
+) -> dict[str, np.ndarray]:
+    """The protocol of the revisited Oxford and Paris buildings.
+
+    Radenović et al., CVPR 2018, https://arxiv.org/abs/1803.11285. Easy ignores hard images, hard
+    ignores easy ones, medium finds both; junk is always ignored. Average precision is the area
+    under the curve of precision over recall, of trapezoids. mP@k is the precision among the first
+    k, or up to the last positive if that comes earlier. A setup counts the queries that have
+    positives in it.
+
+    Args:
+      query: and gallery, easy, hard, junk: embeddings and lists.
+      ks: the values of k.
+      **options: see `Options`.
+
+    Returns:
+      {"map_easy", "mp@1_easy", …, "map_medium", …, "map_hard", …: [Q]}; and "recall@k" of medium.
+
+    >>> query, gallery = [[1.0, 0.0]], [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]]
+    >>> found = revisited(query, gallery, easy=[[1]], hard=[[2]], junk=[[0]], ks=(1,))
+    >>> {name: float(value[0]) for name, value in found.items() if "map" in name}
+    {'map_easy': 1.0, 'map_medium': 1.0, 'map_hard': 1.0}
+    """
+
+    def together(first: Lists, second: Lists) -> Lists:
+        return [[*a, *b] for a, b in zip(first, second, strict=True)]
+
+    found = {}
+    for setup, positives, ignored in (
+        ("easy", easy, together(junk, hard)),
+        ("medium", together(easy, hard), junk),
+        ("hard", hard, together(junk, easy)),
+    ):
+        wanted = relevance(positives, len(np.asarray(gallery)), ignored)
+        measured = _measure(query, gallery, wanted, partial(_of_revisited, ks=ks), **options)
+        recalls = {name: measured.pop(name) for name in list(measured) if "recall" in name}
+        found |= {f"{name}_{setup}": values for name, values in measured.items()}
+        found |= recalls if setup == "medium" else {}
+    return found
+
+
+def _of_revisited(ranks, matches, ks):
+    place = np.arange(1, ranks.shape[1] + 1)
+    before = np.where(ranks > 1, (place - 1) / np.maximum(ranks - 1, 1), 1.0)
+    found = {"map": np.sum(before + place / ranks, 1) / 2 / matches}
+    last = ranks[np.arange(len(ranks)), matches - 1]
+    for k in ks:
+        seen = np.minimum(last, k)
+        found[f"mp@{k}"] = np.sum(ranks <= seen[:, None], 1) / seen
+        found[f"recall@{k}"] = ranks[:, 0] <= k
+    return found
+
+
+def landmarks(
+    query: ArrayLike,
+    gallery: ArrayLike,
+    positives: Lists,
+    usage: Sequence[str] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    depth: int = 100,
+    **options: Unpack[Options],
+) -> dict[str, np.ndarray]:
+    """The protocol of Google Landmarks v2: the mean average precision of the first hundred.
+
+    Weyand et al., CVPR 2020, https://arxiv.org/abs/2004.01804. The average precision of a query
+    is the sum of the precisions at its positives among the first 100, divided by the number of its
+    positives, 100 at most.
+
+    Args:
+      query: and gallery, positives: embeddings and lists. A query without any does not count.
+      usage: [Q], the part that each query belongs to, such as "Public"; None: of one part.
+      ks: of R@k, which is not of the protocol.
+      depth: how many of the first items count.
+      **options: see `Options`.
+
+    Returns:
+      {"map@100": [Q], "recall@1": …}; with `usage` also "map@100_public", ….
+
+    >>> found = landmarks([[1.0, 0.0]], [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]], [[0, 2]])
+    >>> round(means(found)["map@100"], 3)
+    0.833
+    """
+
+    def measure(ranks, matches):
+        precision = np.where(ranks <= depth, np.arange(1, ranks.shape[1] + 1) / ranks, 0.0)
+        found = {f"map@{depth}": precision.sum(1) / np.minimum(matches, depth)}
+        return found | {f"recall@{k}": ranks[:, 0] <= k for k in ks}
+
+    wanted = relevance(positives, len(np.asarray(gallery)))
+    found = _measure(query, gallery, wanted, measure, **options)
+    for part in () if usage is None else np.unique(usage):
+        is_part = np.asarray(usage) == part
+        found[f"map@{depth}_{part.lower()}"] = np.where(is_part, found[f"map@{depth}"], np.nan)
+    return found
+
+
+def places(
+    query: ArrayLike,
+    gallery: ArrayLike,
+    positives: Lists,
+    ks: Sequence[int] = (1, 5, 10, 20),
+    *,
+    lost: float = 0.0,
+    **options: Unpack[Options],
+) -> dict[str, np.ndarray]:
+    """The protocol of place recognition: the share of queries with a positive in the first k.
+
+    Args:
+      query: and gallery, positives: embeddings and lists, see `geography.near`.
+      ks: the values of k.
+      lost: what a query without positives counts as: 0, as a miss, as most benchmarks have it; or
+        NaN, not at all, as that of Mapillary has it.
+      **options: see `Options`.
+
+    >>> query, gallery = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.1], [0.1, 1.0]]
+    >>> means(places(query, gallery, [[0], []], ks=(1,)))
+    {'recall@1': 0.5}
+    >>> means(places(query, gallery, [[0], []], ks=(1,), lost=np.nan))
+    {'recall@1': 1.0}
+    """
+
+    def measure(ranks, matches):
+        return {f"recall@{k}": ranks[:, 0] <= k for k in ks}
+
+    wanted = relevance(positives, len(np.asarray(gallery)))
+    found = _measure(query, gallery, wanted, measure, first=True, **options)
+    return {name: np.where(wanted.matches > 0, values, lost) for name, values in found.items()}
+
+
+def ndcg(
+    query: ArrayLike,
+    gallery: ArrayLike,
+    positives: Lists,
+    grades: Lists,
+    depth: int | None = None,
+    **options: Unpack[Options],
+) -> dict[str, np.ndarray]:
+    """Normalized discounted cumulative gain, for positives of which some are better than others.
+
+    Järvelin and Kekäläinen, TOIS 2002, https://doi.org/10.1145/582415.582418: an item at rank r
+    gains its grade / log2(1 + r), and the sum is divided by that of the best order.
+
+    Args:
+      query: and gallery, positives: embeddings and lists.
+      grades: for every query a number above 0 for each of its positives.
+      depth: how many of the first items count, as in "ndcg@10"; None: all, as in "ndcg".
+      **options: see `Options`.
+
+    >>> found = ndcg([[1.0, 0.0]], [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]], [[0, 1]], [[1, 2]])
+    >>> round(means(found)["ndcg"], 3)
+    0.86
+    """
+    grades = [np.asarray(row, np.float64) for row in grades]
+    if [len(np.atleast_1d(row)) for row in positives] != [len(row) for row in grades]:
+        raise ValueError("grades must be as many as positives for every query")
+    levels = np.unique(np.concatenate(grades))
+    if not (levels > 0).all() or not np.isfinite(levels).all():
+        raise ValueError(f"grades must be finite and above 0, got {levels.min()} to {levels.max()}")
+
+    def discount(ranks):
+        return np.sum(np.where(ranks <= (depth or np.inf), 1 / np.log2(1 + ranks), 0), -1)
+
+    # A grade is the sum of its steps: each is gained by all that reach it, which are ranked alone.
+    gain = best = np.zeros(len(positives))
+    for level, step in zip(levels, np.diff(levels, prepend=0), strict=True):
+        reach = [np.asarray(p)[g >= level] for p, g in zip(positives, grades, strict=True)]
+        wanted = relevance(reach, len(np.asarray(gallery)))
+        found = _measure(query, gallery, wanted, lambda r, _: {"gain": discount(r)}, **options)
+        gain = gain + step * np.nan_to_num(found["gain"])
+        best = best + step * np.array([discount(np.arange(1, n + 1)) for n in wanted.matches])
+    name = f"ndcg@{depth}" if depth else "ndcg"
+    return {name: np.where(best > 0, gain / np.where(best > 0, best, 1), np.nan)}
+
+
+def means(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """The mean of every metric [Q] over the queries that count, those that are not NaN.
+
+    >>> means({"map": np.array([1.0, np.nan, 0.5])})
+    {'map': 0.75}
+    """
+    return {name: float(np.nanmean(column)) for name, column in values.items()}
+
+
+def relevance(positives: Lists, items: int, ignored: Lists | None = None) -> Relevance:
+    """Makes what `ranking.ranks_of_positives` takes of lists.
+
+    Args:
+      positives: for every query the positions in the gallery of what is right.
+      items: G, the size of the gallery.
+      ignored: likewise what is not searched for the query, also if it is a positive.
+
+    Raises:
+      ValueError: a position is no whole number from 0 to G - 1, or not every query has a list.
+
+    >>> relevance([[2, 0], []], items=3, ignored=[[0], [1]]).matches
+    array([1, 0])
+    """
+    ignored = [()] * len(positives) if ignored is None else ignored
+    if len(ignored) != len(positives):
+        raise ValueError(f"{len(positives)} lists of positives, but {len(ignored)} of ignored")
+    right, left_out = _places("positives", positives, items), _places("ignored", ignored, items)
+    matches = [len(np.setdiff1d(right.of(q), left_out.of(q))) for q in range(len(positives))]
+    return Relevance(right, left_out, np.array(matches, int))
+
+
+def _places(name: str, lists: Lists, items: int) -> Places:
+    rows = [np.unique(np.asarray(row)) for row in lists]
+    for query, row in enumerate(rows):
+        if row.size and (row.dtype.kind not in "iu" or row[0] < 0 or row[-1] >= items):
+            raise ValueError(
+                f"{name} of query {query} must be whole numbers from 0 to {items - 1}, positions "
+                f"in the gallery; got {row.min()} to {row.max()} of {row.dtype}"
+            )
+    end = np.cumsum([len(row) for row in rows], dtype=int)
+    # One more item, which no query has: arrays to choose from are never empty.
+    flat = np.concatenate([*rows, [0]]).astype(int)
+    return Places(flat, end - [len(row) for row in rows], end)
+
+
+def _measure(
+    query: ArrayLike,
+    gallery: ArrayLike,
+    wanted: Relevance,
+    measure: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+    *,
+    first: bool = False,
+    **options: Unpack[Options],
+) -> dict[str, np.ndarray]:
+    """Returns {metric: [Q]} of a function of ranks [B, M] and matches [B], NaN without matches."""
+    query, gallery = (
+        np.asarray(check_rows(name, check_matrix(name, x)))
+        for name, x in (("query", query), ("gallery", gallery))
+    )
+    if query.shape[1] != gallery.shape[1] or len(query) != len(wanted.matches):
+        raise ValueError(
+            f"query and gallery must have embeddings of one size, and every query a list: got "
+            f"{query.shape}, {gallery.shape} and {len(wanted.matches)} lists"
+        )
+    if not wanted.matches.any():
+        raise ValueError(f"none of the {len(query)} queries has a positive in the gallery")
+    names = list(measure(np.ones((0, 1)), np.ones(0, int)))
+    table = np.full((len(query), len(names)), -np.inf)
+    for rows, ranks in ranks_of_positives(query, gallery, wanted, first=first, **options):
+        table[rows] = np.stack(list(measure(ranks, wanted.matches[rows]).values()), 1)
+    if mesh := options.get("mesh"):
+        table = processes.merge_rows(table, mesh)
+    return dict(zip(names, np.where(table > -np.inf, table, np.nan).T, strict=True))
