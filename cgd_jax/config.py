@@ -16,6 +16,10 @@ __all__ = ["complete", "complete_flat", "differences", "flatten", "from_dict", "
 FREE_TO_CHANGE = (
     "data.dir",
     "data.source",
+    "data.test_name",
+    "data.test_source",
+    "data.radius",
+    "data.turn",
     "data.cache",
     "profile_steps",
     "train.log_every",

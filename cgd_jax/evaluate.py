@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgd_jax import complementarity, geometry, metrics, rerank
+from cgd_jax import complementarity, geometry, metrics, rerank, retrieval
 from cgd_jax.data import Dataset
 from cgd_jax.embed import (
     Embeddings,
@@ -25,6 +25,7 @@ from cgd_jax.embed import (
     ranking_inputs,
     save_embeddings,
 )
+from cgd_jax.geography import apart
 from cgd_jax.models import cgd
 from cgd_jax.reports import collapse, plots, projection, tables
 from cgd_jax.run import Run, initial_state, open_run
@@ -101,6 +102,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
     draw_embeddings(run, embeddings, step, suffix)
+    draw_radius(run, embeddings, suffix)
     result = {
         "step": step,
         "metrics": measured,
@@ -139,6 +141,9 @@ def evaluate_step(run: Run, state: State, stopped_by: list[int]) -> dict[str, fl
         embeddings = embed_dataset(
             embed_function(run, state), dataset, run.config.eval.batch_size, run.batch_sharding
         )
+        if dataset.query.truth is not None:
+            measured = measure(run, embeddings)
+            return {name: value for name, value in measured.items() if "recall@" in name}
         recalls = metrics.recall_at_k(
             **ranking_inputs(embeddings, dataset),
             ks=run.config.eval.ks,
@@ -277,7 +282,16 @@ def postprocess(
 
 
 def measure(run: Run, embeddings: Embeddings, **options) -> dict:
-    """Returns `metrics.evaluate` of the test images' embeddings, with its options."""
+    """Returns `metrics.evaluate` of the test images' embeddings, with its options.
+
+    Where no classes say what is right, it has the metrics of the data set's own protocol.
+    """
+    truth, wanted = run.dataset.query.truth, run.config.eval
+    if truth is not None:
+        precision = {"precision": wanted.matmul_precision, "mesh": run.mesh}
+        measured = truth.measure(*embeddings, ks=wanted.ks, **precision)
+        options.pop("clustering", None)
+        return metrics.summarize(measured, run.dataset.query.labels, **options)
     return metrics.evaluate(
         **ranking_inputs(embeddings, run.dataset),
         ks=run.config.eval.ks,
@@ -307,6 +321,9 @@ def reranked_recall(
         exclude=None if gallery is None else own,
         mesh=mesh,
     )[1]
+    if dataset.query.truth is not None:
+        hit = dataset.is_match(np.arange(len(query)), index)
+        return {f"recall@{n}": float(np.mean(hit[:, :n].any(1))) for n in ks if n <= k}
     gallery_split = dataset.query if dataset.gallery is None else dataset.gallery
     itself = False if own is None else own >= 0
     ks = tuple(n for n in ks if n <= k)
@@ -340,6 +357,16 @@ def draw_embeddings(run: Run, embeddings: Embeddings, step: int, suffix: str) ->
     if config.eval.projector:
         projection.write_projector(folder / "tensorboard", sample, dataset, title)
         console.log(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
+
+
+def draw_radius(run: Run, embeddings: Embeddings, suffix: str) -> None:
+    """Draws R@1 over the radius within which an image is right, of places."""
+    truth, data = run.dataset.query.truth, run.config.data
+    if truth is not None and truth.positions is not None and embeddings.gallery is not None:
+        _, first = retrieval.top_k(embeddings.query, embeddings.gallery, 1, mesh=run.mesh)
+        distances = apart(truth.positions[0], truth.positions[1][first[:, 0]])
+        title = f"{data.test_name or data.name}, CGD {run.config.model.descriptors}"
+        plots.plot_radius(run.folder / f"radius{suffix}.png", distances, data.radius, title)
 
 
 def log_results(config: ConfigDict, results: dict) -> None:

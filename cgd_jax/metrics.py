@@ -37,6 +37,7 @@ __all__ = [
     "own_index",
     "recall_at_k",
     "recall_of_ranking",
+    "summarize",
 ]
 
 
@@ -210,6 +211,42 @@ def evaluate(
         ]
     if clustering:
         result |= cluster_agreement(query, query_labels, seed)
+    return result
+
+
+def summarize(
+    measured: dict[str, np.ndarray],
+    labels: ArrayLike,
+    bootstrap: int = 0,
+    per_class: bool = False,
+    seed: int = 0,
+) -> dict:
+    """Means of the metrics [Q] of every query, NaN where one does not count; see `evaluate`.
+
+    >>> summarize({"map": np.array([1, 0.5, np.nan])}, ["a", "a", "b"])
+    {'map': 0.75, 'queries': 2, 'excluded': 1}
+    """
+    table, labels = np.stack(list(measured.values()), 1), as_labels("labels", labels)
+    rows = ~np.isnan(table).all(1)
+    classes, code, queries = np.unique(labels[rows], return_inverse=True, return_counts=True)
+
+    def per_label(values):
+        return np.stack([np.bincount(code, column[rows]) for column in values.T], 1)
+
+    def named(values):
+        return dict(zip(measured, values.tolist(), strict=True))
+
+    sums, count = per_label(np.nan_to_num(table)), per_label(~np.isnan(table))
+    result = named(sums.sum(0) / count.sum(0))
+    result |= {"queries": int(rows.sum()), "excluded": int((~rows).sum())}
+    if bootstrap:
+        result["confidence"] = named(confidence_intervals(sums, count, bootstrap, seed).T)
+    if per_class:
+        means = sums / np.where(count > 0, count, np.nan)
+        result["per_class"] = [
+            {"class": classes[c].item(), "queries": int(queries[c]), **named(means[c])}
+            for c in np.lexsort(means.T[::-1])
+        ]
     return result
 
 

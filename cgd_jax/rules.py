@@ -60,6 +60,8 @@ RULES: dict[str, Rule] = {
         "must be two steps such as 10:15, or empty",
     ),
     "data.name": one_of(data.NAMES),
+    "data.test_name": one_of(("", *data.NAMES)),
+    "data.radius": _above_0,
     "data.resize": at_least(1),
     "data.image_size": at_least(1),
     "data.cache": one_of(("disk", "none")),
@@ -301,6 +303,8 @@ def _problems_of_images(
     size, resize, pad = images.image_size, images.resize, augment.pad
     if images.source and not data.needs_source(images.name):
         yield f"data.source={images.source!r}, but {images.name} is drawn, not read."
+    if images.test_source and not images.test_name:
+        yield f"data.test_source={images.test_source!r}, but data.test_name names no data set."
     if images.fold and images.validation_fraction:
         yield (
             f"data.fold={images.fold} and data.validation_fraction={images.validation_fraction} "

@@ -179,6 +179,11 @@ def check_options(config: ConfigDict, dataset: Dataset) -> None:
       ConfigError: One asks for more neighbours or dimensions than there are; it says how many.
     """
     wanted, model = config.eval, config.model
+    if wanted.complementarity and dataset.query.truth is not None:
+        raise ConfigError(
+            "eval.complementarity compares branches by classes, and what is right in this data set "
+            "is no class."
+        )
     queries = len(dataset.query.labels)
     items = queries if dataset.gallery is None else len(dataset.gallery.labels)
     searched = items - (dataset.gallery is None)  # a query does not find itself

@@ -2,7 +2,7 @@
 
 `--data.source=` takes the folder around train, index and test; `--data.test_name=roxford5k` with
 `--data.test_source=` measures on revisited Oxford in place of the index. For DINOv2:
-`--config=configs/gldv2.py:G,dinov2_vitb14`.
+`--config=configs/gldv2.py:G,dinov2_base`.
 """
 
 from configs import base
@@ -20,8 +20,9 @@ def get_config(argument: str = "G"):
 
     config.model.descriptors = descriptors
     config.model.backbone = backbone or "resnet50"
-    if backbone:  # 37 patches of 14 pixels
-        config.data.image_size = 518
+    if backbone:
+        config.model.pretrained = f"facebook/{backbone.replace('_', '-')}"
+        config.data.image_size = 518  # 37 patches of 14 pixels
         config.optimizer.backbone_lr_scale = 0.1
     config.model.embedding_dim = 2048
 

@@ -2,7 +2,7 @@
 
 `--data.source=` takes the folder that holds Dataframes and Images, `--data.test_name=` and
 `--data.test_source=` what is measured: places, in the folders of Pitts30k or Tokyo 24/7 as other
-programs have them, or msls. For DINOv2: `--config=configs/gsv_cities.py:SG,dinov2_vitb14`.
+programs have them, or msls. For DINOv2: `--config=configs/gsv_cities.py:SG,dinov2_base`.
 """
 
 from configs import base
@@ -22,13 +22,13 @@ def get_config(argument: str = "SG"):
 
     config.model.descriptors = descriptors
     config.model.backbone = backbone or "resnet50"
-    if backbone:  # what leads this field; 23 patches of 14 pixels
-        config.data.resize = config.data.image_size = 322
+    if backbone:  # what leads this field
+        config.model.pretrained = f"facebook/{backbone.replace('_', '-')}"
+        config.data.resize = config.data.image_size = 322  # 23 patches of 14 pixels
         config.optimizer.backbone_lr_scale = 0.1
 
     # Of the authors, https://github.com/amaralibey/gsv-cities.
     config.loss.ranking = "multi_similarity"
-    config.loss.miner = "multi_similarity"
     config.loss.multi_similarity.update(alpha=1.0, beta=50.0, base=0.0, mining_margin=0.1)
     config.loss.classification_weight = 0.0  # of 60,000 places with eight images each
     config.optimizer.name = "adamw"

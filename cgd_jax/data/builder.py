@@ -82,7 +82,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
     CONFIG_KEYS: ClassVar[tuple[str, ...]] = ("source", "allow_incomplete", "max_bad_fraction")
 
     VERSION = tfds.core.Version("1.0.0")
-    PUBLISHED: ClassVar[dict[str, tuple[int, int]]] = {}  # split → classes, images
+    SPLITS: ClassVar[tuple[str, ...]] = ()  # of a set that only trains, or only is searched
+    # Split → classes, images; None: not known, or not of classes.
+    PUBLISHED: ClassVar[dict[str, tuple[int | None, int | None]]] = {}
     HOW_TO_GET: ClassVar[str] = ""  # ends the errors about a source
     DOWNLOAD: ClassVar[archives.Download | None] = None
     # Archives that the source may hold, without their endings → what they unpack to.
@@ -204,7 +206,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             for file in self.list_images(folders):
                 files[file.split].append(file)
             searched = ("query", "gallery") if {"query", "gallery"} & files.keys() else ("test",)
-            self._files = {split: files.pop(split, []) for split in ("train", *searched)}
+            splits = self.SPLITS or ("train", *searched)
+            self._files = {split: files.pop(split, []) for split in splits}
             if files:
                 raise ValueError(f"{self.name} lists images of unknown splits: {list(files)}.")
             self._check_listed()
@@ -271,7 +274,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         """Compares the images or classes of each split with the published ones."""
         for split, (classes, images) in ({} if self._allow_incomplete else self.PUBLISHED).items():
             expected = {"images": images, "classes": classes}[kind]
-            if found.get(split, 0) != expected:
+            if expected is not None and found.get(split, 0) != expected:
                 path = self.report_path("skipped")
                 skipped = f" Files that could not be used are listed in {path}."
                 raise InputError(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cgd_jax.data.truth import Truth
 from cgd_jax.runtime.errors import InputError
 
 # With Unicode's line and paragraph separators, and halves of surrogate pairs.
@@ -23,6 +24,7 @@ class Split(NamedTuple):
     class_names: dict[int, str]  # class number → name
     skipped: int = 0  # files that could not be used
     contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
+    truth: Truth | None = None  # of queries: what they find in the gallery, where no class says it
 
 
 class Dataset(NamedTuple):
@@ -31,6 +33,14 @@ class Dataset(NamedTuple):
     train: Split
     query: Split
     gallery: Split | None  # None: every query searches all the other queries
+
+    def is_match(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Returns whether items [R, K] of the gallery are right for queries [R]: bools [R, K]."""
+        if self.query.truth is not None:
+            right = (self.query.truth.positives[q] for q in rows)
+            return np.array([np.isin(k, r) for k, r in zip(items, right, strict=True)])
+        searched = self.query if self.gallery is None else self.gallery
+        return searched.labels[items] == self.query.labels[rows, None]
 
     @property
     def query_ids(self) -> np.ndarray | None:

@@ -71,17 +71,10 @@ class Facades(tfds.core.GeneratorBasedBuilder):
             east, north = along + rng.normal(0, 0.5), BETWEEN * street + rng.normal(0, 0.5)
             buffer = io.BytesIO()
             photograph(houses(street, side), east, rng).save(buffer, "PNG")
-            # Named as files of places are.
-            heading = f"{180 * side:03d}"
-            yield (
-                key,
-                {
-                    "image": buffer.getvalue(),
-                    "label": label,
-                    "class_name": f"street {street}, {'south' if side else 'north'} {along // 100:.0f}",
-                    "id": f"@{east:010.2f}@{north:010.2f}@@@@@{key:05d}@@{heading}@@@@@@.png",
-                },
-            )
+            where = f"@{east:010.2f}@{north:010.2f}@@@@@{key:05d}@@{180 * side:03d}"
+            example = {"image": buffer.getvalue(), "label": label}
+            example["class_name"] = f"street {street} {'NS'[side]}, {along // 100 * 100:.0f} m"
+            yield key, example | {"id": f"{where}@@@@@@.png"}  # named as files of places are
 
     def truth(self, query, gallery) -> truth.Truth:
         """Returns what is right, for images with these names."""
@@ -100,9 +93,8 @@ def positions(split: str) -> list[tuple[int, int, float, int]]:
             if split == "train":  # a place is a class
                 for place, along in enumerate(range(30, LENGTH - 20, PLACES_EVERY)):
                     label = 100 * row + place
-                    found += [
-                        (street, side, along + rng.uniform(-3, 3), label) for _ in range(VIEWS)
-                    ]
+                    views = along + rng.uniform(-3, 3, VIEWS)
+                    found += [(street, side, x, label) for x in views]
                 continue
             along = np.arange(20, LENGTH - 20, DATABASE_EVERY, float)
             if split == "query":
@@ -116,11 +108,8 @@ def houses(street: int, side: int) -> list[House]:
     rng, left, found = np.random.default_rng([SEED, 0, street, side]), -40.0, []
     while left < LENGTH + 40:
         width, floors = rng.uniform(6, 13), int(rng.integers(1, 5))
-        wall, glass, frame = (
-            rng.uniform(70, 230, 3),
-            rng.uniform(20, 110, 3),
-            rng.uniform(60, 250, 3),
-        )
+        wall, glass = rng.uniform(70, 230, 3), rng.uniform(20, 110, 3)
+        frame = rng.uniform(60, 250, 3)
         columns = int(rng.integers(2, 6))
         height, window = 3.0 * floors + rng.uniform(0.5, 2), rng.uniform(0.3, 0.8, 2)
         door, roof = int(rng.integers(columns)), rng.choice([0.0, rng.uniform(1.5, 3.5)])

@@ -15,7 +15,8 @@ from cgd_jax.runtime import console, files
 
 def metric_name(key: str) -> str:
     """Returns how people write a metric: recall@1 is R@1."""
-    return key.replace("recall@", "R@").replace("map@r", "MAP@R")
+    key = key.replace("recall@", "R@").replace("map@r", "MAP@R")
+    return key.replace("map", "mAP").replace("_", " ")
 
 
 def describe_classes(tested: int, trained_on: int) -> str:
@@ -78,7 +79,8 @@ def _parts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[in
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
     """Shows Recall@K and MAP@R in per cent, one row for each way of embedding."""
     first = next(iter(rows.values()))
-    keys = [key for key in first if key.startswith("recall@")] + ["map@r"]
+    keys = [key for key in first if key.startswith("recall@")]
+    keys += ["map@r"] * ("map@r" in first) or [key for key in first if key.startswith("map")]
     cells = [
         [name, *(f"{100 * values[key]:.2f}" if key in values else "" for key in keys)]
         for name, values in rows.items()
