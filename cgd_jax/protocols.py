@@ -7,7 +7,8 @@ stand, ignored items taken out; see `ranking`. Similarity is cosine.
 All metrics take embeddings, `query` [Q, D] and `gallery` [G, D] of any real dtype and length, and
 lists of positions in the gallery, one for every query. They return {metric: [Q]}, a number for
 every query, NaN for one that the benchmark does not count; its `means` are what is published.
-They raise ValueError for embeddings or lists that do not fit, or if no query has a positive.
+Options are `precision` and `mesh` of `metrics.RankingOptions`. ValueError is raised for embeddings
+or lists that do not fit, or if no query has a positive.
 
 >>> query, gallery = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.1], [0.1, 1.0], [1.0, 0.3]]
 >>> means(places(query, gallery, [[2], [1]], ks=(1, 2)))
@@ -19,26 +20,18 @@ leave the order of ties to their sort; of what they may report, this is the leas
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypedDict, Unpack
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from cgd_jax.ranking import Places, Relevance, ranks_of_positives
 from cgd_jax.retrieval import check_matrix, check_rows
 from cgd_jax.runtime import processes
 
-__all__ = ["Options", "landmarks", "means", "ndcg", "places", "relevance", "revisited"]
+__all__ = ["landmarks", "means", "ndcg", "places", "relevance", "revisited"]
 
 Lists = Sequence[ArrayLike]  # for every query positions in the gallery
-
-
-class Options(TypedDict, total=False):
-    """How the gallery is ranked: precision and mesh as `metrics.RankingOptions` has them."""
-
-    precision: str
-    mesh: Mesh | None
 
 
 def revisited(
@@ -48,7 +41,7 @@ def revisited(
     hard: Lists,
     junk: Lists,
     ks: Sequence[int] = (1, 5, 10),
-    **options: Unpack[Options],
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """The protocol of the revisited Oxford and Paris buildings.
 
@@ -61,7 +54,6 @@ def revisited(
     Args:
       query: and gallery, easy, hard, junk: embeddings and lists.
       ks: the values of k.
-      **options: see `Options`.
 
     Returns:
       {"map_easy", "mp@1_easy", …, "map_medium", …, "map_hard", …: [Q]}; and "recall@k" of medium.
@@ -108,7 +100,7 @@ def landmarks(
     usage: Sequence[str] | None = None,
     ks: Sequence[int] = (1, 5, 10),
     depth: int = 100,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """The protocol of Google Landmarks v2: the mean average precision of the first hundred.
 
@@ -121,7 +113,6 @@ def landmarks(
       usage: [Q], the part that each query belongs to, such as "Public"; None: of one part.
       ks: of R@k, which is not of the protocol.
       depth: how many of the first items count.
-      **options: see `Options`.
 
     Returns:
       {"map@100": [Q], "recall@1": …}; with `usage` also "map@100_public", ….
@@ -151,7 +142,7 @@ def places(
     ks: Sequence[int] = (1, 5, 10, 20),
     *,
     lost: float = 0.0,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """The protocol of place recognition: the share of queries with a positive in the first k.
 
@@ -160,7 +151,6 @@ def places(
       ks: the values of k.
       lost: what a query without positives counts as: 0, as a miss, as most benchmarks have it; or
         NaN, not at all, as that of Mapillary has it.
-      **options: see `Options`.
 
     >>> query, gallery = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.1], [0.1, 1.0]]
     >>> means(places(query, gallery, [[0], []], ks=(1,)))
@@ -183,7 +173,7 @@ def ndcg(
     positives: Lists,
     grades: Lists,
     depth: int | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Normalized discounted cumulative gain, for positives of which some are better than others.
 
@@ -194,7 +184,6 @@ def ndcg(
       query: and gallery, positives: embeddings and lists.
       grades: for every query a number above 0 for each of its positives.
       depth: how many of the first items count, as in "ndcg@10"; None: all, as in "ndcg".
-      **options: see `Options`.
 
     >>> found = ndcg([[1.0, 0.0]], [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]], [[0, 1]], [[1, 2]])
     >>> round(means(found)["ndcg"], 3)
@@ -274,7 +263,7 @@ def _measure(
     measure: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
     *,
     first: bool = False,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Returns {metric: [Q]} of a function of ranks [B, M] and matches [B], NaN without matches."""
     query, gallery = (

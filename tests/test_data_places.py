@@ -63,8 +63,9 @@ def test_revisited(tmp_path, cls, images, protocol, as_arrays):
     np.testing.assert_array_equal(gallery[0]["bbox"], [0, 0, 24, 20])
     found, *_ = truth_of(builder)
     assert [row.tolist() for row in found.positives] == [[0, 1, 2], [4]]
-    measured = found.measure(np.eye(2, 6), np.eye(6), ks=(1,))
-    assert measured["map_easy"][0] == 1 and np.isnan(measured["map_easy"][1])
+    asked = np.array([[5, 4, 3, 9, 0, 1], [0, 0, 0, 0, 1, 0]])  # of the first, junk is the nearest
+    measured = found.measure(asked, np.eye(6), ks=(1,))
+    assert measured["map_medium"].tolist() == [1, 1] and np.isnan(measured["map_easy"][1])
     with pytest.raises(InputError, match=f"expected 70 images, found 2|expected {images:,} images"):
         cls(data_dir=tmp_path / "strict", source=tmp_path / "in").download_and_prepare()
 
@@ -169,9 +170,11 @@ def test_places_on_both_sides_of_the_border_of_a_zone(tmp_path):
         f"database/{place_name(263557.91, 4987429.36, 32, 'T')}": picture(1),
         f"queries/{place_name(263557.91, 4987329.36, 32, 'T')}": picture(2),
     }
-    found, *_ = truth_of(prepared(Places, tmp_path, files))
-    assert found.positives[0].tolist() == [0]
-    assert apart(found.positions[0], found.positions[1][0])[0] == pytest.approx(7.885, abs=0.02)
+    found, _, gallery = truth_of(prepared(Places, tmp_path, files))
+    (near,) = found.positives[0]
+    assert "@0736442.09@" in gallery[near] and len(gallery) == 2
+    distance = apart(found.positions[0][0], found.positions[1][near])
+    assert distance == pytest.approx(7.885, abs=0.02)
     files[f"queries/{place_name(1, 1)}"] = picture(3)
     with pytest.raises(InputError, match="cannot be compared"):
         prepared(Places, tmp_path, files, "mixed")

@@ -103,11 +103,10 @@ def test_what_is_missing_is_said(config, tmp_path):
     config.data.source, config.data.test_source = "", str(write(tmp_path / "far", far))
     with pytest.raises(InputError, match="None of the 1 queries of places.*radius"):
         load_dataset(config.data)
-    config.data.name, config.data.test_name = "facades", "gsv_cities"
-    with pytest.raises(InputError, match="gsv_cities.*is not set"):
+    config.data.test_name, config.data.test_source = "gsv_cities", ""
+    with pytest.raises(InputError, match="gsv_cities: --config.data.test_source says.*not set"):
         load_dataset(config.data)
-    config.data.test_name = ""
-    config.data.test_source = "somewhere"
+    config.data.test_name, config.data.test_source = "", "somewhere"
     with pytest.raises(ConfigError, match="data.test_name names no data set"):
         train.train_and_evaluate(config, str(tmp_path / "run"))
 

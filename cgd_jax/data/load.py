@@ -32,7 +32,10 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
         other = config.copy_and_resolve_references()
         other.update(name=config.test_name, source=config.test_source)
         splits, _ = _open_splits(config, center_crop, ("train",))
-        tested, builder = _open_splits(other, center_crop, SEARCHED)
+        try:
+            tested, builder = _open_splits(other, center_crop, SEARCHED)
+        except InputError as error:
+            raise InputError(str(error).replace("data.source", "data.test_source")) from error
         if "train" in splits:
             first = int(splits["train"].labels.max()) + 1
             splits |= {name: _numbered_from(first, split) for name, split in tested.items()}

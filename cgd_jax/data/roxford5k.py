@@ -84,8 +84,11 @@ def read_plain(path: Path) -> Any:
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them for Python 2
+        # Bytes, as Python 3 writes them for Python 2.
+        if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin1")
+        if (module, name) == ("__builtin__", "bytes"):
+            return lambda: b""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             if name in ("_reconstruct", "scalar"):
                 return super().find_class("numpy._core.multiarray", name)

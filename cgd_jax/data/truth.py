@@ -25,7 +25,7 @@ class Truth(NamedTuple):
     """What a data set knows of its test images in place of classes."""
 
     positives: list[np.ndarray]  # for every query positions in the gallery
-    # (query [Q, D], gallery [G, D], ks=…, **protocols.Options) → {metric: [Q]}, see `protocols`
+    # (query [Q, D], gallery [G, D], ks=…, **options) → {metric: [Q]}, see `protocols`
     measure: Callable[..., dict[str, np.ndarray]]
     # Of queries and of the gallery, [N, C] in metres; None: not of places.
     positions: tuple[np.ndarray, np.ndarray] | None = None
