@@ -8,14 +8,14 @@ module costs only what that module needs.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cgd_jax.network import open_network as open  # noqa: F401
+    from cgd_jax.handle import open  # noqa: F401
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name == "open":
-        from cgd_jax.network import open_network
+        from cgd_jax import handle
 
-        return open_network
+        return handle.open
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -53,27 +53,21 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
 
         d = Σ_i f_i · ∂d/∂f_i = Σ_i d · f_i^p / Σ_j f_j^p,
 
-    which gives SPoC for p = 1 and approaches MAC for p → ∞ (their parts have the same
-    form: feature times derivative). R-MAC is a sum of MACs, each over its length. It does
-    not grow with the features, Euler's sum would be 0; so the lengths count as constants,
-    as those of the L2 norms behind the FC layers do.
+    which gives SPoC for p = 1 and approaches MAC for p → ∞. R-MAC is a sum of MACs, each over
+    its length. It does not grow with the features, Euler's sum would be 0; so the lengths count
+    as constants, as those of the L2 norms behind the FC layers do.
 
     Args:
-      letter: of `MAPS`.
+      letter: of `MAPS`; InputError if it is none.
       features: [H, W, C], floating point.
       p: GeM's exponent, a scalar or [C].
 
     Returns:
       [H, W, C] float32; its sum over the positions is the descriptor.
 
-    Raises:
-      InputError: there is no map for the letter.
-
     >>> features = jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])
     >>> pooled_map("S", features)[..., 0].tolist()  # of the mean, 3
     [[0.25, 0.5], [0.75, 1.5]]
-    >>> pooled_map("M", features)[..., 0].tolist()
-    [[0.0, 0.0], [0.0, 6.0]]
     """
     if reason := why_no_map(letter):
         raise InputError(reason)
@@ -82,12 +76,10 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
 
 
 def why_no_map(descriptors: str, vector: str = "embedding") -> str:
-    """Returns why a vector of a network cannot be taken apart; "" if it can.
+    """Returns why a vector of a network with these descriptors cannot be taken apart; "" if it can.
 
-    Args:
-      descriptors: the letters of its descriptor set. The class token has no map: attention and
-        MLPs mix the positions in every block.
-      vector: see `models.cgd.select_vector`.
+    The class token has no map: attention and MLPs mix the positions in every block. For the names
+    of vectors see `models.cgd.select_vector`.
 
     >>> why_no_map("SG"), why_no_map("CG", "descriptor_G")
     ('', '')
@@ -164,21 +156,17 @@ def contributions(
     Args:
       features: [2, H, W, C], floating point.
       kernels: the FC weights, with the shapes that `combination.kernel_shapes` gives.
-      letters: the descriptor set.
+      letters: the descriptor set; InputError if there is no map for one.
       combination: one of `combination.COMBINATIONS`.
       p: GeM's exponent, a scalar or [C].
       reference: [D], a vector that is taken from the other image's embedding, or 0.
-      centers: [n, C], the mean descriptors that a network with `model.center` subtracts.
-        Every position bears an even share of them: it contributes by what it has more than
-        the average image.
+      centers: [n, C], the mean descriptors that a network with `model.center` subtracts. Every
+        position bears an even share of them.
       unit: whether descriptors are scaled to unit length before the centers are subtracted.
 
     Returns:
       [2, n, H, W] float32. Of each image, the sum over all but the first axis is the
       cosine of the two embeddings, less the image's dot product with the reference.
-
-    Raises:
-      InputError: there is no map for a letter.
 
     >>> features = jnp.array([[[[1.0, 0.0], [0.0, 1.0]]], [[[1.0, 0.0], [1.0, 0.0]]]])
     >>> contributions(features, [jnp.eye(2)], "S").round(2)[:, 0, 0]  # both have the first channel
@@ -217,13 +205,8 @@ def explain_pair(
       images: [2, S, S, 3] uint8.
       reference: as for `contributions`.
 
-    Returns:
-      The explanation. With "concat" and "separate", and without a reference, both images
-      have the same shares; with "sum" and "raw" a branch also meets the others, and the
-      images differ.
-
-    Raises:
-      InputError: there is no map for a letter.
+    Without a reference, both images have the same shares with "concat" and "separate"; with "sum"
+    and "raw" a branch also meets the others. InputError if there is no map for a letter.
 
     >>> from cgd_jax.preprocess import IMAGENET
     >>> from cgd_jax.models.resnet import ResNet

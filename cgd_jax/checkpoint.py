@@ -84,10 +84,7 @@ def _score(metrics: dict | None) -> float:
 
 
 def _metrics(score: float) -> dict[str, Any]:
-    return {
-        "score": score,
-        "digest": files.digest({"score": np.array(score)}),
-    }
+    return {"score": score, "digest": files.digest({"score": np.array(score)})}
 
 
 def _check_metrics(folder: Path, writing: bool) -> None:

@@ -19,87 +19,71 @@ from cgd_jax.runtime.errors import UserError
 
 __all__ = ["main"]
 
+STUDIES = config_files.listed(config_files.FOLDER / "studies")
+
 COMMANDS = {
     "train": Command(
-        "trains and evaluates, or goes on where it was stopped", "--config=glyphs", ("config",)
+        "trains and evaluates, or goes on where it was stopped", "--config=glyphs", "config"
     ),
     "eval": Command(
         "evaluates a checkpoint again, with other options if you like",
         "runs/glyphs --eval.flip",
-        ("config", "step", "together"),
-        ("workdir", "together"),
+        "config step together",
+        "workdir together",
     ),
     "data": Command(
         "builds and counts a data set, draws a batch as the network sees it",
         "--config=image_folder --data.source=IMAGES",
-        ("config",),
+        "config",
     ),
     "explain": Command(
         "draws which regions make two images alike",
         "runs/glyphs A.png B.png",
-        ("config", "step", "query", "match"),
-        ("workdir", "query", "match"),
+        "config step query match",
+        "workdir query match",
     ),
     "export": Command(
         "writes the network into files to take away",
         "runs/glyphs",
-        ("config", "step", "push_to_hub"),
-        ("workdir",),
+        "config step push_to_hub",
+        "workdir",
     ),
     "study": Command(
         "trains variants with several seeds and compares them",
         "descriptors --variants=S,SG --dry_run",
-        ("config", "study", "variants", "seeds", "jobs", "dry_run"),
-        ("study",),
+        "config study variants seeds jobs dry_run",
+        "study",
     ),
     **search_cli.COMMANDS,
 }
 FLAGS = {
     "mode": Flag(
-        flags.DEFINE_enum,
         "The command, where it is not the first word.",
         "NAME",
-        "train",
-        tuple(COMMANDS),
+        kind=flags.DEFINE_enum,
+        default="train",
+        options=tuple(COMMANDS),
     ),
-    "workdir": Flag(
-        flags.DEFINE_string,
-        "The folder of the run; else runs/CONFIG, or runs/studies/CONFIG.",
-        "FOLDER",
-    ),
+    "workdir": Flag("The folder of the run; else runs/CONFIG, or runs/studies/CONFIG.", "FOLDER"),
     "together": Flag(
-        flags.DEFINE_multi_string, "Other runs, evaluated with the first as one ensemble.", "RUN"
+        "Other runs, evaluated with the first as one ensemble.",
+        "RUN",
+        kind=flags.DEFINE_multi_string,
     ),
-    "step": Flag(flags.DEFINE_integer, "The checkpoint; else the chosen one."),
-    "match": Flag(flags.DEFINE_string, "The image that --query is compared with.", "FILE"),
-    "push_to_hub": Flag(
-        flags.DEFINE_string, "A Hugging Face repository to upload to.", "OWNER/NAME"
+    "step": Flag("The checkpoint; else the chosen one.", "NUMBER"),
+    "match": Flag("The image that --query is compared with.", "FILE"),
+    "push_to_hub": Flag("A Hugging Face repository to upload to.", "OWNER/NAME"),
+    "study": Flag(f"The study: {STUDIES}, or a file of your own.", "NAME"),
+    "variants": Flag(
+        "Some of the study's, separated by commas.", "NAME,NAME", kind=flags.DEFINE_list
     ),
-    "study": Flag(
-        flags.DEFINE_string,
-        f"The study: {config_files.listed(config_files.FOLDER / 'studies')}, or a file of your "
-        f"own.",
-        "NAME",
-    ),
-    "variants": Flag(flags.DEFINE_list, "Some of the study's, separated by commas.", "NAME,NAME"),
-    "seeds": Flag(flags.DEFINE_list, "Others than the study's: 0,1,2.", "NUMBER,NUMBER"),
-    "jobs": Flag(
-        flags.DEFINE_integer, "Runs at a time, on a CPU; else 1.", default=1, options=(1,)
-    ),
-    "dry_run": Flag(flags.DEFINE_bool, "Prints the commands of the runs, and ends.", "", False),
-    "distributed": Flag(
-        flags.DEFINE_bool,
-        "Several processes, as SLURM, Open MPI or the TPU pod has started them.",
-        "",
-        False,
-    ),
-    "coordinator": Flag(
-        flags.DEFINE_string,
-        "Several processes, started by hand: where the first one is.",
-        "HOST:PORT",
-    ),
-    "num_processes": Flag(flags.DEFINE_integer, "With --coordinator: how many."),
-    "process_id": Flag(flags.DEFINE_integer, "With --coordinator: which one, from 0."),
+    "seeds": Flag("Others than the study's: 0,1,2.", "NUMBER,NUMBER", kind=flags.DEFINE_list),
+    "jobs": Flag("Runs at a time, on a CPU; else 1.", "NUMBER", default=1, options=(1,)),
+    "dry_run": Flag("Prints the commands of the runs, and ends."),
+    "distributed": Flag("Several processes, as SLURM, Open MPI or the TPU pod has started them."),
+    "coordinator": Flag("Several processes, started by hand: where the first one is.", "HOST:PORT"),
+    "num_processes": Flag("With --coordinator: how many.", "NUMBER"),
+    "process_id": Flag("With --coordinator: which one, from 0.", "NUMBER"),
     **search_cli.FLAGS,
 }
 
@@ -111,19 +95,14 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
     if name in search_cli.COMMANDS:
         return search_cli.check(name, given)
     if name == "study" and not given.study:
-        raise flags.Error(
-            f"say which study: {config_files.listed(config_files.FOLDER / 'studies')}, or a file "
-            f"of your own."
-        )
+        raise flags.Error(f"say which study: {STUDIES}, or a file of your own.")
     if name == "study" and not all(seed.isdigit() for seed in given.seeds or []):
         raise flags.Error(f"--seeds={','.join(given.seeds)}: give whole numbers such as 0,1,2.")
     if name == "explain" and (len(given.query or []) > 1 or bool(given.query) != bool(given.match)):
         raise flags.Error("--query and --match go together: the two images to compare.")
     if not given.config and not given.workdir:
-        raise flags.Error(
-            f"say what to run: {program(argv)} --config=glyphs, for example; --help lists what "
-            f"there is."
-        )
+        example = f"{program(argv)} --config=glyphs"
+        raise flags.Error(f"say what to run: {example}, for example; --help lists what there is.")
 
 
 def run(name: str, given: flags.FlagValues) -> None:
@@ -134,11 +113,8 @@ def run(name: str, given: flags.FlagValues) -> None:
     from cgd_jax.studies import runner, study
     from cgd_jax.workdir import default_workdir
 
-    file = (
-        ""
-        if given.workdir and name != "study"
-        else config_flags.get_config_filename(given["config"])
-    )
+    is_run = given.workdir and name != "study"
+    file = "" if is_run else config_flags.get_config_filename(given["config"])
     workdir = given.workdir or default_workdir(file, "runs/studies" if name == "study" else "runs")
     match name:
         case "train":
@@ -174,14 +150,7 @@ def run(name: str, given: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Does what a command line says.
-
-    Args:
-      argv: the program and its arguments, as in `sys.argv`.
-
-    Raises:
-      SystemExit: With a message, what is wrong; or with a status.
-    """
+    """Does what a command line, as in `sys.argv`, says; SystemExit says what is wrong."""
     # Errors reach the user as exceptions; what libraries log beside them is noise.
     logging.set_verbosity(logging.FATAL)
     name = "train"

@@ -37,7 +37,7 @@ def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
     Computed in float32, for norms up to the end of its range. The norm is floored at the root of
     `EPS`, 1e-6: the zero vector stays zero. Vectors shorter than that have no direction worth
     learning from, and pass a gradient of zero in place of one of a million.
-    (`metrics.normalize` has no floor, but is not for differentiation.)
+    (`ranking.normalize` has no floor, but is not for differentiation.)
 
     Args:
       x: any shape, floating point.

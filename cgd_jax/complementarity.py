@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cgd_jax import metrics, retrieval
+from cgd_jax.labels import as_labels, own_index
 from cgd_jax.metrics import RankingOptions
+from cgd_jax.ranking import normalize
 
 __all__ = ["measure"]
 
@@ -39,8 +41,8 @@ def measure(
 
     Args:
       query: [Q, D], the branches side by side; and query_labels, gallery, gallery_labels:
-        as for `metrics.evaluate`.
-      names: of the n branches, in their order; n divides D.
+        as for `metrics.evaluate`, whose ValueErrors are raised.
+      names: of the n > 1 branches, in their order; ValueError unless n divides D.
       k: neighbours to compare; as many as there are if there are fewer.
       bootstrap: resamplings of the classes for the 95 % interval of the gain.
       seed: of the resampling.
@@ -49,21 +51,17 @@ def measure(
     Returns:
       dict of plain numbers, over the queries that have a true match:
         queries: how many these are. k: neighbours that were compared.
-        branches: {name: R@1 alone}. combined: R@1 of the whole embedding.
-        any_branch: share of queries that at least one branch is right about, what a
-          perfect choice among the branches would reach.
+        branches: {name: R@1 alone}. combined: R@1 of the whole embedding. any_branch: share
+          of queries that at least one branch is right about.
         pairs: for every two branches {"branches": [a, b]; "overlap": mean share of
           common ones among their k nearest neighbours; "error_correlation": phi
           coefficient of their being wrong, None if one always or never is}.
         best_branch: the name with the highest R@1, the first of equals.
         gain: {"total": combined minus best branch; "confidence": its [low, high];
-          "won", "lost": queries that only the combination, only the best branch is
-          right about}.
-        outcomes: see `_outcomes`; the gains in it add up to won - lost.
-
-    Raises:
-      ValueError: as `metrics.evaluate`; D that cannot be cut into n parts; fewer than two
-        names.
+          "won", "lost": queries that only the one, only the other is right about}.
+        outcomes: for every set of branches that are right about some query, largest first,
+          {"right": [names]; "queries"; "combined_right": so many of these; "gain": won
+          minus lost among them}.
 
     >>> bits = np.array([[0, 0], [0, 1], [1, 0], [1, 1]] * 2)  # a class each
     >>> branches = [np.eye(2)[bit] for bit in bits.T]  # each tells two classes from two others
@@ -77,40 +75,42 @@ def measure(
             f"an embedding [N, D] of two or more branches of one size is needed; got "
             f"{query.shape} for the branches {', '.join(names)}"
         )
-    searched = query if gallery is None else np.asarray(gallery)
+    if gallery is None and gallery_labels is None:
+        gallery, gallery_labels, ids = query, query_labels, options.get("query_ids")
+        ids = np.arange(len(query)) if ids is None else ids
+        options = {"gallery_ids": ids, **options, "query_ids": ids}
+    gallery = np.asarray(gallery)
 
-    def first_ranks(query: np.ndarray, gallery: np.ndarray | None) -> np.ndarray:
+    def first_ranks(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
         return metrics.first_ranks(query, query_labels, gallery, gallery_labels, **options)
 
-    ranks = first_ranks(query, None if gallery is None else searched)
+    ranks = first_ranks(query, gallery)
     rows = np.flatnonzero(np.isfinite(ranks))
     combined = ranks[rows] == 1
-    own = rows if gallery is None else None  # where in the gallery each query itself is
+    own = None  # where in the gallery each query itself is
     query_ids, gallery_ids = options.get("query_ids"), options.get("gallery_ids")
-    if gallery is not None and query_ids is not None and gallery_ids is not None:
-        own = metrics.own_index(query_ids, gallery_ids, len(query), len(searched))[rows]
-    k = min(k, len(searched) - (own is not None))
-    precision, mesh = options.get("precision", "highest"), options.get("mesh")
+    if query_ids is not None and gallery_ids is not None:
+        own = own_index(query_ids, gallery_ids, len(query), len(gallery))[rows]
+    k = min(k, len(gallery) - (own is not None))
+    mesh, precision = options.get("mesh"), options.get("precision", "highest")
     right, found = [], []
-    for part, other in zip(
-        np.split(query, len(names), 1), np.split(searched, len(names), 1), strict=True
-    ):
-        right.append(first_ranks(part, None if gallery is None else other)[rows] == 1)
-        part, other = np.asarray(metrics.normalize(part)), np.asarray(metrics.normalize(other))
+    for part, other in zip(*(np.split(x, len(names), 1) for x in (query, gallery)), strict=True):
+        right.append(first_ranks(part, other)[rows] == 1)
+        part, other = np.asarray(normalize(part)), np.asarray(normalize(other))
         nearest = retrieval.top_k(part[rows], other, k, exclude=own, precision=precision, mesh=mesh)
         found.append(nearest[1])
 
     pairs = [
         {
             "branches": [names[i], names[j]],
-            "overlap": _overlap(found[i], found[j]),
+            "overlap": float((found[i][:, :, None] == found[j][:, None]).any(2).mean()),
             "error_correlation": _phi(~right[i], ~right[j]),
         }
         for i, j in combinations(range(len(names)), 2)
     ]
     best = int(np.argmax([r.mean() for r in right]))
     difference = combined.astype(int) - right[best]
-    labels = metrics.as_labels("query_labels", query_labels)
+    labels = as_labels("query_labels", query_labels)
     _, code = np.unique(labels[rows], return_inverse=True)
     sums = np.bincount(code, difference)[:, None]
     low, high = metrics.confidence_intervals(sums, np.bincount(code), bootstrap, seed)
@@ -132,11 +132,6 @@ def measure(
     }
 
 
-def _overlap(index: np.ndarray, other: np.ndarray) -> float:
-    """Mean share of common ones among two lists of neighbours per query, [Q, k] each."""
-    return float((index[:, :, None] == other[:, None, :]).any(2).mean())
-
-
 def _phi(a: np.ndarray, b: np.ndarray) -> float | None:
     """Correlation of two [Q] bools (Pearson's, called phi); None if one of them is constant."""
     if a.all() or b.all() or not (a.any() and b.any()):
@@ -144,21 +139,8 @@ def _phi(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _outcomes(
-    names: Sequence[str], right: np.ndarray, combined: np.ndarray, difference: np.ndarray
-) -> list[dict]:
-    """Counts queries by the set of branches that are right about them.
-
-    Args:
-      names: of n branches.
-      right: [n, Q] bools, of the branches.
-      combined: [Q] bools, of the combination.
-      difference: [Q] integers, +1 for a query that is won, -1 for one that is lost.
-
-    Returns:
-      {"right": [names]; "queries"; "combined_right": so many of these; "gain": won minus
-      lost among them} for every set of branches that some query belongs to, largest first.
-    """
+def _outcomes(names, right, combined, difference):
+    """Counts queries by the set of branches, right [n, Q], that are right about them."""
     sets, code = np.unique(right, axis=1, return_inverse=True)
     rows = [
         {

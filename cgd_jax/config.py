@@ -14,20 +14,9 @@ __all__ = ["complete", "complete_flat", "differences", "flatten", "from_dict", "
 
 # What may differ when a run is continued: none of it changes what is trained.
 FREE_TO_CHANGE = (
-    "data.dir",
-    "data.source",
-    "data.test_name",
-    "data.test_source",
-    "data.radius",
-    "data.turn",
-    "data.cache",
-    "profile_steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.tracker",
-    "eval",
-)
+    "data.dir data.source data.test_name data.test_source data.radius data.turn data.cache eval "
+    "profile_steps train.log_every train.checkpoint_every train.keep train.tracker"
+).split()
 
 # All that is known of work folders of older versions: names that a key had, and what was done
 # before there was a key, where that is not what base.py does now.
@@ -45,14 +34,9 @@ DONE_BEFORE = {"model.fc_init": "lecun_normal"}
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Returns what would change if a run with config `old` went on with `new`.
+    """Returns lines "path: old → new" of what would change if a run went on with another config.
 
-    Args:
-      old: nested dict, from `to_dict`.
-      new: likewise.
-
-    Returns:
-      Lines "path: old → new", without the keys that are `FREE_TO_CHANGE`.
+    Both are from `to_dict`. What is `FREE_TO_CHANGE` is left out.
     """
     old, new = flatten(old), flatten(new)
     return [
@@ -107,8 +91,5 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat.update(flatten(value, path + "."))
-        else:
-            flat[path] = value
+        flat.update(flatten(value, path + ".") if isinstance(value, dict) else {path: value})
     return flat

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax import metrics
 from cgd_jax.data import Dataset
 from cgd_jax.data.batches import prefetch
+from cgd_jax.labels import own_index
 from cgd_jax.runtime import console, files, processes
 
 __all__ = [
@@ -54,17 +54,10 @@ def embed_images(
     sharding: jax.sharding.NamedSharding,
     title: str = "embedding",
 ) -> np.ndarray:
-    """Embeds all images of a split in batches over all devices.
+    """Embeds all images of a split, [N, S, S, 3] uint8, in batches over all devices.
 
-    Args:
-      embed: [B, S, S, 3] uint8 → [B, D], a jitted function.
-      images: [N, S, S, 3] uint8.
-      batch_size: images at a time; rounded up to a multiple of the devices.
-      sharding: how a batch is laid over the devices.
-      title: of the progress bar.
-
-    Returns:
-      [N, D] float32, in the order of `images`.
+    `embed` is a jitted function, [B, S, S, 3] uint8 → [B, D]; the size of a batch is rounded up to
+    a multiple of the devices. Returns [N, D] float32, in the order of the images.
     """
     devices = sharding.mesh.size
     batch_size = -(-batch_size // devices) * devices
@@ -101,47 +94,31 @@ def embed_raw_pixels(
 
 @jax.jit
 def embed_pixels(images: jax.Array) -> jax.Array:
-    """The baseline without any network: the pixels themselves, at 32 × 32 at most.
-
-    Args:
-      images: [B, S, S, 3] uint8.
-
-    Returns:
-      [B, D] float32.
-    """
+    """The baseline without any network: pixels, at 32 × 32 at most, as float32 [B, D]."""
     side = min(32, images.shape[1])
     shape = (len(images), side, side, 3)
     return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
 
 
 def own_rows(dataset: Dataset) -> np.ndarray | None:
-    """Returns the gallery row that each query itself is, which must not match it.
+    """Returns the gallery row [Q] that each query itself is, which must not match it.
 
-    Returns:
-      [Q] integers, -1 for queries that are not in the gallery; None if it is not known that
-      any is.
+    It is -1 for queries that are not in the gallery; None if it is not known that any is.
     """
     if dataset.gallery is None:  # the queries search themselves
         return np.arange(len(dataset.query.labels))
     query_ids, gallery_ids = dataset.query_ids, dataset.gallery_ids
     if query_ids is None or gallery_ids is None:
         return None
-    own = metrics.own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
+    own = own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
     return own if (own >= 0).any() else None
 
 
 def nearest(embeddings: Embeddings, own: np.ndarray | None, rows: np.ndarray, k: int) -> np.ndarray:
-    """Finds the nearest neighbours of some queries, for people to look at.
+    """Finds the nearest neighbours of the queries `rows` [R], for people to look at.
 
-    Args:
-      embeddings: of the test images.
-      own: from `own_rows`.
-      rows: [R] positions of queries.
-      k: how many neighbours.
-
-    Returns:
-      [R, k] positions in the gallery (among the queries, if there is none), nearest first,
-      never the query itself.
+    `own` is from `own_rows`. Returns [R, k] positions in the gallery (among the queries, if there
+    is none), nearest first, never the query itself.
     """
     gallery = embeddings.query if embeddings.gallery is None else embeddings.gallery
     similarities = embeddings.query[rows] @ gallery.T
@@ -170,11 +147,7 @@ def ranking_inputs(embeddings: Embeddings, dataset: Dataset) -> dict:
 def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:
     """Writes vectors with ids and labels for other tools: `numpy.load(path)["query"]`.
 
-    Args:
-      path: of the .npz; its arrays are query [N, D], query_labels [N], query_ids [N],
-        and the same for a gallery.
-      embeddings: from `embed_dataset`.
-      dataset: the data set that was embedded.
+    The arrays are query [N, D], query_labels [N], query_ids [N], and the same for a gallery.
     """
     arrays = {}
     for name, vectors in embeddings._asdict().items():

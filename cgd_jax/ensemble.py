@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from cgd_jax import metrics, rerank
-from cgd_jax.embed import Embeddings, embed_images
-from cgd_jax.evaluate import embed_function, embed_test, measure
+from cgd_jax import rerank
+from cgd_jax.embed import Embeddings
+from cgd_jax.evaluate import embed_test, embed_training, measure
 from cgd_jax.models.cgd import network_params
+from cgd_jax.ranking import normalize
 from cgd_jax.reports import tables
 from cgd_jax.run import open_run
 from cgd_jax.runtime import console, files
@@ -25,18 +26,9 @@ __all__ = ["evaluate_together", "join"]
 def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
     """Measures each of several runs, all of them joined, and that by PCA in one's dimension.
 
-    The PCA is learned on the training images of the first run.
-
-    Args:
-      workdirs: folders of runs that are tested on the same images.
-
-    Returns:
-      Name of the row → metrics, with "dimension", "parameters" and "seconds", the time to embed
-      the test images. Also written to together.json in the first run's folder.
-
-    Raises:
-      FileNotFoundError: one of them is no run.
-      ConfigError: they are tested on different images, or train on what others are tested on.
+    The PCA is learned on the training images of the first run. Returns name of the row → metrics,
+    with "dimension", "parameters" and "seconds", the time to embed the test images; together.json
+    in the first run's folder holds the same. Raises FileNotFoundError and ConfigError.
     """
     rows, parts, training = {}, [], []
     first, _ = open_run(workdirs[0])
@@ -47,15 +39,7 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
         begin = time.monotonic()
         parts.append(embed_test(run, state))
         seconds = time.monotonic() - begin
-        training.append(
-            embed_images(
-                embed_function(run, state),
-                first.dataset.train.images,
-                run.config.eval.batch_size,
-                run.batch_sharding,
-                "embedding training images",
-            )
-        )
+        training.append(embed_training(run._replace(dataset=first.dataset), state))
         parameters = sum(x.size for x in jax.tree.leaves(network_params(state.params)))
         costs = {"parameters": parameters, "seconds": seconds}
         rows[f"{workdir}, step {int(state.step)}"] = (parts[-1], costs)
@@ -91,7 +75,7 @@ def join(parts: Sequence[Embeddings]) -> Embeddings:
     """Concatenates the embeddings of several networks, each of unit length, to unit length."""
 
     def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        units = [np.asarray(metrics.normalize(array)) for array in arrays]
+        units = [np.asarray(normalize(array)) for array in arrays]
         return np.concatenate(units, 1) / np.sqrt(len(units), dtype=np.float32)
 
     galleries = [part.gallery for part in parts if part.gallery is not None]

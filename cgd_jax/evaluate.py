@@ -6,6 +6,7 @@ in which they are needed, stand the functions that they are made of.
 """
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgd_jax import complementarity, geometry, metrics, rerank, retrieval
-from cgd_jax.data import Dataset
+from cgd_jax.data import Dataset, cache, fingerprint
 from cgd_jax.embed import (
     Embeddings,
     embed_dataset,
@@ -27,36 +28,21 @@ from cgd_jax.embed import (
 )
 from cgd_jax.geography import apart
 from cgd_jax.models import cgd
-from cgd_jax.reports import collapse, plots, projection, tables
+from cgd_jax.reports import plots, projection, tables
+from cgd_jax.reports.summary import log_results
 from cgd_jax.run import Run, initial_state, open_run
 from cgd_jax.runtime import console, files, interrupts
 from cgd_jax.train_step import State
 from cgd_jax.workdir import count_classes
 
-__all__ = [
-    "evaluate_run",
-    "evaluate_state",
-    "evaluate_step",
-    "log_results",
-    "measure_baselines",
-]
+__all__ = ["evaluate_run", "evaluate_state", "evaluate_step", "measure_baselines"]
 
 
 def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
-    """Evaluates a checkpoint of an earlier run.
+    """Evaluates a checkpoint of an earlier run; arguments and errors as of `run.open_run`.
 
-    Args:
-      workdir: folder of the run.
-      step: of the checkpoint; None for the chosen one.
-      config: the run's own, perhaps with another `eval` part; None for just the run's.
-
-    Returns:
-      What is written to eval-STEP.json: see `evaluate_state`. The picture
-      retrievals-STEP.png lies beside it, and what else `config.eval` asks for.
-
-    Raises:
-      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
-      ConfigError: `config` describes another network, or cannot be run.
+    Returns what eval-STEP.json holds, see `evaluate_state`. The picture retrievals-STEP.png lies
+    beside it, and what else `config.eval` asks for.
     """
     run, state = open_run(workdir, step, config)
     result = evaluate_state(run, state, f"-{int(state.step)}")
@@ -68,10 +54,7 @@ def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | Non
 def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
     """Measures a network, with and without what `config.eval` asks for.
 
-    Args:
-      run: of the network; per_class.csv, pictures and tables are written into its folder.
-      state: the weights.
-      suffix: of the names of pictures and tables.
+    per_class.csv, pictures and tables are written into the run's folder, with `suffix` in names.
 
     Returns:
       {"step": ..., "metrics": of the embedding as it is trained, "classes": see
@@ -80,20 +63,14 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
       "complementarity": see `complementarity.measure`}.
     """
     config, folder, dataset, step = run.config, run.folder, run.dataset, int(state.step)
-    wanted = config.eval
-    embeddings = embed_test(run, state)
-    measured = measure(
-        run,
-        embeddings,
-        bootstrap=wanted.bootstrap,
-        per_class=True,
-        clustering=wanted.clustering,
-        seed=config.seed,
-    )
+    wanted, seed = config.eval, config.seed
+    embeddings, labels = embed_test(run, state), dataset.query.labels
+    options = {"bootstrap": wanted.bootstrap, "clustering": wanted.clustering, "seed": seed}
+    measured = measure(run, embeddings, per_class=True, **options)
     names = dataset.query.class_names
     rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
     tables.write_csv(folder / "per_class.csv", rows)
-    sample = np.random.default_rng(config.seed).permutation(len(dataset.query.labels))[:256]
+    sample = np.random.default_rng(seed).permutation(len(labels))[:256]
     plots.plot_retrievals(
         folder / f"retrievals{suffix}.png",
         dataset,
@@ -107,7 +84,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
         "step": step,
         "metrics": measured,
         "classes": count_classes(run.workdir, dataset),
-        "geometry": geometry.describe_set(embeddings.query, dataset.query.labels),
+        "geometry": geometry.describe_set(embeddings.query, labels),
         "with options": measure_test_time(run, state, embeddings),
     }
     if wanted.complementarity:
@@ -116,7 +93,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
             names=config.model.descriptors,
             bootstrap=wanted.bootstrap,
             precision=wanted.matmul_precision,
-            seed=config.seed,
+            seed=seed,
             mesh=run.mesh,
         )
         text = f"# Step {step}\n\n{tables.complementarity_text(found, 'github')}\n"
@@ -126,26 +103,21 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
 
 
 def evaluate_step(run: Run, state: State, stopped_by: list[int]) -> dict[str, float]:
-    """Measures {"recall@1": ...} while training; {} if a signal comes meanwhile.
+    """Measures {"recall@1": ...} of the validation classes, or where there are none of the test's.
 
-    Of the validation classes if there are any, else of the test classes.
-
-    A run of one process then drops the evaluation, which may take longer than schedulers
-    wait, and repeats it when it is started again.
+    If a signal comes meanwhile it returns {}: a run of one process drops the evaluation, which may
+    take longer than schedulers wait, and repeats it when it is started again.
     """
     # One of several processes cannot leave without the others waiting for it.
     alone = jax.process_count() == 1
     droppable = interrupts.stop_at_once(stopped_by) if alone else contextlib.nullcontext()
     with contextlib.suppress(interrupts.Stopped), droppable:
-        dataset = run.validation or run.dataset
-        embeddings = embed_dataset(
-            embed_function(run, state), dataset, run.config.eval.batch_size, run.batch_sharding
-        )
-        if dataset.query.truth is not None:
-            measured = measure(run, embeddings)
-            return {name: value for name, value in measured.items() if "recall@" in name}
+        run = run._replace(dataset=run.validation or run.dataset)
+        if run.dataset.query.truth is not None:
+            measured = measure(run, embed_test(run, state))
+            return {name: value for name, value in measured.items() if name.startswith("recall@")}
         recalls = metrics.recall_at_k(
-            **ranking_inputs(embeddings, dataset),
+            **ranking_inputs(embed_test(run, state), run.dataset),
             ks=run.config.eval.ks,
             precision=run.config.eval.matmul_precision,
             mesh=run.mesh,
@@ -155,16 +127,11 @@ def evaluate_step(run: Run, state: State, stopped_by: list[int]) -> dict[str, fl
 
 
 def measure_baselines(run: Run) -> dict:
-    """Measures raw pixels and the network before training, once a work folder.
-
-    They are written to baselines.json, and read from there.
-    """
+    """Measures raw pixels and the network before training; baselines.json keeps it for the run."""
     path = Path(run.workdir, "baselines.json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    pixels = embed_raw_pixels(run.dataset, run.config.eval.batch_size, run.batch_sharding)
-    embeddings = {"raw pixels": pixels}
-    state = initial_state(run)
+    state, embeddings = initial_state(run), {}
     if run.config.model.pretrained:
         # The FC layers are new: what was pretrained is compared as it comes out of the pooling.
         for letter in run.config.model.descriptors:
@@ -172,9 +139,38 @@ def measure_baselines(run: Run) -> dict:
             embeddings[f"pretrained {letter}"] = found
     else:
         embeddings["untrained network"] = embed_test(run, state)
-    baselines = {name: measure(run, found) for name, found in embeddings.items()}
+    baselines = {"raw pixels": measure_raw_pixels(run)}
+    baselines |= {name: measure(run, found) for name, found in embeddings.items()}
     files.write_json(run.folder / path.name, baselines)
     return baselines
+
+
+def measure_raw_pixels(run: Run) -> dict:
+    """Measures the pixels of the test images, once a data set: it is kept beside their cache."""
+    dataset, wanted = run.dataset, run.config.eval
+    of = {name: part for name, part in fingerprint(dataset).items() if name != "train"}
+    of |= {"side": dataset.query.images.shape[1], "format": cache.FORMAT}
+    of |= {"ks": wanted.ks, "precision": wanted.matmul_precision}
+    if dataset.query.truth is not None:
+        of["positives"] = [row.tolist() for row in dataset.query.truth.positives]
+
+    def digest(measured: dict | None = None) -> str:
+        text = json.dumps([of, measured], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    path = None
+    # Of several processes, each with a disk of its own, some might find it and some not.
+    if dataset.query.cache is not None and jax.process_count() == 1:
+        path = dataset.query.cache / f"raw-pixels-{digest()}.json"
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["digest"] == digest(kept["metrics"]):  # else it is damaged
+                return kept["metrics"]
+    measured = measure(run, embed_raw_pixels(dataset, wanted.batch_size, run.batch_sharding))
+    if path is not None:
+        with contextlib.suppress(OSError):  # of others, who let it only be read
+            files.write_json(path, {"digest": digest(measured), "of": of, "metrics": measured})
+    return measured
 
 
 def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[str, dict]:
@@ -182,11 +178,6 @@ def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[st
 
     Test-time augmentation (another vector, mirrored images, several scales) comes first, then
     whitening with neighbours' vectors added, then re-ranking.
-
-    Args:
-      run: of the network; embeddings.npz is written into its folder if the config wants it.
-      state: the weights.
-      embeddings: of the test images as they are.
 
     Returns:
       What was done → metrics; without those that failed, of which a message tells.
@@ -208,16 +199,8 @@ def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[st
         "queries expanded by": wanted.query_expansion,
     }
     if any(done.values()):
-        training = None
-        if wanted.whitening_dim:
-            training = embed_images(
-                embed_function(run, state, **augmentation),
-                dataset.train.images,
-                wanted.batch_size,
-                run.batch_sharding,
-                "embedding training images",
-            )
         name = ", ".join(f"{what} {number}" for what, number in done.items() if number)
+        training = embed_training(run, state, **augmentation) if wanted.whitening_dim else None
         try:
             embeddings = postprocess(wanted, embeddings, training, own_rows(dataset), run.mesh)
             measured[name] = measure(run, embeddings)
@@ -243,6 +226,13 @@ def embed_test(run: Run, state: State, **augmentation) -> Embeddings:
     return embed_dataset(embed, run.dataset, run.config.eval.batch_size, run.batch_sharding)
 
 
+def embed_training(run: Run, state: State, **augmentation) -> np.ndarray:
+    """Embeds the training images: [N, D] float32."""
+    embed, images = embed_function(run, state, **augmentation), run.dataset.train.images
+    batch_size, title = run.config.eval.batch_size, "embedding training images"
+    return embed_images(embed, images, batch_size, run.batch_sharding, title)
+
+
 def postprocess(
     config: ConfigDict,
     embeddings: Embeddings,
@@ -250,17 +240,9 @@ def postprocess(
     own: np.ndarray | None,
     mesh: jax.sharding.Mesh | None,
 ) -> Embeddings:
-    """Does the whitening, database augmentation and query expansion that a config wants.
+    """Does the whitening, database augmentation and query expansion that a config's `eval` wants.
 
-    Args:
-      config: the `eval` part of an experiment's config.
-      embeddings: from `embed_dataset`.
-      training: [N, D] of the training images; needed for whitening only.
-      own: from `own_rows`.
-      mesh: its devices share the work.
-
-    Returns:
-      Embeddings to measure in place of the given ones.
+    `training` is [N, D] of the training images, for whitening; `own` is from `own_rows`.
     """
     query, gallery = embeddings
     if config.whitening_dim and training is not None:
@@ -288,8 +270,8 @@ def measure(run: Run, embeddings: Embeddings, **options) -> dict:
     """
     truth, wanted = run.dataset.query.truth, run.config.eval
     if truth is not None:
-        precision = {"precision": wanted.matmul_precision, "mesh": run.mesh}
-        measured = truth.measure(*embeddings, ks=wanted.ks, **precision)
+        ranking = {"precision": wanted.matmul_precision, "mesh": run.mesh}
+        measured = truth.measure(*embeddings, ks=wanted.ks, **ranking)
         options.pop("clustering", None)
         return metrics.summarize(measured, run.dataset.query.labels, **options)
     return metrics.evaluate(
@@ -312,36 +294,20 @@ def reranked_recall(
     k = min(max(100, *ks), items - (own is not None))
     # Neighbourhoods as the paper has them, smaller in a set that has not as many neighbours.
     k1 = min(20, everything - 1)
-    index = rerank.k_reciprocal(
-        query,
-        gallery,
-        k,
-        k1=k1,
-        k2=min(6, k1),
-        exclude=None if gallery is None else own,
-        mesh=mesh,
-    )[1]
+    k2, exclude = min(6, k1), None if gallery is None else own
+    _, index = rerank.k_reciprocal(query, gallery, k, k1=k1, k2=k2, exclude=exclude, mesh=mesh)
     if dataset.query.truth is not None:
         hit = dataset.is_match(np.arange(len(query)), index)
         return {f"recall@{n}": float(np.mean(hit[:, :n].any(1))) for n in ks if n <= k}
-    gallery_split = dataset.query if dataset.gallery is None else dataset.gallery
+    labels = (dataset.query if dataset.gallery is None else dataset.gallery).labels
     itself = False if own is None else own >= 0
     ks = tuple(n for n in ks if n <= k)
-    recalls = metrics.recall_of_ranking(
-        index, dataset.query.labels, gallery_split.labels, ks, itself
-    )
+    recalls = metrics.recall_of_ranking(index, dataset.query.labels, labels, ks, itself)
     return {f"recall@{n}": value for n, value in recalls.items()}
 
 
 def draw_embeddings(run: Run, embeddings: Embeddings, step: int, suffix: str) -> None:
-    """Draws the map of the test images and writes the projector's files, if asked for.
-
-    Args:
-      run: embeddingsSUFFIX.png and tensorboard/ are written into its folder.
-      embeddings: of the test images.
-      step: of the checkpoint, for the titles.
-      suffix: of the picture's name.
-    """
+    """Draws the map of the test images and writes the projector's files, if asked for."""
     config, folder, dataset = run.config, run.folder, run.dataset
     kind = config.eval.projection
     if not (kind or config.eval.projector):
@@ -367,66 +333,3 @@ def draw_radius(run: Run, embeddings: Embeddings, suffix: str) -> None:
         distances = apart(truth.positions[0], truth.positions[1][first[:, 0]])
         title = f"{data.test_name or data.name}, CGD {run.config.model.descriptors}"
         plots.plot_radius(run.folder / f"radius{suffix}.png", distances, data.radius, title)
-
-
-def log_results(config: ConfigDict, results: dict) -> None:
-    """Prints the table of metrics, baselines first."""
-    name = f"CGD {config.model.descriptors}, step {results['step']}"
-    rows = {**results["baselines"], name: results["metrics"]}
-    if "last step" in results:
-        rows[f"  last step, {results['last step']['step']}"] = results["last step"]["metrics"]
-    for label, measured in results.get("with options", {}).items():
-        rows[f"  {label}"] = measured
-    seen = tables.describe_classes(results["classes"]["tested"], results["classes"]["trained on"])
-    console.log(f"\n{seen[0].upper()}{seen[1:]}, per cent:\n")
-    console.log(tables.metrics_table(rows))
-    if "chosen by" in results:
-        console.log("\n" + console.fold(how_chosen(results)))
-    low, high = results["metrics"]["confidence"]["recall@1"]
-    console.log(
-        f"\n95 % interval of R@1, bootstrapped over classes: {100 * low:.2f} to {100 * high:.2f}"
-    )
-    if said := no_better_than_before(results):
-        console.log(console.fold(said))
-    if "complementarity" in results:
-        console.log(f"\n{tables.complementarity_text(results['complementarity'])}")
-    norm = results["geometry"]["mean_embedding_norm"]
-    if norm > collapse.ONE_POINT:
-        text = (
-            f"The mean of all test embeddings has norm {norm:.3f}: the embedding has nearly "
-            f"collapsed to one point, and what it retrieves it owes to small differences."
-        )
-        console.log(console.fold(text))
-    if results["metrics"]["excluded"]:
-        console.log(f"{results['metrics']['excluded']} queries without a true match are left out.")
-
-
-def how_chosen(results: dict) -> str:
-    """Says by what the step was chosen that is reported."""
-    step = results["step"]
-    if results["chosen by"] == "validation classes":
-        recall = 100 * results["validation"]["recall@1"]
-        return (
-            f"Step {step} was chosen by its R@1 of {recall:.2f} on validation classes; the test "
-            f"classes were measured once, at the end."
-        )
-    if results["chosen by"] == "test classes":
-        return f"Step {step} was chosen on the test classes themselves, which flatters it."
-    return f"Step {step} is the last one; no step was chosen on the test classes."
-
-
-def no_better_than_before(results: dict) -> str | None:
-    """Says so if training did not beat the pretrained network beyond the interval."""
-    before = {
-        name: measured["recall@1"]
-        for name, measured in results["baselines"].items()
-        if name.startswith("pretrained")
-    }
-    low, _ = results["metrics"]["confidence"]["recall@1"]
-    if not before or max(before.values()) < low:
-        return None
-    name = max(before, key=before.__getitem__)
-    return (
-        f"Training did not beat {name} (R@1 {100 * before[name]:.2f}) beyond the interval. "
-        f"`cgd_jax serve IMAGES` searches with the pretrained network as it is."
-    )

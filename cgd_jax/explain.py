@@ -44,8 +44,8 @@ def explain_run(
 
     Raises:
       FileNotFoundError: there is no such file, run or checkpoint.
-      InputError: one of `query` and `match` without the other, or a file is no image.
-      ConfigError: there is no map for a descriptor, or the data set cannot be used.
+      UserError: one image without the other, or a file is no image (InputError); there is no map
+        for a descriptor, or the data set cannot be used (ConfigError).
     """
     if bool(query) != bool(match):
         raise InputError("query and match go together: the two images to compare.")
@@ -98,18 +98,9 @@ def right_and_wrong(
     """Chooses retrievals to look at: right ones at random, wrong ones of highest similarity.
 
     The right ones of highest similarity would be near duplicates, which need no explanation.
-
-    Args:
-      embeddings: of the test images.
-      dataset: that was embedded.
-      count: how many of each, at most.
-      seed: of the draw.
-      mesh: whose devices search; None for one device.
-
-    Returns:
-      Two arrays [≤ count, 2] of positions: of a query, and of its first neighbour in the
-      gallery (among the queries, if there is none). In neither occurs a class twice, else
-      one odd class might be all that is seen.
+    Returns two arrays [≤ count, 2] of positions: of a query, and of its first neighbour in the
+    gallery (among the queries, if there is none). In neither occurs a class twice, else one odd
+    class might be all that is seen.
     """
     query, gallery = embeddings
     exclude = np.arange(len(query)) if gallery is None else None

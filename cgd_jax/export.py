@@ -37,15 +37,8 @@ def export_run(workdir: str | Path, step: int | None = None) -> Path:
     compiled function, see `write_program`; README.md says what was trained on what, how well
     it retrieves, and how to use each file.
 
-    Args:
-      workdir: folder of the run.
-      step: of the checkpoint; None for the chosen one, see `checkpoint.save`.
-
-    Returns:
-      The folder.
-
-    Raises:
-      FileNotFoundError: There is no such run or checkpoint, or it was not evaluated.
+    Takes the checkpoint that was chosen, see `checkpoint.save`, or that of a step. Raises
+    FileNotFoundError if there is no such run or checkpoint, or if it was not evaluated.
     """
     packages.require("--mode=export", "train", "flatbuffers")
     read_config(workdir)  # says what is wrong where there is no run
@@ -100,18 +93,10 @@ def _measured(workdir: str | Path, step: int | None) -> dict:
 
 
 def push_to_hub(folder: Path, repository: str) -> str:
-    """Uploads an exported network to the Hugging Face hub, making the repository if need be.
+    """Uploads the folder of `export_run` to owner/name on the Hugging Face hub, which may be new.
 
-    Args:
-      folder: from `export_run`.
-      repository: owner/name.
-
-    Returns:
-      The address of the page.
-
-    Raises:
-      ImportError: The package huggingface_hub is missing.
-      OSError: The hub cannot be reached, or does not let you write there.
+    Returns the address of the page. Raises ImportError without the package huggingface_hub, OSError
+    if the hub cannot be reached, or does not let you write there.
     """
     try:
         from huggingface_hub import HfApi

@@ -24,7 +24,7 @@ CONFIG = (
 )
 MANY = ("query", "images", "together")  # flags that may be given several times
 PARTS = "data|augment|model|loss|optimizer|train|eval"
-OF_ALL = ("mode", "workdir", "distributed", "coordinator", "num_processes", "process_id")
+OF_ALL = ["mode", "workdir", "distributed", "coordinator", "num_processes", "process_id"]
 
 
 class Command(NamedTuple):
@@ -32,17 +32,17 @@ class Command(NamedTuple):
 
     what: str  # it does
     usage: str  # an example, behind its name
-    takes: tuple[str, ...]  # flags of its own
-    arguments: tuple[str, ...] = ()  # flags that words without dashes fill, in their order
+    takes: str  # names of flags of its own
+    arguments: str = ""  # those that words without dashes fill, in their order
     extra: str = "train"  # of pyproject.toml, with the packages it needs
 
 
 class Flag(NamedTuple):
     """A flag of a command."""
 
-    kind: Callable[..., Any]  # how absl defines it
     what: str  # it is
-    value: str = "NUMBER"  # what --help calls its value
+    value: str = ""  # what --help calls its value, "NUMBER" an integer; without it, a switch
+    kind: Callable[..., Any] | None = None  # how absl defines it, if not as a text or so
     default: Any = None
     options: tuple = ()  # further arguments of `kind`: names to choose from, bounds
 
@@ -52,16 +52,8 @@ def parse(
 ) -> tuple[str, flags.FlagValues]:
     """Parses a command line: a command is its first word, or the value of --mode.
 
-    Args:
-      argv: the program and its arguments.
-      commands: by name.
-      known: the flags of all commands, by name.
-
-    Returns:
-      The name of the command; its flags, of which `config` is a `ConfigDict` or None.
-
-    Raises:
-      SystemExit: --help was shown, or a line says what is wrong.
+    Returns the name of the command; its flags, of which `config` is a `ConfigDict` or None. Raises
+    SystemExit: --help was shown, or a line says what is wrong.
     """
     argv, name = list(argv), ""
     if len(argv) > 1 and argv[1] in commands:
@@ -72,7 +64,7 @@ def parse(
     config_files.make_importable()
     try:
         if not name:
-            only_mode = define(known, ("mode",))
+            only_mode = define(known, ["mode"])
             only_mode(argv, known_only=True)
             name = only_mode.mode
         return name, parse_command(name, commands[name], known, argv)
@@ -87,18 +79,17 @@ def parse_command(
     name: str, command: Command, known: Mapping[str, Flag], argv: list[str]
 ) -> flags.FlagValues:
     """Parses the flags of one command, and the words that stand for some of them."""
-    own = tuple(flag for flag in command.takes if flag != "config")
-    given = define(known, (*own, *OF_ALL))
+    given = define(known, [flag for flag in command.takes.split() if flag != "config"] + OF_ALL)
     given.set_gnu_getopt(True)  # flags may stand behind words
     argv = [
         re.sub(rf"^--?(?=({PARTS})\.|(no)?(seed|profile_steps)\b)", "--config.", a) for a in argv
     ]
     words = given(argv, known_only=True)
-    if "config" in command.takes:
+    if "config" in command.takes.split():
         words = parse_config(name, command, given, words)
     elif unknown := [word for word in words[1:] if word.startswith("-")]:
         raise flags.UnrecognizedFlagError(unknown[0].lstrip("-").partition("=")[0])
-    fill(given, command.arguments, words[1:])
+    fill(given, command.arguments.split(), words[1:])
     return given
 
 
@@ -115,7 +106,7 @@ def parse_config(
         argv = [argv[0], f"--config={study.load(given.study or word).config}", *argv[1:]]
     argv = with_config_file(argv)
     try:
-        if "workdir" in command.arguments and not named and (given.workdir or word):
+        if "workdir" in command.arguments.split() and not named and (given.workdir or word):
             from cgd_jax.workdir import read_config
 
             of_run = read_config(given.workdir or word)
@@ -132,7 +123,7 @@ def parse_config(
         sys.exit(f"error: {explained_config(error, argv)}")
 
 
-def fill(given: flags.FlagValues, names: tuple[str, ...], words: list[str]) -> None:
+def fill(given: flags.FlagValues, names: list[str], words: list[str]) -> None:
     """Gives words without dashes to the flags that they stand for; the last may take several."""
     left = [name for name in names if given[name].value is None]
     for word in words:
@@ -168,26 +159,29 @@ def with_config_file(argv: list[str]) -> list[str]:
     return argv
 
 
-def define(known: Mapping[str, Flag], names: tuple[str, ...]) -> flags.FlagValues:
+def define(known: Mapping[str, Flag], names: list[str]) -> flags.FlagValues:
     """Returns flags that are not parsed yet."""
     given = flags.FlagValues()
+    kinds = {"": flags.DEFINE_bool, "NUMBER": flags.DEFINE_integer}
     for name in names:
-        kind, what, _, default, options = known[name]
+        what, value, kind, default, options = known[name]
+        default = default if value else False
         if kind is flags.DEFINE_enum:
             kind(name, default, list(options), what, flag_values=given)
         else:
-            kind(name, default, what, *options, flag_values=given)
+            define_one: Callable[..., Any] = kind or kinds.get(value, flags.DEFINE_string)
+            define_one(name, default, what, *options, flag_values=given)
     return given
 
 
 def unknown_flag(flag: str, name: str, commands: Mapping[str, Command]) -> str:
     """Returns what is wrong with a flag that a command does not have, and what would be right."""
-    takers = [f"`{other}`" for other, command in commands.items() if flag in command.takes]
+    takers = [f"`{other}`" for other, command in commands.items() if flag in command.takes.split()]
     if takers:
         return f"--{flag} goes with {' and '.join(takers)}, not with `{name}`."
     keys = flatten(config_files.base_config().to_dict())
     alike = [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
-    if alike and "config" in commands[name].takes:
+    if alike and "config" in commands[name].takes.split():
         return f"there is no flag --{flag}; did you mean {' or '.join(alike)}?"
     return f"there is no flag --{flag}; `{name} --help` lists those that there are."
 
@@ -227,8 +221,8 @@ def help_text(
     command = commands[name]
     lines = wrapped(f"{name}: ", command.what)
     lines += ["", f"  {program} {name} {command.usage}", "", "Flags:"]
-    for flag in [*command.takes, *(flag for flag in OF_ALL if flag != "mode")]:
-        what, value = (CONFIG, "NAME") if flag == "config" else known[flag][1:3]
+    for flag in command.takes.split() + OF_ALL[1:]:
+        what, value = (CONFIG, "NAME") if flag == "config" else known[flag][:2]
         lines += [f"  --{flag}{'=' * bool(value)}{value}", *wrapped(" " * 8, what)]
     return "\n".join(lines)
 

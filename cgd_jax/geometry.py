@@ -62,14 +62,9 @@ def describe_batch(
 def describe_set(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Measures the embeddings of a whole test set.
 
-    Args:
-      embeddings: [N, D], N > 0, of any length.
-      labels: [N].
-      seed: of the choice of queries.
-
-    Returns:
-      What `describe_batch` returns but active_triplets. Of the distances of pairs it is the
-      root mean square; the hardest are means over 256 queries drawn at random.
+    Embeddings [N, D], N > 0, may have any length; labels are [N]. Returns what `describe_batch`
+    does but active_triplets. Of the distances of pairs it is the root mean square; the hardest are
+    means over 256 queries drawn at random.
     """
     unit = embeddings.astype(np.float32)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-6)
@@ -100,10 +95,9 @@ def describe_set(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> d
         known = squares[np.isfinite(squares)]
         return float(np.sqrt(np.maximum(0.0, known)).mean()) if known.size else float("nan")
 
-    per_pair = lambda sum_, pairs: np.array([sum_ / pairs if pairs else np.nan])
     return {
-        "positive_distance": mean_root(per_pair(within, pairs_within)),
-        "negative_distance": mean_root(per_pair(total - within, pairs_across)),
+        "positive_distance": mean_root(np.array([within / (pairs_within or np.nan)])),
+        "negative_distance": mean_root(np.array([(total - within) / (pairs_across or np.nan)])),
         "hardest_positive": mean_root(np.concatenate(farthest)),
         "hardest_negative": mean_root(np.concatenate(nearest)),
         "mean_embedding_norm": float(np.linalg.norm(mean)),

@@ -28,10 +28,7 @@ __all__ = ["make_gradients_of_batch", "make_train_step"]
 
 
 def make_train_step(
-    config: ConfigDict,
-    model: CGD,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
+    config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainStep:
     """Does what `train_step.make_train_step` does, `train.gradient_cache_chunk` images at a time.
 

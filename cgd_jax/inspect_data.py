@@ -20,13 +20,8 @@ from cgd_jax.train_step import step_key
 def show_data(config: ConfigDict, workdir: str) -> None:
     """Builds the data set and its caches, prints its splits, draws what the network will see.
 
-    Args:
-      config: see configs/base.py.
-      workdir: where samples.png goes: the images of the first batch after augmentation,
-        class by class.
-
-    Raises:
-      ConfigError: a config that cannot be run, or data that cannot be used.
+    samples.png in the work folder shows the first batch after augmentation, class by class. Raises
+    ConfigError.
     """
     validate(config)
     dataset, _, labels = open_data(config)

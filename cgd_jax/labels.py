@@ -9,16 +9,9 @@ __all__ = ["as_labels", "own_index", "shared_codes"]
 def as_labels(name: str, values: ArrayLike) -> np.ndarray:
     """Returns labels or ids as an array whose values are compared exactly.
 
-    Args:
-      name: what they are, for messages.
-      values: whole numbers of at most 64 bits, or texts; also as Python's objects, as pandas has
-        them.
-
-    Returns:
-      An array of int64, of uint64 if there are numbers beyond, or of texts.
-
-    Raises:
-      ValueError: floating-point numbers, which may not be exact; a mixture; something else.
+    They are whole numbers of at most 64 bits, or texts; also Python's objects, as pandas has them.
+    The array is of int64, of uint64 if there are numbers beyond, or of texts. Raises ValueError
+    for floating-point numbers, which may not be exact, for a mixture, and for anything else.
 
     >>> as_labels("labels", np.array(["cat", "dog"], object)).dtype.kind
     'U'
@@ -70,19 +63,10 @@ def shared_codes(name: str, query: ArrayLike, gallery: ArrayLike) -> tuple[np.nd
 
 
 def own_index(query_ids: ArrayLike, gallery_ids: ArrayLike, queries: int, items: int) -> np.ndarray:
-    """Where in the gallery each query itself is.
+    """Returns where in the gallery each query itself is, [Q] integers; -1 for nowhere.
 
-    Args:
-      query_ids: [Q], integers or strings.
-      gallery_ids: [G], likewise and unique.
-      queries: Q, the number of queries.
-      items: G, the number of gallery items.
-
-    Returns:
-      [Q] integers; -1 for nowhere.
-
-    Raises:
-      ValueError: ids that do not fit, or a gallery id that comes twice.
+    `queries` and `items` are how many ids, [Q] and [G] of integers or strings, there must be.
+    Raises ValueError for ids that do not fit, or a gallery id that comes twice.
 
     >>> own_index(["x", "y"], ["z", "x"], 2, 2)
     array([ 1, -1])

@@ -1,4 +1,4 @@
-"""A trained network, from wherever it is: `cgd_jax.open` is `open_network`.
+"""A trained network, from wherever it is: `cgd_jax.open`, see `handle`, is `open_network`.
 
 network = cgd_jax.open("runs/photos")  # or an export, a file, "owner/name", "efficientnet_lite0"
 vectors = network.embed(["a.jpg", "b.jpg"])  # [2, D], unit length
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,10 +30,7 @@ from cgd_jax.runtime import compiled, files, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.threads import CORES, parallel
 
-if TYPE_CHECKING:
-    from cgd_jax.search import Index
-
-__all__ = ["PACKAGED", "Network", "batch_sizes", "enough", "identify", "open_network"]
+__all__ = ["PACKAGED", "Network", "batch_sizes", "enough", "identify", "is_run", "open_network"]
 
 # Without a network of one's own: EfficientNet-Lite0 as ImageNet trained it, pooled by GeM.
 PACKAGED = "efficientnet_lite0"
@@ -136,19 +133,6 @@ class Network:
             self.vector,
         )
 
-    def index(self, images: str | Path, address: str | Path | None = None) -> "Index":
-        """Makes an index of images to search, or brings one up to date with them.
-
-        Args:
-          images: a folder, an archive, or a CSV with the columns path and label.
-          address: where the index lies; None is the folder `index` of a run, or runs/index.
-        """
-        from cgd_jax.search import Index, indexing
-
-        address = address or Path(self.name if _is_run(self.name) else "runs", "index")
-        indexing.update(str(address), [images], self)
-        return Index.open(address, self)
-
 
 def batch_sizes() -> tuple[int, ...]:
     """Returns how many images the device embeds at a time, each of which is compiled once."""
@@ -239,21 +223,20 @@ def _locate(source: str | Path | None) -> str:
     return path if name not in weight_files.PACKAGES and os.path.exists(path) else name
 
 
-def _is_run(name: str) -> bool:
+def is_run(name: str) -> bool:
+    """Returns whether this is the work folder of a run."""
     return Path(name, "checkpoints").is_dir()
 
 
 def _read(name: str, step: int | None = None) -> _Source:
-    if _is_run(name):
+    if is_run(name):
         packages.require("To open a run", "train", "orbax", "ml_collections")
         from cgd_jax.checkpoint import read_weights
         from cgd_jax.workdir import read_config
 
         config = read_config(name).to_dict()
         weights, normalization, step = read_weights(name, step)
-        return _Source(
-            name, weights, normalization, config, step, files.digest(flatten_dict(weights, sep="/"))
-        )
+        return _Source(name, weights, normalization, config, step, _digest(weights))
     if step is not None:
         raise InputError(f"step={step} is of a run, and {name} is none: it has no checkpoints/.")
     path = weight_files.find(name)
@@ -265,9 +248,11 @@ def _read(name: str, step: int | None = None) -> _Source:
         return _published(name, path, arrays, declared)
     config, weights = complete(json.loads(metadata["config"])), unflatten_dict(arrays, "/")
     step = int(metadata["step"]) if "step" in metadata else None
-    return _Source(
-        name, weights, declared, config, step, files.digest(flatten_dict(weights, sep="/"))
-    )
+    return _Source(name, weights, declared, config, step, _digest(weights))
+
+
+def _digest(weights: dict[str, Any]) -> str:
+    return files.digest(flatten_dict(weights, sep="/"))
 
 
 def _published(

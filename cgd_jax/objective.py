@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cgd_jax import losses
-from cgd_jax.losses.pairs import Miner
 from cgd_jax.models.cgd import Output
 
 __all__ = [
@@ -34,19 +33,11 @@ def measure_losses(
     memory: losses.Memory | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a batch (paper, section 3), and what is logged of it.
+    """Computes the loss of a batch (paper, section 3): the weighted sum, and what is logged of it.
 
-    Args:
-      config: the `loss` part of an experiment's config. A loss whose weight is 0 is not
-        computed and logged as 0.
-      labels: [B], in [0, M).
-      output: of the network; of several ranked vectors the ranking loss is the mean.
-      loss_params: from `create_loss_params`, for losses with proxies or centers.
-      memory: from `create_memory`, of the ranked vectors side by side.
-      key: of what the miner, or a loss with an argument `key`, draws.
-
-    Returns:
-      The weighted sum of both losses, a float32 scalar; {name: float32 scalar}.
+    A loss whose weight is 0 is not computed and logged as 0; of several ranked vectors the ranking
+    loss is the mean. `labels` [B] are in [0, M); `memory` is of the ranked vectors side by side;
+    `key` is of what the miner, or a loss with an argument `key`, draws.
     """
     ranking = classification = jnp.zeros(())
     logits = output.logits
@@ -86,7 +77,10 @@ def _ranking_loss(
     if "key" in inspect.signature(loss).parameters:
         options["key"] = key
     if config.ranking in losses.PAIR_LOSSES:
-        options["miner"] = _miner(config, key, ranked[0].shape[1])
+        options["miner"] = losses.MINERS[config.miner]
+        if config.miner == "distance_weighted":  # the one that draws
+            drawn = {"key": key, "dim": ranked[0].shape[1], **config.distance_weighted}
+            options["miner"] = functools.partial(options["miner"], **drawn)
     parts = []
     for i, vectors in enumerate(ranked):
         own = lambda array, i=i: jnp.split(array, len(ranked), -1)[i]
@@ -98,22 +92,8 @@ def _ranking_loss(
     return sum(parts[1:], parts[0]) / len(parts)
 
 
-def _miner(config: ConfigDict, key: jax.Array | None, dim: int) -> Miner:
-    miner = losses.MINERS[config.miner]
-    if config.miner == "distance_weighted":  # the one that draws
-        return functools.partial(miner, key=key, dim=dim, **config.distance_weighted)
-    return miner
-
-
 def loss_param_counts(config: ConfigDict) -> dict[str, int]:
-    """Returns how many vectors a class the losses of a config learn.
-
-    Args:
-      config: the `loss` part of an experiment's config.
-
-    Returns:
-      "proxies" of the ranking loss and "centers" of the classification, as far as they have any.
-    """
+    """Returns how many vectors a class the losses learn: "proxies", "centers", or both."""
     counts = {}
     if config.ranking_weight and config.ranking in losses.PROXY_LOSSES:
         counts["proxies"] = config.get(config.ranking, {}).get("centers", 1)
@@ -125,17 +105,7 @@ def loss_param_counts(config: ConfigDict) -> dict[str, int]:
 def create_loss_params(
     config: ConfigDict, seed: int, classes: int, dim: int
 ) -> dict[str, jax.Array]:
-    """Draws what the losses of a config learn.
-
-    Args:
-      config: the `loss` part of an experiment's config.
-      seed: an integer.
-      classes: M, in training.
-      dim: D, of the embedding.
-
-    Returns:
-      An array [M, count, D] float32 for every name in `loss_param_counts`.
-    """
+    """Draws what the losses of a config learn: [M, count, D] for every `loss_param_counts`."""
     # No step has this number, see `train_step.step_key`.
     key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
     keys = dict(zip(("proxies", "centers"), jax.random.split(key), strict=True))
@@ -151,10 +121,6 @@ def create_memory(config: ConfigDict, dim: int) -> losses.Memory | None:
 
 
 def triplet_margin(config: ConfigDict) -> float | None:
-    """Returns the margin of a triplet loss, or None where the ranking loss is another one.
-
-    Args:
-      config: the `loss` part of an experiment's config.
-    """
+    """Returns the margin of a triplet loss, or None where the ranking loss is another one."""
     is_triplet = config.ranking.endswith("triplet")
     return config.get(config.ranking, {}).get("margin") if is_triplet else None

@@ -16,15 +16,7 @@ __all__ = ["learning_rate_schedule", "make_optimizer", "moving_average"]
 
 
 def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step.
-
-    Args:
-      config: the `optimizer` part of an experiment's config.
-      steps: length of the whole run.
-
-    Returns:
-      step → learning rate.
-    """
+    """The learning rate as a function of the step, in a run of `steps`."""
     rate, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(rate, max(1, steps - warmup))
@@ -47,21 +39,12 @@ def make_optimizer(
     """The optimizer that a config names; parts of the network and proxies have their own rates.
 
     The rate of the FC layers, layer-wise decay and frozen blocks scale what comes out of it; for
-    the last two see `backbones.layer_factors`.
+    the last two, which need the backbone's module, see `backbones.layer_factors`. `proxies` says
+    whether there are `params["loss"]`, proxies or class centers.
 
     Weight decay applies to arrays of two axes and more, which leaves out scales and biases of
     norms, biases of layers, and GeM's exponents; and not to proxies, of which only the direction
     counts.
-
-    Args:
-      config: the `optimizer` part of an experiment's config.
-      steps: length of the whole run.
-      backbone: the module that `params["backbone"]` belongs to; None if its layers learn alike.
-      proxies: whether there are `params["loss"]`, proxies or class centers.
-
-    Returns:
-      A transformation of gradients for parameters with the top-level keys "backbone", "loss" and
-      others, of which those of the descriptors' FC layers begin with "fc_".
     """
     schedule = learning_rate_schedule(config, steps)
 
@@ -86,8 +69,7 @@ def make_optimizer(
         optax.trace(config.momentum) if config.name == "sgd" else optax.scale_by_adam(),
         optax.add_decayed_weights(config.weight_decay, is_kernel),
         optax.multi_transform(
-            {name: optax.scale_by_learning_rate(rate) for name, rate in rates.items()},
-            groups,
+            {name: optax.scale_by_learning_rate(rate) for name, rate in rates.items()}, groups
         ),
     ]
     if config.fc_lr_scale != 1:
@@ -110,15 +92,8 @@ def _scale(factor_of: Callable[[str, str], float]) -> optax.GradientTransformati
 def moving_average(average: dict, params: dict, step: jax.Array, decay: float) -> dict:
     """Does one step of an exponential moving average of parameters.
 
-    Args:
-      average: tree of arrays, the average so far.
-      params: the same tree, the parameters after this step.
-      step: int32, how many steps were averaged before this one.
-      decay: share of the old average, in (0, 1). At the beginning it is less, (1 + step) /
-        (10 + step), so that the first weights are soon forgotten.
-
-    Returns:
-      The new average.
+    `decay` is the share of the old average. In the first steps (`step` were averaged before) it is
+    less, (1 + step) / (10 + step), so that the first weights are soon forgotten.
     """
     kept = jnp.minimum(decay, (1 + step) / (10 + step))
     return optax.incremental_update(params, average, 1 - kept)

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cgd_jax.ranking import Places, Relevance, ranks_of_positives
-from cgd_jax.retrieval import check_matrix, check_rows
-from cgd_jax.runtime import processes
+from cgd_jax.ranking import Places, Relevance, measure_ranks
+from cgd_jax.retrieval import check_pair, check_rows
 
 __all__ = ["landmarks", "means", "ndcg", "places", "relevance", "revisited"]
 
@@ -81,8 +80,8 @@ def revisited(
     return found
 
 
-def _of_revisited(ranks, matches, ks):
-    place = np.arange(1, ranks.shape[1] + 1)
+def _of_revisited(ranks, ks):
+    matches, place = np.isfinite(ranks).sum(1), np.arange(1, ranks.shape[1] + 1)
     before = np.where(ranks > 1, (place - 1) / np.maximum(ranks - 1, 1), 1.0)
     found = {"map": np.sum(before + place / ranks, 1) / 2 / matches}
     last = ranks[np.arange(len(ranks)), matches - 1]
@@ -122,9 +121,9 @@ def landmarks(
     0.833
     """
 
-    def measure(ranks, matches):
+    def measure(ranks):
         precision = np.where(ranks <= depth, np.arange(1, ranks.shape[1] + 1) / ranks, 0.0)
-        found = {f"map@{depth}": precision.sum(1) / np.minimum(matches, depth)}
+        found = {f"map@{depth}": precision.sum(1) / np.minimum(np.isfinite(ranks).sum(1), depth)}
         return found | {f"recall@{k}": ranks[:, 0] <= k for k in ks}
 
     wanted = relevance(positives, len(np.asarray(gallery)))
@@ -159,7 +158,7 @@ def places(
     {'recall@1': 1.0}
     """
 
-    def measure(ranks, matches):
+    def measure(ranks):
         return {f"recall@{k}": ranks[:, 0] <= k for k in ks}
 
     wanted = relevance(positives, len(np.asarray(gallery)))
@@ -204,7 +203,7 @@ def ndcg(
     for level, step in zip(levels, np.diff(levels, prepend=0), strict=True):
         reach = [np.asarray(p)[g >= level] for p, g in zip(positives, grades, strict=True)]
         wanted = relevance(reach, len(np.asarray(gallery)))
-        found = _measure(query, gallery, wanted, lambda r, _: {"gain": discount(r)}, **options)
+        found = _measure(query, gallery, wanted, lambda ranks: {"gain": discount(ranks)}, **options)
         gain = gain + step * np.nan_to_num(found["gain"])
         best = best + step * np.array([discount(np.arange(1, n + 1)) for n in wanted.matches])
     name = f"ndcg@{depth}" if depth else "ndcg"
@@ -260,27 +259,16 @@ def _measure(
     query: ArrayLike,
     gallery: ArrayLike,
     wanted: Relevance,
-    measure: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
-    *,
-    first: bool = False,
+    measure: Callable[[np.ndarray], dict[str, np.ndarray]],
     **options: Any,
 ) -> dict[str, np.ndarray]:
-    """Returns {metric: [Q]} of a function of ranks [B, M] and matches [B], NaN without matches."""
-    query, gallery = (
-        np.asarray(check_rows(name, check_matrix(name, x)))
-        for name, x in (("query", query), ("gallery", gallery))
-    )
-    if query.shape[1] != gallery.shape[1] or len(query) != len(wanted.matches):
-        raise ValueError(
-            f"query and gallery must have embeddings of one size, and every query a list: got "
-            f"{query.shape}, {gallery.shape} and {len(wanted.matches)} lists"
-        )
+    """Returns {metric: [Q]} of a function of ranks [B, M], NaN without positives."""
+    query, gallery = check_pair(query, gallery, options.get("precision", "highest"))
+    if len(query) != len(wanted.matches):
+        raise ValueError(f"{len(query)} queries, but {len(wanted.matches)} lists of positives")
     if not wanted.matches.any():
         raise ValueError(f"none of the {len(query)} queries has a positive in the gallery")
-    names = list(measure(np.ones((0, 1)), np.ones(0, int)))
-    table = np.full((len(query), len(names)), -np.inf)
-    for rows, ranks in ranks_of_positives(query, gallery, wanted, first=first, **options):
-        table[rows] = np.stack(list(measure(ranks, wanted.matches[rows]).values()), 1)
-    if mesh := options.get("mesh"):
-        table = processes.merge_rows(table, mesh)
-    return dict(zip(names, np.where(table > -np.inf, table, np.nan).T, strict=True))
+    query, gallery = (
+        np.asarray(check_rows(name, x)) for name, x in (("query", query), ("gallery", gallery))
+    )
+    return measure_ranks(measure, query, gallery, wanted, **options)

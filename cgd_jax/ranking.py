@@ -6,13 +6,13 @@ rank of a positive is then the number of remaining items at least as similar, pl
 positives before it. Since positives and the others are compared within one product, they
 are rounded alike. Similarity is cosine.
 
-On a CPU, rows are counted by NumPy in threads; on other devices, by the program that made
-the product, so that no row leaves the device, whose memory must hold the gallery.
+On a CPU, NumPy counts in threads; on other devices the program that made the product does, so
+that no row leaves the device, whose memory must hold the gallery.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,14 @@ from jax.sharding import PartitionSpec as P
 
 from cgd_jax.runtime import processes, threads
 
-__all__ = ["TIE", "Places", "Relevance", "normalize", "ranks_of_positives"]
+__all__ = ["TIE", "Places", "Relevance", "measure_ranks", "normalize", "ranks_of_positives"]
 
 # Two float32 cosines closer than this count as equal: the order of summation alone, which
 # differs between kernels, moves them as much.
 TIE = 1e-6
 # Similarities that are held at a time, on each device: 256 MB.
 HELD = 2**26
-# Gallery items in one product on a CPU: few enough that memory for them is used again, where
-# the C library would ask the system for more than 32 MB anew each time.
+# Gallery items in one product on a CPU: memory for more is asked anew of the system each time.
 PART = 2**12
 # Up to so many positives, comparing a row with each of them is cheaper than sorting it.
 FEW = 64
@@ -60,17 +59,11 @@ class Places(NamedTuple):
 
 
 class Relevance(NamedTuple):
-    """What the gallery holds for every query.
+    """What the gallery holds for every query."""
 
-    Attributes:
-      positives: where its true matches are.
-      ignored: what is not searched, such as the query itself; also if it is a positive.
-      matches: [Q], the number of its positives that are not ignored.
-    """
-
-    positives: Places
-    ignored: Places
-    matches: np.ndarray
+    positives: Places  # its true matches
+    ignored: Places  # what is not searched, such as the query itself; also if it is a positive
+    matches: np.ndarray  # [Q], the number of its positives that are not ignored
 
 
 def ranks_of_positives(
@@ -89,7 +82,7 @@ def ranks_of_positives(
       gallery: [G, D], likewise.
       relevance: of the gallery for the queries.
       first: True ranks only the most similar positive.
-      precision: of the product, "highest", "high" or "default"; a CPU knows only the first.
+      precision: of the product, see `retrieval.top_k`; a CPU knows only "highest".
       mesh: whose devices share the queries; None for one device. Of several processes each
         ranks its share of the queries.
 
@@ -104,8 +97,7 @@ def ranks_of_positives(
     >>> list(ranks_of_positives(query, gallery, relevance))
     [(array([0]), array([[2.]]))]
     """
-    if mesh is None:
-        mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
+    mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1]) if mesh is None else mesh
     # Alike numbers of positives beside each other, as a block is as wide as its widest row.
     rows = np.argsort(relevance.matches, kind="stable")
     rows = rows[relevance.matches[rows] > 0]
@@ -117,39 +109,64 @@ def ranks_of_positives(
         yield from _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh)
 
 
+def measure_ranks(
+    measure: Callable[[np.ndarray], dict[str, np.ndarray]],
+    query: np.ndarray,
+    gallery: np.ndarray,
+    relevance: Relevance,
+    *,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """What a function makes of each query's ranks, from [B, M] to {name: [B]}, gathered.
+
+    Arguments are those of `ranks_of_positives`. Returns {name: [Q]}, NaN without a positive.
+
+    >>> positives = Places(items=np.array([1]), start=np.array([0]), end=np.array([1]))
+    >>> ignored, vectors = positives._replace(start=np.array([1])), np.float32([[1, 0], [1, 1]])
+    >>> relevance = Relevance(positives, ignored, matches=np.array([1]))
+    >>> measure_ranks(lambda ranks: {"mrr": 1 / ranks[:, 0]}, vectors[:1], vectors, relevance)
+    {'mrr': array([0.5])}
+    """
+    found = {}
+    for rows, ranks in ranks_of_positives(query, gallery, relevance, mesh=mesh, **options):
+        for name, values in measure(ranks).items():
+            found.setdefault(name, np.full(len(query), -np.inf))[rows] = values
+    if mesh is not None:
+        found = {name: processes.merge_rows(column, mesh) for name, column in found.items()}
+    return {name: np.where(column > -np.inf, column, np.nan) for name, column in found.items()}
+
+
 def _is_cpu(mesh):
     return mesh.devices.flat[0].platform == "cpu"
 
 
 def _ranks_on_cpu(query, gallery, relevance, rows, first):
     gallery = _of_unit_length(gallery)
+    block = _even(len(rows), max(1, min(2**11, HELD // len(gallery))))
+    similarity = np.empty((block, len(gallery)), np.float32)
+    # Products of one shape add in one order: the last part overlaps, the last block repeats.
     size = _even(len(gallery), PART)
-    parts = [slice(at, at + size) for at in range(0, len(gallery), size)]
-    block = _even(len(rows), max(1, HELD // len(gallery)))
+    starts = [min(at, len(gallery) - size) for at in range(0, len(gallery), size)]
 
-    def ranks_of_block(some):
-        # All products have one shape and so add in one order: the last block repeats queries,
-        # the last part has rows of zeros.
-        queries = normalize(query[np.resize(some, block)])
-        products = [np.asarray(_product(queries, _padded(gallery[p], size))) for p in parts]
-
-        def ranks_of_few(few):
-            width = 1 if first else relevance.matches[some[few]].max()
-            ranks = np.full((len(few), width), np.inf)
-            for i, place in zip(few, ranks, strict=True):
-                row = np.concatenate([product[i] for product in products])[: len(gallery)]
-                positives, ignored = (p.of(some[i]) for p in relevance[:2])
-                found = _ranks_in_row(row, positives, ignored, first)
-                place[: len(found)] = found
-            return some[few], ranks
-
-        step = int(np.clip(2**18 // relevance.matches[some].max(), 1, 64))
-        starts = range(0, len(some), step)
-        few = (np.arange(at, min(at + step, len(some))) for at in starts)
-        yield from threads.parallel(ranks_of_few, few)
+    def rank(part):
+        some, product = part
+        ranks = np.full((len(some), 1 if first else relevance.matches[some].max()), np.inf)
+        for q, row, place in zip(some, product, ranks, strict=True):
+            found = _ranks_in_row(row, *(places.of(q) for places in relevance[:2]), first)
+            place[: len(found)] = found
+        return some, ranks
 
     for at in range(0, len(rows), block):
-        yield from ranks_of_block(rows[at : at + block])
+        some = rows[at : at + block]
+        queries = normalize(query[np.resize(some, block)])
+        for start in starts:
+            end = start + size
+            similarity[:, start:end] = _product(queries, gallery[start:end])
+        few = int(np.clip(2**18 // relevance.matches[some].max(), 1, 64))
+        cuts = range(few, len(some), few)
+        parts = zip(np.split(some, cuts), np.split(similarity[: len(some)], cuts), strict=True)
+        yield from threads.parallel(rank, parts)
 
 
 @jax.jit
@@ -158,7 +175,7 @@ def _product(query, items):
 
 
 def _ranks_in_row(row, positives, ignored, first):
-    """Ranks in similarities [G], which are overwritten, as `_ranks_in_block` finds them."""
+    """Ranks in similarities [G], which are overwritten."""
     row[ignored] = -np.inf
     true = row[positives]
     row[positives] = -np.inf
@@ -190,20 +207,7 @@ def _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh):
 
 @partial(jax.jit, static_argnames=("first", "precision", "mesh"))
 def _ranks_in_block(gallery, query, positives, ignored, *, first, precision, mesh):
-    """Multiplies and counts on the devices of a mesh, which share the queries.
-
-    Args:
-      gallery: [G, D], of unit length.
-      query: [B, D].
-      positives: [B, W], places in the gallery, G for none.
-      ignored: [B, I], likewise.
-      first: True for the most similar positive only.
-      precision: of the product.
-      mesh: the devices.
-
-    Returns:
-      [B, W] int32, or [B, 1] with `first`: ranks in ascending order, then 0.
-    """
+    """Ranks [B, W] int32 of positives [B, W] in ascending order, then 0; [B, 1] with `first`."""
 
     def local(gallery, query, positives, ignored):
         row = jnp.arange(len(query))[:, None]
@@ -213,55 +217,43 @@ def _ranks_in_block(gallery, query, positives, ignored, *, first, precision, mes
         similarity = similarity.at[row, positives].set(-jnp.inf, mode="drop")
         true = true.max(1, keepdims=True) if first else jnp.sort(true, 1, descending=True)
         limits = true - TIE
-
-        def count(j, others):
-            return others.at[:, j].set(jnp.sum(similarity > limits[:, j, None], 1))
-
         if limits.shape[1] <= FEW:
-            others = lax.fori_loop(0, limits.shape[1], count, jnp.zeros(limits.shape, int))
+            others = lax.map(lambda limit: jnp.sum(similarity > limit[:, None], 1), limits.T).T
         else:
             search = jax.vmap(partial(jnp.searchsorted, side="right"))
             others = len(gallery) - search(jnp.sort(similarity, 1), limits)
         return jnp.where(true > -jnp.inf, jnp.arange(1, limits.shape[1] + 1) + others, 0)
 
-    divided = P(mesh.axis_names)
-    specs = (P(), divided, divided, divided)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=divided, check_vma=False)(
-        gallery, query, positives, ignored
-    )
+    of_query = P(mesh.axis_names)
+    specs = {"in_specs": (P(), of_query, of_query, of_query), "out_specs": of_query}
+    local = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    return local(gallery, query, positives, ignored)
 
 
 @jax.jit
 def normalize(x: jax.Array) -> jax.Array:
-    """Scales vectors [..., D] to unit length, in float32; zero vectors stay zero.
-
-    Unlike `combination.l2_normalize` it has no floor, and neither the largest nor the
-    smallest numbers overflow or vanish.
+    """Scales vectors [..., D] to unit length, in float32; zero vectors, and they alone, stay zero.
 
     >>> normalize(np.array([[3e38, 3e38, 3e38, 3e38], [0, 0, 0, 0]])).tolist()
     [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
     x = x.astype(jnp.float32)
-    # First to about 1, so that no square overflows or vanishes. Products, because XLA makes
-    # x / a / b into x / (a * b), which does overflow.
+    # First to about 1, so that no square overflows or vanishes. XLA makes x / a / b into
+    # x / (a * b), which would overflow.
     x = x * (1 / jnp.clip(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-37, 8e37))
     norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
     return x * (1 / jnp.where(norm > 0, norm, 1))
 
 
-def _of_unit_length(x):
+def _of_unit_length(x, rows=2**12):
     """Rows of unit length: x itself and not a copy where they have it, as embeddings do."""
     with np.errstate(over="ignore"):
         if np.abs(np.vecdot(x, x) - 1).max() < TIE / 2:
             return x
     scaled = np.empty(x.shape, np.float32)
-    for at in range(0, len(x), PART):
-        scaled[at : at + PART] = normalize(x[at : at + PART])
+    for at in range(0, len(x), rows):
+        scaled[at : at + rows] = normalize(x[at : at + rows])
     return scaled
-
-
-def _padded(rows, size):
-    return rows if len(rows) == size else np.pad(rows, ((0, size - len(rows)), (0, 0)))
 
 
 def _even(total, most):

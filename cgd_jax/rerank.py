@@ -3,6 +3,9 @@
 Pure functions, applied in this order: PCA-whitening, database-side augmentation, α-query
 expansion, k-reciprocal re-ranking. The first three give embeddings that `metrics` measures
 like any others; the last gives, per query, a new order of its nearest gallery items.
+
+Embeddings are of any real dtype and are L2-normalized here. `exclude` and `mesh` are as for
+`retrieval.top_k`, whose ValueErrors all functions raise.
 """
 
 import numpy as np
@@ -10,7 +13,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from cgd_jax.metrics import normalize
+from cgd_jax.ranking import normalize
 from cgd_jax.retrieval import check_matrix, check_rows, top_k
 
 __all__ = ["augment_database", "expand_queries", "k_reciprocal", "learn_whitening", "whiten"]
@@ -22,16 +25,12 @@ def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.n
     Learn it on the training set: on the test set it would look at what is measured.
 
     Args:
-      embeddings: [N, D], any real dtype.
-      dim: number of leading components that are kept, at most D and N - 1; None for all
-        with a variance above round-off.
+      embeddings: [N, D].
+      dim: number of leading components that are kept; None for all with a variance above
+        round-off. ValueError if it is larger than what these embeddings span.
 
     Returns:
       (mean [D], projection [D, dim]), float32, for `whiten`.
-
-    Raises:
-      ValueError: bad shapes, values that are not finite, or `dim` larger than what
-        these embeddings span.
 
     >>> mean, projection = learn_whitening([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     >>> mean.shape, projection.shape  # three points span a plane
@@ -75,22 +74,9 @@ def expand_queries(
 ) -> np.ndarray:
     """α-query expansion (Radenović et al., https://arxiv.org/abs/1711.02512, section 3.3).
 
-    Every query becomes the normalized sum of itself, with weight 1, and its k nearest
-    gallery items, with weight cosine^α (0 for negative cosines).
-
-    Args:
-      query: [Q, D].
-      gallery: [G, D].
-      k: neighbours that are added.
-      alpha: 0 for plain averages; the larger, the more the nearest count.
-      exclude: as for `retrieval.top_k`.
-      mesh: as for `retrieval.top_k`.
-
-    Returns:
-      [Q, D] float32, L2-normalized.
-
-    Raises:
-      ValueError: as `retrieval.top_k`; negative alpha.
+    Every query [Q, D] becomes the normalized sum, float32, of itself, with weight 1, and its k
+    nearest gallery items, with weight cosine^α (0 for negative cosines). With α = 0 these are plain
+    averages; the larger it is, the more the nearest count. ValueError if it is negative.
 
     >>> expand_queries([[1, 0]], [[0, 1], [1, 1]], k=1, alpha=0).round(3)
     array([[0.924, 0.383]], dtype=float32)
@@ -147,15 +133,12 @@ def k_reciprocal(
       k1: neighbours that may be reciprocal.
       k2: neighbours whose encodings are averaged, the item itself the first of them.
       original: share λ in [0, 1] of the original distance.
-      exclude: as for `retrieval.top_k`; only with a gallery.
-      mesh: as for `retrieval.top_k`.
+      exclude: only with a gallery.
+      mesh: as above.
 
     Returns:
       (distance [Q, k] float32, index [Q, k] int32), nearest first, as
       `metrics.recall_of_ranking` reads it; at equal distances the original order.
-
-    Raises:
-      ValueError: as `retrieval.top_k`, for any of k, k1 and k2; `original` outside [0, 1].
 
     >>> x = [[1, 0], [1, 0.1], [0, 1], [0.1, 1]]
     >>> distance, index = k_reciprocal(x, k=2, k1=1, k2=1)

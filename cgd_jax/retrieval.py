@@ -23,13 +23,18 @@ from numpy.typing import ArrayLike
 
 from cgd_jax.runtime import processes, threads
 
-__all__ = ["PRECISIONS", "check_matrix", "check_rows", "top_k"]
+__all__ = ["PRECISIONS", "top_k"]
 
 PRECISIONS = ("highest", "high", "default")
+# Rows of queries and, at most, of the gallery in one product. Memory is ITEMS × D +
+# QUERIES × ITEMS floats, over the devices of the mesh, and less on a CPU.
+QUERIES, ITEMS = 2048, 2**16
 ALIGNED = 128
 # Similarities in one product on a CPU: 16 MB.
 TILE = 2**22
 LAST = np.uint64(2**32 - 1)
+
+Matrix = np.ndarray | jax.Array
 
 
 def top_k(
@@ -40,8 +45,6 @@ def top_k(
     exclude: ArrayLike | None = None,
     precision: str = "highest",
     mesh: Mesh | None = None,
-    query_block: int = 2048,
-    gallery_block: int = 2**16,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k gallery items most similar to each query.
 
@@ -49,18 +52,15 @@ def top_k(
       query: [Q, D], any real dtype, used in float32.
       gallery: [G, D], likewise; NumPy arrays are streamed.
       k: neighbours per query, at most G (G - 1 with `exclude`).
-      exclude: [Q] integers, the gallery row that is the query itself and is not to be
-        found; -1 for none. None searches everything.
-      precision: of the matrix product, "highest" (full float32), "high" or "default".
+      exclude: [Q] integers, the gallery row that is the query itself and is not found; -1 for none.
+      precision: of the product, "highest" (full float32 on every device), "high" or "default" (the
+        device's fastest: TF32 or bfloat16).
       mesh: whose devices divide the gallery; None for one device. Of several processes each
         searches for some of the queries, and all must call.
-      query_block: rows of queries in one product.
-      gallery_block: rows of the gallery in one product, at most; memory is gallery_block × D +
-        query_block × gallery_block floats, over the devices of the mesh, and less on a CPU.
 
     Returns:
-      (similarity [Q, k] float32, index [Q, k] int32), NumPy arrays, most similar first;
-      among equals the lower index.
+      (similarity [Q, k] float32, index [Q, k] int32), NumPy arrays, most similar first; among
+      equals the lower index.
 
     Raises:
       ValueError: shapes that do not fit, NaN or infinite values, or too large a k.
@@ -69,12 +69,7 @@ def top_k(
     >>> similarity.tolist(), index.tolist()
     ([[3.0, 1.0]], [[1, 2]])
     """
-    query, gallery = check_matrix("query", query), check_matrix("gallery", gallery)
-    if query.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"query and gallery must have vectors of one size, got {query.shape} and "
-            f"{gallery.shape}"
-        )
+    query, gallery = check_pair(query, gallery, precision)
     most = len(gallery) - (exclude is not None)
     if k != int(k) or not 1 <= k <= most:
         raise ValueError(f"k must be a whole number from 1 to {most} for this gallery, got {k}")
@@ -85,18 +80,15 @@ def top_k(
             f"{exclude.shape}"
         )
     exclude = exclude.astype(np.int64)  # the rows of a block may be beyond smaller numbers
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
     if mesh is None:
         mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
     total, everyones = len(query), mesh
     share = processes.share_of_rows(mesh, total)
     query, exclude, mesh = query[share], exclude[share], processes.local_mesh(mesh)
-    what = (query, gallery, k, exclude, query_block, gallery_block)
     if _is_one_cpu(mesh):
-        found = _search_in_cache(*what)
+        found = _search_in_cache(query, gallery, k, exclude)
     else:
-        found = _search_on_devices(*what, precision=precision, mesh=mesh)
+        found = _search_on_devices(query, gallery, k, exclude, precision, mesh)
     merged = []
     for local, least in zip(found, (-np.inf, -1), strict=True):
         everything = np.full((total, k), least, local.dtype)
@@ -110,10 +102,9 @@ def _is_one_cpu(mesh):
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def _search_on_devices(query, gallery, k, exclude, query_block, gallery_block, *, precision, mesh):
-    """`top_k` of this process's queries, by the devices of its mesh."""
+def _search_on_devices(query, gallery, k, exclude, precision, mesh):
     divided, everywhere = (NamedSharding(mesh, p) for p in (P(mesh.axis_names), P()))
-    block = min(query_block, len(query))
+    block = min(QUERIES, len(query))
     queries = -(-len(query) // block)
     fill = -len(query) % block  # rows of zeros, so that all blocks have one shape
     exclude = np.pad(exclude, (0, fill))
@@ -122,13 +113,11 @@ def _search_on_devices(query, gallery, k, exclude, query_block, gallery_block, *
     # The few items behind the last multiple of ALIGNED are a block of their own, because
     # `_largest` copies similarities whose columns are not.
     whole = len(gallery) // (ALIGNED * mesh.size) * ALIGNED * mesh.size
-    edges = sorted({*range(0, len(gallery), gallery_block), whole, len(gallery)})
+    edges = sorted({*range(0, len(gallery), ITEMS), whole, len(gallery)})
     for start, end in itertools.pairwise(edges):
         items = check_rows("gallery", gallery[start:end], start)
         padding = -len(items) % mesh.size
-        if padding:
-            items = np.pad(items, ((0, padding), (0, 0)))
-        items = jax.device_put(items, divided)
+        items = jax.device_put(np.pad(items, ((0, padding), (0, 0))) if padding else items, divided)
         # While one block of the gallery is searched the next is read, and no third one:
         # device memory holds two.
         jax.block_until_ready(best)
@@ -169,13 +158,9 @@ def _search(query, exclude, similarity, index, items, start, *, precision, mesh,
         similarity, chosen = lax.top_k(jnp.concatenate([similarity, value], 1), k)
         return similarity, jnp.take_along_axis(jnp.concatenate([index, at], 1), chosen, 1)
 
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(), P(), P(), P(), P(axes), P()),
-        out_specs=P(),
-        check_vma=False,
-    )(query, exclude, similarity, index, items, start)
+    specs = {"in_specs": (P(), P(), P(), P(), P(axes), P()), "out_specs": P()}
+    local = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    return local(query, exclude, similarity, index, items, start)
 
 
 def _largest(x, k):
@@ -196,25 +181,24 @@ def _largest(x, k):
     return value, jnp.take_along_axis(chosen, at // group, 1) * group + at % group
 
 
-def _search_in_cache(query, gallery, k, exclude, query_block, gallery_block):
+def _search_in_cache(query, gallery, k, exclude):
     """`top_k` by products of NumPy.
 
-    While one product is made, a thread looks at what exceeds the k-th best so far in the last
-    one. The best are held as keys that order by similarity, and among equals by index, the
-    lower one first.
+    While one product is made, a thread looks at what exceeds the k-th best so far in the last one.
+    The best are held as keys that order by similarity, and among equals by index, the lower first.
     """
     query, gallery = (np.asarray(x) if isinstance(x, jax.Array) else x for x in (query, gallery))
     query = check_rows("query", query)
     best = np.zeros((len(query), k), np.uint64)
-    most = min(query_block, len(query))
-    size = min(gallery_block, len(gallery), max(TILE // most, 4 * k))
+    most = min(QUERIES, len(query))
+    size = min(ITEMS, len(gallery), max(TILE // most, 4 * k))
     most = min(most, max(TILE // size, 1))
     # New memory for every product would cost page faults.
     memory = itertools.cycle([np.empty(most * size, np.float32) for _ in range(2)])
     with ThreadPoolExecutor(threads.CORES) as pool:
         last = pool.submit(lambda: None)
-        for block in range(0, len(gallery), gallery_block):
-            loaded = _as_float32("gallery", gallery[block : block + gallery_block])
+        for block in range(0, len(gallery), ITEMS):
+            loaded = _as_float32("gallery", gallery[block : block + ITEMS])
             starts = range(0, len(loaded), size)
             for at, begin in itertools.product(range(0, len(query), most), starts):
                 rows, start = slice(at, at + most), block + begin
@@ -293,31 +277,31 @@ def _similarity(keys):
     return np.where(keys == 0, np.float32(-np.inf), found)
 
 
-def check_matrix(name: str, x: ArrayLike) -> np.ndarray | jax.Array:
-    """Returns x as an array where it is, on disk or a device; ValueError if not [N, D].
+def check_pair(query: ArrayLike, gallery: ArrayLike, precision: str) -> tuple[Matrix, Matrix]:
+    """Returns both by `check_matrix`; ValueError for two sizes or an unknown precision."""
+    query, gallery = check_matrix("query", query), check_matrix("gallery", gallery)
+    if query.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"query and gallery must have vectors of one size, got {query.shape} and "
+            f"{gallery.shape}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return query, gallery
 
-    >>> check_matrix("query", [[1, 2, 3]]).shape
-    (1, 3)
-    """
+
+def check_matrix(name: str, x: ArrayLike) -> Matrix:
+    """Returns x as an array where it is, on disk or a device; ValueError if not [N, D]."""
     matrix: Any = x if hasattr(x, "shape") else np.asarray(x)
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise ValueError(f"{name} must be [N, D] with N and D at least 1, got {matrix.shape}")
     return matrix
 
 
-def check_rows(name: str, rows: np.ndarray | jax.Array, start: int = 0) -> np.ndarray | jax.Array:
-    """Returns some rows of a matrix in float32, where they are.
+def check_rows(name: str, rows: Matrix, start: int = 0) -> Matrix:
+    """Returns rows of a matrix, from `start` on, in float32 and where they are.
 
-    Args:
-      name: of the matrix, for errors.
-      rows: [N, D].
-      start: which row of the matrix the first one is.
-
-    Raises:
-      ValueError: no real numbers; a row is NaN or infinite.
-
-    >>> check_rows("query", [[1, 2]])
-    array([[1., 2.]], dtype=float32)
+    ValueError, with the matrix's name, if they are no real numbers, or one is NaN or infinite.
     """
     rows = _as_float32(name, rows)
     if isinstance(rows, jax.Array):

@@ -92,19 +92,13 @@ def create_run(config: ConfigDict, workdir: str) -> Run:
 def open_run(
     workdir: str, step: int | None = None, config: ConfigDict | None = None
 ) -> tuple[Run, State]:
-    """Opens a run of the past at one of its checkpoints.
+    """Opens a run of the past at one of its checkpoints; step None is the chosen one.
 
-    Args:
-      workdir: folder of the run.
-      step: of the checkpoint; None for the chosen one, see `checkpoint.save`.
-      config: the run's own, perhaps with another `eval` part; None for just the run's.
-
-    Returns:
-      The run, and its state.
+    `config` is the run's own, perhaps with another `eval` part; None for just the run's.
 
     Raises:
-      FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
-      ConfigError: as `create_run`.
+      FileNotFoundError: There is no run in `workdir`, or no such checkpoint.
+      ConfigError: As `create_run`.
     """
     config = read_config(workdir) if config is None else config
     run = create_run(config, workdir)
@@ -115,11 +109,7 @@ def open_run(
 
 
 def initial_state(run: Run) -> State:
-    """Returns the state at step 0: random weights, or those that `model.pretrained` names.
-
-    Raises:
-      ConfigError: There is no such source, or it does not fit the network.
-    """
+    """Returns the state at step 0: random weights, or those that `model.pretrained` names."""
     state = run.create_state()
     if run.config.model.pretrained:
         state = load_pretrained(run.config.model, state)
@@ -127,11 +117,7 @@ def initial_state(run: Run) -> State:
 
 
 def name_backbone(config: ConfigDict) -> ConfigDict:
-    """Returns a valid config, in which the backbone has its name in the place of "auto".
-
-    Raises:
-      ConfigError: The config cannot be run, or nothing says which backbone the weights are of.
-    """
+    """Returns a valid config, in which the backbone has its name in the place of "auto"."""
     validate(config)
     if config.model.backbone != AUTO:
         return config
@@ -145,15 +131,7 @@ def name_backbone(config: ConfigDict) -> ConfigDict:
 
 
 def check_batch(config: ConfigDict, devices: int) -> None:
-    """Checks that a batch, and every chunk of it, can be shared out evenly.
-
-    Args:
-      config: the `train` part of an experiment's config.
-      devices: how many there are.
-
-    Raises:
-      ConfigError: They cannot; it names sizes that can.
-    """
+    """Checks that a batch of a config's `train`, and every chunk, can be shared out evenly."""
     classes, per_class = config.classes_per_batch, config.images_per_class
     chunk, images = config.gradient_cache_chunk, classes * per_class
     if images % devices:
@@ -173,11 +151,7 @@ def check_batch(config: ConfigDict, devices: int) -> None:
 
 
 def check_options(config: ConfigDict, dataset: Dataset) -> None:
-    """Checks that the inference options of a config fit into the data set.
-
-    Raises:
-      ConfigError: One asks for more neighbours or dimensions than there are; it says how many.
-    """
+    """Refuses inference options that ask for more neighbours or dimensions than there are."""
     wanted, model = config.eval, config.model
     if wanted.complementarity and dataset.query.truth is not None:
         raise ConfigError(
@@ -203,16 +177,9 @@ def check_options(config: ConfigDict, dataset: Dataset) -> None:
 def load_pretrained(config: ConfigDict, state: State) -> State:
     """Puts published weights, or those of an earlier run, into a state at step 0.
 
-    Args:
-      config: the `model` part of an experiment's config. `pretrained` is the folder of a run,
-        whose chosen checkpoint is taken, or what `pretrained.load` knows.
-      state: from `create_state`.
-
-    Returns:
-      The state with the weights, laid over the devices as before.
-
-    Raises:
-      ConfigError: There is no such source, or it does not fit the network.
+    `pretrained` of a config's `model` is the folder of a run, whose chosen checkpoint is taken, or
+    what `pretrained.load` knows. Raises ConfigError if there is no such source, or it does not fit
+    the network.
     """
     variables = {"params": network_params(state.params), "batch_stats": state.batch_stats}
     source = config.pretrained
@@ -240,12 +207,8 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
 def open_data(config: ConfigDict) -> tuple[Dataset, Dataset | None, np.ndarray]:
     """Opens the data set of a config, building it first if need be.
 
-    Returns:
-      The data set; its validation classes, if there are any; the labels [N] int32 of its training
-      images, in [0, M).
-
-    Raises:
-      ConfigError: Something is wrong with the source, the data set or the disk.
+    Returns the data set; its validation classes, if there are any; the labels [N] int32 of its
+    training images, in [0, M).
     """
     try:
         # What the first process builds the others find built, if they share its disk.
@@ -269,14 +232,8 @@ def fit_to_data(
 ) -> ConfigDict:
     """Returns a config in which batch and steps, where they are 0, suit the training images.
 
-    Args:
-      config: of the experiment.
-      labels: [N], of the training images.
-      devices: how many share a batch.
-      workdir: of the run; what it began with counts, if it has begun.
-
-    Raises:
-      ConfigError: There are fewer classes than a batch needs; it says what can be done.
+    If a run in `workdir` has begun, what it began with counts. Raises ConfigError if there are
+    fewer classes than a batch needs; it says what can be done.
     """
     train, classes = config.train, len(np.unique(labels))
     fitted = {}

@@ -10,109 +10,80 @@ COMMANDS = {
     "index": Command(
         "embeds your own images into an index, or brings it up to date",
         "IMAGES",
-        ("index", "model", "images", "vector", "precision", "whiten"),
-        ("images",),
+        "index model images vector precision whiten",
+        "images",
         "search",
     ),
     "search": Command(
         "finds the images of an index that are most like another one",
         "A.jpg",
-        (
-            "index",
-            "model",
-            "query",
-            "k",
-            "where",
-            "exact",
-            "crop",
-            "duplicates",
-            "similarity",
-            "json",
-            "picture",
-        ),
-        ("query",),
+        "index model query k where exact crop duplicates similarity json picture",
+        "query",
         "search",
     ),
     "serve": Command(
         "shows an index in the browser; of a folder that has none yet, it makes one first",
         "IMAGES",
-        ("index", "model", "images", "host", "port", "show_paths"),
-        ("images",),
+        "index model images host port show_paths",
+        "images",
         "serve",
     ),
 }
 FLAGS = {
     "query": Flag(
-        flags.DEFINE_multi_string,
         "An image; for search also a folder, and several times. Without it explain takes pairs of "
         "the test set.",
         "FILE",
+        kind=flags.DEFINE_multi_string,
     ),
     "index": Flag(
-        flags.DEFINE_string,
         "A folder, s3://..., a file that ends in .db, or the address of a Milvus server; else the "
         "folder index of the run, or runs/index.",
         "ADDRESS",
     ),
     "images": Flag(
-        flags.DEFINE_multi_string,
         "A folder, an archive or a CSV; may be given several times.",
         "FOLDER",
+        kind=flags.DEFINE_multi_string,
     ),
     "model": Flag(
-        flags.DEFINE_string,
         "An exported network: a file, a folder, or a Hugging Face repository, owner/name or "
         "owner/name@revision; else that of --workdir, else the index's, else EfficientNet-Lite0 "
         "with G.",
         "FILE",
     ),
-    "vector": Flag(
-        flags.DEFINE_string,
-        "Which vector, as config.eval.vector; else what was trained.",
-        "NAME",
-    ),
+    "vector": Flag("Which vector, as config.eval.vector; else what was trained.", "NAME"),
     "precision": Flag(
-        flags.DEFINE_enum,
         "Of the vectors: float32 or float16; else float32.",
         "NAME",
+        kind=flags.DEFINE_enum,
         options=("float32", "float16"),
     ),
     "whiten": Flag(
-        flags.DEFINE_integer,
-        "Dimensions of PCA-whitened vectors; else all as they are.",
-        options=(1,),
+        "Dimensions of PCA-whitened vectors; else all as they are.", "NUMBER", options=(1,)
     ),
-    "k": Flag(flags.DEFINE_integer, "How many images; else 20.", default=20, options=(1,)),
-    "where": Flag(
-        flags.DEFINE_string, "Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"
-    ),
-    "exact": Flag(flags.DEFINE_bool, "Compares with every image.", "", False),
-    "crop": Flag(
-        flags.DEFINE_string, "The part of the query to search by, in pixels.", "X,Y,WIDTH,HEIGHT"
-    ),
-    "duplicates": Flag(
-        flags.DEFINE_bool, "Lists groups of images that are nearly the same.", "", False
-    ),
+    "k": Flag("How many images; else 20.", "NUMBER", default=20, options=(1,)),
+    "where": Flag("Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"),
+    "exact": Flag("Compares with every image."),
+    "crop": Flag("The part of the query to search by, in pixels.", "X,Y,WIDTH,HEIGHT"),
+    "duplicates": Flag("Lists groups of images that are nearly the same."),
     "similarity": Flag(
-        flags.DEFINE_float, "With --duplicates: the cosine from which they are; else 0.94."
+        "With --duplicates: the cosine from which they are; else 0.94.",
+        "NUMBER",
+        kind=flags.DEFINE_float,
     ),
-    "json": Flag(flags.DEFINE_bool, "Prints JSON, and nothing else.", "", False),
+    "json": Flag("Prints JSON, and nothing else."),
     "picture": Flag(
-        flags.DEFINE_string,
-        "The PNG that shows what was found; else search.png, or duplicates.png.",
-        "FILE",
+        "The PNG that shows what was found; else search.png, or duplicates.png.", "FILE"
     ),
     "host": Flag(
-        flags.DEFINE_string,
         "The address of this machine to listen at, such as 0.0.0.0 for all, where a token is "
         "needed; else 127.0.0.1.",
         "ADDRESS",
-        "127.0.0.1",
+        default="127.0.0.1",
     ),
-    "port": Flag(
-        flags.DEFINE_integer, "Where to listen; else 8000.", default=8000, options=(0, 65535)
-    ),
-    "show_paths": Flag(flags.DEFINE_bool, "Tells where images lie.", "", False),
+    "port": Flag("Where to listen; else 8000.", "NUMBER", default=8000, options=(0, 65535)),
+    "show_paths": Flag("Tells where images lie."),
 }
 
 

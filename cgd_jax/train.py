@@ -12,18 +12,12 @@ from ml_collections import ConfigDict
 from cgd_jax import checkpoint, gradient_caching, train_step
 from cgd_jax.config import to_dict
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
-from cgd_jax.evaluate import (
-    embed_test,
-    evaluate_state,
-    evaluate_step,
-    log_results,
-    measure,
-    measure_baselines,
-)
+from cgd_jax.evaluate import embed_test, evaluate_state, evaluate_step, measure, measure_baselines
 from cgd_jax.models.cgd import network_params
 from cgd_jax.objective import triplet_margin
 from cgd_jax.reports import collapse, plots, tables, trackers
 from cgd_jax.reports.history import History, Progress
+from cgd_jax.reports.summary import log_results
 from cgd_jax.reports.throughput import Meter, flops_per_image, peak_flops
 from cgd_jax.run import Run, create_run, initial_state
 from cgd_jax.runtime import console, files, interrupts, locks, processes
@@ -39,15 +33,8 @@ class Diverged(UserError):
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     """Trains what a config describes, or goes on with it, and evaluates the chosen checkpoint.
 
-    The work folder then holds config.json, history.csv, curves.png, retrievals.png,
-    results.json, the checkpoints and TensorBoard events.
-
-    Args:
-      config: see configs/base.py.
-      workdir: folder of the run; one with checkpoints of the same config is resumed.
-
-    Returns:
-      What results.json holds.
+    The work folder then holds config.json, history.csv, curves.png, retrievals.png, results.json,
+    the checkpoints and TensorBoard events. Returns what results.json holds.
 
     Raises:
       ConfigError: The config cannot be run, or the work folder holds a run of another one.
@@ -58,10 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     started = time.time()
     run = create_run(config, workdir)
     config, folder = run.config, run.folder
-    with (
-        locks.one_run_in(workdir),
-        checkpoint.manager(workdir, config.train.keep) as checkpoints,
-    ):
+    with locks.one_run_in(workdir), checkpoint.manager(workdir, config.train.keep) as checkpoints:
         check_data(workdir, run.dataset)
         state = checkpoint.restore_latest(checkpoints, run.state_shapes())
         resumed = state is not None
@@ -102,26 +86,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
 
 
 def train(
-    run: Run,
-    state: State,
-    checkpoints: ocp.CheckpointManager,
-    meter: Meter,
-    history: History,
+    run: Run, state: State, checkpoints: ocp.CheckpointManager, meter: Meter, history: History
 ) -> tuple[State, bool]:
-    """Trains from a state to the last step, or until a signal comes.
+    """Trains from a state, whose buffers are donated, to the last step, or until a signal comes.
 
-    Args:
-      run: what is trained on what.
-      state: where to begin; its buffers are donated to the first step.
-      checkpoints: from `checkpoint.manager`; the last state is among them at the end.
-      meter: measures how fast it goes.
-      history: gets a row whenever something is logged or evaluated.
-
-    Returns:
-      The last state; whether a signal ended training early.
-
-    Raises:
-      Diverged: The loss was not finite.
+    Returns the last state, which is among the checkpoints then, and whether a signal came. Raises
+    Diverged if the loss is not finite.
     """
     config, first, steps = run.config, int(state.step), run.config.train.steps
     sample_indices = batch_positions(config, run.labels)
@@ -217,9 +187,8 @@ def measure_chosen(
 ) -> dict:
     """Measures the chosen checkpoint on the test classes, and beside it the last step.
 
-    Returns:
-      What `evaluate_state` does, with "chosen by", and if they are there "validation", the
-      recalls of the validation classes at that step, and "last step", its "step" and "metrics".
+    Returns what `evaluate_state` does, with "chosen by", and if they are there "validation", the
+    recalls of the validation classes at that step, and "last step", its "step" and "metrics".
     """
     state = checkpoint.restore(checkpoints, run.state_shapes())
     results, chosen = evaluate_state(run, state), int(state.step)
@@ -240,14 +209,10 @@ def batch_size(config: ConfigDict) -> int:
 
 
 def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) -> None:
-    """Starts or ends the profiler's trace before a step.
+    """Starts or ends the profiler's trace before a step; "10:15" traces the steps 10 to 14.
 
-    Args:
-      profile_steps: "10:15" traces the steps 10 to 14; "" none.
-      first: steps done when this process started; one resumed within the trace makes none.
-      step: the step that comes next.
-      folder: the trace goes to `profile` below it.
-      metrics: of the previous step, which is waited for.
+    `first` steps were done when this process started: one that was resumed within the trace makes
+    none. `metrics` are those of the previous step, which is waited for.
     """
     if not profile_steps:
         return
@@ -266,16 +231,7 @@ def profile(profile_steps: str, first: int, step: int, folder: Path, metrics) ->
 def stop_if_not_finite(run: Run, sample_indices, step: int, metrics: dict) -> None:
     """Waits for a step, and ends a run after `train.skip_nonfinite` steps without a finite loss.
 
-    The metrics and the images of the step are written to nonfinite.json first.
-
-    Args:
-      run: what is trained on what.
-      sample_indices: step → positions of the images of a batch.
-      step: the step of the metrics, from 1.
-      metrics: of the step.
-
-    Raises:
-      Diverged: More steps in a row than that; the message says what to look at.
+    The metrics and the images of the step are written to nonfinite.json before Diverged is raised.
     """
     if int(metrics["skipped"]) <= run.config.train.skip_nonfinite:
         return

@@ -44,26 +44,13 @@ TrainStep = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.A
 
 
 def make_train_step(
-    config: ConfigDict,
-    model: CGD,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
+    config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainStep:
-    """Compiles a training step for all devices of a mesh.
+    """Compiles (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics).
 
-    It is written for the global batch and partitioned by the compiler: batch-hard mining looks at
-    the images of all devices, BatchNorm sees global statistics, and n devices compute what one
-    computes.
-
-    Args:
-      config: of the experiment.
-      model: the network.
-      optimizer: from `make_optimizer`.
-      mesh: has the one axis "data".
-
-    Returns:
-      (state, images [B, S, S, 3] uint8, labels [B] int32) → (state, metrics); the state is
-      donated.
+    The state is donated. The step is written for the global batch and partitioned by the compiler
+    over the mesh's one axis "data": batch-hard mining looks at the images of all devices, BatchNorm
+    sees global statistics, and n devices compute what one computes.
     """
     replicated, batch_sharding = shardings(mesh)
 
@@ -96,18 +83,10 @@ def prepare(config: ConfigDict, state: State, images: jax.Array) -> jax.Array:
 def gradients_of_batch(
     config: ConfigDict, model: CGD, state: State, images: jax.Array, labels: jax.Array
 ) -> tuple[dict, dict, dict, Output]:
-    """Computes the gradient of the loss from all images at once.
+    """Computes the gradient of the loss from all images at once, [B, s, s, 3] of `prepare`.
 
-    Args:
-      config: of the experiment.
-      model: the network.
-      state: its parameters are differentiated.
-      images: [B, s, s, 3], from `prepare`.
-      labels: [B], in [0, M).
-
-    Returns:
-      The gradient, as the parameters; new BatchNorm statistics; metrics; the output, with its
-      descriptors.
+    Returns the gradient, as the parameters; new BatchNorm statistics; metrics; the output, with
+    its descriptors.
     """
 
     def loss_of(params):
@@ -139,25 +118,13 @@ def measure_losses(
 
 @jax.named_scope("signs_of_collapse")
 def describe_step(
-    config: ConfigDict,
-    model: CGD,
-    state: State,
-    output: Output,
-    labels: jax.Array,
+    config: ConfigDict, model: CGD, state: State, output: Output, labels: jax.Array
 ) -> dict[str, jax.Array]:
     """Measures how the embeddings of a batch lie, and which loss pulls the backbone how much.
 
-    Args:
-      config: of the experiment.
-      model: the network.
-      state: before the step.
-      output: of the step, with its descriptors.
-      labels: [B], in [0, M).
-
-    Returns:
-      What `geometry.describe_batch` does, and ranking_gradient and classification_gradient:
-      norms of the gradients of both weighted losses with respect to the descriptors, which is
-      where they meet. Float32 scalars.
+    Returns what `geometry.describe_batch` does, and ranking_gradient and classification_gradient:
+    norms of the gradients of both weighted losses with respect to the descriptors, which is where
+    they meet.
     """
 
     def loss_of(descriptors, part):

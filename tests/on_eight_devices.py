@@ -128,10 +128,10 @@ def the_nearest_are_the_same():
     query, gallery = (rng.integers(-2, 3, (n, 6)).astype(np.float32) for n in (13, 203))
     exclude = rng.integers(-1, 203, 13)
     for k, block in ((3, 2**16), (60, 30)):
-        options = {"exclude": exclude, "gallery_block": block}
-        alone = retrieval.top_k(query, gallery, k, **options)
+        retrieval.ITEMS = block
+        alone = retrieval.top_k(query, gallery, k, exclude=exclude)
         for mesh in MESHES:
-            shared = retrieval.top_k(query, gallery, k, mesh=mesh, **options)
+            shared = retrieval.top_k(query, gallery, k, mesh=mesh, exclude=exclude)
             assert all(map(np.array_equal, alone, shared)), (mesh, k)
 
 

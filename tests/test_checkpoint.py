@@ -15,7 +15,18 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from cgd_jax import checkpoint, losses, train_step, workdir
+from cgd_jax import (
+    checkpoint,
+    evaluate,
+    explain,
+    export,
+    losses,
+    network,
+    run,
+    train,
+    train_step,
+    workdir,
+)
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.runtime.errors import ConfigError
 from configs import glyphs
@@ -94,6 +105,9 @@ def damage(folder, how):
         files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
     elif how == "zeroed":
         files[-1].write_bytes(bytes(files[-1].stat().st_size))
+    elif how == "manifest cut short":
+        manifest = folder / "default/manifest.ocdbt"
+        manifest.write_bytes(manifest.read_bytes()[:40])
     elif how == "half renamed":
         (folder / "default").rename(folder / "default.orbax-checkpoint-tmp-1")
     elif how == "emptied":
@@ -101,7 +115,10 @@ def damage(folder, how):
         folder.mkdir()
 
 
-@pytest.mark.parametrize("how", ["file removed", "truncated", "zeroed", "half renamed", "emptied"])
+@pytest.mark.parametrize(
+    "how",
+    "file removed,truncated,zeroed,manifest cut short,half renamed,emptied".split(","),
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog, how):
     rng = np.random.default_rng(0)
     saved = {step: state_with(step, jnp.asarray(rng.normal(size=5000))) for step in (3, 7)}
@@ -133,52 +150,69 @@ def test_checkpoints_of_which_none_can_be_read_are_left_alone(tmp_path):
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
-def flip(path, rng):
-    """Flips one bit of a file; returns what it was."""
-    before = path.read_bytes()
-    content = bytearray(before)
-    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
-    path.write_bytes(content)
-    return before
-
-
-def test_no_flipped_bit_changes_weights_in_silence(tmp_path, caplog):
-    """Anywhere in a checkpoint: it is read as it was saved, or the one before with a warning."""
-    rng = np.random.default_rng(0)
-    saved = {
-        step: state_with(step, jnp.asarray(rng.normal(size=30_000), jnp.float32)) for step in (3, 7)
-    }
-    with checkpoint.manager(tmp_path / "run", keep=5) as checkpoints:
-        for step, state in saved.items():
-            checkpoint.save(checkpoints, state, step / 10)
-    shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    files = [p for p in (tmp_path / "run/checkpoints/7").rglob("*") if p.is_file()]
-    (large,) = (p for p in files if p.stat().st_size > 50_000)
-    set_aside = 0
-    for path in [large] * 25 + files:
-        if path.stat().st_size == 0:
-            continue
-        before = flip(path, rng)
+@pytest.mark.slow
+def test_no_flipped_bit_changes_a_run_in_silence(finished_run, tmp_path, caplog):
+    """40 of them, anywhere in its best checkpoint, before everything that restores one."""
+    config, finished, _ = finished_run
+    shapes = run.create_run(config, str(finished)).state_shapes()
+    with checkpoint.manager(finished) as checkpoints:
+        saved = {i: checkpoint.restore(checkpoints, shapes, i) for i in checkpoints.all_steps()}
+    step = finished / "checkpoints" / str(max(saved))
+    files = [path for path in step.rglob("*") if path.is_file() and path.stat().st_size]
+    sizes = np.array([path.stat().st_size for path in files])
+    rng, reported = np.random.default_rng(0), 0
+    for i in range(40):
+        folder = shutil.copytree(finished, tmp_path / str(i))
+        path = rng.choice(files, p=sizes / sizes.sum())
+        path = folder / path.relative_to(finished)
+        content = bytearray(path.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
         caplog.clear()
         try:
-            weights, _, step = checkpoint.read_weights(tmp_path / "run")
-        except ConfigError as error:  # the R@1, by which it is chosen
-            assert "The score in" in str(error) and path.name == "metrics"
-        else:
-            assert_same(weights["params"], saved[step].params)
-            assert step == 7 or "Checkpoint 7 is damaged; 3 takes its place" in caplog.text
+            with checkpoint.manager(folder) as checkpoints:  # eval
+                found = checkpoint.restore(checkpoints, shapes)
+            assert_same(found, saved[int(found.step)])
+            assert found.step == max(saved) or "is damaged" in caplog.text
+            caplog.clear()
+            weights, _, step = checkpoint.read_weights(folder)  # export, explain, index, pretrained
+            assert_same(weights["params"], saved[step].variables()["params"])
+            assert step == max(saved) or "is damaged" in caplog.text
+        except (ConfigError, OSError) as error:
+            assert "damaged" in str(error) or "can be read" in str(error)
+            reported += 1
         caplog.clear()
-        with checkpoint.manager(tmp_path / "run", keep=5) as checkpoints:
-            found = checkpoint.restore_latest(checkpoints, state_with(0, jnp.zeros(30_000)))
+        with checkpoint.manager(folder, keep=5) as checkpoints:  # train
+            found = checkpoint.restore_latest(checkpoints, shapes)
         assert_same(found, saved[int(found.step)])
-        if int(found.step) == 7 and path.name != "metrics":
-            path.write_bytes(before)
-        else:
-            assert "damaged" in caplog.text and list(tmp_path.glob("run/damaged/7-*"))
-            set_aside += 1
-            shutil.rmtree(tmp_path / "run")
-            shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    assert set_aside > 20
+        assert found.step == max(saved) or "is damaged and was moved to" in caplog.text
+        reported += "damaged" in caplog.text
+        shutil.rmtree(folder)
+    assert reported > 20
+
+
+def test_everything_that_restores_a_checkpoint_finds_a_flipped_bit(finished_run, tmp_path):
+    config, finished, _ = finished_run
+    folder = shutil.copytree(finished, tmp_path / "run")
+    model = config.model.copy_and_resolve_references()
+    model.pretrained = str(folder)
+    shapes = run.create_run(config, str(folder)).state_shapes()
+    for step in (folder / "checkpoints").iterdir():
+        path = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    for restores in (
+        lambda: train.train_and_evaluate(config, str(folder)),
+        lambda: evaluate.evaluate_run(str(folder)),
+        lambda: explain.explain_run(str(folder)),
+        lambda: export.export_run(str(folder)),
+        lambda: network.open_network(folder),
+        lambda: network.identify(folder),  # of an index
+        lambda: run.load_pretrained(model, shapes),
+    ):
+        with pytest.raises((OSError, ConfigError), match="No checkpoint .* can be read"):
+            restores()
 
 
 def test_a_step_that_was_asked_for_is_not_replaced_by_another(tmp_path):
@@ -193,16 +227,6 @@ def test_a_step_that_was_asked_for_is_not_replaced_by_another(tmp_path):
         with pytest.raises(OSError, match="step 7: "):
             checkpoint.restore(checkpoints, weights(0), 7)
     assert (tmp_path / "checkpoints/7").exists(), "reading moves nothing"
-
-
-def test_a_manifest_that_is_cut_short_is_damage(tmp_path, caplog):
-    with checkpoint.manager(tmp_path, keep=5) as checkpoints:
-        for step in (3, 7):
-            checkpoint.save(checkpoints, weights(step), step / 10)
-    manifest = tmp_path / "checkpoints/7/default/manifest.ocdbt"
-    manifest.write_bytes(manifest.read_bytes()[:40])
-    assert checkpoint.read_weights(tmp_path)[2] == 3
-    assert "Checkpoint 7 is damaged; 3 takes its place" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"recall_at_1": 0.9, "digest": "0"}', b"\xff"])

@@ -129,8 +129,9 @@ def test_help_of_a_command(name, capsys, monkeypatch):
         parse(name, "--help")
     text, command = capsys.readouterr().out, cli.COMMANDS[name]
     assert max(map(len, text.splitlines())) <= 80
-    assert all(f"\n  --{flag}" in text for flag in (*command.takes, "workdir"))
-    assert set(command.takes) | set(command.arguments) <= {"config", *cli.FLAGS}
+    takes, arguments = command.takes.split(), command.arguments.split()
+    assert all(f"\n  --{flag}" in text for flag in (*takes, "workdir"))
+    assert {*takes, *arguments} <= {"config", *cli.FLAGS}
 
 
 def test_the_examples_of_help_are_understood(tmp_path, monkeypatch):

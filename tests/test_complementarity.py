@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cgd_jax import complementarity, metrics
+from cgd_jax import complementarity, metrics, ranking
 
 
 def brute_force(query, labels, gallery, gallery_labels, own, names, k):
@@ -22,7 +22,7 @@ def brute_force(query, labels, gallery, gallery_labels, own, names, k):
             true = [row[j] for j in there if gallery_labels[j] == labels[i]]
             others = [row[j] for j in there if gallery_labels[j] != labels[i]]
             if true:
-                right.append(not others or max(true) > max(others) + metrics.TIE)
+                right.append(not others or max(true) > max(others) + ranking.TIE)
                 neighbours.append(set(sorted(there, key=lambda j, row=row: -row[j])[:k]))
         return right, neighbours
 

@@ -1,7 +1,6 @@
 """Configs: every mistake is answered with the key, the value and what is valid."""
 
 import fnmatch
-import functools
 import json
 import shutil
 import tempfile
@@ -22,68 +21,82 @@ from tests.test_checkpoint import as_owner
 
 
 @pytest.mark.parametrize(
-    "key,value,message",
+    "changes,message",
     [
-        ("data.name", "cub", "glyphs"),
-        ("model.backbone", "resnet49", "resnet18.*resnet50"),
-        ("model.stem", "5x5", "7x7, 3x3"),
-        ("model.combination", "product", "concat, sum, separate, raw"),
-        ("model.learn_p", "yes", "fixed, scalar, channel"),
-        ("model.dtype", "int8", "float32, bfloat16"),
-        ("model.descriptors", "SX", "S, M, G, R"),
-        ("model.descriptors", "SS", "at most once"),
-        ("model.descriptors", "", "must be one or more"),
-        ("model.descriptors", "SMGR", "embedding_dim: an embedding of 1538"),
-        ("model.last_stride", 3, "must be 1 or 2"),
-        ("model.stride_removed", "layer2", "valid names are layer4, layer3"),
-        ("model.gem_p", 0.0, "above 0"),
-        ("loss.ranking", "triplet", "pairs: batch_hard.*order: n_pair.*proxies: proxy_nca"),
-        ("loss.miner", "hard", "batch_all, batch_hard, semi_hard, distance_weighted"),
-        ("loss.classification", "sphereface", "softmax.*normalized_softmax, cosface, arcface"),
-        ("loss.arcface.margin", 3.2, "radians"),
-        ("loss.sub_centers", 2, "normalized_softmax, cosface, arcface, not.*softmax"),
-        ("loss.memory_from", -1, "at least 0"),
-        ("loss.recall_at_k.mixup", -1, "at least 0"),
-        ("optimizer.proxy_learning_rate", 0.0, "above 0"),
-        ("loss.temperature", 0.0, "above 0"),
-        ("loss.smoothing", 1.0, r"\[0, 1\)"),
-        ("loss.ranking_weight", -1.0, "at least 0"),
-        ("optimizer.name", "lion", "adam, adamw, sgd"),
-        ("optimizer.schedule", "linear", "step, cosine, constant"),
-        ("optimizer.weight_decay", 0.1, "adamw"),
-        ("optimizer.learning_rate", 0.0, "above 0"),
-        ("optimizer.decay_at", (400, 800), "between 0 and 1"),
-        ("optimizer.ema_decay", 1.0, r"\[0, 1\)"),
-        ("optimizer.backbone_lr_scale", -0.1, "at least 0"),
-        ("train.steps", -1, "at least 0"),
-        ("train.keep", 0, "at least 1"),
-        ("train.images_per_class", 1, "at least 2"),
-        ("eval.ks", (2, 4), "1 among them"),
-        ("eval.ks", (), "positive whole numbers"),
-        ("eval.projection", "tsne", "pca, umap, or empty"),
+        ({"data.name": "cub"}, "glyphs"),
+        ({"model.backbone": "resnet49"}, "resnet18.*resnet50"),
+        ({"model.stem": "5x5"}, "7x7, 3x3"),
+        ({"model.combination": "product"}, "concat, sum, separate, raw"),
+        ({"model.learn_p": "yes"}, "fixed, scalar, channel"),
+        ({"model.dtype": "int8"}, "float32, bfloat16"),
+        ({"model.descriptors": "SX"}, "S, M, G, R"),
+        ({"model.descriptors": "SS"}, "at most once"),
+        ({"model.descriptors": ""}, "must be one or more"),
+        (
+            {"model.descriptors": "SMGR", "model.embedding_dim": 1538},
+            "embedding_dim: an embedding of 1538",
+        ),
+        ({"model.last_stride": 3}, "must be 1 or 2"),
+        ({"model.stride_removed": "layer2"}, "valid names are layer4, layer3"),
+        ({"model.gem_p": 0.0}, "above 0"),
+        ({"loss.ranking": "triplet"}, "batch_hard.*n_pair.*proxy_nca"),
+        ({"loss.miner": "hard"}, "batch_all, batch_hard, semi_hard, distance_weighted"),
+        ({"loss.classification": "sphereface"}, "softmax, normalized_softmax, cosface, arcface"),
+        ({"loss.arcface.margin": 3.2}, "radians"),
+        ({"loss.sub_centers": 2}, "normalized_softmax, cosface, arcface, not.*softmax"),
+        ({"loss.memory_from": -1}, "at least 0"),
+        ({"loss.recall_at_k.mixup": -1}, "at least 0"),
+        ({"optimizer.proxy_learning_rate": 0.0}, "above 0"),
+        ({"loss.temperature": 0.0}, "above 0"),
+        ({"loss.smoothing": 1.0}, r"\[0, 1\)"),
+        ({"loss.ranking_weight": -1.0}, "at least 0"),
+        ({"optimizer.name": "lion"}, "adam, adamw, sgd"),
+        ({"optimizer.schedule": "linear"}, "step, cosine, constant"),
+        ({"optimizer.weight_decay": 0.1}, "adamw"),
+        ({"optimizer.learning_rate": 0.0}, "above 0"),
+        ({"optimizer.decay_at": (400, 800)}, "between 0 and 1"),
+        ({"optimizer.ema_decay": 1.0}, r"\[0, 1\)"),
+        ({"optimizer.backbone_lr_scale": -0.1}, "at least 0"),
+        ({"train.steps": -1}, "at least 0"),
+        ({"train.keep": 0}, "at least 1"),
+        ({"train.images_per_class": 1}, "at least 2"),
+        ({"eval.ks": (2, 4)}, "1 among them"),
+        ({"eval.ks": ()}, "positive whole numbers"),
+        ({"eval.projection": "tsne"}, "pca, umap, or empty"),
+        ({"loss.ranking_weight": 0.0, "loss.classification_weight": 0.0}, "nothing to train"),
+        ({"model.descriptors": "SM", "model.learn_p": "scalar"}, "there is no G"),
+        (
+            {"loss.memory": 64, "loss.memory_from": 1500},
+            "begins to fill at .*1500, but the run ends",
+        ),
+        ({"profile_steps": "5"}, "such as 10:15"),
+        ({"profile_steps": "5:5"}, "end after"),
+        ({"profile_steps": "5:9999"}, "by train.steps"),
+        ({"eval.complementarity": True, "model.combination": "sum"}, "the branches of .*'sum'"),
+        ({"eval.complementarity": True, "model.combination": "raw"}, "the branches of .*'raw'"),
+        ({"eval.complementarity": True, "model.descriptors": "S"}, "the branches of .*'concat'"),
+        ({"eval.vector": "branch_M"}, "names are embedding, .*branch_S, branch_G"),
+        ({"model.width": 32, "model.backbone": "efficientnet_lite0"}, "is an option of .*leave 64"),
+        ({"model.backbone": "auto"}, "model.pretrained, which is empty"),
+        ({"model.stride_removed": "layer3", "model.last_stride": 2}, "last_stride=1, not 2"),
+        ({"model.frozen_blocks": 99}, "resnet50 has 16 blocks"),
+        ({"data.source": "a.zip"}, "is drawn, not read"),
+        ({"data.fold": "1/4", "data.validation_fraction": 0.5}, "only one of them"),
+        ({"data.image_size": 300}, "larger than data.resize=252 with augment.pad=0"),
+        ({"eval.center_crop": True, "augment.pad": 9, "data.resize": 220}, "a smaller data.resize"),
+        ({"augment.pad": 9, "augment.min_area": 0.5}, "only one of them"),
+        ({"train.best_of_test": True, "data.fold": "1/4"}, "there are validation classes"),
+        ({"model.gem_p": float("inf")}, "model.gem_p=inf"),
+        ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
     ],
 )
-def test_mistakes(key, value, message):
+def test_mistakes(changes, message):
     config = base.get_config()
     validate(config)
-    if value == "SMGR":
-        config.model.embedding_dim = 1538
-    *groups, name = key.split(".")
-    functools.reduce(lambda part, group: part[group], groups, config)[name] = value
+    config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message) as error:
         validate(config)
-    assert groups[0] in str(error.value) and "\n" not in str(error.value)
-
-
-def test_mistakes_that_take_two_keys():
-    config = base.get_config()
-    config.loss.ranking_weight = config.loss.classification_weight = 0.0
-    with pytest.raises(ConfigError, match="nothing to train"):
-        validate(config)
-    config = base.get_config()
-    config.model.descriptors, config.model.learn_p = "SM", "scalar"
-    with pytest.raises(ConfigError, match="no G"):
-        validate(config)
+    assert next(iter(changes)).split(".")[0] in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("option", [{"miner": "semi_hard"}, {"memory": 64}])
@@ -100,46 +113,11 @@ def test_miners_and_memories_of_losses_that_compare_no_pairs(option, ranking):
         validate(config)
 
 
-def test_a_memory_that_would_never_fill():
-    config = base.get_config()
-    config.loss.update(memory=64, memory_from=1500)
-    with pytest.raises(ConfigError, match="begins to fill at step .*1500, but the run ends"):
-        validate(config)
-
-
 def test_losses_with_proxies_need_no_second_image_of_a_class():
     config = base.get_config()
     config.train.images_per_class = 1
     config.loss.ranking = "proxy_anchor"
     validate(config)
-
-
-@pytest.mark.parametrize(
-    "steps,message", [("5", "such as 10:15"), ("5:5", "end after"), ("5:9999", "by train.steps")]
-)
-def test_steps_to_profile(steps, message):
-    config = base.get_config()
-    config.profile_steps = "10:15"
-    validate(config)
-    config.profile_steps = steps
-    with pytest.raises(ConfigError, match=message):
-        validate(config)
-
-
-@pytest.mark.parametrize(
-    "letters,combination,valid",
-    [("SG", "concat", True), ("SMG", "separate", True), ("SG", "sum", False)]
-    + [("SG", "raw", False), ("S", "concat", False)],
-)
-def test_branches_that_can_be_compared(letters, combination, valid):
-    config = base.get_config()
-    config.eval.complementarity = True
-    config.model.update(descriptors=letters, combination=combination)
-    if valid:
-        return validate(config)
-    with pytest.raises(ConfigError, match="eval.complementarity compares the branches of") as error:
-        validate(config)
-    assert repr(combination) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_umap_that_is_not_installed(monkeypatch):
@@ -150,18 +128,10 @@ def test_umap_that_is_not_installed(monkeypatch):
         validate(config)
 
 
-def test_options_of_resnets_with_another_backbone():
-    config = base.get_config()
-    config.model.backbone = "efficientnet_lite0"
-    validate(config)
-    config.model.width = 32
-    with pytest.raises(ConfigError, match="model.width=32 is an option of ResNets.*leave 64"):
-        validate(config)
-
-
 def test_configs_are_valid_and_take_their_arguments():
     for letters in ("SG", "SMG", "GSMR"):
         config = glyphs.get_config(letters)
+        config.eval.complementarity, config.profile_steps = True, "10:15"
         validate(config)
         assert config.model.descriptors == letters
 
@@ -200,16 +170,6 @@ def test_keys_that_are_missing_unknown_or_of_another_type():
     config = glyphs.get_config()
     config.optimizer = config.optimizer.to_dict() | {"learning_rate": "fast"}
     with pytest.raises(ConfigError, match="optimizer.learning_rate='fast' is of the wrong type"):
-        validate(config)
-
-
-@pytest.mark.parametrize("key", ["model.gem_p", "optimizer.learning_rate", "loss.temperature"])
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_numbers_that_are_not_finite(key, value):
-    config = glyphs.get_config()
-    group, name = key.split(".")
-    config[group][name] = value
-    with pytest.raises(ConfigError, match=f"{key}={value}"):
         validate(config)
 
 

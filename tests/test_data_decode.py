@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from cgd_jax.data import decode as decode_module
 from cgd_jax.data.decode import check, decode, resize
+from cgd_jax.runtime.errors import InputError
 from tests import color_profiles
 from tests.dataset_samples import encoded, picture, write
 
@@ -546,3 +547,21 @@ def test_the_limit_of_pixels_is_set_by_the_environment(most, expected):
         check=False,
     )
     assert expected in (done.stdout + done.stderr).decode()
+
+
+@pytest.mark.parametrize("most", ["many", "2e8", "0", "-5", ""])
+def test_a_limit_of_pixels_that_is_no_number_is_one_sentence(most):
+    with pytest.raises(InputError, match=f"MAX_PIXELS='{most}' is no number.*such as 400000000"):
+        decode_module.max_pixels(most)
+
+
+def test_a_command_says_what_is_wrong_with_the_limit_of_pixels():
+    done = subprocess.run(
+        [sys.executable, "-m", "cgd_jax", "data", "--config=glyphs"],
+        capture_output=True,
+        env=os.environ | {"CGD_JAX_MAX_PIXELS": "many"},
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: The environment variable CGD_JAX_MAX_PIXELS='many' is")

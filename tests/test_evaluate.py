@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import embed, evaluate, metrics
+from cgd_jax import embed, evaluate, metrics, run
 from cgd_jax.data import Dataset, Split
 from cgd_jax.embed import Embeddings
 from cgd_jax.models import cgd
@@ -164,6 +164,36 @@ def test_raw_pixels_of_gray_images_are_kept_once(sharding):
     coloured = split._replace(images=split.images * np.array([1, 1, 0], np.uint8))
     dataset = Dataset(split, split, coloured)
     assert embed.embed_raw_pixels(dataset, 2, sharding).gallery.shape == (5, 48)
+
+
+def test_raw_pixels_are_measured_once_a_data_set(finished_run, tmp_path, monkeypatch):
+    config, _, results = finished_run
+    begun = run.create_run(config, str(tmp_path / "another run"))
+    (kept,) = begun.dataset.query.cache.glob("raw-pixels-*.json")
+    before = kept.read_text()
+    expected = results["baselines"]["raw pixels"]
+    real = evaluate.embed_raw_pixels
+    measured = []
+
+    def embed_raw_pixels(dataset, *rest):
+        measured.append(dataset)
+        return real(dataset, *rest)
+
+    monkeypatch.setattr(evaluate, "embed_raw_pixels", embed_raw_pixels)
+    assert evaluate.measure_raw_pixels(begun) == expected and not measured
+    # A damaged file is no answer, nor is that of other test images or of other Ks.
+    digit = before.index("0.") + 2
+    for content in ("", "{}", before[:digit] + str((int(before[digit]) + 1) % 10)):
+        kept.write_text(content + before[len(content) :] * (len(content) > 2))
+        assert evaluate.measure_raw_pixels(begun) == expected and measured.pop()
+        assert kept.read_text() == before
+    other = begun.dataset.query._replace(contents=begun.dataset.query.contents + 1)
+    evaluate.measure_raw_pixels(begun._replace(dataset=begun.dataset._replace(query=other)))
+    begun.config.eval.ks = (1, 3)
+    assert "recall@3" in evaluate.measure_raw_pixels(begun) and len(measured) == 2
+    decoded = begun.dataset.query._replace(cache=None)
+    evaluate.measure_raw_pixels(begun._replace(dataset=begun.dataset._replace(query=decoded)))
+    assert len(measured) == 3
 
 
 def test_nearest_never_is_the_query_itself():

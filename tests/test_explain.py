@@ -46,27 +46,39 @@ def run(finished_run):
     return finished_run[1]
 
 
-def test_pairs_of_a_run(run):
+def titles_of(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_pairs_of_a_run(run, drawn):
     pictures = explain.explain_run(str(run))
     assert pictures and set(pictures) <= {run / "explain-right.png", run / "explain-wrong.png"}
-    for picture in pictures:
-        width, height = Image.open(picture).size
-        assert width == 1320 and (height - 44) % 297 == 0
+    for picture, figure in zip(pictures, drawn, strict=True):
+        roles = [title.partition("\n")[0] for title in titles_of(figure)]
+        kind = picture.stem.removeprefix("explain-")
+        assert picture.is_file() and roles.count(f"{kind} match") == roles.count("query") > 0
+        for row in range(roles.count("query")):
+            images = [axes.images for axes in figure.axes[5 * row : 5 * row + 4]]
+            assert [len(shown) for shown in images] == [1, 2, 1, 2]  # a map over every other
+            assert all(np.any(shown[-1].get_array()) for shown in images[1::2])
 
 
-def test_two_files_of_any_size(run, tmp_path):
+def test_two_files_of_any_size(run, tmp_path, drawn):
     colors = np.random.default_rng(0).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
     for name, image in zip("ab", colors, strict=True):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     a, b = (str(tmp_path / f"{name}.png") for name in "ab")
     assert explain.explain_run(str(run), 12, a, b) == [run / "explain-a-b.png"]
-    assert Image.open(run / "explain-a-b.png").size == (1320, 341)
+    assert (run / "explain-a-b.png").is_file()
+    query, match, similarity, _ = titles_of(drawn[0])
+    assert (query, match) == ("query\na.png", "match\nb.png")
+    assert similarity.startswith("similarity ")
     odd = [tmp_path / f"{name}.png" for name in ("$\\frac$ [*] 猫\n", "-" + "ä" * 120)]
     for path in odd:
         Image.fromarray(colors[0]).save(path)
     (picture,) = explain.explain_run(str(run), 12, *map(str, odd))
     assert picture.parent == run and picture.name.startswith("explain-$\\frac$ [*] 猫\n--ää")
-    assert Image.open(picture).size == (1320, 341)
+    assert titles_of(drawn[1])[0] == "query\n$\\frac$ [*] 猫\\n.png"
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 99"):
         explain.explain_run(str(run), 99, a, b)
     with pytest.raises(ValueError, match="go together"):

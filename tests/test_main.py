@@ -104,7 +104,7 @@ def data(tmp_path_factory):
         (["--config=README.md"], "error: --config=README.md cannot be used: "),
         (
             ["--config=configs/glyphs.py", "--config.loss.ranking=triplet"],
-            "error: loss.ranking='triplet' is unknown; valid names are, of pairs: batch_hard_",
+            "error: loss.ranking='triplet' is unknown; valid names are batch_hard_",
         ),
         (
             ["--config=configs/glyphs.py", "--config.model.backbone=vit"],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.extend.core.primitives import dot_general_p
 
 from cgd_jax import complementarity, metrics, ranking, retrieval
+from cgd_jax.labels import own_index
 
 GOLDENS = np.load(Path(__file__).parent / "goldens/metrics.npz")
 KINDS = ("random", "clustered", "duplicated", "collapsed", "single class")
@@ -103,7 +104,7 @@ def lists_of_places(lists):
     return ranking.Places(np.concatenate(lists), end - [len(places) for places in lists], end)
 
 
-@pytest.mark.parametrize("held, part", [(2**20, 1000), (2000, 7)])
+@pytest.mark.parametrize("held, part", [(2**20, 1000), (300, 7)])
 def test_ranks_of_any_positives_among_any_ignored(held, part, either_way, few, monkeypatch):
     """Lists that are no classes, and however the work is divided."""
     monkeypatch.setattr(ranking, "HELD", held)
@@ -269,7 +270,7 @@ def test_normalize_at_the_ends_of_float32():
     x = np.array([[3.0, -4.0], [3e38, -3e38], [3e-38, 4e-38], [0, 0], [1e38, 1]], np.float32)
     half = np.sqrt(0.5)
     expected = [[0.6, -0.8], [half, -half], [0.6, 0.8], [0, 0], [1, 0]]
-    np.testing.assert_allclose(metrics.normalize(x), expected, atol=1e-6)
+    np.testing.assert_allclose(ranking.normalize(x), expected, atol=1e-6)
 
 
 def test_extreme_scales_and_dtypes():
@@ -318,13 +319,13 @@ def test_metrics_of_every_class():
 def test_recall_of_a_ranking():
     rng = np.random.default_rng(8)
     x, labels = rng.normal(size=(50, 4)), rng.integers(0, 25, 50)
-    _, index = retrieval.top_k(metrics.normalize(x), metrics.normalize(x), 8, exclude=np.arange(50))
+    _, index = retrieval.top_k(ranking.normalize(x), ranking.normalize(x), 8, exclude=np.arange(50))
     assert metrics.recall_of_ranking(index, labels, labels, itself=True) == pytest.approx(
         metrics.recall_at_k(x, labels)
     )
     with pytest.raises(ValueError, match="at least 9"):
         metrics.recall_of_ranking(index, labels, labels, ks=(9,))
-    with pytest.raises(ValueError, match="no query has a true match"):
+    with pytest.raises(ValueError, match="none of the 50 queries has a true match"):
         metrics.recall_of_ranking(index, labels, labels + 99)
 
 
@@ -356,7 +357,7 @@ NAN, INF = np.where(X == 1, np.nan, X), np.where(X == 1, np.inf, X)
         ("ks must be whole numbers", (X, LABELS), {"ks": ()}),
         ("highest, high, default", (X, LABELS), {"precision": "low"}),
         ("both query_ids and gallery_ids", (X, LABELS, X, LABELS), {"query_ids": LABELS}),
-        ("gallery_ids without a gallery", (X, LABELS), {"gallery_ids": LABELS}),
+        ("both query_ids and gallery_ids", (X, LABELS), {"gallery_ids": LABELS}),
         ("one per row", (X, LABELS), {"query_ids": [1, 2]}),
         ("5.*comes twice", (X, LABELS), {"query_ids": [5, 6, 5, 7]}),
     ],
@@ -388,7 +389,7 @@ def test_labels_and_ids_are_compared_exactly(query, gallery):
     expected = [
         int(q) == int(g) if not isinstance(q, str) else q == g for q in query for g in gallery
     ]
-    itself = metrics.own_index(query, gallery, 2, 2)
+    itself = own_index(query, gallery, 2, 2)
     found = [where == j for where in itself for j in range(2)]
     assert found == expected
     ranks = metrics.first_ranks(vectors, query, vectors, gallery)
@@ -412,7 +413,7 @@ def test_labels_that_cannot_be_compared_exactly(labels, said):
     with pytest.raises(ValueError, match=said):
         metrics.evaluate(np.eye(2), labels, ks=(1,))
     with pytest.raises(ValueError, match=said):
-        metrics.own_index(labels, labels, 2, 2)
+        own_index(labels, labels, 2, 2)
     with pytest.raises(ValueError, match=said):
         metrics.recall_of_ranking([[1], [0]], labels, labels, ks=(1,))
 

@@ -146,12 +146,12 @@ def test_a_network_that_maps_all_to_one_point_finds_nothing():
 @pytest.mark.parametrize(
     "measure, message",
     [
-        (lambda q, g: protocols.places(q, g, [[0], [1]]), "every query a list.*2 lists"),
+        (lambda q, g: protocols.places(q, g, [[0], [1]]), "3 queries, but 2 lists"),
         (lambda q, g: protocols.places(q, g, [[], [], []]), "none of the 3 queries"),
         (lambda q, g: protocols.places(q, g, [[0], [4], []]), "positives of query 1.*0 to 3.*4"),
         (lambda q, g: protocols.places(q, g, [[0], [-1], []]), "positives of query 1"),
         (lambda q, g: protocols.places(q, g, [[0.5], [], []]), "positives of query 0.*float64"),
-        (lambda q, g: protocols.places(q[:, :1], g, [[0], [], []]), "embeddings of one size"),
+        (lambda q, g: protocols.places(q[:, :1], g, [[0], [], []]), "of one size"),
         (lambda q, g: protocols.places(q * np.nan, g, [[0], [], []]), "row 0 of query is NaN"),
         (lambda q, g: protocols.ndcg(q, g, [[0], [], []], [[1, 2], [], []]), "as many as"),
         (lambda q, g: protocols.ndcg(q, g, [[0], [], []], [[0], [], []]), "above 0, got 0"),

@@ -45,7 +45,7 @@ def test_equals_a_stable_sort(size, k, either_way):
 
 @settings(max_examples=50, deadline=None)
 @given(st.data(), st.integers(1, 40), st.integers(1, 2**9), st.sampled_from([1, 8, 33, 2**16]))
-def test_no_division_of_the_work_in_the_cache_shows(data, size, tile, gallery_block):
+def test_no_division_of_the_work_in_the_cache_shows(data, size, tile, items):
     k = data.draw(st.integers(1, size))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     query, gallery = grid(rng, 5, 2), grid(rng, size, 2)
@@ -53,9 +53,9 @@ def test_no_division_of_the_work_in_the_cache_shows(data, size, tile, gallery_bl
     expected = by_sorting(query, gallery, k, exclude)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "TILE", tile)
-        found = retrieval.top_k(
-            query, gallery, k, exclude=exclude, gallery_block=gallery_block, query_block=3
-        )
+        patch.setattr(retrieval, "ITEMS", items)
+        patch.setattr(retrieval, "QUERIES", 3)
+        found = retrieval.top_k(query, gallery, k, exclude=exclude)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
 
@@ -75,16 +75,16 @@ def test_keys_order_as_similarity_and_index(values, start):
     assert keys.min() > 0  # what is in a place that nothing has taken
 
 
-@pytest.mark.parametrize("gallery_block", [29, 64, 1000])
+@pytest.mark.parametrize("items", [29, 64, 1000])
 @pytest.mark.parametrize("excluding", [False, True])
-def test_blocks_do_not_show(gallery_block, excluding, either_way):
+def test_blocks_do_not_show(items, excluding, either_way, monkeypatch):
+    monkeypatch.setattr(retrieval, "ITEMS", items)
+    monkeypatch.setattr(retrieval, "QUERIES", 8)
     rng = np.random.default_rng(0)
     query, gallery = grid(rng, 23), grid(rng, 300)
     exclude = np.concatenate([[-1, 0, 299, 299], rng.integers(0, 300, 19)]) if excluding else None
     for k in (1, 20):
-        similarity, index = retrieval.top_k(
-            query, gallery, k, exclude=exclude, query_block=8, gallery_block=gallery_block
-        )
+        similarity, index = retrieval.top_k(query, gallery, k, exclude=exclude)
         expected = by_sorting(query, gallery, k, exclude)
         np.testing.assert_array_equal(similarity, expected[0])
         np.testing.assert_array_equal(index, expected[1])
@@ -98,23 +98,23 @@ def test_excluding_itself_leaves_copies():
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint64])
-def test_excluding_with_numbers_of_any_size(dtype, either_way):
+def test_excluding_with_numbers_of_any_size(dtype, either_way, monkeypatch):
+    monkeypatch.setattr(retrieval, "ITEMS", 130)
     gallery = np.eye(2, dtype=np.float32)[np.arange(200) % 2]
     exclude = np.array([0, 3], dtype)
-    _, index = retrieval.top_k(gallery[:2], gallery, 1, exclude=exclude, gallery_block=130)
+    _, index = retrieval.top_k(gallery[:2], gallery, 1, exclude=exclude)
     np.testing.assert_array_equal(index, [[2], [1]])
 
 
-def test_gallery_from_disk_device_and_list(tmp_path, either_way):
+def test_gallery_from_disk_device_and_list(tmp_path, either_way, monkeypatch):
+    monkeypatch.setattr(retrieval, "ITEMS", 16)
     rng = np.random.default_rng(1)
     query, gallery = grid(rng, 4), grid(rng, 50)
     expected = by_sorting(query, gallery, 5)[1]
     stored = np.memmap(tmp_path / "gallery", np.float32, "w+", shape=gallery.shape)
     stored[:] = gallery
     for same in (stored, jnp.asarray(gallery), gallery.tolist(), gallery.astype(np.float16)):
-        np.testing.assert_array_equal(
-            retrieval.top_k(query, same, 5, gallery_block=16)[1], expected
-        )
+        np.testing.assert_array_equal(retrieval.top_k(query, same, 5)[1], expected)
     np.testing.assert_array_equal(retrieval.top_k(jnp.asarray(query), gallery, 5)[1], expected)
 
 
@@ -157,13 +157,14 @@ def test_items_behind_the_last_aligned_one_are_found_with_their_ties(either_way)
     assert (similarity == 1).all()
 
 
-def test_a_bad_row_is_named_wherever_it_is(either_way):
+def test_a_bad_row_is_named_wherever_it_is(either_way, monkeypatch):
+    monkeypatch.setattr(retrieval, "ITEMS", 16)
     gallery = np.ones((50, 3), np.float32)
     for row in (0, 16, 49):
         for bad in (np.inf, -np.inf, np.nan):
             gallery[row, 1] = bad
             with pytest.raises(ValueError, match=f"row {row} of gallery is NaN or infinite"):
-                retrieval.top_k(np.eye(3)[:2], gallery, 2, gallery_block=16)
+                retrieval.top_k(np.eye(3)[:2], gallery, 2)
             gallery[row] = 1
 
 

@@ -265,20 +265,6 @@ def test_pretrained_weights_fill_the_backbone(tiny_config, tmp_path):
         train.train_and_evaluate(tiny_config, str(tmp_path / "run"))
 
 
-def test_too_many_classes_for_the_data_set(tiny_config, tmp_path):
-    tiny_config.train.classes_per_batch = 7
-    with pytest.raises(
-        ConfigError,
-        match="blobs has 6 classes to train on, and a batch needs 7: give ",
-    ):
-        run.create_run(tiny_config, str(tmp_path))
-
-
-def test_evaluating_a_folder_without_a_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config.json.*--workdir="):
-        evaluate.evaluate_run(str(tmp_path))
-
-
 def test_a_run_does_not_go_on_with_other_data(finished_run, tmp_path, capsys):
     config, finished, _ = finished_run
     folder = shutil.copytree(finished, tmp_path / "run")

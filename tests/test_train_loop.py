@@ -101,7 +101,8 @@ def steps_saved(folder):
 
 
 @pytest.mark.parametrize(
-    "during,number", [("training", signal.SIGINT), ("evaluation", signal.SIGTERM)]
+    "during,number",
+    [("training", signal.SIGINT), ("evaluation", signal.SIGTERM), ("training", signal.SIGHUP)],
 )
 def test_a_run_that_is_stopped_at_every_step_ends_as_if_it_had_not_been(
     tiny_config, fit_line, tmp_path, during, number

@@ -8,6 +8,7 @@ import pytest
 from cgd_jax import checkpoint, evaluate, train
 from cgd_jax.data import Dataset, Split
 from cgd_jax.data.validation import hold_out
+from cgd_jax.reports import summary
 from cgd_jax.runtime.errors import InputError
 
 
@@ -99,8 +100,8 @@ def test_what_training_did_not_improve_is_said():
         "baselines": {"raw pixels": {"recall@1": 0.99}, "pretrained G": {"recall@1": 0.9}},
         "metrics": {"confidence": {"recall@1": [0.89, 0.95]}},
     }
-    assert "Training did not beat pretrained G (R@1 90.00)" in evaluate.no_better_than_before(
+    assert "Training did not beat pretrained G (R@1 90.00)" in summary.no_better_than_before(
         results
     )
     results["metrics"]["confidence"]["recall@1"] = [0.91, 0.95]
-    assert evaluate.no_better_than_before(results) is None
+    assert summary.no_better_than_before(results) is None

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ class Split(NamedTuple):
     skipped: int = 0  # files that could not be used
     contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
     truth: Truth | None = None  # of queries: what they find in the gallery, where no class says it
+    cache: Path | None = None  # the folder of caches, where resized images are kept
 
 
 class Dataset(NamedTuple):

@@ -29,12 +29,27 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor, read_regular
 
 with contextlib.suppress(ImportError):  # for HEIC
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+
+
+def max_pixels(text: str) -> int:
+    """Reads the limit of an image's pixels; InputError if it is none."""
+    try:
+        if (limit := int(text)) > 0:
+            return limit
+    except ValueError:
+        pass
+    raise InputError(
+        f"The environment variable CGD_JAX_MAX_PIXELS={text!r} is no number of pixels. Give a "
+        f"whole number above 0, such as 400000000 for images of 400 megapixels, or unset it."
+    )
+
 
 # The caller decodes many images at once; threads inside of one resize would only compete.
 cv2.setNumThreads(1)
@@ -43,7 +58,7 @@ cv2.setNumThreads(1)
 # neither as fast nor as close to a resized whole image.
 REDUCTIONS = (1, 2, 4, 8)
 # The limit of every image, also of uploads. Decoding takes 7 to 12 bytes of memory a pixel.
-MAX_PIXELS = int(os.environ.get("CGD_JAX_MAX_PIXELS", 200_000_000))
+MAX_PIXELS = max_pixels(os.environ.get("CGD_JAX_MAX_PIXELS", "200_000_000"))
 TOO_MANY = f"more than {MAX_PIXELS:,} pixels (a decompression bomb? see CGD_JAX_MAX_PIXELS)"
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
 BAND_PIXELS = 1 << 20  # converted at a time

@@ -137,7 +137,7 @@ def _open_split(
     else:
         key = {"data set": builder.info.full_name, "split": name}
         folder = Path(builder.data_dir, "cache")
-        split = cache.cached(source, folder, key, size, config.bbox_crop)
+        split = cache.cached(source, folder, key, size, config.bbox_crop)._replace(cache=folder)
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
     return split._replace(skipped=sum(row["split"] == name for row in skipped))
 

@@ -17,12 +17,7 @@ __all__ = ["model_card"]
 
 
 def model_card(network: "Network", result: dict) -> str:
-    """Returns the card in Markdown, with the header that Hugging Face reads.
-
-    Args:
-      network: of a run.
-      result: what was measured of it, see `evaluate.evaluate_checkpoint`.
-    """
+    """Returns the card of a run's network in Markdown; `result` is of `evaluate.evaluate_state`."""
     config, side, measured = ConfigDict(network.config), network.resize, result["metrics"]
     model = config.model
     table = tables.metrics_table({"embedding": measured, **result["with options"]}, "github")

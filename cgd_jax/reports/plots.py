@@ -79,15 +79,23 @@ def figure_of(path: str | Path, image: Image.Image, heading: int = 0) -> Iterato
         yield drawn
 
 
-# Columns of the history that show whether an embedding collapses, and how they are drawn.
+# Panels of the curves: title, what is measured, label and column of the history of each line. The
+# last three show whether an embedding collapses.
+_LOSSES = {"total": "loss", "classification": "classification_loss", "ranking": "ranking_loss"}
 _DISTANCES = {
-    "negative_distance": ("negatives", RED, "-"),
-    "hardest_negative": ("hardest negative", RED, ":"),
-    "positive_distance": ("positives", GREEN, "-"),
-    "hardest_positive": ("hardest positive", GREEN, ":"),
+    "negatives": "negative_distance",
+    "hardest negative": "hardest_negative",
+    "positives": "positive_distance",
+    "hardest positive": "hardest_positive",
 }
-_SHARES = {"active_triplets": "active triplets", "mean_embedding_norm": "norm of the mean"}
-_GRADIENTS = {"ranking_gradient": "ranking", "classification_gradient": "classification"}
+_SHARES = {"active triplets": "active_triplets", "norm of the mean": "mean_embedding_norm"}
+_GRADIENTS = {"ranking": "ranking_gradient", "classification": "classification_gradient"}
+_PANELS = {
+    "a": ("Training", "loss", _LOSSES),
+    "c": ("Distances in a batch", "distance", _DISTANCES),
+    "d": ("Signs of a collapse, at 1", "", _SHARES),
+    "e": ("Gradients", "norm", _GRADIENTS),
+}
 
 
 def plot_curves(
@@ -102,14 +110,20 @@ def plot_curves(
     `baselines`, name → {"recall@1": ...}, and `margin` become dashed lines; `classes` says whose
     recall it is, see `tables.describe_classes`.
     """
-    has_signs = any(row.keys() & (_DISTANCES | _SHARES | _GRADIENTS).keys() for row in rows)
+    signs = {column for panel in "cde" for column in _PANELS[panel][2].values()}
+    has_signs = any(row.keys() & signs for row in rows)
     with figure(path, 11, 7.4 if has_signs else 4) as drawn:
         layout = "aaabbb\nccddee" if has_signs else "ab"
         axes = drawn.subplot_mosaic(layout, height_ratios=[1, 0.8][: 1 + has_signs])
-        _draw_losses(axes["a"], rows, margin)
         _draw_recalls(axes["b"], rows, baselines, classes)
+        for name, panel in _PANELS.items():
+            if name in axes:
+                _draw_panel(axes[name], rows, *panel, by_logarithm=name in "ae")
+        if margin and axes["a"].lines:
+            axes["a"].axhline(margin, linestyle="--", color=GRAY, linewidth=1, label="margin")
         if has_signs:
-            _draw_signs(axes["c"], axes["d"], axes["e"], rows)
+            axes["c"].set_ylim(bottom=0)
+            axes["d"].set_ylim(-0.03, 1.03)
         for each in axes.values():
             each.set_xlabel("step")
             each.set_xlim(left=0)
@@ -119,14 +133,18 @@ def plot_curves(
                 each.legend(fontsize=9, edgecolor="none", framealpha=0.8)
 
 
-def _draw_losses(axes: Axes, rows: list[dict], margin: float | None) -> None:
-    _scale_by_logarithm(axes)
-    columns = {"loss": "total", "classification_loss": "classification", "ranking_loss": "ranking"}
-    for key, label in columns.items():
-        _plot_column(axes, rows, key, label)
-    if margin and axes.lines:
-        axes.axhline(margin, linestyle="--", color=GRAY, linewidth=1, label="margin")
-    axes.set(title="Training", ylabel="loss")
+def _draw_panel(
+    axes: Axes, rows: list[dict], title: str, unit: str, columns: dict, by_logarithm: bool
+) -> None:
+    if by_logarithm:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")  # Matplotlib's own labels are markup
+        axes.yaxis.set_minor_formatter("")
+    for label, key in columns.items():
+        color = RED if "negative" in key else GREEN if "positive" in key else None
+        _plot_column(axes, rows, key, label, ":" if "hardest" in key else "-", color=color)
+    axes.set(title=title, ylabel=unit)
 
 
 def _draw_recalls(axes: Axes, rows: list[dict], baselines: dict[str, dict], classes: str) -> None:
@@ -138,27 +156,6 @@ def _draw_recalls(axes: Axes, rows: list[dict], baselines: dict[str, dict], clas
         label = f"{metric_name('recall@1')}, {shorten(name, 40)}"
         axes.axhline(100 * values["recall@1"], linestyle=style, color=GRAY, label=label)
     axes.set(title=classes[:1].upper() + classes[1:], ylabel="per cent")
-
-
-def _draw_signs(distances: Axes, shares: Axes, gradients: Axes, rows: list[dict]) -> None:
-    for key, (label, color, style) in _DISTANCES.items():
-        _plot_column(distances, rows, key, label, style, color=color)
-    distances.set(title="Distances in a batch", ylabel="distance")
-    distances.set_ylim(bottom=0)
-    for key, label in _SHARES.items():
-        _plot_column(shares, rows, key, label)
-    shares.set(title="Signs of a collapse, at 1", ylim=(-0.03, 1.03))
-    _scale_by_logarithm(gradients)
-    for key, label in _GRADIENTS.items():
-        _plot_column(gradients, rows, key, label)
-    gradients.set(title="Gradients", ylabel="norm")
-
-
-def _scale_by_logarithm(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")  # Matplotlib's own labels are markup
-    axes.yaxis.set_minor_formatter("")
 
 
 def _plot_column(

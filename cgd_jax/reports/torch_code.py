@@ -71,11 +71,7 @@ _POOLED = {
 
 
 def reads_backbone(model: Mapping[str, Any]) -> bool:
-    """Returns whether `torch_code` computes the backbone too, not only what is on top of it.
-
-    Args:
-      model: the `model` part of an experiment's config.
-    """
+    """Returns whether `torch_code` of a config's `model` computes the backbone too."""
     return model["backbone"] in resnet.BACKBONES and model["backbone"] != "se_resnet50"
 
 

@@ -103,11 +103,7 @@ class _LogLines:
 
 @contextlib.contextmanager
 def progress(
-    total: int,
-    what: str,
-    unit: str = "image",
-    log_every: float | None = 10.0,
-    initial: int = 0,
+    total: int, what: str, unit: str = "image", log_every: float | None = 10.0, initial: int = 0
 ) -> Iterator[tqdm]:
     """Yields a progress bar, which goes when it is done; without a terminal, log lines.
 

@@ -22,8 +22,7 @@ def start(
     """Joins this process to the others, before anything else is done with JAX.
 
     The first one's address:port, the number of processes and which of them this is are None where
-    the environment says so itself (SLURM, Open MPI, Cloud TPU). Raises UserError
-    if they do not find each other.
+    the environment says so itself (SLURM, Open MPI, Cloud TPU).
     """
     # For CPUs; other devices have their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
