@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from cgd_jax.labels import as_labels, own_index, shared_codes
-from cgd_jax.ranking import Places, Relevance, normalize
+from cgd_jax.ranking import Places, Relevance, measure_ranks, normalize
 from cgd_jax.retrieval import check_pair, check_rows
 
 __all__ = [
