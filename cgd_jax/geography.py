@@ -16,17 +16,10 @@ AXIS, FLATTENING = 6_378_137.0, 1 / 298.257223563  # of WGS84
 
 
 def on_globe(latitude: ArrayLike, longitude: ArrayLike) -> np.ndarray:
-    """Returns positions [N, 3] in metres from the center of the globe, on its ellipsoid.
+    """Positions [N, 3] in metres from the center of the globe, of degrees north and east.
 
     Distances between them are exact where the haversine formula, which takes the globe for a
     sphere, is off by up to 0.5 %. A hundred kilometres are a metre shorter than on the ground.
-
-    Args:
-      latitude: [N], degrees north.
-      longitude: [N], degrees east.
-
-    Raises:
-      ValueError: degrees that there are none of.
 
     >>> round(float(apart(on_globe([0], [0]), on_globe([0], [0.001]))[0]), 2)
     111.32
@@ -45,13 +38,9 @@ def on_globe(latitude: ArrayLike, longitude: ArrayLike) -> np.ndarray:
 def from_utm(
     east: ArrayLike, north: ArrayLike, zone: ArrayLike, southern: ArrayLike = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns latitudes and longitudes in degrees of UTM coordinates, to a millimetre.
+    """Latitudes and longitudes in degrees of UTM coordinates, to a millimetre.
 
-    Args:
-      east: [N], metres.
-      north: [N], metres.
-      zone: [N], from 1 to 60.
-      southern: whether north counts from 10,000 km south of the equator.
+    `southern`: whether north counts from 10,000 km south of the equator.
 
     >>> latitude, longitude = from_utm(448_251.8, 5_411_943.79, 31)
     >>> round(float(latitude), 4), round(float(longitude), 4)
@@ -88,7 +77,7 @@ def near(
     gallery_heading: ArrayLike | None = None,
     turn: float = 180.0,
 ) -> list[np.ndarray]:
-    """For every query the gallery's items within a radius, which see the same place.
+    """For every query the items of the gallery within a radius, which see the same place.
 
     Args:
       query: positions [Q, C].
@@ -96,14 +85,11 @@ def near(
       radius: metres (or frames), itself included.
       query_heading: [Q], degrees; NaN where it is not known.
       gallery_heading: [G], likewise.
-      turn: by how many degrees at most the headings of both differ, itself included. An item
-        whose heading is not known, or the query's, is judged by distance alone.
+      turn: by how many degrees at most the headings differ, itself included. Where one of both is
+        not known, distance alone decides.
 
     Returns:
       Q arrays of ascending positions in the gallery.
-
-    Raises:
-      ValueError: positions that are not finite or do not fit.
 
     >>> near([[0.0], [9.0]], [[10.0], [1.0]], radius=1)
     [array([1]), array([0])]

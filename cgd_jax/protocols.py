@@ -31,6 +31,7 @@ from cgd_jax.retrieval import check_pair, check_rows
 __all__ = ["landmarks", "means", "ndcg", "places", "relevance", "revisited"]
 
 Lists = Sequence[ArrayLike]  # for every query positions in the gallery
+Metrics = dict[str, np.ndarray]  # name → [Q]
 
 
 def revisited(
@@ -41,21 +42,15 @@ def revisited(
     junk: Lists,
     ks: Sequence[int] = (1, 5, 10),
     **options: Any,
-) -> dict[str, np.ndarray]:
-    """The protocol of the revisited Oxford and Paris buildings.
+) -> Metrics:
+    """The protocol of the revisited Oxford and Paris: mean AP and mP@k, easy, medium and hard.
 
     Radenović et al., CVPR 2018, https://arxiv.org/abs/1803.11285. Easy ignores hard images, hard
-    ignores easy ones, medium finds both; junk is always ignored. Average precision is the area
-    under the curve of precision over recall, of trapezoids. mP@k is the precision among the first
-    k, or up to the last positive if that comes earlier. A setup counts the queries that have
-    positives in it.
+    ignores easy ones, medium finds both; junk is always ignored. AP is the area under the curve of
+    precision over recall, of trapezoids; mP@k the precision among the first k, or up to the last
+    positive if that comes earlier. A setup counts the queries that have positives in it.
 
-    Args:
-      query: and gallery, easy, hard, junk: embeddings and lists.
-      ks: the values of k.
-
-    Returns:
-      {"map_easy", "mp@1_easy", …, "map_medium", …, "map_hard", …: [Q]}; and "recall@k" of medium.
+    Returns {"map_easy", "mp@1_easy", …, "map_medium", …, "map_hard", …}, and "recall@k" of medium.
 
     >>> query, gallery = [[1.0, 0.0]], [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]]
     >>> found = revisited(query, gallery, easy=[[1]], hard=[[2]], junk=[[0]], ks=(1,))
@@ -63,32 +58,29 @@ def revisited(
     {'map_easy': 1.0, 'map_medium': 1.0, 'map_hard': 1.0}
     """
 
-    def together(first: Lists, second: Lists) -> Lists:
+    def measure(ranks):
+        matches, place = np.isfinite(ranks).sum(1), np.arange(1, ranks.shape[1] + 1)
+        before = np.where(ranks > 1, (place - 1) / np.maximum(ranks - 1, 1), 1.0)
+        found = {"map": np.sum(before + place / ranks, 1) / 2 / matches}
+        last = ranks[np.arange(len(ranks)), matches - 1]
+        for k in ks:
+            seen = np.minimum(last, k)
+            found[f"mp@{k}"] = np.sum(ranks <= seen[:, None], 1) / seen
+        return found | _recalls(ks, ranks)
+
+    def together(first, second):
         return [[*a, *b] for a, b in zip(first, second, strict=True)]
 
+    setups = {"easy": (easy, together(junk, hard)), "medium": (together(easy, hard), junk)}
+    setups |= {"hard": (hard, together(junk, easy))}
     found = {}
-    for setup, positives, ignored in (
-        ("easy", easy, together(junk, hard)),
-        ("medium", together(easy, hard), junk),
-        ("hard", hard, together(junk, easy)),
-    ):
-        wanted = relevance(positives, len(np.asarray(gallery)), ignored)
-        measured = _measure(query, gallery, wanted, partial(_of_revisited, ks=ks), **options)
-        recalls = {name: measured.pop(name) for name in list(measured) if "recall" in name}
-        found |= {f"{name}_{setup}": values for name, values in measured.items()}
-        found |= recalls if setup == "medium" else {}
-    return found
-
-
-def _of_revisited(ranks, ks):
-    matches, place = np.isfinite(ranks).sum(1), np.arange(1, ranks.shape[1] + 1)
-    before = np.where(ranks > 1, (place - 1) / np.maximum(ranks - 1, 1), 1.0)
-    found = {"map": np.sum(before + place / ranks, 1) / 2 / matches}
-    last = ranks[np.arange(len(ranks)), matches - 1]
-    for k in ks:
-        seen = np.minimum(last, k)
-        found[f"mp@{k}"] = np.sum(ranks <= seen[:, None], 1) / seen
-        found[f"recall@{k}"] = ranks[:, 0] <= k
+    for setup, (positives, ignored) in setups.items():
+        measured = _measure(measure, query, gallery, positives, ignored, **options)
+        for name, values in measured.items():
+            if "recall" not in name:
+                found[f"{name}_{setup}"] = values
+            elif setup == "medium":
+                found[name] = values
     return found
 
 
@@ -100,12 +92,11 @@ def landmarks(
     ks: Sequence[int] = (1, 5, 10),
     depth: int = 100,
     **options: Any,
-) -> dict[str, np.ndarray]:
+) -> Metrics:
     """The protocol of Google Landmarks v2: the mean average precision of the first hundred.
 
-    Weyand et al., CVPR 2020, https://arxiv.org/abs/2004.01804. The average precision of a query
-    is the sum of the precisions at its positives among the first 100, divided by the number of its
-    positives, 100 at most.
+    Weyand et al., CVPR 2020, https://arxiv.org/abs/2004.01804: the sum of the precisions at the
+    positives among the first 100, divided by the number of all positives, 100 at most.
 
     Args:
       query: and gallery, positives: embeddings and lists. A query without any does not count.
@@ -114,7 +105,7 @@ def landmarks(
       depth: how many of the first items count.
 
     Returns:
-      {"map@100": [Q], "recall@1": …}; with `usage` also "map@100_public", ….
+      {"map@100", "recall@1", …}; with `usage` also "map@100_public", ….
 
     >>> found = landmarks([[1.0, 0.0]], [[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]], [[0, 2]])
     >>> round(means(found)["map@100"], 3)
@@ -123,11 +114,10 @@ def landmarks(
 
     def measure(ranks):
         precision = np.where(ranks <= depth, np.arange(1, ranks.shape[1] + 1) / ranks, 0.0)
-        found = {f"map@{depth}": precision.sum(1) / np.minimum(np.isfinite(ranks).sum(1), depth)}
-        return found | {f"recall@{k}": ranks[:, 0] <= k for k in ks}
+        most = np.minimum(np.isfinite(ranks).sum(1), depth)
+        return {f"map@{depth}": precision.sum(1) / most} | _recalls(ks, ranks)
 
-    wanted = relevance(positives, len(np.asarray(gallery)))
-    found = _measure(query, gallery, wanted, measure, **options)
+    found = _measure(measure, query, gallery, positives, **options)
     for part in () if usage is None else np.unique(usage):
         is_part = np.asarray(usage) == part
         found[f"map@{depth}_{part.lower()}"] = np.where(is_part, found[f"map@{depth}"], np.nan)
@@ -142,8 +132,8 @@ def places(
     *,
     lost: float = 0.0,
     **options: Any,
-) -> dict[str, np.ndarray]:
-    """The protocol of place recognition: the share of queries with a positive in the first k.
+) -> Metrics:
+    """The protocol of place recognition: whether one of the first k items is near the query.
 
     Args:
       query: and gallery, positives: embeddings and lists, see `geography.near`.
@@ -157,13 +147,8 @@ def places(
     >>> means(places(query, gallery, [[0], []], ks=(1,), lost=np.nan))
     {'recall@1': 1.0}
     """
-
-    def measure(ranks):
-        return {f"recall@{k}": ranks[:, 0] <= k for k in ks}
-
-    wanted = relevance(positives, len(np.asarray(gallery)))
-    found = _measure(query, gallery, wanted, measure, first=True, **options)
-    return {name: np.where(wanted.matches > 0, values, lost) for name, values in found.items()}
+    found = _measure(partial(_recalls, ks), query, gallery, positives, first=True, **options)
+    return {name: np.where(np.isnan(hit), lost, hit) for name, hit in found.items()}
 
 
 def ndcg(
@@ -173,7 +158,7 @@ def ndcg(
     grades: Lists,
     depth: int | None = None,
     **options: Any,
-) -> dict[str, np.ndarray]:
+) -> Metrics:
     """Normalized discounted cumulative gain, for positives of which some are better than others.
 
     Järvelin and Kekäläinen, TOIS 2002, https://doi.org/10.1145/582415.582418: an item at rank r
@@ -188,29 +173,26 @@ def ndcg(
     >>> round(means(found)["ndcg"], 3)
     0.86
     """
-    grades = [np.asarray(row, np.float64) for row in grades]
-    if [len(np.atleast_1d(row)) for row in positives] != [len(row) for row in grades]:
-        raise ValueError("grades must be as many as positives for every query")
-    levels = np.unique(np.concatenate(grades))
-    if not (levels > 0).all() or not np.isfinite(levels).all():
-        raise ValueError(f"grades must be finite and above 0, got {levels.min()} to {levels.max()}")
+    rows = [(np.asarray(p), np.asarray(g, float)) for p, g in zip(positives, grades, strict=True)]
+    if any(p.shape != g.shape or not (g > 0).all() or not np.isfinite(g).all() for p, g in rows):
+        raise ValueError("grades must be finite and above 0, one for each positive of a query")
 
     def discount(ranks):
         return np.sum(np.where(ranks <= (depth or np.inf), 1 / np.log2(1 + ranks), 0), -1)
 
     # A grade is the sum of its steps: each is gained by all that reach it, which are ranked alone.
-    gain = best = np.zeros(len(positives))
+    gain = best = np.zeros(len(rows))
+    levels = np.unique(np.concatenate([g for _, g in rows]))
     for level, step in zip(levels, np.diff(levels, prepend=0), strict=True):
-        reach = [np.asarray(p)[g >= level] for p, g in zip(positives, grades, strict=True)]
-        wanted = relevance(reach, len(np.asarray(gallery)))
-        found = _measure(query, gallery, wanted, lambda ranks: {"gain": discount(ranks)}, **options)
+        reach = [p[g >= level] for p, g in rows]
+        found = _measure(lambda ranks: {"gain": discount(ranks)}, query, gallery, reach, **options)
         gain = gain + step * np.nan_to_num(found["gain"])
-        best = best + step * np.array([discount(np.arange(1, n + 1)) for n in wanted.matches])
+        best = best + step * np.array([discount(np.arange(1, len(p) + 1)) for p in reach])
     name = f"ndcg@{depth}" if depth else "ndcg"
     return {name: np.where(best > 0, gain / np.where(best > 0, best, 1), np.nan)}
 
 
-def means(values: dict[str, np.ndarray]) -> dict[str, float]:
+def means(values: Metrics) -> dict[str, float]:
     """The mean of every metric [Q] over the queries that count, those that are not NaN.
 
     >>> means({"map": np.array([1.0, np.nan, 0.5])})
@@ -220,15 +202,7 @@ def means(values: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def relevance(positives: Lists, items: int, ignored: Lists | None = None) -> Relevance:
-    """Makes what `ranking.ranks_of_positives` takes of lists.
-
-    Args:
-      positives: for every query the positions in the gallery of what is right.
-      items: G, the size of the gallery.
-      ignored: likewise what is not searched for the query, also if it is a positive.
-
-    Raises:
-      ValueError: a position is no whole number from 0 to G - 1, or not every query has a list.
+    """Makes what `ranking.ranks_of_positives` takes of lists of positions in a gallery of `items`.
 
     >>> relevance([[2, 0], []], items=3, ignored=[[0], [1]]).matches
     array([1, 0])
@@ -237,8 +211,8 @@ def relevance(positives: Lists, items: int, ignored: Lists | None = None) -> Rel
     if len(ignored) != len(positives):
         raise ValueError(f"{len(positives)} lists of positives, but {len(ignored)} of ignored")
     right, left_out = _places("positives", positives, items), _places("ignored", ignored, items)
-    matches = [len(np.setdiff1d(right.of(q), left_out.of(q))) for q in range(len(positives))]
-    return Relevance(right, left_out, np.array(matches, int))
+    found = (np.setdiff1d(p, i) for p, i in zip(positives, ignored, strict=True))
+    return Relevance(right, left_out, np.array([len(row) for row in found], int))
 
 
 def _places(name: str, lists: Lists, items: int) -> Places:
@@ -255,17 +229,23 @@ def _places(name: str, lists: Lists, items: int) -> Places:
     return Places(flat, end - [len(row) for row in rows], end)
 
 
+def _recalls(ks, ranks):
+    return {f"recall@{k}": ranks[:, 0] <= k for k in ks}
+
+
 def _measure(
+    measure: Callable[[np.ndarray], Metrics],
     query: ArrayLike,
     gallery: ArrayLike,
-    wanted: Relevance,
-    measure: Callable[[np.ndarray], dict[str, np.ndarray]],
+    positives: Lists,
+    ignored: Lists | None = None,
     **options: Any,
-) -> dict[str, np.ndarray]:
-    """Returns {metric: [Q]} of a function of ranks [B, M], NaN without positives."""
+) -> Metrics:
+    """What a function makes of each query's ranks, from [B, M] to {metric: [B]}."""
     query, gallery = check_pair(query, gallery, options.get("precision", "highest"))
-    if len(query) != len(wanted.matches):
-        raise ValueError(f"{len(query)} queries, but {len(wanted.matches)} lists of positives")
+    if len(query) != len(positives):
+        raise ValueError(f"{len(query)} queries, but {len(positives)} lists of positives")
+    wanted = relevance(positives, len(gallery), ignored)
     if not wanted.matches.any():
         raise ValueError(f"none of the {len(query)} queries has a positive in the gallery")
     query, gallery = (

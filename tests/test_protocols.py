@@ -153,8 +153,8 @@ def test_a_network_that_maps_all_to_one_point_finds_nothing():
         (lambda q, g: protocols.places(q, g, [[0.5], [], []]), "positives of query 0.*float64"),
         (lambda q, g: protocols.places(q[:, :1], g, [[0], [], []]), "of one size"),
         (lambda q, g: protocols.places(q * np.nan, g, [[0], [], []]), "row 0 of query is NaN"),
-        (lambda q, g: protocols.ndcg(q, g, [[0], [], []], [[1, 2], [], []]), "as many as"),
-        (lambda q, g: protocols.ndcg(q, g, [[0], [], []], [[0], [], []]), "above 0, got 0"),
+        (lambda q, g: protocols.ndcg(q, g, [[0], [], []], [[1, 2], [], []]), "one for each"),
+        (lambda q, g: protocols.ndcg(q, g, [[0], [], []], [[0], [], []]), "finite and above 0"),
         (lambda q, g: protocols.relevance([[0]], 4, [[1], [2]]), "1 lists of positives, but 2"),
     ],
 )

@@ -19,6 +19,7 @@ from cgd_jax.data.builder import build_once, example_features
 SIZE = 64  # pixels of a photograph
 VIEW = 20.0  # metres of the street that it shows
 LENGTH = 600  # metres of a street
+FLOOR = 3.0  # metres
 BETWEEN = 60  # metres between streets: no photograph is near one of the next street
 SEED = 0
 TRAIN, TEST = range(0, 24), range(24, 32)  # streets
@@ -27,19 +28,18 @@ DATABASE_EVERY, QUERIES = 10, 32  # test: metres between photographs, queries a 
 
 
 class House(NamedTuple):
-    """One house of a street."""
+    """One house of a street; lengths are metres, colors RGB."""
 
-    left: float  # metres along the street
+    left: float
     width: float
     height: float
-    wall: np.ndarray  # RGB, as all colors
+    roof: float  # height of a gable
+    wall: np.ndarray
     glass: np.ndarray
     frame: np.ndarray
-    floors: int
-    columns: int
-    window: np.ndarray  # of a cell, the shares of width and height that it fills
+    windows: np.ndarray  # floors, columns
+    window: np.ndarray  # the shares of a floor and a column that one fills
     door: int  # the column that has it
-    roof: float  # metres of a gable, 0 for a flat roof
 
 
 class Facades(tfds.core.GeneratorBasedBuilder):
@@ -107,14 +107,11 @@ def houses(street: int, side: int) -> list[House]:
     """Draws the houses of one side of a street, each like no other."""
     rng, left, found = np.random.default_rng([SEED, 0, street, side]), -40.0, []
     while left < LENGTH + 40:
-        width, floors = rng.uniform(6, 13), int(rng.integers(1, 5))
-        wall, glass = rng.uniform(70, 230, 3), rng.uniform(20, 110, 3)
-        frame = rng.uniform(60, 250, 3)
-        columns = int(rng.integers(2, 6))
-        height, window = 3.0 * floors + rng.uniform(0.5, 2), rng.uniform(0.3, 0.8, 2)
-        door, roof = int(rng.integers(columns)), rng.choice([0.0, rng.uniform(1.5, 3.5)])
-        form = floors, columns, window, door, roof
-        found.append(House(left, width, height, wall, glass, frame, *form))
+        width, windows = rng.uniform(6, 13), rng.integers((1, 2), (5, 6))
+        height, roof = FLOOR * windows[0] + rng.uniform(0.5, 2), rng.choice([0, 1.5, 2.5, 3.5])
+        colors = rng.uniform(((70,), (20,), (60,)), ((230,), (110,), (250,)), (3, 3))
+        window, door = rng.uniform(0.3, 0.8, 2), rng.integers(windows[1])
+        found.append(House(left, width, height, roof, *colors, windows, window, door))
         left += width + rng.choice([0.0, rng.uniform(1, 4)])
     return found
 
@@ -123,25 +120,24 @@ def photograph(street: list[House], along: float, rng: np.random.Generator) -> I
     """Takes a photograph of one side of a street from a place along it."""
     side = 2 * SIZE  # drawn at twice the size, and reduced
     view, shift, ground = VIEW * rng.uniform(0.85, 1.15), rng.normal(0, 1), rng.uniform(0.78, 0.9)
+    left, scale = along + shift - view / 2, side / view
     sky = np.array([150, 190, 230]) * rng.uniform(0.5, 1.1) + rng.normal(0, 12, 3)
     image = Image.new("RGB", (side, side), _color(sky))
-    draw, scale = ImageDraw.Draw(image), side / view
-    left = along + shift - view / 2
+    draw = ImageDraw.Draw(image)
 
-    def box(x, y, width, height, color):
-        corner = (x - left) * scale, ground * side - (y + height) * scale
-        draw.rectangle(
-            (*corner, corner[0] + width * scale, corner[1] + height * scale), _color(color)
-        )
+    def fill(color, *corners):  # metres along the street and above the ground
+        points = [((x - left) * scale, ground * side - y * scale) for x, y in corners]
+        draw.polygon(points, _color(color))
+
+    def box(color, x, y, width, height):
+        fill(color, (x, y), (x + width, y), (x + width, y + height), (x, y + height))
 
     for house in street:
         if left - house.width < house.left < left + view:
-            _draw_house(
-                draw, house, box, lambda x, y: ((x - left) * scale, ground * side - y * scale)
-            )
-    draw.rectangle((0, ground * side, side, side), _color(rng.uniform(70, 110, 3)))
+            _draw_house(house, fill, box)
+    box(rng.uniform(70, 110, 3), left, -view, view, view)
     for _ in range(rng.integers(0, 3)):  # cars
-        box(left + rng.uniform(-2, view), -0.4, rng.uniform(2, 4), 1.4, rng.uniform(20, 230, 3))
+        box(rng.uniform(20, 230, 3), left + rng.uniform(-2, view), -0.4, rng.uniform(2, 4), 1.4)
     pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX), np.float64)
     # Light: its strength, its color and the shadow that lies across.
     pixels = 255 * (pixels / 255) ** rng.uniform(0.7, 1.5) * rng.uniform(0.65, 1.15)
@@ -152,27 +148,21 @@ def photograph(street: list[House], along: float, rng: np.random.Generator) -> I
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _draw_house(draw, house, box, point):
-    box(house.left, 0, house.width, house.height, house.wall)
-    if house.roof:
-        right, middle = house.left + house.width, house.left + house.width / 2
-        gable = (
-            (house.left, house.height),
-            (right, house.height),
-            (middle, house.height + house.roof),
-        )
-        draw.polygon([point(*corner) for corner in gable], _color(house.wall * 0.6))
-    wide, tall = house.width / house.columns, 3.0
-    for floor in range(house.floors):
-        for column in range(house.columns):
-            x, y = house.left + column * wide, floor * tall
-            width, height = house.window[0] * wide, house.window[1] * tall
-            if floor == 0 and column == house.door:
-                box(x + wide * 0.2, 0, wide * 0.6, 2.2, house.frame)
-                continue
-            x, y = x + (wide - width) / 2, y + (tall - height) / 2
-            box(x - 0.15, y - 0.15, width + 0.3, height + 0.3, house.frame)
-            box(x, y, width, height, house.glass)
+def _draw_house(house, fill, box):
+    right, top = house.left + house.width, house.height
+    box(house.wall, house.left, 0, house.width, top)
+    peak = house.left + house.width / 2, top + house.roof
+    fill(house.wall * 0.6, (house.left, top), peak, (right, top))
+    cell = np.array([FLOOR, house.width / house.windows[1]])
+    height, width = house.window * cell
+    for floor, column in np.ndindex(*house.windows):
+        y, x = (floor, column) * cell + (0, house.left)
+        if floor == 0 and column == house.door:
+            box(house.frame, x + 0.2 * cell[1], 0, 0.6 * cell[1], 2.2)
+            continue
+        y, x = y + (cell[0] - height) / 2, x + (cell[1] - width) / 2
+        box(house.frame, x - 0.15, y - 0.15, width + 0.3, height + 0.3)
+        box(house.glass, x, y, width, height)
 
 
 def _color(rgb):
