@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
         known = error if ours else packages.missing(f"`{name}`", COMMANDS[name].extra, error.name)
         sys.exit(f"error: {known}")
     except (UserError, ImportError, OSError, flags.Error) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {console.escaped(str(error))}")
     except KeyboardInterrupt:
         goes_on = name in ("train", "index")
         again = "; the same command goes on from where it was" * goes_on

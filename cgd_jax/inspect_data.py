@@ -15,6 +15,7 @@ from cgd_jax.run import fit_to_data, open_data
 from cgd_jax.runtime import console
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.train_step import step_key
+from cgd_jax.workdir import check_writable
 
 
 def show_data(config: ConfigDict, workdir: str) -> None:
@@ -24,6 +25,7 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     ConfigError.
     """
     validate(config)
+    check_writable(workdir)
     dataset, _, labels = open_data(config)
     console.log(tables.dataset_table(dataset))
     problem = None

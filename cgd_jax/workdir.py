@@ -20,6 +20,7 @@ from cgd_jax.runtime.errors import ConfigError
 __all__ = [
     "check_data",
     "check_workdir",
+    "check_writable",
     "count_classes",
     "data_changes",
     "default_workdir",
@@ -72,7 +73,7 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
     """Refuses a work folder that holds a run of another config, or cannot hold one."""
     checkpoint.check_folder(workdir)
     if processes.is_first():
-        _check_writable(workdir)
+        check_writable(workdir)
     if not Path(workdir, "config.json").exists():
         return
     of_run, wanted = read_config(workdir), to_dict(config)
@@ -87,7 +88,7 @@ def check_workdir(config: ConfigDict, workdir: str | Path) -> None:
         )
 
 
-def _check_writable(workdir: str | Path) -> None:
+def check_writable(workdir: str | Path) -> None:
     """Refuses a work folder, or a place for one, in which nothing could be written."""
     for folder in (Path(workdir), Path(workdir, checkpoint.FOLDER)):
         found = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "glyphs"  # which data set: see cgd_jax/data
-    data.source = ""  # the archive you have, or the folder it unpacks to; "auto": download
+    data.source = ""  # the archive you have, or the folder it unpacks to
     # What is tested on, if that is another data set; the same for its source.
     data.test_name = ""
     data.test_source = ""

@@ -1,6 +1,6 @@
 """CUB-200-2011: birds, cropped to their boxes.
 
-`--config.data.source=` takes CUB_200_2011.tgz, the folder it unpacks to, or "auto".
+`--config.data.source=` takes CUB_200_2011.tgz, or the folder it unpacks to.
 """
 
 from configs import base

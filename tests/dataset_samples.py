@@ -1,17 +1,25 @@
 """Small encoded photographs and archives for the tests of the data sets."""
 
-import contextlib
-import functools
-import http.server
 import io
 import tarfile
-import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+
+# Orientation of EXIF → what has to be done to see the image upright.
+TURNS = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+    8: lambda x: np.rot90(x),
+}
 
 
 def picture(seed: int = 0, width: int = 24, height: int = 20, kind: str = "JPEG") -> bytes:
@@ -65,27 +73,3 @@ def examples(builder, split: str) -> list[dict]:
         if len(source)
         else []
     )
-
-
-@contextlib.contextmanager
-def serving(folder: Path):
-    """Yields the address of a web server of a folder; /cut breaks off after some bytes."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            if self.path.startswith("/cut"):
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                self.wfile.write(b"too short")
-            else:
-                super().do_GET()
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()

@@ -1,7 +1,6 @@
 """Archives: every form unpacks alike, dangerous and damaged ones are refused whole."""
 
 import bz2
-import hashlib
 import io
 import lzma
 import os
@@ -16,7 +15,7 @@ import pytest
 
 from cgd_jax.data import archives
 from cgd_jax.runtime.errors import InputError
-from tests.dataset_samples import pack, serving, write
+from tests.dataset_samples import pack, write
 
 FILES = {
     "top/a b/ü.JPG": b"one",
@@ -394,6 +393,10 @@ def test_find_prefers_what_is_nearest(tmp_path):
     assert archives.find([tmp_path], "images.txt") == tmp_path / "b/images.txt"
     assert archives.find([tmp_path / "a"], "images.txt") == tmp_path / "a/deep/images.txt"
     assert archives.find([tmp_path], "far.txt") is None
+    assert archives.find([tmp_path / "c", tmp_path / "a"], "deep/images.txt") is not None
+    write(tmp_path, {"@eaDir/thumb.txt": ""})
+    os.mkfifo(tmp_path / "pipe.zip")
+    assert archives.find([tmp_path], "thumb.txt") is archives.find([tmp_path], "pipe.zip") is None
 
 
 def test_rows_name_the_line_that_is_wrong(tmp_path):
@@ -403,40 +406,3 @@ def test_rows_name_the_line_that_is_wrong(tmp_path):
     assert next(rows) == ["2", "c", "name with spaces.jpg"]
     with pytest.raises(ValueError, match="list.txt, line 5"):
         next(rows)
-
-
-def test_download(tmp_path):
-    content = os.urandom(3_000_000)
-    root = write(tmp_path / "served", {"x.tgz": content})
-    with serving(root) as address:
-        checksum = hashlib.sha256(content).hexdigest()
-        wanted = archives.Download(f"{address}/x.tgz", "x.tgz", checksum)
-        target = archives.download(wanted, tmp_path / "downloads")
-    assert target == tmp_path / "downloads" / "x.tgz" and target.read_bytes() == content
-    # The second time no server is asked.
-    assert archives.download(wanted, tmp_path / "downloads") == target
-
-
-@pytest.mark.parametrize(
-    "path, checksum, message",
-    [
-        ("x.tgz", "0" * 64, "hash of downloaded file.*--config.data.source"),
-        ("missing", None, "404"),
-        ("cut", None, "--config.data.source"),
-    ],
-)
-def test_failed_downloads_leave_nothing(tmp_path, path, checksum, message):
-    with serving(write(tmp_path / "served", {"x.tgz": b"content"})) as address:
-        wanted = archives.Download(f"{address}/{path}", "x.tgz", checksum)
-        with pytest.raises(InputError, match=message):
-            archives.download(wanted, tmp_path / "downloads")
-    assert not list((tmp_path / "downloads").iterdir())
-
-
-@pytest.mark.parametrize("name", ["x.tgz", "x.zip"])
-def test_progress_counts_the_bytes_of_the_archive(tmp_path, name):
-    archive = pack(tmp_path / name, {f"{i}": os.urandom(30_000) for i in range(20)})
-    members = archives._zip_members if name == "x.zip" else archives._tar_members
-    positions = [position for _, _, position, _, _ in members(archive)]
-    assert positions == sorted(positions)
-    assert 0.5 * archive.stat().st_size < positions[-1] <= archive.stat().st_size

@@ -6,7 +6,6 @@ import os
 import struct
 import sys
 
-import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -220,27 +219,6 @@ def test_processes_at_once_build_one_good_data_set(tmp_path):
     assert [results.get(timeout=60) for _ in processes] == [12] * 3
     for process in processes:
         process.join()
-
-
-def test_boxes_are_clipped():
-    assert builder_module.clip((1.5, 2, 10, 12), 20, 30) == (1.5, 2, 10, 12)
-    assert builder_module.clip((-5, -1, 100, 200), 20, 30) == (0, 0, 30, 20)
-
-
-@pytest.mark.parametrize(
-    "box",
-    [
-        None,
-        (5, 5, 5, 9),
-        (9, 5, 5, 9),
-        (31, 0, 40, 9),
-        (0, -9, 9, 0),
-        (5, 5, 5.5, 9),
-        (np.nan, 0, 5, 5),
-    ],
-)
-def test_boxes_without_area(box):
-    assert builder_module.clip(box, 20, 30) is None
 
 
 @pytest.mark.parametrize("below", ["", "built"])

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from cgd_jax.data import decode as decode_module
+from cgd_jax.data import images
 from cgd_jax.data.decode import check, decode, resize
 from cgd_jax.runtime.errors import InputError
 from tests import color_profiles
-from tests.dataset_samples import encoded, picture, write
+from tests.dataset_samples import TURNS, encoded, picture, write
 
 
 def photograph(width, height, seed=0):
@@ -81,19 +82,6 @@ def test_alpha_is_laid_on_white(mode):
     assert abs(int(pixels[2, 4, 0]) - 127) <= 1
 
 
-# Orientation of EXIF → what has to be done to see the image upright.
-TURNS = {
-    1: lambda x: x,
-    2: np.fliplr,
-    3: lambda x: np.rot90(x, 2),
-    4: np.flipud,
-    5: lambda x: x.transpose(1, 0, 2),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
-    8: lambda x: np.rot90(x),
-}
-
-
 def png_chunk(kind, content):
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
@@ -112,6 +100,16 @@ def behind_a_long_header(image, exif):
     data = encoded(image, "JPEG", exif=exif, quality=95)
     segment = b"\xff\xed" + struct.pack(">H", 65_535) + bytes(65_533)
     return data[:2] + 2 * segment + data[2:]
+
+
+def long_exif(kind):
+    """Returns what writes an image whose EXIF is longer than 64 kB, as makers' notes may be."""
+
+    def write_it(image, exif):
+        exif[0x010E] = "a description " * 10_000
+        return encoded(image, kind, exif=exif, quality=95)
+
+    return write_it
 
 
 END_OF_PNG = png_chunk(b"IEND", b"")
@@ -133,11 +131,13 @@ TURNED = {
     "JPEG, XMP": by_xmp,
     "JPEG, EXIF beyond 64 kB": behind_a_long_header,
     "PNG, EXIF behind the pixels": behind_the_pixels,
+    "PNG, EXIF of 140 kB": long_exif("PNG"),
+    "WEBP, EXIF of 140 kB": long_exif("WEBP"),
 }
 
 
 @pytest.mark.parametrize("kind", TURNED)
-def test_orientation_of_dimensions_crops_and_pixels(kind):
+def test_orientation_of_dimensions_crops_boxes_thumbnails_and_pixels(kind):
     image = photograph(64, 32)
     if "grey" in kind:
         image = image.convert("L").convert("RGB")
@@ -153,6 +153,12 @@ def test_orientation_of_dimensions_crops_and_pixels(kind):
         assert whole.shape == upright.shape
         assert np.abs(whole - upright).mean() < 8
         np.testing.assert_array_equal(decode_module.to_rgb(Image.open(io.BytesIO(data))), whole)
+        turned = Image.open(io.BytesIO(data))
+        for content in (data, turned, whole):  # as a network or a search crops them
+            part = images.cut(images.load(content), 8, (4, 8, 28, 24))
+            assert np.abs(part - resize(whole[8:24, 4:28], 8).astype(int)).mean() < 8
+            found = images.at_least(images.load(content), 8, (4, 8, 28, 24))
+            assert found[1:] == (height, width)
         box = decode(data, bbox=(4, 8, 30, 28))
         assert np.abs(box - upright[8:28, 4:30]).mean() < 8
         small = decode(data, size=8)  # a JPEG is decoded reduced, and turned then
@@ -244,10 +250,19 @@ def test_box_is_cut_out_where_it_says():
     assert clipped.shape == (40, 400, 3)
 
 
-@pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 5, 5, 9), (100, 0, 120, 9), (0, -9, 9, 0)])
+@pytest.mark.parametrize(
+    "box", [(5, 5, 5, 9), (9, 5, 5, 9), (100, 0, 120, 9), (0, -9, 9, 0), (np.nan, 0, 5, 5)]
+)
 def test_empty_box(box):
     with pytest.raises(ValueError, match="empty box"):
         decode(picture(), box)
+
+
+def test_boxes_are_clipped_to_the_image_and_widened_to_whole_pixels():
+    assert decode_module.clip((1.5, 2, 9.2, 12), 20, 30) == (1, 2, 10, 12)
+    assert decode_module.clip((-5, -1, 100, 200), 20, 30) == (0, 0, 30, 20)
+    assert decode_module.clip((5, 5, 5 + 1e-9, 9), 20, 30) == (5, 5, 6, 9)
+    assert decode_module.clip(None, 20, 30) == (0, 0, 30, 20)
 
 
 def bomb(width=30_000, height=30_000):
@@ -262,6 +277,29 @@ def jpeg_bomb():
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
     return bytes(data)
+
+
+def of_many_scans(scans, **options):
+    """A progressive JPEG whose last scan is there again and again."""
+    data = encoded(photograph(64, 64), "JPEG", progressive=True, **options)
+    last, usual = data.rindex(b"\xff\xda"), data.count(b"\xff\xda")
+    return data[:last] + data[last:-2] * (scans - usual + 1) + data[-2:]
+
+
+def test_scans_of_progressive_jpegs_are_counted_and_bounded(monkeypatch):
+    assert check(of_many_scans(100))[:2] == (64, 64)
+    for function in (check, decode_module.dimensions):
+        with pytest.raises(ValueError, match="a JPEG of 101 scans"):
+            function(of_many_scans(101))
+    # What looks like a scan within a segment, or behind the image, is none.
+    data = of_many_scans(100)
+    segment = b"\xff\xed\0\x20" + 10 * b"\xff\xda\0"
+    assert check(data[:2] + segment + data[2:] + 9 * b"\xff\xda\0\3\0")[:2] == (64, 64)
+    # The larger the image, the fewer; but one scan is always allowed.
+    monkeypatch.setattr(decode_module, "SCANNED_PIXELS", 12 * 64 * 64)
+    assert check(of_many_scans(12)) and pytest.raises(ValueError, check, of_many_scans(13))
+    monkeypatch.setattr(decode_module, "SCANNED_PIXELS", 1)
+    assert check(picture())
 
 
 BAD = {
@@ -457,11 +495,13 @@ def test_one_decoding_gives_every_size(monkeypatch):
     )
     data = encoded(photograph(640, 480), "PNG")
     opened.clear()
-    pixels, size = decode_module.decode_once(data, (10, 20, 330, 340), 100)
-    assert len(opened) == 1 and size == (480, 640)
+    pixels, *size = decode_module.decode_at_least(data, 100, (10, 20, 330, 340))
+    assert len(opened) == 1 and size == [480, 640]
     np.testing.assert_array_equal(pixels, decode(data)[20:340, 10:330])
-    reduced, size = decode_module.decode_once(encoded(photograph(640, 480), "JPEG"), None, 100)
-    assert size == (480, 640) and reduced.shape == (120, 160, 3)
+    jpeg = encoded(photograph(640, 480), "JPEG")
+    reduced, *size = decode_module.decode_at_least(jpeg, 100)
+    assert size == [480, 640] and reduced.shape == (120, 160, 3)
+    np.testing.assert_array_equal(resize(reduced, 100), decode(jpeg, size=100))
 
 
 def tile_bomb():
@@ -490,6 +530,14 @@ def icon_bomb():
     png = bomb()
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22)
     return struct.pack("<HHH", 0, 1, 1) + entry + png
+
+
+def frame_bomb():
+    """A GIF of 16×16 pixels whose first frame is of 60,000×60,000."""
+    data = bytearray(encoded(Image.new("P", (16, 16)), "GIF"))
+    at = data.index(b",\0\0\0\0")
+    data[at + 5 : at + 9] = struct.pack("<HH", 60_000, 60_000)
+    return bytes(data)
 
 
 # Runs below a limit of memory that the whole of none of these would stay below.
@@ -521,7 +569,11 @@ def test_what_never_ends_or_is_too_much_is_refused_in_little_memory(tmp_path):
     with open(path("sparse.jpg"), "wb") as file:
         file.truncate(1 << 40)
     expected["sparse.jpg"] = "larger than 1.6 GB"
-    for name, data in {"tile.tif": tile_bomb(), "icon.ico": icon_bomb()}.items():
+    for name, data in {
+        "tile.tif": tile_bomb(),
+        "icon.ico": icon_bomb(),
+        "frame.gif": frame_bomb(),
+    }.items():
         write(tmp_path, {name: data})
         expected[name] = "bomb"
     done = subprocess.run(
@@ -533,6 +585,13 @@ def test_what_never_ends_or_is_too_much_is_refused_in_little_memory(tmp_path):
     )
     for (name, reason), line in zip(expected.items(), done.stdout.splitlines(), strict=True):
         assert reason in line, (name, line)
+
+
+def test_pipes_and_devices_are_no_images_for_a_network_either(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
+        with pytest.raises(InputError, match=f"{path}: not a file"):
+            images.read_image(path, 8)
 
 
 @pytest.mark.parametrize("most, expected", [("255", "bomb"), ("256", "(16, 16)")])

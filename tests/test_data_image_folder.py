@@ -119,7 +119,7 @@ def test_half_of_a_retrieval_split_is_refused(tmp_path):
         tmp_path / "in",
         {f"{split}/c{i}/1.jpg": picture(i) for split in ("train", "query") for i in range(2)},
     )
-    with pytest.raises(ValueError, match="only one of query and gallery"):
+    with pytest.raises(ValueError, match="query, train. look like splits.*all three"):
         built(tmp_path, source)
 
 

@@ -8,7 +8,9 @@ import pytest
 from cgd_jax import data, metrics
 from cgd_jax.data import builder_class
 from cgd_jax.data.load import load_dataset
-from configs import image_folder
+from cgd_jax.inspect_data import show_data
+from cgd_jax.runtime.errors import ConfigError
+from configs import base, image_folder
 from tests.dataset_samples import picture, write
 
 
@@ -144,6 +146,15 @@ def test_a_folder_that_cannot_be_written_is_named(config, tmp_path, below):
     config.dir = str(tmp_path / "file" / below)
     with pytest.raises(OSError, match=r"cannot be built in .*file.*--config.data.dir=FOLDER"):
         load_dataset(config)
+
+
+def test_a_working_folder_that_cannot_be_written_is_refused_before_data_is_shown(tmp_path, capsys):
+    config = base.get_config()
+    (tmp_path / "file").write_text("")
+    config.data.dir = str(tmp_path / "data")
+    with pytest.raises(ConfigError, match="--workdir=.*file is a file, not a folder"):
+        show_data(config, str(tmp_path / "file" / "run"))
+    assert not (tmp_path / "data").exists() and not capsys.readouterr().out
 
 
 def test_a_folder_whose_name_is_no_unicode_is_refused(config, tmp_path):

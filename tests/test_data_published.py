@@ -14,7 +14,7 @@ from cgd_jax.data.grocery import Grocery
 from cgd_jax.data.inshop import Inshop
 from cgd_jax.data.sop import Sop
 from cgd_jax.runtime.errors import InputError
-from tests.dataset_samples import encoded, examples, pack, picture, serving, write
+from tests.dataset_samples import encoded, examples, pack, picture, write
 
 
 def cub_files():
@@ -350,20 +350,7 @@ def test_a_missing_source_says_what_to_get(cls, tmp_path):
     write(tmp_path, {"x.rar": b""})
     with pytest.raises(ValueError, match="neither a folder nor one of"):
         cls(data_dir=tmp_path, source=tmp_path / "x.rar")
-    if cls.DOWNLOAD is None:
-        with pytest.raises(InputError, match="source=auto cannot work"):
-            cls(data_dir=tmp_path, source="auto")
     assert not (tmp_path / cls.name).exists()
-
-
-def test_automatic_download(tmp_path, monkeypatch):
-    archive = pack(tmp_path / "CUB_200_2011.tgz", cub_files())
-    with serving(tmp_path) as address:
-        wanted = Cub200.DOWNLOAD._replace(url=f"{address}/{archive.name}", sha256=None)
-        monkeypatch.setattr(Cub200, "DOWNLOAD", wanted)
-        builder = Cub200(data_dir=tmp_path / "data", source="auto", allow_incomplete=True)
-        builder.download_and_prepare()
-    expect_cub(builder)
 
 
 def test_damaged_annotations_are_named(tmp_path):

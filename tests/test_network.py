@@ -221,7 +221,7 @@ def test_images_that_a_network_cannot_take(network, images, message):
 def test_files_that_are_not_there(network, tmp_path):
     with pytest.raises(FileNotFoundError, match="^a.jpg: No such file or directory.$"):
         network.embed("a.jpg")
-    with pytest.raises(IsADirectoryError, match="Is a directory"):
+    with pytest.raises(InputError, match="not a file"):
         network.embed([tmp_path])
 
 

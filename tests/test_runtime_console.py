@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from cgd_jax import cli
 from cgd_jax.runtime import console
+from cgd_jax.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,18 @@ def test_characters_that_a_terminal_does_not_have_are_escaped(monkeypatch, encod
     console.log("1 → 2 \udcff")
     terminal.flush()
     assert terminal.buffer.getvalue().decode(encoding).rstrip() == shown
+
+
+def test_control_characters_of_names_do_not_reach_a_terminal(capsys, monkeypatch):
+    console.log("a\x1b[2Jb\rc\n\td\x9b e")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\rc\n\td\\x9b e\n"
+
+    def refuse(*_):
+        raise InputError("photo\x1b]0;title\a.jpg: not a file.")
+
+    monkeypatch.setattr(cli, "parse", refuse)
+    with pytest.raises(SystemExit, match=r"photo\\x1b\]0;title\\x07.jpg: not a file"):
+        cli.main(["cgd_jax", "data"])
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -2,13 +2,7 @@
 
 import importlib
 
-from cgd_jax.data.dataset import (
-    Dataset,
-    Split,
-    check_queries,
-    describe_difference,
-    fingerprint,
-)
+from cgd_jax.data.dataset import Dataset, Split, check_queries, describe_difference, fingerprint
 
 __all__ = [
     "NAMES",

@@ -17,7 +17,6 @@ import posixpath
 import re
 import shutil
 import stat
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -26,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress, quantity
@@ -58,23 +57,8 @@ HEADERS = b"LKxgX"  # types of such members in a tar
 # What the libraries raise for damaged archives.
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
 
-# A name that is too long or not allowed here, or a file where a folder is to be.
-NO_SUCH_NAME = {
-    errno.ENAMETOOLONG,
-    errno.EILSEQ,
-    errno.EINVAL,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
-
-
-class Download(NamedTuple):
-    """An archive that a public server is known to offer."""
-
-    url: str
-    filename: str
-    sha256: str | None  # None where the server packs afresh for each request
+# Errors of the disk rather than of a name.
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def is_archive(path: Path) -> bool:
@@ -88,7 +72,7 @@ def fingerprint(path: Path) -> str:
     Of every file the name, size and time count, relative to the folder, which may be moved.
     """
     digest = hashlib.sha256()
-    for file, _ in sorted(_walk(path, _raise)):
+    for file, _ in sorted(_walk(path)):
         try:
             status = file.stat()
         except OSError:  # a link to nowhere, for example
@@ -98,19 +82,18 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def files_below(path: Path, onerror: Callable[[OSError], object] = _raise) -> list[Path]:
+def files_below(path: Path, onerror: Callable[[OSError], object] | None = None) -> list[Path]:
     """Lists every file below a folder, sorted, links to folders included, litter left out.
 
-    A file counts once, if possible under a name that is no link. `onerror` gets what is unreadable.
+    A file counts once, if possible under a name that is no link. `onerror` gets what is unreadable
+    and is raised without it.
     """
     return sorted(file for file, is_new in _walk(path, onerror) if is_new)
 
 
-def _walk(root: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[Path, bool]]:
+def _walk(
+    root: Path, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[Path, bool]]:
     """Yields every file, link to a file, and link to what was seen; and whether it is new."""
     # A link to a folder around the root would list what is beside it.
     seen = {_identity(outer.stat()) for outer in root.resolve().parents}
@@ -131,6 +114,8 @@ def _walk(root: Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[Pa
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
+            if onerror is None:
+                raise
             onerror(error)
             continue
         for entry in entries:
@@ -147,21 +132,13 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
-    """Finds the file or folder `name` (may hold slashes) nearest below some folders, or None.
-
-    Of several on one level it is the first in alphabetical order.
-    """
-    level = list(folders)
-    for _ in range(depth + 1):
-        for candidate in level:
-            if (candidate / name).exists():
-                return candidate / name
-        level = sorted(
-            Path(entry.path)
-            for parent in level
-            for entry in os.scandir(parent)
-            if entry.is_dir() and not is_litter(entry.name)
-        )
+    """Finds the file or folder `name` (may hold slashes) nearest below some folders, or None."""
+    for level in range(depth + 1):
+        for folder in folders:
+            for path in sorted(folder.glob("*/" * level + name)):
+                inside = not any(map(is_litter, path.relative_to(folder).parts))
+                if inside and (path.is_file() or path.is_dir()):  # no pipe
+                    return path
     return None
 
 
@@ -195,8 +172,8 @@ def extract(archive: Path, folder: Path) -> None:
     links, failed, name, total = {}, [], "", 0
     try:
         with progress(size, f"unpacking {archive.name}", unit="B") as bar:
-            for name, length, position, link, contents in members(archive):
-                bar.update(position - bar.n)
+            for name, length, link, contents in members(archive):
+                bar.update(length)
                 path = _safe_path(name, archive)
                 total += max(length, BLOCK)
                 if total > MOST_UNPACKED + MOST_TIMES * size:
@@ -256,7 +233,7 @@ def _write(path: Path, contents: Callable[[], IO[bytes]] | None) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         out = open(path, "wb")
     except OSError as error:
-        if error.errno not in NO_SUCH_NAME:
+        if error.errno in NO_DISK:
             raise
         return error.strerror
     with out, contents() as file:
@@ -264,9 +241,8 @@ def _write(path: Path, contents: Callable[[], IO[bytes]] | None) -> str | None:
     return None
 
 
-# Name, bytes it unpacks to, position in the archive, the member it is a link to, contents (None: a
-# folder).
-Member = tuple[str, int, int, str | None, Callable[[], Any] | None]
+# Name, bytes it unpacks to, the member it is a link to, contents (None: a folder).
+Member = tuple[str, int, str | None, Callable[[], Any] | None]
 
 
 def _zip_members(archive: Path) -> Iterator[Member]:
@@ -283,7 +259,7 @@ def _zip_members(archive: Path) -> Iterator[Member]:
                     original = file.read(LONGEST_NAME).decode("utf-8", "surrogateescape")
                 link = posixpath.join(posixpath.dirname(name), original)
             contents = None if name.endswith("/") else partial(opened.open, member)
-            yield name, member.file_size, member.header_offset, link, contents
+            yield name, member.file_size, link, contents
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
@@ -305,10 +281,7 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def _tar_members(archive: Path) -> Iterator[Member]:
-    with (
-        open(archive, "rb") as raw,
-        tarfile.open(fileobj=raw, mode="r:*", tarinfo=_TarInfo) as opened,
-    ):
+    with tarfile.open(archive, tarinfo=_TarInfo) as opened:
         for member in opened:
             link = None
             if member.issym():
@@ -319,7 +292,7 @@ def _tar_members(archive: Path) -> Iterator[Member]:
                 log.warning("%s: %r is a device, and is left out.", archive, member.name)
                 continue
             contents = None if member.isdir() else partial(opened.extractfile, member)
-            yield member.name, member.size, raw.tell(), link, contents
+            yield member.name, member.size, link, contents
         while opened.fileobj.read(1 << 20):  # up to the checksum, which stands at the very end
             pass
 
@@ -328,45 +301,19 @@ def _safe_path(name: str, archive: Path) -> PurePosixPath:
     """Returns the path of a member, if it stays below the folder that is unpacked to."""
     name = name.replace("\\", "/")
     path = PurePosixPath(posixpath.normpath(name))
-    if name.startswith("/") or name.partition("/")[0].endswith(":"):
-        why = "is an absolute path"
-    elif ".." in path.parts:
-        why = "points outside of the archive"
-    elif "\0" in name:
-        why = "is no file name"
-    else:
+    outside = name.startswith("/") or name.partition("/")[0].endswith(":") or ".." in path.parts
+    if not outside and "\0" not in name:
         return path
     raise InputError(
-        f"The archive {archive} was refused: its member {name!r} {why}, which no copy of this "
-        "data set needs. Get the archive from a source you trust, or unpack it yourself, look at "
-        "it, and pass the folder."
+        f"The archive {archive} was refused: its member {name!r} is no path inside of it, which no "
+        "copy of this data set needs. Get the archive from a source you trust, or unpack it "
+        "yourself, look at it, and pass the folder."
     )
 
 
 def is_litter(name: str) -> bool:
     """Returns whether a name is hidden, or of a bin, of thumbnails or what else holds no images."""
     return LITTER.fullmatch(name) is not None
-
-
-def download(wanted: Download, folder: Path) -> Path:
-    """Fetches an archive into a folder unless it is there; returns its path.
-
-    Raises InputError: the server cannot be reached or broke off, or the checksum differs.
-    """
-    import pooch  # here: indexes read archives, and download none
-
-    log.info("Downloading %s", wanted.url)
-    pooch.get_logger().setLevel(logging.WARNING)  # else it says so too
-    bar = sys.stderr.isatty()
-    server = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 20, timeout=60)
-    try:
-        path = pooch.retrieve(wanted.url, wanted.sha256, wanted.filename, folder, downloader=server)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"Downloading {wanted.url} failed ({error}). Try again later, or get the archive "
-            "elsewhere and pass its path as --config.data.source."
-        ) from error
-    return Path(path)
 
 
 def read_text(path: Path) -> str:

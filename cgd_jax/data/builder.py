@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 REPORTS = {
     "skipped": "files are missing or unreadable",
     "left_out": "files are left out",
-    "boxes": "boxes have no area, and stand for the whole image",
+    "boxes": "boxes are empty, and stand for the whole image",
     "blank": "images are blank (files of 16 bits are read as 0 to 65,535: scale those that hold "
     "0 to 4,095 or 0 to 255)",
 }
@@ -55,7 +55,7 @@ class ImageFile(NamedTuple):
     path: Path
     label: int  # class number, unique over all splits
     class_name: str
-    bbox: tuple[float, float, float, float] | None = None  # x0, y0, x1, y1 in pixels
+    bbox: decode.Box | None = None  # x0, y0, x1, y1 in pixels
 
 
 def example_features(boxes: bool = False) -> tfds.features.FeaturesDict:
@@ -86,7 +86,6 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
     # Split → classes, images; None: not known, or not of classes.
     PUBLISHED: ClassVar[dict[str, tuple[int | None, int | None]]] = {}
     HOW_TO_GET: ClassVar[str] = ""  # ends the errors about a source
-    DOWNLOAD: ClassVar[archives.Download | None] = None
     # Archives that the source may hold, without their endings → what they unpack to.
     INNER_ARCHIVES: ClassVar[dict[str, str]] = {}
     FILE_ENDINGS: ClassVar[tuple[str, ...]] = archives.ARCHIVE_ENDINGS  # sources besides folders
@@ -150,46 +149,33 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
                 path = self.report_path(name)
                 log.warning("%s: %d %s: %s. See %s", self.name, len(rows), text, _kinds(rows), path)
 
-    def _locate(self, source: str) -> Path | archives.Download:
-        """Returns where the source is."""
+    def _locate(self, source: str) -> Path:
         path = Path(source).expanduser()
-        if source == "auto" and self.DOWNLOAD:
-            return self.DOWNLOAD
-        if source == "auto":
-            problem = (
-                "no server is known to offer this archive any more, so --config.data.source=auto "
-                "cannot work"
-            )
-        elif not source:
+        if not source:
             problem = "--config.data.source says where the images are, and is not set"
         elif not path.exists():
             problem = f"{path} does not exist"
-        elif not path.is_dir() and not (
-            path.is_file() and path.name.lower().endswith(self.FILE_ENDINGS)
-        ):
-            problem = f"{path} is neither a folder nor one of {', '.join(self.FILE_ENDINGS)}"
-        else:
+        elif path.is_dir() or path.is_file() and path.name.lower().endswith(self.FILE_ENDINGS):
             return path
-        also = " Or pass auto to download it." if self.DOWNLOAD else ""
-        raise InputError(f"{self.name}: {problem}. {self.HOW_TO_GET}{also}")
+        else:
+            problem = f"{path} is neither a folder nor one of {', '.join(self.FILE_ENDINGS)}"
+        raise InputError(f"{self.name}: {problem}. {self.HOW_TO_GET}")
 
     def fingerprint(self, source: Path) -> str:
         """Returns what changes when the source does."""
         return archives.fingerprint(source)
 
     def _key(self, root: Path) -> str:
-        if isinstance(self._source, Path):
-            if root.resolve().is_relative_to(self._source.resolve()):
-                raise InputError(
-                    f"{self.name}: data sets are built in {root.resolve()}, which lies in "
-                    f"{self._source}, where the images are; they would be another source "
-                    "after every build. Let --config.data.dir=FOLDER name a folder outside of it."
-                )
-            stem, mark = self._source.resolve().name, self.fingerprint(self._source)
-        else:
-            stem, mark = "auto", self._source.sha256 or self._source.url
-        stem = re.sub(r"[^A-Za-z0-9]+", "_", stem).strip("_")[:40] or "source"
-        return f"{stem}-{hashlib.sha256(f'{mark} {self.options()}'.encode()).hexdigest()[:12]}"
+        source = self._source.resolve()
+        if root.resolve().is_relative_to(source):
+            raise InputError(
+                f"{self.name}: data sets are built in {root.resolve()}, which lies in {source}, "
+                "where the images are; they would be another source after every build. Let "
+                "--config.data.dir=FOLDER name a folder outside of it."
+            )
+        stem = re.sub(r"[^A-Za-z0-9]+", "_", source.name).strip("_")[:40] or "source"
+        mark = f"{self.fingerprint(self._source)} {self.options()}"
+        return f"{stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -223,16 +209,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
     @contextlib.contextmanager
     def _unpacked(self) -> Iterator[list[Path]]:
         """Yields the folder of the source, and those of archives in it that are not unpacked."""
-        source, scratch = self._source, Path(self.data_dir).parent
-        if isinstance(source, archives.Download):
-            source = archives.download(source, Path(self.data_dir_root, "downloads"))
+        scratch = Path(self.data_dir).parent
         with contextlib.ExitStack() as stack:
-            folders = [stack.enter_context(archives.unpacked(source, scratch))]
+            folders = [stack.enter_context(archives.unpacked(self._source, scratch))]
             for stem, folder in self.INNER_ARCHIVES.items():
                 names = [stem + ending for ending in archives.ARCHIVE_ENDINGS]
-                found = [archives.find(folders, name) for name in names]
-                archive = next(filter(None, found), None)
-                if archive and not archives.find(folders, folder):
+                found = filter(None, (archives.find(folders, name) for name in names))
+                if not archives.find(folders, folder) and (archive := next(found, None)):
                     folders.append(stack.enter_context(archives.unpacked(archive, scratch)))
             yield folders
 
@@ -263,11 +246,12 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
                 f"--config.data.max_bad_fraction allows: {_kinds(skipped)}. They are listed with "
                 f"reasons in {self.report_path('skipped')}."
             )
-        for name in [name for name, count in counts.items() if not count]:
-            reasons = _kinds([row for row in skipped if row["split"] == name])
-            raise InputError(
-                f"{self.name}: none of the images of split {name} can be read: {reasons}."
-            )
+        for name, count in counts.items():
+            if not count:
+                reasons = _kinds([row for row in skipped if row["split"] == name])
+                raise InputError(
+                    f"{self.name}: none of the images of split {name} can be read: {reasons}."
+                )
         self._check_counts("images", counts)
 
     def _check_counts(self, kind: str, found: Mapping[str, int]) -> None:
@@ -307,22 +291,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
                 "id": _text(file.id),
             }
             if self.BOXES:
-                box = clip(file.bbox, height, width)
-                if box is None:
-                    reason = f"box {file.bbox} has no area inside of {width}x{height} pixels"
-                    self.note("boxes", file.split, file.id, reason)
-                example["bbox"] = np.asarray(box or (0, 0, width, height), np.float32)
+                try:
+                    box = decode.clip(file.bbox, height, width)
+                except ValueError as error:
+                    box = 0, 0, width, height
+                    self.note("boxes", file.split, file.id, str(error))
+                example["bbox"] = np.asarray(box, np.float32)
             yield file.id, example
-
-
-def clip(
-    box: tuple[float, float, float, float] | None, height: int, width: int
-) -> tuple[float, float, float, float] | None:
-    """Returns the part of a box (x0, y0, x1, y1) in an image; None if that is below a pixel."""
-    if box is None:
-        return None
-    x0, y0, x1, y1 = max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
-    return (x0, y0, x1, y1) if x1 - x0 >= 1 and y1 - y0 >= 1 else None
 
 
 def _read(file: ImageFile) -> tuple[bytes, tuple[int, int, bool] | str]:

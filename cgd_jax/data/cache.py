@@ -2,7 +2,7 @@
 
 Decoding a photo takes milliseconds, copying 252×252 finished pixels microseconds. So the
 deterministic part of the preparation (decode, crop to the box, resize) happens once, into a
-memory-mapped .npy file that every run on the machine shares: the operating system keeps in
+memory-mapped file that every run on the machine shares: the operating system keeps in
 memory what is used, and gives it back when somebody needs the room.
 
 A source is a TFDS data source made with `decoders={"image": tfds.decode.SkipDecoding()}`: it has
@@ -11,6 +11,7 @@ a length, and `__getitems__` of a list of numbers gives dicts of `image` (encode
 """
 
 import contextlib
+import gzip
 import hashlib
 import json
 import logging
@@ -18,13 +19,13 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from cgd_jax.data.dataset import Split, printable
+from cgd_jax.data.dataset import Images, Split, printable
 from cgd_jax.data.decode import decode
 from cgd_jax.runtime.console import progress, quantity
 from cgd_jax.runtime.locks import one_at_a_time
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 # Raised whenever decode.py would give other pixels for the same bytes.
 FORMAT = 2
-CHECKSUMS = "crc32.npy"  # of every image, then of examples.json
+IMAGES = "images.uint8"  # their pixels, and nothing else
+EXAMPLES = "examples.json.gz"  # the key, and of every example what `_describe` says; its checksum
 CHUNK = 16  # examples that a thread takes at once
 
 
@@ -52,7 +54,13 @@ def cached(
     target = Path(folder, f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
 
     def opened() -> Split | None:
-        return _open_if_good(target, text, source, crop)
+        if not (target / EXAMPLES).exists():  # as in those of older versions
+            return None
+        try:
+            return _open(target, text, source, size, crop)
+        except Exception as error:  # damaged files raise nearly anything
+            log.warning("The cache %s cannot be used and is built again: %s.", target, error)
+            return None
 
     if split := opened():
         return split
@@ -73,7 +81,7 @@ def cached(
                 os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return _open(target, text, source, crop)
+        return _open(target, text, source, size, crop)
 
 
 def decoded(source: Any, size: int, crop: bool = True) -> Split:
@@ -86,65 +94,45 @@ def decoded(source: Any, size: int, crop: bool = True) -> Split:
         for numbers in _chunks(range(len(source)), CHUNK):
             rows += [_describe(example, crop) for example in source.__getitems__(numbers)]
             bar.update(len(numbers))
-    return _split(DecodedImages(source, size, crop), rows)
+    images = Images(_decoder(source, size, crop), np.arange(len(source)), size)
+    return _split(images, rows)
 
 
-class DecodedImages:
-    """Images [N, size, size, 3] that are decoded on all cores when they are asked for."""
+def _decoder(source: Any, size: int, crop: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns what decodes the images with some numbers [B] to [B, size, size, 3], on all cores."""
 
-    def __init__(self, source: Any, size: int, crop: bool):
-        self._source, self._size, self._crop = source, size, crop
-        self.shape = (len(source), size, size, 3)
+    def work(numbers: list[int]) -> np.ndarray:
+        return pixels(source.__getitems__(numbers), size, crop)
 
-    def __len__(self) -> int:
-        return len(self._source)
+    def read(numbers: np.ndarray) -> np.ndarray:
+        none = np.empty((0, size, size, 3), np.uint8)
+        return np.concatenate([none, *parallel(work, _chunks(numbers.tolist(), 4))])
 
-    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """Decodes the images [B] with these numbers to uint8 [B, size, size, 3]."""
-
-        def work(numbers: list[int]) -> np.ndarray:
-            return pixels(self._source.__getitems__(numbers), self._size, self._crop)
-
-        chunks = _chunks(np.asarray(indices, np.intp).tolist(), 4)
-        none = np.empty((0, *self.shape[1:]), np.uint8)
-        return np.concatenate([none, *parallel(work, chunks)])
+    return read
 
 
-class CachedImages:
-    """Images [N, size, size, 3] of a memory-mapped file, each checked when it is first read.
+def _checked(
+    images: np.memmap, checksums: np.ndarray, decode_again: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns what copies images, checks each when it is first read, and decodes damaged ones."""
+    good = np.zeros(len(images), bool)
 
-    One that is damaged is decoded from its source in place of what the file holds.
-    """
-
-    def __init__(self, images: np.memmap, checksums: np.ndarray | None, decoded: DecodedImages):
-        self._images, self._decoded = images, decoded
-        self._numbers = np.arange(len(images))
-        # Caches of older versions have no checksums.
-        self._checked = np.full(len(images), checksums is None)
-        self._checksums = self._numbers if checksums is None else checksums
-        self.shape = images.shape
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, indices) -> np.ndarray:
-        """Copies images, as NumPy would index an array [N, size, size, 3] of them."""
-        chosen = self._numbers[indices]
-        numbers = np.atleast_1d(chosen)
-        images = np.asarray(self._images[numbers])
-        for row in np.flatnonzero(~self._checked[numbers]):
-            number = numbers[row]
-            self._checked[number] = zlib.crc32(images[row]) == self._checksums[number]
-        damaged = np.flatnonzero(~self._checked[numbers])
+    def read(numbers: np.ndarray) -> np.ndarray:
+        copies = np.asarray(images[numbers])
+        for row in np.flatnonzero(~good[numbers]):
+            good[numbers[row]] = zlib.crc32(copies[row]) == checksums[numbers[row]]
+        damaged = np.flatnonzero(~good[numbers])
         if damaged.size:
-            images[damaged] = self._decoded[numbers[damaged]]
+            copies[damaged] = decode_again(numbers[damaged])
             log.warning(
                 "%d images in the cache %s are damaged and were decoded anew. Delete the cache, "
                 "and the next run builds it again.",
                 damaged.size,
-                Path(str(self._images.filename)).parent,
+                Path(str(images.filename)).parent,
             )
-        return images if chosen.ndim else images[0]
+        return copies
+
+    return read
 
 
 def pixels(examples: list[dict[str, Any]], size: int, crop: bool) -> np.ndarray:
@@ -174,46 +162,27 @@ def _split(images: Any, rows: list) -> Split:
     """Makes a split of its images and what `_describe` says of each."""
     return Split(
         images,
-        labels=np.array([label for label, *_ in rows], np.int64),
-        ids=[printable(id) for _, _, id, _ in rows],
-        class_names={label: printable(name) for label, _, _, name in rows},
-        contents=np.array([content for _, content, *_ in rows], np.int64),
+        labels=np.array([row[0] for row in rows], np.int64),
+        ids=[printable(row[2]) for row in rows],
+        class_names={row[0]: printable(row[3]) for row in rows},
+        contents=np.array([row[1] for row in rows], np.int64),
     )
 
 
-def _open(folder: Path, key: str, source: Any, crop: bool) -> Split:
+def _open(folder: Path, key: str, source: Any, size: int, crop: bool) -> Split:
     """Opens a finished cache; raises whatever if it is not."""
-    text, checksums = (folder / "examples.json").read_bytes(), None
-    if (folder / CHECKSUMS).exists():  # caches of older versions have none
-        checksums = np.load(folder / CHECKSUMS)
-        if zlib.crc32(text) != checksums[-1]:
-            raise ValueError(f"{folder}/examples.json is damaged")
-    stored = json.loads(text)
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    size = json.loads(key)["size"]
-    if stored["key"] != key:
-        raise ValueError(f"{folder} belongs to {stored['key']}")
-    if images.dtype != np.uint8 or images.shape != (len(stored["examples"]), size, size, 3):
-        raise ValueError(f"{folder} holds an array of the wrong shape")
-    if checksums is not None and checksums.shape != (len(images) + 1,):
-        raise ValueError(f"{folder}/{CHECKSUMS} is damaged")
-    decoded = DecodedImages(source, size, crop)
-    return _split(CachedImages(images, checksums, decoded), stored["examples"])
-
-
-def _open_if_good(folder: Path, key: str, source: Any, crop: bool) -> Split | None:
-    if not folder.exists():
-        return None
-    try:
-        return _open(folder, key, source, crop)
-    except Exception as error:  # NumPy's reading of a header has any
-        log.warning("The cache cannot be used and is built again: %s.", error)
-        return None
+    stored = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))
+    rows = stored["examples"]
+    if stored["key"] != key or len(rows) != len(source):
+        raise ValueError(f"it holds {len(rows)} images of {stored['key']}")
+    pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(rows), size, size, 3))
+    checksums = np.array([row[4] for row in rows])
+    read = _checked(pixels, checksums, _decoder(source, size, crop))
+    return _split(Images(read, np.arange(len(rows)), size), rows)
 
 
 def _build(source: Any, folder: Path, key: str, size: int, crop: bool) -> None:
-    shape = (len(source), size, size, 3)
-    needed, free = int(np.prod(shape)), shutil.disk_usage(folder).free
+    needed, free = len(source) * size * size * 3, shutil.disk_usage(folder).free
     announcement = (
         f"the cache of {len(source):,} images of {size}x{size} pixels takes "
         f"{quantity(needed, 'B')} in {folder.parent}, where {quantity(free, 'B')} are free"
@@ -224,40 +193,31 @@ def _build(source: Any, folder: Path, key: str, size: int, crop: bool) -> None:
             "disk, or decode on the fly with --config.data.cache=none."
         )
     log.info("Building: %s.", announcement)
+    rows: list[tuple] = []
 
-    def work(numbers: list[int]) -> tuple[np.ndarray, list[int], list[tuple]]:
+    def work(numbers: list[int]) -> tuple[np.ndarray, list[tuple]]:
         examples = source.__getitems__(numbers)
         images = pixels(examples, size, crop)
-        described = [_describe(example, crop) for example in examples]
-        return images, [zlib.crc32(image) for image in images], described
+        pairs = zip(examples, images, strict=True)
+        return images, [(*_describe(example, crop), zlib.crc32(image)) for example, image in pairs]
 
-    rows, checksums = [], []
-    with (
-        open(folder / "images.npy", "wb") as file,
-        progress(len(source), "resizing images") as bar,
-    ):
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for images, checks, described in parallel(
-            work, _chunks(range(len(source)), CHUNK), ahead=2
-        ):
-            file.write(images.data)  # which, unlike a page of a memory map, reports a full disk
-            rows += described
-            checksums += checks
-            bar.update(len(images))
-        _flush(file)
+    def resized() -> Iterator[memoryview]:
+        with progress(len(source), "resizing images") as bar:
+            for images, found in parallel(work, _chunks(range(len(source)), CHUNK), ahead=2):
+                rows.extend(found)
+                bar.update(len(images))
+                yield images.data
+
+    _write(folder / IMAGES, resized())
     examples = json.dumps({"key": key, "examples": rows}).encode()
-    with open(folder / "examples.json", "wb") as file:
-        file.write(examples)
-        _flush(file)
-    with open(folder / CHECKSUMS, "wb") as file:
-        np.save(file, np.array([*checksums, zlib.crc32(examples)], np.uint32))
-        _flush(file)
+    _write(folder / EXAMPLES, [gzip.compress(examples, 1)])
 
 
-def _flush(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    with open(path, "wb") as file:  # which, unlike a page of a memory map, reports a full disk
+        file.writelines(pieces)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _chunks(numbers, length: int) -> Iterator[list[int]]:

@@ -27,25 +27,15 @@ class Cub200(ImageBuilder):
         "Get CUB_200_2011.tgz (1.1 GB; from https://data.caltech.edu/records/65de6-vp158) and "
         "pass it, or the folder CUB_200_2011 it unpacks to, as --config.data.source=PATH."
     )
-    # Checksum as TensorFlow Datasets publishes it for this address.
-    DOWNLOAD = archives.Download(
-        url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
-        filename="CUB_200_2011.tgz",
-        sha256="0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
-    )
     BOXES = True
 
     def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the rows of images.txt, with classes and boxes from the lists beside it."""
         images = self.find(folders, "images.txt")
         root = images.parent
-        labels_txt = self.find([root], "image_class_labels.txt")
-        boxes_txt = self.find([root], "bounding_boxes.txt")
-        labels = dict(archives.read_rows(labels_txt, columns=2))
-        boxes = {
-            number: tuple(map(float, box))
-            for number, *box in archives.read_rows(boxes_txt, columns=5)
-        }
+        labels = dict(archives.read_rows(self.find([root], "image_class_labels.txt"), columns=2))
+        rows = archives.read_rows(self.find([root], "bounding_boxes.txt"), columns=5)
+        boxes = {number: tuple(map(float, box)) for number, *box in rows}
         for number, name in archives.read_rows(images, columns=2):
             if number not in labels or number not in boxes:
                 raise InputError(

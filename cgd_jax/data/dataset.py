@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,22 @@ from cgd_jax.runtime.errors import InputError
 
 # With Unicode's line and paragraph separators, and halves of surrogate pairs.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class Images:
+    """Images [N, S, S, 3] uint8 that are read when they are asked for, indexed as an array is."""
+
+    def __init__(self, read: Callable[[np.ndarray], np.ndarray], numbers: np.ndarray, size: int):
+        self._read, self._numbers = read, numbers  # `read` makes [B, S, S, 3] of numbers [B]
+        self.shape = (len(numbers), size, size, 3)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, indices) -> np.ndarray:
+        chosen = self._numbers[indices]
+        images = self._read(np.atleast_1d(chosen))
+        return images if chosen.ndim else images[0]
 
 
 class Split(NamedTuple):
@@ -27,6 +43,19 @@ class Split(NamedTuple):
     contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
     truth: Truth | None = None  # of queries: what they find in the gallery, where no class says it
     cache: Path | None = None  # the folder of caches, where resized images are kept
+
+
+def rows_of(split: Split, chosen: np.ndarray) -> Split:
+    """Returns a split with some of its rows, given as [N] bool."""
+    if chosen.all():
+        return split
+    rows = np.flatnonzero(chosen)
+    return split._replace(
+        images=Images(split.images.__getitem__, rows, split.images.shape[1]),
+        labels=split.labels[rows],
+        ids=[split.ids[i] for i in rows],
+        contents=None if split.contents is None else np.asarray(split.contents)[rows],
+    )
 
 
 class Dataset(NamedTuple):

@@ -18,11 +18,13 @@ import contextlib
 import io
 import math
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -61,6 +63,9 @@ REDUCTIONS = (1, 2, 4, 8)
 MAX_PIXELS = max_pixels(os.environ.get("CGD_JAX_MAX_PIXELS", "200_000_000"))
 TOO_MANY = f"more than {MAX_PIXELS:,} pixels (a decompression bomb? see CGD_JAX_MAX_PIXELS)"
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
+# A scan of a JPEG costs time for every pixel, and hardly a byte. Cameras and programs write about
+# ten; with this many pixels in all of them, decoding takes five seconds.
+MAX_SCANS, SCANNED_PIXELS = 100, 4_000_000_000
 BAND_PIXELS = 1 << 20  # converted at a time
 
 # Pillow checks what images hold inside of them, such as those in an icon. It raises at twice this
@@ -72,6 +77,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 ORIENTATION = 0x0112  # the EXIF tag
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+# Of a JPEG: all but those without a length, which are stuffed or restart a scan.
+MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+SCAN, END = 0xDA, 0xD9
 PNG = b"\x89PNG\r\n\x1a\n"  # how it begins
 
 # Pillow knows other formats: icons, films, what it only recognizes, and EPS, for which it starts
@@ -98,33 +106,45 @@ def decode(data: bytes, bbox: Box | None = None, size: int | None = None) -> np.
     bits are scaled to 8, the first frame stands for an animation. Raises ValueError, whose message
     is the reason in a few words: not a whole image of at most `MAX_PIXELS`, or an empty box.
     """
-    pixels, _ = decode_once(data, bbox, size)
+    pixels = decode_at_least(data, size, bbox).pixels
     return pixels if size is None else resize(pixels, size)
 
 
-def decode_once(
-    data: bytes, bbox: Box | None = None, least: int | None = None
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decodes and cuts as `decode` does, for whoever needs several sizes.
+class Decoded(NamedTuple):
+    """An image, or a part of one, and the size of the whole as displayed."""
 
-    Returns pixels [H, W, 3] uint8, which are reduced if it is a JPEG, but to no side below `least`;
-    and (height, width) of the whole image as displayed.
+    pixels: np.ndarray  # [H, W, 3] uint8 of sRGB
+    height: int
+    width: int
+
+
+def decode_at_least(data: bytes, side: int | None = None, box: Box | None = None) -> Decoded:
+    """Decodes and cuts an image once, for `resize` to make every size up to `side` of it.
+
+    A JPEG is reduced as far as no side falls below `side`, so that `resize` to `side` gives what
+    `decode` does; without a side, and in other formats, nothing is reduced. Raises as `decode`.
     """
     with _opened(data) as image:
         height, width = _size(image)
-        x0, y0, x1, y1 = box = (0, 0, width, height) if bbox is None else tuple(map(float, bbox))
-        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-        if not (x1 > x0 and y1 > y0):
-            raise ValueError(f"empty box {box} in an image of {width}x{height} pixels")
-        largest = 1 if least is None else min(y1 - y0, x1 - x0) / least
-        pixels = _read(image, data, max(r for r in REDUCTIONS if r <= max(largest, 1)))
-    if bbox is not None:
+        x0, y0, x1, y1 = clip(box, height, width)
+        largest = 1 if side is None else max(min(y1 - y0, x1 - x0) / side, 1)
+        pixels = _read(image, data, max(r for r in REDUCTIONS if r <= largest))
+    if box is not None:
         down, across = pixels.shape[0] / height, pixels.shape[1] / width
         pixels = pixels[
             math.floor(y0 * down) : math.ceil(y1 * down),
             math.floor(x0 * across) : math.ceil(x1 * across),
         ]
-    return pixels, (height, width)
+    return Decoded(pixels, height, width)
+
+
+def clip(box: Box | None, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns the whole pixels of an image that a box touches; ValueError for none."""
+    x0, y0, x1, y1 = (0, 0, width, height) if box is None else map(float, box)
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if not (x1 > x0 and y1 > y0):
+        raise ValueError(f"empty box {box} in an image of {width}x{height} pixels")
+    return math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -142,7 +162,7 @@ def check(data: bytes) -> tuple[int, int, bool]:
 
     Returns height and width as displayed, and whether it is nearly black or of one color.
     """
-    pixels, (height, width) = decode_once(data, least=1)
+    pixels, height, width = decode_at_least(data, 1)
     high, low = pixels.max((0, 1)), pixels.min((0, 1))
     return height, width, bool(high.max() < BLACK or np.all(high - low < PLAIN))
 
@@ -295,6 +315,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 # A tile may be larger than the image, and is decoded whole.
                 _check_size(*(image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_LENGTH)))
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(data, image.width * image.height)
             yield image
     except Exception as error:  # Pillow's plugins raise nearly anything on broken files.
         raise ValueError(_reason(error, data)) from error
@@ -303,6 +325,17 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} is {TOO_MANY}")
+
+
+def _check_scans(jpeg: bytes, pixels: int) -> None:
+    """Counts the scans of a JPEG, skipping segments as a decoder does."""
+    at, scans = 2, 0
+    while (found := MARKER.search(jpeg, at)) and found[1][0] != END:
+        scans += found[1][0] == SCAN
+        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
+    if scans > min(MAX_SCANS, max(SCANNED_PIXELS // pixels, 1)):
+        remedy = "a decompression bomb? save it anew, not progressive"
+        raise ValueError(f"a JPEG of {scans} scans, too many for its size ({remedy})")
 
 
 def _eight_bits(gray: np.ndarray) -> np.ndarray:

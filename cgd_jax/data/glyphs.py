@@ -7,7 +7,7 @@ thousands of classes with few images each, like Stanford Online Products.
 
 import io
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -82,10 +82,7 @@ def glyph_classes() -> list[list[Rendering]]:
     """
     faces = _faces()
     characters_of = {face: sorted(TTFont(face, lazy=True).getBestCmap()) for face in faces}
-    coverage = defaultdict(int)
-    for characters in characters_of.values():
-        for character in characters:
-            coverage[character] += 1
+    coverage = Counter(character for known in characters_of.values() for character in known)
     # Letters, symbols, numbers and punctuation; no marks, separators or controls.
     kept = {
         character
@@ -96,10 +93,8 @@ def glyph_classes() -> list[list[Rendering]]:
     representative = {character: character for character in kept}
 
     def find(character):
-        while representative[character] != character:
-            representative[character] = representative[representative[character]]
-            character = representative[character]
-        return character
+        next_one = representative[character]
+        return character if next_one == character else find(next_one)
 
     renderings = []
     for face in console.counted(faces, "glyphs: rendering faces", "face"):

@@ -19,17 +19,8 @@ from cgd_jax.data.image_list import Row
 from cgd_jax.runtime.errors import InputError
 
 # What people call a split, in lower case → what it is.
-ROLES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "query": "query",
-    "gallery": "gallery",
-}
+ROLES = {role: role for role in ("train", "test", "val", "query", "gallery")}
+ROLES |= {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
 SPLITS = (("train", "query", "gallery"), ("train", "test"), ("train", "val"))
 # Folders of re-identification sets, such as bounding_box_train, are of this kind too.
 NAMES_A_SPLIT = re.compile(
@@ -175,31 +166,25 @@ def _splits_of_folders(root: Path) -> dict[str, str] | None:
     if splits := _understand(folders):
         return splits
     roles = {ROLES.get(name.lower()) for name in folders}
-    if "train" in roles and roles & {"query", "gallery"}:
-        raise InputError(
-            f"image_folder: {root} has a folder train and only one of query and gallery. All "
-            "three are needed; or name the folder of test images test."
-        )
-    if folders and all(NAMES_A_SPLIT.fullmatch(name) for name in folders):
+    half = "train" in roles and roles & {"query", "gallery"}
+    if half or folders and all(NAMES_A_SPLIT.fullmatch(name) for name in folders):
         raise InputError(
             f"image_folder: the folders in {root} ({listed(sorted(folders))}) look like "
-            "splits, not like classes. Name them train and test, or train, query and gallery, "
-            "with a folder per class in each; or write a CSV with the columns path,label,split."
+            "splits, not like classes. Name them train and test, or train, query and gallery "
+            "(all three), with a folder per class in each; or write a CSV with the columns "
+            "path,label,split."
         )
     return None
 
 
 def _innermost(folder: Path) -> Path:
     """Returns the folder that has the classes, below folders that hold one folder only."""
-    for _ in range(8):
-        inside = _visible(folder)
-        inner = [path for path in inside if path.is_dir()]
-        if len(inner) != 1 or any(looks_like_image(path) for path in inside):
-            break
-        if not any(path.is_dir() for path in _visible(inner[0])):  # a class
-            break
-        (folder,) = inner
-    return folder
+    inside = _visible(folder)
+    inner = [path for path in inside if path.is_dir()]
+    if len(inner) != 1 or any(looks_like_image(path) for path in inside):
+        return folder
+    is_class = not any(path.is_dir() for path in _visible(inner[0]))
+    return folder if is_class else _innermost(inner[0])
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -4,26 +4,22 @@ An array of an image is [H, W, 3], of whole numbers from 0 to 255, NumPy's, JAX'
 """
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from cgd_jax.data.decode import decode, resize, to_rgb
+from cgd_jax.data.decode import Box, Decoded, clip, decode_at_least, read_file, resize, to_rgb
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["Box", "clip", "cut", "is_one", "listed", "load", "naming", "read_image"]
+__all__ = ["Box", "at_least", "clip", "cut", "is_one", "listed", "load", "naming", "read_image"]
 
 AN_IMAGE = (
     "An image is a file, an image of Pillow, or an array [H, W, 3] of whole numbers from 0 to 255; "
     "several are a list of these, or an array [B, H, W, 3]."
 )
-# (x0, y0, x1, y1) in pixels of the image as displayed.
-Box = tuple[float, float, float, float]
 
 
 def is_one(images: Any) -> bool:
@@ -62,12 +58,13 @@ def load(image: Any) -> bytes | np.ndarray:
 
     Raises:
       OSError: the file cannot be read.
+      ValueError: it is a pipe or a device, or too large.
       InputError: it is no image.
     """
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):
-        return Path(image).read_bytes()
+        return read_file(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     array = _as_array(image)
@@ -86,21 +83,18 @@ def load(image: Any) -> bytes | np.ndarray:
     raise InputError(f"Got {found}. {AN_IMAGE}{hint}")
 
 
+def at_least(content: bytes | np.ndarray, side: int, box: Box | None = None) -> Decoded:
+    """Decodes and cuts what `load` returned once, as `decode_at_least` does."""
+    if isinstance(content, bytes):
+        return decode_at_least(content, side, box)
+    height, width = content.shape[:2]
+    x0, y0, x1, y1 = clip(box, height, width)
+    return Decoded(content[y0:y1, x0:x1], height, width)
+
+
 def cut(content: bytes | np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
     """Cuts a box out of what `load` returned, and resizes it: [size, size, 3] uint8."""
-    if isinstance(content, bytes):
-        return decode(content, box, size)
-    x0, y0, x1, y1 = clip(box, *content.shape[:2])
-    return resize(content[y0:y1, x0:x1], size)
-
-
-def clip(box: Box | None, height: int, width: int) -> tuple[int, int, int, int]:
-    """Returns the whole pixels of an image that a box touches; without a box, all."""
-    x0, y0, x1, y1 = box or (0, 0, width, height)
-    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    if not (x1 > x0 and y1 > y0):
-        raise ValueError(f"empty box {box} in an image of {width}x{height} pixels")
-    return math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+    return resize(at_least(content, size, box).pixels, size)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from cgd_jax.data import Dataset, Split, builder_class, cache, check_queries, config_keys
-from cgd_jax.data.dataset import listed
+from cgd_jax.data.dataset import listed, rows_of
 from cgd_jax.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -191,30 +191,3 @@ def _warn_of_classes(dataset: Dataset) -> None:
         if len(classes):
             names = listed([query.class_names[label] for label in classes.tolist()])
             log.warning("%d of %d test classes %s: %s", len(classes), len(tested), text, names)
-
-
-def rows_of(split: Split, chosen: np.ndarray) -> Split:
-    """Returns a split with some of its rows, given as [N] bool."""
-    if chosen.all():
-        return split
-    rows = np.flatnonzero(chosen)
-    return split._replace(
-        images=_ImageRows(split.images, rows),
-        labels=split.labels[rows],
-        ids=[split.ids[i] for i in rows],
-        contents=None if split.contents is None else np.asarray(split.contents)[rows],
-    )
-
-
-class _ImageRows:
-    """Some rows of an array of images, read when they are asked for."""
-
-    def __init__(self, images, rows: np.ndarray):
-        self._images, self._numbers = images, rows
-        self.shape = (len(rows), *images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, indices) -> np.ndarray:
-        return self._images[self._numbers[indices]]

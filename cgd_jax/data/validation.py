@@ -6,8 +6,7 @@ Check", https://arxiv.org/abs/2003.08505); here the test classes can be measured
 
 import numpy as np
 
-from cgd_jax.data.dataset import Dataset, Split
-from cgd_jax.data.load import rows_of
+from cgd_jax.data.dataset import Dataset, Split, rows_of
 from cgd_jax.runtime.errors import InputError
 
 __all__ = ["hold_out"]

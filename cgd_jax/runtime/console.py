@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+
+# But line breaks and tabs.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def escaped(text: str) -> str:
+    """Writes control characters, which a terminal obeys, as Python does; names may hold them."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def log(text: str) -> None:
@@ -25,7 +35,7 @@ def log(text: str) -> None:
         if not processes.is_first():
             return
     encoding = sys.stdout.encoding or "utf-8"
-    tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    tqdm.write(escaped(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def duration(seconds: float) -> str:
