@@ -16,6 +16,7 @@ from PIL import Image
 
 from cgd_jax.data import archives, decode, truth
 from cgd_jax.data.builder import ImageBuilder, ImageFile
+from cgd_jax.data.dataset import printable
 from cgd_jax.geography import from_utm, on_globe
 from cgd_jax.runtime.errors import InputError
 
@@ -81,7 +82,9 @@ class Places(PlaceBuilder):
             found = _of_list(listed) if listed else self._of_folder(folders, split, part)
             for path, place in found:
                 root = listed.parent if listed else self._root(folders, part)
-                files.append((split, f"{part}/{path.relative_to(root).as_posix()}", path))
+                files.append(
+                    (split, printable(f"{part}/{path.relative_to(root).as_posix()}"), path)
+                )
                 where.append(place)
         if not files:
             raise InputError(f"places: no photograph says where it was taken. {self.HOW_TO_GET}")

@@ -26,14 +26,11 @@ class Roxford5k(ImageBuilder):
     PUBLISHED = {"query": (None, 70), "gallery": (None, 4_993)}
     BOXES = True
 
-    @property
-    def HOW_TO_GET(self) -> str:
-        """Ends the errors about a source."""
-        return (
-            f"Get it with the program of https://github.com/filipradenovic/revisitop and pass the "
-            f"folder {self.name}, which holds gnd_{self.name}.pkl and jpg, as "
-            f"--config.data.source=PATH."
-        )
+    HOW_TO_GET = (
+        "Get it with the program of https://github.com/filipradenovic/revisitop and pass the "
+        "folder that holds gnd_roxford5k.pkl (or gnd_rparis6k.pkl) and jpg as "
+        "--config.data.source=PATH."
+    )
 
     def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the images of the ground truth's lists; one that queries find has their class."""
