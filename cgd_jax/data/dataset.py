@@ -5,12 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cgd_jax.data.truth import Truth
 from cgd_jax.runtime.errors import InputError
+
+if TYPE_CHECKING:  # networks are opened without it
+    from cgd_jax.data.truth import Truth
 
 # With Unicode's line and paragraph separators, and halves of surrogate pairs.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -41,7 +43,9 @@ class Split(NamedTuple):
     class_names: dict[int, str]  # class number → name
     skipped: int = 0  # files that could not be used
     contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
-    truth: Truth | None = None  # of queries: what they find in the gallery, where no class says it
+    truth: "Truth | None" = (
+        None  # of queries: what they find in the gallery, where no class says it
+    )
     cache: Path | None = None  # the folder of caches, where resized images are kept
 
 
