@@ -96,10 +96,10 @@ def positions(split: str) -> list[tuple[int, int, float, int]]:
                     views = along + rng.uniform(-3, 3, VIEWS)
                     found += [(street, side, x, label) for x in views]
                 continue
-            along = np.arange(20, LENGTH - 20, DATABASE_EVERY, float)
+            taken = np.arange(20.0, LENGTH - 20, DATABASE_EVERY)
             if split == "query":
-                along = rng.uniform(20, LENGTH - 20, QUERIES)
-            found += [(street, side, x, 100 * row + int(x // 100)) for x in along]
+                taken = rng.uniform(20, LENGTH - 20, QUERIES)
+            found += [(street, side, x, 100 * row + int(x // 100)) for x in taken]
     return found
 
 
@@ -109,9 +109,10 @@ def houses(street: int, side: int) -> list[House]:
     while left < LENGTH + 40:
         width, windows = rng.uniform(6, 13), rng.integers((1, 2), (5, 6))
         height, roof = FLOOR * windows[0] + rng.uniform(0.5, 2), rng.choice([0, 1.5, 2.5, 3.5])
-        colors = rng.uniform(((70,), (20,), (60,)), ((230,), (110,), (250,)), (3, 3))
+        wall, glass, frame = rng.uniform(((70,), (20,), (60,)), ((230,), (110,), (250,)), (3, 3))
         window, door = rng.uniform(0.3, 0.8, 2), rng.integers(windows[1])
-        found.append(House(left, width, height, roof, *colors, windows, window, door))
+        look = wall, glass, frame, windows, window, door
+        found.append(House(left, width, height, roof, *look))
         left += width + rng.choice([0.0, rng.uniform(1, 4)])
     return found
 

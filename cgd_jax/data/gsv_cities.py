@@ -45,6 +45,7 @@ class GsvCities(ImageBuilder):
 
 def _file_name(row: dict[str, str]) -> str:
     # As the authors' program makes it, which reads coordinates as numbers.
-    fields = row["place_id"].zfill(7), row["year"].zfill(4), row["month"].zfill(2)
-    fields += row["northdeg"].zfill(3), str(float(row["lat"])), str(float(row["lon"]))
-    return "_".join([row["city_id"], *fields, row["panoid"]]) + ".jpg"
+    fields = [row["city_id"], row["place_id"].zfill(7), row["year"].zfill(4)]
+    fields += [row["month"].zfill(2), row["northdeg"].zfill(3)]
+    fields += [str(float(row["lat"])), str(float(row["lon"])), row["panoid"]]
+    return "_".join(fields) + ".jpg"

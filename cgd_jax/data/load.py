@@ -101,6 +101,7 @@ def _numbered_from(first: int, split: Split) -> Split:
 def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder) -> Dataset:
     """Adds what is right for the queries; copies are found or not as the protocol has it."""
     train, query, gallery = dataset
+    assert gallery is not None  # what a protocol is of has one
     truth = builder.truth(query.ids, gallery.ids)
     lost = sum(len(row) == 0 for row in truth.positives)
     if lost == len(truth.positives):

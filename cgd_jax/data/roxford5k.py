@@ -42,7 +42,8 @@ class Roxford5k(ImageBuilder):
             rows = [
                 {k: list(map(int, g[k])) for k in ("easy", "hard", "junk")} for g in found["gnd"]
             ]
-            boxes = [tuple(map(float, row["bbx"])) for row in found["gnd"]]
+            corners = [map(float, row["bbx"]) for row in found["gnd"]]
+            boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in corners]
             stored = {
                 f"{query}.jpg": {k: [f"{images[i]}.jpg" for i in row[k]] for k in row}
                 for query, row in zip(queries, rows, strict=True)
