@@ -10,9 +10,9 @@ On a CPU, NumPy counts in threads; on other devices the program that made the pr
 that no row leaves the device, whose memory must hold the gallery.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from cgd_jax.runtime import processes, threads
 
-__all__ = ["TIE", "Places", "Relevance", "measure_ranks", "normalize", "ranks_of_positives"]
+__all__ = ["TIE", "Places", "Relevance", "normalize", "ranks_of_positives"]
 
 # Two float32 cosines closer than this count as equal: the order of summation alone, which
 # differs between kernels, moves them as much.
@@ -109,24 +109,10 @@ def ranks_of_positives(
         yield from _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh)
 
 
-def measure_ranks(
-    measure: Callable[[np.ndarray], dict[str, np.ndarray]],
-    query: np.ndarray,
-    gallery: np.ndarray,
-    relevance: Relevance,
-    *,
-    mesh: Mesh | None = None,
-    **options: Any,
-) -> dict[str, np.ndarray]:
-    """What a function makes of each query's ranks, from [B, M] to {name: [B]}, gathered.
+def measure_ranks(measure, query, gallery, relevance, *, mesh=None, **options):
+    """What `measure` makes of each query's ranks, from [B, M] to {name: [B]}, as {name: [Q]}.
 
-    Arguments are those of `ranks_of_positives`. Returns {name: [Q]}, NaN without a positive.
-
-    >>> positives = Places(items=np.array([1]), start=np.array([0]), end=np.array([1]))
-    >>> ignored, vectors = positives._replace(start=np.array([1])), np.float32([[1, 0], [1, 1]])
-    >>> relevance = Relevance(positives, ignored, matches=np.array([1]))
-    >>> measure_ranks(lambda ranks: {"mrr": 1 / ranks[:, 0]}, vectors[:1], vectors, relevance)
-    {'mrr': array([0.5])}
+    Other arguments are those of `ranks_of_positives`; NaN stands for queries without a positive.
     """
     found = {}
     for rows, ranks in ranks_of_positives(query, gallery, relevance, mesh=mesh, **options):

@@ -5,7 +5,7 @@ splits lose copies; `load` asks for it by the names that remain.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from cgd_jax.runtime import files
 __all__ = ["Truth", "cells", "of_lists", "of_positions", "read", "write"]
 
 CELL = 100.0  # metres
+NAME = "truth.json"
 
 
 class Truth(NamedTuple):
@@ -31,34 +32,22 @@ class Truth(NamedTuple):
     positions: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def of_lists(
-    measure: Callable[..., dict[str, np.ndarray]],
-    stored: dict[str, dict[str, list[str]]],
-    query: Sequence[str],
-    gallery: Sequence[str],
-    right: Sequence[str],
-    **more: Any,
-) -> Truth:
-    """Makes a truth of {query's name: {list's name: names}}; `right` says which are positives."""
+def of_lists(measure, stored, query, gallery, right, **more) -> Truth:
+    """Makes a truth of {query's name: {list's name: names}}; `right` says which are positives.
+
+    `query` and `gallery` are the names of their images, `more` what else `measure` takes.
+    """
     place = {name: i for i, name in enumerate(gallery)}
-    names = stored[query[0]]
     lists = {
         kind: [np.array([place[n] for n in stored[q][kind] if n in place], int) for q in query]
-        for kind in names
+        for kind in stored[query[0]]
     }
     positives = [np.concatenate(rows) for rows in zip(*(lists[k] for k in right), strict=True)]
     return Truth(positives, partial(measure, **lists, **more))
 
 
-def of_positions(
-    stored: dict[str, list[float]],
-    query: Sequence[str],
-    gallery: Sequence[str],
-    radius: float,
-    turn: float,
-    lost: float = 0.0,
-) -> Truth:
-    """Makes a truth of {name: [heading, position…]}; radius, turn: as `geography.near` has them."""
+def of_positions(stored, query, gallery, radius, turn, lost=0.0) -> Truth:
+    """Makes a truth of {name: [heading, position…]}; radius and turn are those of `near`."""
     asked, searched = (np.array([stored[n] for n in names], float) for names in (query, gallery))
     headings = asked[:, 0], searched[:, 0]
     positives = near(asked[:, 1:], searched[:, 1:], radius, *headings, turn=turn)
@@ -78,15 +67,11 @@ def cells(positions: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 def write(builder, stored: dict[str, Any]) -> None:
     """Keeps what a builder knows of its test images."""
-    path = _path(builder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, stored)
+    folder = Path(builder.data_dir).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / NAME, stored)
 
 
 def read(builder) -> dict[str, Any]:
     """Returns what `write` was given."""
-    return json.loads(_path(builder).read_text(encoding="utf-8"))
-
-
-def _path(builder) -> Path:
-    return Path(builder.data_dir).parent / "truth.json"
+    return json.loads((Path(builder.data_dir).parent / NAME).read_text(encoding="utf-8"))
