@@ -311,7 +311,7 @@ def test_streets_are_repeatable_and_what_is_near_overlaps(tmp_path):
         for x in (100, 100, 200)
     ]
     np.testing.assert_array_equal(taken[0], taken[1])
-    assert taken[0].shape == (64, 64, 3) and np.abs(taken[0] - taken[2]).mean() > 10
+    assert taken[0].shape == (48, 48, 3) and np.abs(taken[0] - taken[2]).mean() > 10
     train, query, gallery = (facades.positions(s) for s in ("train", "query", "gallery"))
     assert {row[0] for row in train}.isdisjoint(row[0] for row in query + gallery)
     assert {label for *_, label in train}.isdisjoint(row[3] for row in query + gallery)

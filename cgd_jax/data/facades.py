@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from cgd_jax.data import truth
 from cgd_jax.data.builder import build_once, example_features
 
-SIZE = 64  # pixels of a photograph
+SIZE = 48  # pixels of a photograph
 VIEW = 20.0  # metres of the street that it shows
 LENGTH = 600  # metres of a street
 FLOOR = 3.0  # metres

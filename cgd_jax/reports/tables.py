@@ -77,10 +77,10 @@ def _parts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[in
 
 
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
-    """Shows Recall@K and MAP@R in per cent, one row for each way of embedding."""
-    first = next(iter(rows.values()))
-    keys = [key for key in first if key.startswith("recall@")]
-    keys += ["map@r"] * ("map@r" in first) or [key for key in first if key.startswith("map")]
+    """Shows Recall@K and MAP@R, or a protocol's mean AP, in per cent, a row for each embedding."""
+    named = list(dict.fromkeys(key for values in rows.values() for key in values))
+    keys = [key for key in named if key.startswith("recall@")]
+    keys += ["map@r"] if "map@r" in named else [key for key in named if key.startswith("map")]
     cells = [
         [name, *(f"{100 * values[key]:.2f}" if key in values else "" for key in keys)]
         for name, values in rows.items()
