@@ -40,7 +40,6 @@ NAMED = [
     "test_search_stores.py::test_rows_are_replaced_and_deleted[index.sqlite]",
     "test_serve.py::test_answers_name_the_camera",
     "test_doctests.py::test_examples[pooling]",
-    "test_doctests.py::test_examples[losses]",
     "test_doctests.py::test_examples[losses.ranking]",
     "test_doctests.py::test_examples[metrics]",
 ]

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
-MODULES += ["losses.listwise", "losses.proxies", "losses.classification"]
+MODULES += ["losses.listwise", "losses.classification"]
 MODULES += ["labels", "ranking", "retrieval", "rerank", "attribution", "complementarity"]
 MODULES += ["protocols", "geography"]
 

@@ -131,14 +131,14 @@ class Patches(nn.Module):
         return x + self.param("offset", nn.initializers.zeros, (self.features,))
 
 
-def published_name(module, _):
-    return {"embed": "patch_embed.proj"}.get(".".join(module), ".".join(module))
-
-
 PATCHES = Family(
     title="Patch network",
     members={"patches": Patches, "wide_patches": partial(Patches, features=20)},
-    schemes=(Scheme("patch network's", "patch_embed.proj.weight", "head", published_name),),
+    schemes=(
+        Scheme(
+            "patch network's", "patch_embed.proj.weight", "head", {"^embed$": "patch_embed.proj"}
+        ),
+    ),
     normalization=Normalization.of(0.5, 0.25),
     options={"patch_side": 4},
 )

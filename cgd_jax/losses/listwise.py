@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from cgd_jax.combination import l2_normalize
 from cgd_jax.losses import pairs
@@ -16,7 +17,7 @@ from cgd_jax.losses.pairs import LIMIT, batch_mean, checked, masked_logsumexp, m
 __all__ = ["LIST_LOSSES", "n_pair_loss", "recall_at_k_loss", "smooth_ap_loss"]
 
 
-def n_pair_loss(embeddings: jax.Array, labels: jax.Array, scale: float = 16.0) -> jax.Array:
+def n_pair_loss(embeddings: Array, labels: Array, scale: float = 16.0) -> Array:
     """Cross-entropy of one positive a class against the positives of all other classes.
 
     Sohn, NeurIPS 2016, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective",
@@ -38,9 +39,7 @@ def n_pair_loss(embeddings: jax.Array, labels: jax.Array, scale: float = 16.0) -
     return batch_mean(jax.nn.softplus(others - logits), pair, embeddings)
 
 
-def smooth_ap_loss(
-    embeddings: jax.Array, labels: jax.Array, temperature: float = 0.01
-) -> jax.Array:
+def smooth_ap_loss(embeddings: Array, labels: Array, temperature: float = 0.01) -> Array:
     """One minus the mean average precision, with sigmoids for the steps of the ranks.
 
     Brown et al., ECCV 2020, https://arxiv.org/abs/2007.12163, equation 7; in [0, 1]. An anchor
@@ -67,30 +66,23 @@ def smooth_ap_loss(
 
 
 def recall_at_k_loss(
-    embeddings: jax.Array,
-    labels: jax.Array,
+    embeddings: Array,
+    labels: Array,
     ks: tuple[int, ...] = (1, 2, 4, 8, 16),
     rank_temperature: float = 0.01,
     k_temperature: float = 1.0,
     mixup: int = 0,
     *,
-    key: jax.Array | None = None,
-) -> jax.Array:
+    key: Array | None = None,
+) -> Array:
     """One minus the mean Recall@K, with sigmoids for both of its steps.
 
     Patel, Tolias & Matas, CVPR 2022, https://arxiv.org/abs/2108.11179, normalized as the authors'
     program does: ``min(k, Σ_p σ(k - rank(p))) / min(k, |P|)`` over the positives P of an anchor,
-    where rank(p) counts by sigmoids the images more similar than p. With `mixup` (section 3.3)
-    virtual images between two of one class are anchors and references too; they are mixed from
-    the embeddings, which mixes their similarities.
-
-    Args:
-      ks: the K whose recalls are averaged.
-      rank_temperature: of the sigmoid of differences of cosines.
-      k_temperature: of the sigmoid of k - rank.
-      mixup: virtual images for each image, mixed with the next ones of its class, cyclically;
-        half the number of the others makes every pair once.
-      key: draws the shares of the mixture, uniformly; ValueError if `mixup` is not 0 without it.
+    where rank(p) counts by sigmoids the images more similar than p. `mixup` (section 3.3) is how
+    many virtual images every one has, anchors and references too, whose embeddings are mixed with
+    the next ones of its class, cyclically; half the number of the others makes every pair once.
+    `key` draws the shares, uniformly: ValueError if it is missing.
 
     >>> x, labels = jnp.repeat(jnp.eye(2), 2, 0), jnp.array([0, 0, 1, 1])
     >>> print(f"{recall_at_k_loss(x, labels, ks=(1, 2), k_temperature=0.01):.4f}")  # σ(0), σ(1)
@@ -125,13 +117,13 @@ def recall_at_k_loss(
     return batch_mean(1 - recall, positive.any(1) & (seen & ~same).any(1), embeddings)
 
 
-def _ahead(similarities: jax.Array, temperature: float) -> jax.Array:
+def _ahead(similarities: Array, temperature: float) -> Array:
     """[N, N]: how far, 0 to 1, column j comes before row i in the order of one anchor's [N]."""
     ahead = jax.nn.sigmoid((similarities[None, :] - similarities[:, None]) / temperature)
     return ahead * ~jnp.eye(len(similarities), dtype=bool)
 
 
-def _next_of_class(labels: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _next_of_class(labels: Array, count: int) -> tuple[Array, Array]:
     """[count, B]: the images that follow in the same class, cyclically; whether it is another."""
     same = labels[:, None] == labels[None, :]
     place, size = jnp.tril(same, -1).sum(1), same.sum(1)
@@ -140,7 +132,7 @@ def _next_of_class(labels: jax.Array, count: int) -> tuple[jax.Array, jax.Array]
     return chosen, chosen != jnp.arange(len(labels))
 
 
-LIST_LOSSES: dict[str, Callable[..., jax.Array]] = {
+LIST_LOSSES: dict[str, Callable[..., Array]] = {
     "n_pair": n_pair_loss,
     "smooth_ap": smooth_ap_loss,
     "recall_at_k": recall_at_k_loss,

@@ -4,29 +4,20 @@ A miner takes `distances [B, N]` and boolean masks [B, N] of the `positive` and 
 pairs, and returns the masks of those that it keeps. Every loss on pairs takes one as `miner`; its
 triplets are all that the kept pairs of an anchor form. Nothing here is differentiated, but for
 what `hardest` returns.
-
->>> distances = jnp.array([[0.0, 2.0, 1.0, 3.0]])
->>> positive, negative = jnp.array([[False, True, False, False]]), jnp.array([[0, 0, 1, 1]]) > 0
->>> for name, miner in MINERS.items():
-...     options = {"key": jax.random.key(0)} if name == "distance_weighted" else {}
-...     print(name, miner(distances, positive, negative, **options)[1].astype(int).tolist())
-batch_all [[0, 0, 1, 1]]
-batch_hard [[0, 0, 1, 0]]
-semi_hard [[0, 0, 0, 1]]
-distance_weighted [[0, 0, 1, 0]]
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 __all__ = ["MINERS", "batch_all", "batch_hard", "distance_weighted", "hardest", "semi_hard"]
 
-Masks = tuple[jax.Array, jax.Array]
+Masks = tuple[Array, Array]
 
 
-def hardest(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+def hardest(distances: Array, positive: Array, negative: Array) -> Masks:
     """Returns every anchor's distance [B] to its farthest positive and to its nearest negative.
 
     They are -inf and inf where there is none.
@@ -39,7 +30,7 @@ def hardest(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> M
     return farthest, nearest
 
 
-def batch_all(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+def batch_all(distances: Array, positive: Array, negative: Array) -> Masks:
     """Keeps all pairs.
 
     >>> pair = jnp.array([[True]])
@@ -49,7 +40,7 @@ def batch_all(distances: jax.Array, positive: jax.Array, negative: jax.Array) ->
     return positive, negative
 
 
-def batch_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+def batch_hard(distances: Array, positive: Array, negative: Array) -> Masks:
     """Keeps every anchor's farthest positive and nearest negative; of equal ones all.
 
     Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 5.
@@ -61,7 +52,7 @@ def batch_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) -
     return positive & (distances == farthest[:, None]), negative & (distances == nearest[:, None])
 
 
-def semi_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) -> Masks:
+def semi_hard(distances: Array, positive: Array, negative: Array) -> Masks:
     """Keeps for every positive the nearest negative beyond it, and all positives.
 
     Schroff, Kalenichenko & Philbin, CVPR 2015, https://arxiv.org/abs/1503.03832, section 3.2;
@@ -74,7 +65,7 @@ def semi_hard(distances: jax.Array, positive: jax.Array, negative: jax.Array) ->
     return positive, negative & _chosen(semi_hard_negatives(distances, negative), positive)
 
 
-def semi_hard_negatives(distances: jax.Array, negative: jax.Array) -> jax.Array:
+def semi_hard_negatives(distances: Array, negative: Array) -> Array:
     """[B, N] columns: for every pair, taken for a positive one, its semi-hard negative."""
     of_negatives = jnp.where(negative, distances, jnp.inf)
     order = jnp.argsort(of_negatives, 1)
@@ -85,11 +76,11 @@ def semi_hard_negatives(distances: jax.Array, negative: jax.Array) -> jax.Array:
 
 
 def distance_weighted(
-    distances: jax.Array,
-    positive: jax.Array,
-    negative: jax.Array,
+    distances: Array,
+    positive: Array,
+    negative: Array,
     *,
-    key: jax.Array,
+    key: Array,
     dim: int = 128,
     cutoff: float = 0.5,
     nonzero_cutoff: float = 1.4,
@@ -97,14 +88,10 @@ def distance_weighted(
     """Draws for every positive a negative, near and far ones equally often.
 
     Wu et al., ICCV 2017, https://arxiv.org/abs/1706.07567, section 4: with a probability of one
-    over the density of distances between random points on the sphere, ``d^(n-2) (1 - d²/4)^((n-3)
-    /2)``. An anchor has as many negatives as positives, but for those that were drawn twice.
-
-    Args:
-      key: of the draw; the same one gives the same pairs.
-      dim: n, of the sphere's space.
-      cutoff: distances below it are taken for it, so that noise is not drawn too often.
-      nonzero_cutoff: negatives beyond it are not drawn, unless an anchor has no other.
+    over the density of distances between random points on the sphere in `dim` dimensions,
+    ``d^(n-2) (1 - d²/4)^((n-3)/2)``. An anchor has as many negatives as positives, but for those
+    that were drawn twice. Distances below `cutoff` are taken for it, so that noise is not drawn
+    too often; negatives beyond `nonzero_cutoff` are drawn where an anchor has no other.
 
     >>> distances, first = jnp.array([[1.0, 1.0, 2.0]]), jnp.array([[True, False, False]])
     >>> distance_weighted(distances, first, ~first, key=jax.random.key(0))[1].tolist()
@@ -125,7 +112,7 @@ def distance_weighted(
     return positive, negative & _chosen(columns, positive)
 
 
-def _chosen(columns: jax.Array, positive: jax.Array) -> jax.Array:
+def _chosen(columns: Array, positive: Array) -> Array:
     """[B, N] bool: whether a column is among those that the positives of its row have chosen."""
     rows = jnp.arange(len(columns))[:, None]
     return jnp.zeros_like(positive).at[rows, columns].max(positive)

@@ -9,13 +9,14 @@ from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from cgd_jax.combination import l2_normalize, to_float32
 
 __all__ = ["Memory", "Miner", "empty_memory", "pairwise_distances", "push", "similarities"]
 
 # distances [B, N] float32, positive [B, N], negative [B, N] → the masks of what is kept.
-Miner = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Miner = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 # Coordinates and distances beyond it count as it where a loss multiplies them with one another,
 # so that sums of its terms stay in float32.
@@ -28,8 +29,8 @@ class Memory(NamedTuple):
     Cross-batch memory, Wang et al., CVPR 2020, https://arxiv.org/abs/1912.06798.
     """
 
-    vectors: jax.Array  # [M, D] float32
-    labels: jax.Array  # [M] int32; -1 where nothing was stored yet
+    vectors: Array  # [M, D] float32
+    labels: Array  # [M] int32; -1 where nothing was stored yet
 
 
 class PairOptions(TypedDict, total=False):
@@ -42,28 +43,28 @@ class PairOptions(TypedDict, total=False):
 class Pairs(NamedTuple):
     """Which columns an anchor is to be near to, and which far from."""
 
-    embeddings: jax.Array  # [B, D] float32: the batch, the anchors
-    references: jax.Array  # [N, D] float32: the batch, then the memory
-    positive: jax.Array  # [B, N] bool: same class but another image
-    negative: jax.Array  # [B, N] bool: another class
+    embeddings: Array  # [B, D] float32: the batch, the anchors
+    references: Array  # [N, D] float32: the batch, then the memory
+    positive: Array  # [B, N] bool: same class but another image
+    negative: Array  # [B, N] bool: another class
 
     @property
-    def valid(self) -> jax.Array:
+    def valid(self) -> Array:
         """[B] bool: whether an anchor has both."""
         return self.positive.any(1) & self.negative.any(1)
 
     @property
-    def distances(self) -> jax.Array:
+    def distances(self) -> Array:
         """[B, N] float32."""
         return pairwise_distances(self.embeddings, self.references)
 
     @property
-    def similarities(self) -> jax.Array:
+    def similarities(self) -> Array:
         """[B, N] float32, cosines."""
         return similarities(self.embeddings, self.references)
 
 
-def pairwise_distances(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+def pairwise_distances(x: Array, y: Array | None = None) -> Array:
     """Euclidean distances [N, M] float32 between the rows of `x` [N, D] and `y` [M, D], or `x`.
 
     Where the distance is zero, and the slope of the root infinite, the gradient is zero.
@@ -85,7 +86,7 @@ def pairwise_distances(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
     return scale * safe_root(squared)
 
 
-def similarities(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+def similarities(x: Array, y: Array | None = None) -> Array:
     """Cosines [N, M] float32 between the rows of `x` [N, D] and `y` [M, D], or `x`.
 
     >>> similarities(jnp.array([[2.0, 0.0], [0.0, 3.0]])).tolist()
@@ -95,13 +96,13 @@ def similarities(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
     return products(x, x if y is None else l2_normalize(to_float32(y)))
 
 
-def products(x: jax.Array, y: jax.Array) -> jax.Array:
+def products(x: Array, y: Array) -> Array:
     # Full precision: the default on GPU and TPU keeps 10 or 8 bits of mantissa, and
     # near neighbours differ by less than that.
     return jnp.dot(x, y.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def safe_root(squared: jax.Array) -> jax.Array:
+def safe_root(squared: Array) -> Array:
     """The square root, with 0 for what is not positive and a gradient of 0 there."""
     is_zero = squared <= 0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
@@ -116,7 +117,7 @@ def empty_memory(size: int, dim: int) -> Memory:
     return Memory(jnp.zeros((size, dim)), jnp.full(size, -1, jnp.int32))
 
 
-def push(memory: Memory, embeddings: jax.Array, labels: jax.Array) -> Memory:
+def push(memory: Memory, embeddings: Array, labels: Array) -> Memory:
     """Puts a batch, `embeddings [B, D]` and `labels [B]` from 0, before the oldest of a memory.
 
     No gradient passes through the copy. The new memory is as large as before: of a batch that
@@ -134,10 +135,7 @@ def push(memory: Memory, embeddings: jax.Array, labels: jax.Array) -> Memory:
 
 
 def pairs_of(
-    embeddings: jax.Array,
-    labels: jax.Array,
-    memory: Memory | None = None,
-    miner: Miner | None = None,
+    embeddings: Array, labels: Array, memory: Memory | None = None, miner: Miner | None = None
 ) -> Pairs:
     """Finds the pairs of a batch, and of its images with a memory, that a miner keeps."""
     embeddings = checked(embeddings, labels)
@@ -154,31 +152,31 @@ def pairs_of(
     return Pairs(embeddings, references, positive, negative)
 
 
-def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
+def masked_mean(values: Array, mask: Array, axis: int | None = None) -> Array:
     """The mean of `values` where `mask`; 0 where the mask is empty."""
     return jnp.where(mask, values, 0.0).sum(axis) / jnp.maximum(mask.sum(axis), 1)
 
 
-def batch_mean(values: jax.Array, mask: jax.Array, embeddings: jax.Array) -> jax.Array:
+def batch_mean(values: Array, mask: Array, embeddings: Array) -> Array:
     """`masked_mean` as a loss: NaN if an embedding is not finite, whatever the mask."""
     return nan_unless_finite(embeddings, masked_mean(values, mask))
 
 
-def nan_unless_finite(embeddings: jax.Array, loss: jax.Array) -> jax.Array:
+def nan_unless_finite(embeddings: Array, loss: Array) -> Array:
     return jnp.where(jnp.isfinite(embeddings).all(), loss, jnp.nan)
 
 
-def masked_logsumexp(values: jax.Array, mask: jax.Array, axis: int = 1) -> jax.Array:
+def masked_logsumexp(values: Array, mask: Array, axis: int = 1) -> Array:
     """Log Σ exp over the mask; a very low number, with a gradient of 0, where it is empty."""
     return jax.nn.logsumexp(jnp.where(mask, values, -1e30), axis)
 
 
-def soft_sum(values: jax.Array, mask: jax.Array, axis: int = 1) -> jax.Array:
+def soft_sum(values: Array, mask: Array, axis: int = 1) -> Array:
     """log(1 + Σ exp) over the mask, without overflow."""
     return jax.nn.softplus(masked_logsumexp(values, mask, axis))
 
 
-def checked(values: jax.Array, labels: jax.Array, name: str = "embeddings") -> jax.Array:
+def checked(values: Array, labels: Array, name: str = "embeddings") -> Array:
     """Returns `values` as float32; raises ValueError for wrong ranks, lengths or dtypes."""
     if values.ndim != 2 or labels.shape != values.shape[:1]:
         raise ValueError(

@@ -22,6 +22,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from cgd_jax.losses.miners import hardest, semi_hard_negatives
 from cgd_jax.losses.pairs import (
@@ -51,8 +52,8 @@ __all__ = [
 
 
 def batch_hard_triplet_loss(
-    embeddings: jax.Array, labels: jax.Array, margin: float = 0.1, **options: Unpack[PairOptions]
-) -> jax.Array:
+    embeddings: Array, labels: Array, margin: float = 0.1, **options: Unpack[PairOptions]
+) -> Array:
     """Triplet loss of every anchor's farthest positive and nearest negative.
 
     Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 5; the
@@ -67,8 +68,8 @@ def batch_hard_triplet_loss(
 
 
 def soft_margin_triplet_loss(
-    embeddings: jax.Array, labels: jax.Array, scale: float = 1.0, **options: Unpack[PairOptions]
-) -> jax.Array:
+    embeddings: Array, labels: Array, scale: float = 1.0, **options: Unpack[PairOptions]
+) -> Array:
     """Triplet loss of the hardest pairs with a softplus in place of the hinge.
 
     Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, section 2.1:
@@ -84,13 +85,12 @@ def soft_margin_triplet_loss(
 
 
 def batch_all_triplet_loss(
-    embeddings: jax.Array, labels: jax.Array, margin: float = 0.1, **options: Unpack[PairOptions]
-) -> jax.Array:
+    embeddings: Array, labels: Array, margin: float = 0.1, **options: Unpack[PairOptions]
+) -> Array:
     """Triplet loss of all triplets, averaged over those that violate the margin.
 
-    Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 6 in the
-    variant with the mean over the non-zero terms (their "BA≠0"): easy triplets soon
-    outnumber all others and would drown the rest. Memory grows with B², not B³.
+    Hermans, Beyer & Leibe 2017, https://arxiv.org/abs/1703.07737, equation 6, their "BA≠0": easy
+    triplets soon outnumber all others and would drown the rest. Memory grows with B², not B³.
 
     >>> x, labels = jnp.array([[0.0], [1.0], [5.0], [6.0]]), jnp.array([0, 0, 1, 1])
     >>> batch_all_triplet_loss(x, labels, margin=4.0).item()  # two of eight violate it, by 1
@@ -110,14 +110,12 @@ def batch_all_triplet_loss(
 
 
 def semi_hard_triplet_loss(
-    embeddings: jax.Array, labels: jax.Array, margin: float = 0.1, **options: Unpack[PairOptions]
-) -> jax.Array:
+    embeddings: Array, labels: Array, margin: float = 0.1, **options: Unpack[PairOptions]
+) -> Array:
     """Triplet loss with the nearest negative that is farther than the positive.
 
-    Schroff, Kalenichenko & Philbin, CVPR 2015, https://arxiv.org/abs/1503.03832,
-    section 3.2. For every (anchor, positive) pair the negative is the nearest of
-    those farther away than the positive; where no negative is, the farthest one.
-    The mean over all pairs of valid anchors.
+    Schroff, Kalenichenko & Philbin, CVPR 2015, https://arxiv.org/abs/1503.03832, section 3.2.
+    Where no negative is farther, it is the farthest one. The mean over all pairs of valid anchors.
 
     >>> x, labels = jnp.array([[0.0], [3.0], [1.0], [7.0]]), jnp.array([0, 0, 1, 1])
     >>> print(f"{semi_hard_triplet_loss(x, labels):.3f}")  # 1 to 7: 6 - 2 + 0.1, others 0
@@ -131,14 +129,13 @@ def semi_hard_triplet_loss(
 
 
 def contrastive_loss(
-    embeddings: jax.Array, labels: jax.Array, margin: float = 1.0, **options: Unpack[PairOptions]
-) -> jax.Array:
+    embeddings: Array, labels: Array, margin: float = 1.0, **options: Unpack[PairOptions]
+) -> Array:
     """Pulls pairs of one class together and pushes others a margin apart.
 
-    Hadsell, Chopra & LeCun, CVPR 2006, https://doi.org/10.1109/CVPR.2006.100:
-    ``d²`` for a positive pair, ``max(0, margin - d)²`` for a negative one. Each
-    valid anchor contributes the mean over its positives plus the mean over its
-    negatives, so that the few positives of a batch weigh as much as its many
+    Hadsell, Chopra & LeCun, CVPR 2006, https://doi.org/10.1109/CVPR.2006.100: ``d²`` for a positive
+    pair, ``max(0, margin - d)²`` for a negative one. Each valid anchor contributes the mean over
+    its positives plus that over its negatives, so that few positives weigh as much as many
     negatives. Unit vectors at right angles are 1.41 apart.
 
     >>> x, labels = jnp.array([[0.0], [1.0], [9.0], [9.0]]), jnp.array([0, 0, 1, 1])
@@ -153,25 +150,22 @@ def contrastive_loss(
 
 
 def multi_similarity_loss(
-    embeddings: jax.Array,
-    labels: jax.Array,
+    embeddings: Array,
+    labels: Array,
     alpha: float = 2.0,
     beta: float = 50.0,
     base: float = 0.5,
     mining_margin: float = 0.1,
     **options: Unpack[PairOptions],
-) -> jax.Array:
+) -> Array:
     """Weights pairs by their own and their relative similarities (cosines).
 
-    Wang et al., CVPR 2019, https://arxiv.org/abs/1904.06627, equations 12 to 15. A
-    negative is mined when it is more similar than the least similar positive less
-    `mining_margin`, a positive when it is less similar than the most similar
-    negative plus `mining_margin`, the paper's ε. As in equation 15 the mean is over all images of
-    the batch, also those without a mined pair, such as the only one of its class, which count as 0.
-
-    Args:
-      alpha: sharpness for positives; `beta` is that for negatives.
-      base: λ, the similarity at which a pair changes from pushed to pulled.
+    Wang et al., CVPR 2019, https://arxiv.org/abs/1904.06627, equations 12 to 15. Negatives more
+    similar than the least similar positive less `mining_margin`, the paper's ε, are mined, and
+    positives less similar than the most similar negative plus it. The mean is over all images of
+    the batch; those without a mined pair, such as the only one of its class, count as 0. `alpha`
+    and `beta` are the sharpness for positives and negatives, `base`, λ, is the similarity at which
+    a pair changes from pushed to pulled.
 
     >>> x, labels = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0, 1])
     >>> multi_similarity_loss(x, labels).item()  # no pair violates the mining margin
@@ -188,17 +182,13 @@ def multi_similarity_loss(
 
 
 def info_nce_loss(
-    embeddings: jax.Array,
-    labels: jax.Array,
-    temperature: float = 0.07,
-    **options: Unpack[PairOptions],
-) -> jax.Array:
+    embeddings: Array, labels: Array, temperature: float = 0.07, **options: Unpack[PairOptions]
+) -> Array:
     """Cross-entropy of each positive against all negatives of its anchor (NT-Xent).
 
     Oord, Li & Vinyals 2018, https://arxiv.org/abs/1807.03748, equation 4, with the scaled cosine
-    of Chen et al. 2020, https://arxiv.org/abs/2002.05709. Where a class has more than two images
-    every positive is compared with the negatives alone, not with the other positives. The mean
-    over all positive pairs.
+    of Chen et al. 2020, https://arxiv.org/abs/2002.05709. A positive is compared with the negatives
+    alone, not with other positives. The mean over all positive pairs.
 
     >>> print(f"{info_nce_loss(jnp.eye(4), jnp.array([0, 0, 1, 1])):.4f}")  # log 3
     1.0986
@@ -210,11 +200,8 @@ def info_nce_loss(
 
 
 def supervised_contrastive_loss(
-    embeddings: jax.Array,
-    labels: jax.Array,
-    temperature: float = 0.1,
-    **options: Unpack[PairOptions],
-) -> jax.Array:
+    embeddings: Array, labels: Array, temperature: float = 0.1, **options: Unpack[PairOptions]
+) -> Array:
     """SupCon: cross-entropy of each positive against all other images.
 
     Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, equation 2 (L_out, the mean over
@@ -230,12 +217,12 @@ def supervised_contrastive_loss(
 
 
 def circle_loss(
-    embeddings: jax.Array,
-    labels: jax.Array,
+    embeddings: Array,
+    labels: Array,
     margin: float = 0.25,
     scale: float = 256.0,
     **options: Unpack[PairOptions],
-) -> jax.Array:
+) -> Array:
     """Weights every similarity (cosine) by how far it is from its optimum.
 
     Sun et al., CVPR 2020, https://arxiv.org/abs/2002.10857, equations 6 to 9: optima 1 + m and
@@ -257,8 +244,8 @@ def circle_loss(
 
 
 def lifted_structure_loss(
-    embeddings: jax.Array, labels: jax.Array, margin: float = 1.0, **options: Unpack[PairOptions]
-) -> jax.Array:
+    embeddings: Array, labels: Array, margin: float = 1.0, **options: Unpack[PairOptions]
+) -> Array:
     """Pushes away all negatives of both images of every positive pair.
 
     Song et al., CVPR 2016, https://arxiv.org/abs/1511.06452, equation 4: half the mean over the
@@ -277,9 +264,7 @@ def lifted_structure_loss(
     return batch_mean(cost, pairs.positive & pairs.valid[:, None], embeddings) / 2
 
 
-def _hardest_gap(
-    embeddings: jax.Array, labels: jax.Array, options: PairOptions
-) -> tuple[jax.Array, jax.Array]:
+def _hardest_gap(embeddings: Array, labels: Array, options: PairOptions) -> tuple[Array, Array]:
     """[B] farthest positive less nearest negative, or 0; [B] whether an anchor is valid."""
     pairs = pairs_of(embeddings, labels, **options)
     farthest, nearest = hardest(pairs.distances, pairs.positive, pairs.negative)
@@ -289,7 +274,7 @@ def _hardest_gap(
 
 
 # The names under which configs select them; see `objective.measure_losses` for what they take.
-PAIR_LOSSES: dict[str, Callable[..., jax.Array]] = {
+PAIR_LOSSES: dict[str, Callable[..., Array]] = {
     "batch_hard_triplet": batch_hard_triplet_loss,
     "batch_all_triplet": batch_all_triplet_loss,
     "semi_hard_triplet": semi_hard_triplet_loss,

@@ -127,8 +127,18 @@ def published(config: Mapping[str, Any]) -> str | None:
         if changed := sorted((config.get("model_args") or {}).keys() - _HARMLESS):
             raise InputError(f"its model_args set {', '.join(changed)}, which is not computed here")
         return next(filter(None, found), None)
-    names = ((family.published(config), family) for family in FAMILIES)
-    return next((name for name, family in names if name in family.members), None)
+    kind = config.get("model_type", "")
+    family = next((family for family in FAMILIES if kind in family.hugging_face), None)
+    if family is None:
+        return None
+    if "vision_config" in config:  # with a tower for texts; old files say twice what this one is
+        config = {**config["vision_config"], **(config.get("vision_config_dict") or {})}
+    described = family.hugging_face[kind]
+    for key, value in described.computed.items():
+        if config.get(key, value) != value:
+            raise InputError(f"it has {key}={config[key]!r}, and only {value!r} is computed here")
+    name = described.name(config)
+    return name if name in family.members else None
 
 
 def listed(families: Sequence[Family] | None = None) -> str:

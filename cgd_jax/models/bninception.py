@@ -6,7 +6,8 @@ come from Caffe: channels go in as blue, green, red, from 0 to 255 less a mean, 
 windows may reach over the lower and the right edge.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,21 +43,21 @@ def _over_the_edge(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), (2, 2), tuple(ends))
 
 
+def _named(layer: Layer, x: jax.Array, channels: int, side: int, name: str, stride: int = 1):
+    return layer(x, channels, side, (name, f"{name}_bn"), stride)
+
+
 class Block(nn.Module):
     """Branches side by side on the same input, their outputs joined."""
 
     channels: tuple[int, tuple[int, int], tuple[int, int], int]
     stride: int
     maximum: bool  # whether it pools the maximum
-    conv: Layer
-    norm: Layer
+    layer: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def layer(x, channels, side, name, stride=1):
-            x = self.conv(channels, (side, side), stride, padding=side // 2, name=name)(x)
-            return nn.relu(self.norm(name=f"{name}_bn")(x))
-
+        layer = partial(_named, self.layer)
         alone, (reduced, out), (double_reduced, double_out), projected = self.channels
         outputs = [layer(x, alone, 1, "1x1")] if alone else []
         y = layer(x, reduced, 1, "3x3_reduce")
@@ -106,23 +107,15 @@ class BNInception(ConvNet):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = self.conv_and_norm(train, use_bias=True)
-
-        def layer(x, channels, side, name, stride=1):
-            x = conv(self.scaled(channels), (side, side), stride, side // 2, name=name)(x)
-            return nn.relu(norm(name=f"{name}_bn")(x))
-
+        run = self.make_layer(train, use_bias=True)
+        layer = lambda x, channels, *rest: _named(run, x, self.scaled(channels), *rest)
         x = layer(x[..., ::-1], 64, 7, "conv1_7x7_s2", 2)  # blue, green, red
         x = _over_the_edge(x)
         x = layer(layer(x, 64, 1, "conv2_3x3_reduce"), 192, 3, "conv2_3x3")
         x = _over_the_edge(x)
         for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **own, conv=conv, norm=norm)
+            x = self.run_block(Block, name, x, **own, layer=run)
         return x
-
-
-def _cadene_name(module: tuple[str, ...], _: Sequence[str]) -> str:
-    return "_".join(module)
 
 
 def _flat_norms(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -139,7 +132,7 @@ FAMILY = Family(
             "Cadene BN-Inception",
             "conv1_7x7_s2.weight",
             ("last_linear.", "fc."),
-            _cadene_name,
+            {r"\.": "_"},
             _flat_norms,
         ),
     ),

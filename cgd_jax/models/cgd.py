@@ -66,15 +66,11 @@ class Center(nn.Module):
 
     The embeddings of a batch then cannot collapse into one point (docs/collapse.md has the proof).
     The gradient passes through the mean. In evaluation the FC layer behind it is one with a bias.
-
-    Attributes:
-      unit: whether the descriptors are scaled to unit length first, so that no long one can
-        hold the mean by itself.
-      momentum: share of the old running mean in the new one, as BatchNorm's.
     """
 
+    # Whether descriptors are scaled to unit length first, so that no long one holds the mean.
     unit: bool = False
-    momentum: float = 0.9
+    momentum: float = 0.9  # share of the old running mean in the new one, as BatchNorm's
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -101,38 +97,22 @@ def running_mean(mean: jax.Array, weight: jax.Array) -> jax.Array:
 class CGD(nn.Module):
     """images [B, H, W, 3], already normalized → `Output`.
 
-    Figure 1 of https://arxiv.org/abs/1903.10663. The main module pools the feature
-    map with every descriptor, projects and combines them; the auxiliary module,
-    BatchNorm and an FC layer, classifies the first descriptor as it comes out of the
-    pooling.
-
-    Attributes:
-      backbone: a module that maps (images, train) to a feature map.
-      num_classes: M, the number of training classes.
-      descriptors: distinct letters of `pooling.LETTERS`; the first one also feeds
-        the auxiliary module.
-      embedding_dim: D.
-      combination: one of `combination.COMBINATIONS`.
-      gem_p: GeM's exponent, or its initial value when it is learned.
-      learn_p: one of `LEARN_P`.
-      center: one of `CENTERS`; the paper's is "none".
-      fc_init: one of `FC_INITS`; the paper does not say which.
-      freeze_batch_norm: whether the backbone normalizes by its stored statistics in
-        training too, and leaves them as they are.
-      dtype: of the projections' inputs; norms and logits are float32.
+    Figure 1 of https://arxiv.org/abs/1903.10663. The main module pools the feature map with every
+    descriptor, projects and combines them; the auxiliary module, BatchNorm and an FC layer,
+    classifies the first descriptor as it comes out of the pooling.
     """
 
-    backbone: nn.Module
-    num_classes: int
-    descriptors: str = "SG"
-    embedding_dim: int = 1536
-    combination: str = "concat"
-    gem_p: float = 3.0
-    learn_p: str = "fixed"
-    center: str = "none"
-    fc_init: str = "orthogonal"
-    freeze_batch_norm: bool = False
-    dtype: jnp.dtype = jnp.float32
+    backbone: nn.Module  # (images, train) → feature map
+    num_classes: int  # M, in training
+    descriptors: str = "SG"  # distinct letters of `pooling.LETTERS`
+    embedding_dim: int = 1536  # D
+    combination: str = "concat"  # one of `combination.COMBINATIONS`
+    gem_p: float = 3.0  # GeM's exponent, or its initial value when it is learned
+    learn_p: str = "fixed"  # one of `LEARN_P`
+    center: str = "none"  # one of `CENTERS`; the paper's is "none"
+    fc_init: str = "orthogonal"  # one of `FC_INITS`; the paper does not say which
+    freeze_batch_norm: bool = False  # whether the backbone keeps its statistics in training too
+    dtype: jnp.dtype = jnp.float32  # of the projections' inputs; norms and logits are float32
 
     @nn.compact
     def __call__(
@@ -147,9 +127,8 @@ class CGD(nn.Module):
             features = self.backbone(images, train and not self.freeze_batch_norm)
             descriptors = [self.pool(letter, features) for letter in self.descriptors]
 
-        shapes = combination.kernel_shapes(
-            descriptors[0].shape[-1], len(descriptors), self.embedding_dim, self.combination
-        )
+        channels, count = descriptors[0].shape[-1], len(descriptors)
+        shapes = combination.kernel_shapes(channels, count, self.embedding_dim, self.combination)
         names = ["raw"] if self.combination == "raw" else self.descriptors
         kernels = [
             self.param(f"fc_{name}", FC_INITS[self.fc_init], shape).astype(self.dtype)
@@ -198,25 +177,12 @@ def compute_dtype(name: str) -> jnp.dtype:
 def create_model(config: Any, num_classes: int) -> CGD:
     """Makes the network that a config's `model` describes; `init(key, images)` gives its variables.
 
-    Args:
-      config: the `model` part of an experiment's config (see configs/base.py), or what has
-        its attributes.
-      num_classes: M, the number of training classes.
+    `config` is the `model` part of an experiment's, or what has its attributes.
     """
     dtype = compute_dtype(config.dtype)
-    return CGD(
-        backbone=backbones.create(config, dtype),
-        num_classes=num_classes,
-        descriptors=config.descriptors,
-        embedding_dim=config.embedding_dim,
-        combination=config.combination,
-        gem_p=config.gem_p,
-        learn_p=config.learn_p,
-        center=config.center,
-        fc_init=config.fc_init,
-        freeze_batch_norm=config.freeze_batch_norm,
-        dtype=dtype,
-    )
+    names = "descriptors embedding_dim combination gem_p learn_p center fc_init freeze_batch_norm"
+    options = {name: getattr(config, name) for name in names.split()}
+    return CGD(backbones.create(config, dtype), num_classes, dtype=dtype, **options)
 
 
 def create_model_of(config: Any, variables: Mapping[str, Any]) -> CGD:
@@ -242,18 +208,11 @@ def branches_of(descriptors: str, combination: str) -> str:
 
 
 def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
-    """Selects one of the vectors that the network computes on its way.
+    """Selects one of the vectors [B, D] that the network computes on its way.
 
-    Args:
-      output: of the network, with its descriptors.
-      descriptors: the letters of the descriptor set.
-      vector: "embedding", what is trained; "descriptors", all descriptors as they come
-        out of the pooling, before the FC layers, each normalized; "descriptor_S", one
-        of them; "first_descriptor", the one that feeds the auxiliary module; "branch_S",
-        the part of the embedding that comes from one of them.
-
-    Returns:
-      [B, D].
+    "embedding", what is trained; "branch_S", the part of it that comes from one descriptor;
+    "descriptors", all of them as they come out of the pooling, each normalized; "descriptor_S",
+    one of them; "first_descriptor", the one that feeds the auxiliary module.
     """
     if vector == "first_descriptor":
         vector = f"descriptor_{descriptors[0]}"
@@ -278,19 +237,10 @@ def embed_model(
     flip: bool = False,
     scales: tuple[float, ...] = (1.0,),
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns the network as a function: [B, S, S, 3] uint8 → [B, D].
+    """Returns the network as a function: [B, S, S, 3] uint8 → [B, D], of unit length.
 
-    Args:
-      model: the network.
-      variables: its weights and BatchNorm statistics.
-      normalization: of the pixels, which belongs to the weights.
-      image_size: what the network sees; of larger images it is the center.
-      vector: which of its vectors is compared, see `select_vector`.
-      flip: whether the vector of the mirrored image is added.
-      scales: factors of `image_size`; the vectors of all of them are added.
-
-    Returns:
-      A jitted function; its vectors have unit length.
+    The network sees the center of images, `image_size` wide; `vector` is of `select_vector`. With
+    `flip` the vector of the mirrored image is added, and those of all `scales` of the image are.
     """
     return lambda images: _embed(
         model, variables, normalization, images, image_size, vector, flip, scales

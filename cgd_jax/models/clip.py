@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax.models.family import Scheme, require
-from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
+from cgd_jax.models.family import HuggingFace, Scheme, rename
+from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_of
 from cgd_jax.preprocess import Normalization
 
 __all__ = ["CLIP", "SIGLIP"]
@@ -71,28 +71,22 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return arrays
 
 
-def _published(
-    config: Mapping[str, Any], kind: str, patch: int, computed: Mapping[str, Any]
-) -> str | None:
-    """Returns the image tower of a config; `patch` pixels where it leaves out how many."""
-    tower = config
-    if config.get("model_type") == kind:  # both towers; old files say twice what this one is
-        tower = {**config.get("vision_config", {}), **(config.get("vision_config_dict") or {})}
-    elif config.get("model_type") != f"{kind}_vision_model":
-        return None
-    require(tower, computed)
-    patch, image = tower.get("patch_size", patch), tower.get("image_size", 224)
-    return f"{kind}_{size_of(tower)}_patch{patch}_{image}"
+def _described(kind: str, patch: int, computed: Mapping[str, Any]) -> dict[str, HuggingFace]:
+    """Of both towers, and of the one for images; `patch` pixels where a config has none."""
+
+    def name(config: Mapping[str, Any]) -> str:
+        side, image = config.get("patch_size", patch), config.get("image_size", 224)
+        return f"{kind}_{size_of(config)}_patch{side}_{image}"
+
+    return dict.fromkeys((kind, f"{kind}_vision_model"), HuggingFace(computed, name))
 
 
 CLIP = ViTFamily(
     title="CLIP",
     members=CLIP_BACKBONES,
     schemes=(
-        Scheme("timm CLIP", "norm_pre.weight", "head.", timm_name),
-        Scheme(
-            "Hugging Face CLIP", "embeddings.class_embedding", (), timm_name, _from_hugging_face
-        ),
+        Scheme("timm CLIP", "norm_pre.weight", "head.", TIMM),
+        Scheme("Hugging Face CLIP", "embeddings.class_embedding", (), TIMM, _from_hugging_face),
     ),
     normalization=Normalization.of(
         (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -103,31 +97,21 @@ CLIP = ViTFamily(
         "vit_large_patch14_clip_quickgelu_224": "clip_large_patch14_224",
         "vit_large_patch14_clip_quickgelu_336": "clip_large_patch14_336",
     },
-    published=partial(
-        _published,
-        kind="clip",
-        patch=32,
-        computed={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    ),
+    hugging_face=_described("clip", 32, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}),
 )
 SIGLIP = CLIP._replace(
     title="SigLIP",
     members=SIGLIP_BACKBONES,
     schemes=(
-        Scheme("timm SigLIP", "attn_pool.latent", "head.", timm_name),
-        Scheme("Hugging Face SigLIP", "head.probe", (), timm_name, _from_hugging_face),
+        Scheme("timm SigLIP", "attn_pool.latent", "head.", TIMM),
+        Scheme("Hugging Face SigLIP", "head.probe", (), TIMM, _from_hugging_face),
     ),
     normalization=Normalization.of(0.5, 0.5),
     # The only one that timm computes with the approximate GELU of the training.
     timm={"vit_large_patch16_siglip_512": "siglip_large_patch16_512"},
-    published=partial(
-        _published,
-        kind="siglip",
-        patch=16,
-        computed={
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": 1e-6,
-            "vision_use_head": True,
-        },
+    hugging_face=_described(
+        "siglip",
+        16,
+        {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True},
     ),
 )

@@ -5,8 +5,7 @@ https://arxiv.org/abs/2301.00808), which has a global response normalization in 
 layer scale. The LayerNorm behind the global pooling belongs to the classifier.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Scheme, require
+from cgd_jax.models.family import Family, HuggingFace, Scheme
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer, LayerNorm, LayerScale, drop_path
 from cgd_jax.preprocess import IMAGENET
 
@@ -113,25 +112,26 @@ class ConvNeXt(ConvNet):
         return x
 
 
-def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
-    name = ".".join(module).replace("stem_conv", "stem.0").replace("stem_norm", "stem.1")
-    name = re.sub(r"^downsample(\d)_norm", r"stages.\1.downsample.0", name)
-    name = re.sub(r"^downsample(\d)_conv", r"stages.\1.downsample.1", name)
-    name = re.sub(r"^stages(\d)_(\d+)", r"stages.\1.blocks.\2", name)
-    return re.sub(r"\.(fc\d|grn)$", r".mlp.\1", name).removesuffix(".scale")
-
-
-def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
-    stem = {"stem_conv": "embeddings.patch_embeddings", "stem_norm": "embeddings.layernorm"}
-    if module[0] in stem:
-        return stem[module[0]]
-    name = "encoder." + ".".join(module)
-    name = re.sub(r"downsample(\d)_norm", r"stages.\1.downsampling_layer.0", name)
-    name = re.sub(r"downsample(\d)_conv", r"stages.\1.downsampling_layer.1", name)
-    name = re.sub(r"stages(\d)_(\d+)", r"stages.\1.layers.\2", name)
-    parts = {"conv_dw": "dwconv", "norm": "layernorm", "fc1": "pwconv1", "fc2": "pwconv2"}
-    stem_of, _, last = name.rpartition(".")
-    return f"{stem_of}.{parts.get(last, last)}".removesuffix(".scale")
+_TIMM = {
+    "^stem_conv": "stem.0",
+    "^stem_norm": "stem.1",
+    r"^downsample(\d)_norm": r"stages.\1.downsample.0",
+    r"^downsample(\d)_conv": r"stages.\1.downsample.1",
+    r"^stages(\d)_": r"stages.\1.blocks.",
+    r"\.(fc\d|grn)$": r".mlp.\1",
+    r"\.scale$": "",
+}
+_HUGGING_FACE = {
+    "^stem_conv": "embeddings.patch_embeddings",
+    "^stem_norm": "embeddings.layernorm",
+    r"^downsample(\d)_norm": r"encoder.stages.\1.downsampling_layer.0",
+    r"^downsample(\d)_conv": r"encoder.stages.\1.downsampling_layer.1",
+    r"^stages(\d)_": r"encoder.stages.\1.layers.",
+    r"\.conv_dw$": ".dwconv",
+    r"\.norm$": ".layernorm",
+    r"\.fc(\d)$": r".pwconv\1",
+    r"\.scale$": "",
+}
 
 
 def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -159,11 +159,7 @@ BACKBONES = {
 }
 
 
-def _published(config: Mapping[str, Any]) -> str | None:
-    if config.get("model_type") not in ("convnext", "convnextv2"):
-        return None
-    # Its layer_norm_eps is that of the norm behind the global pooling only.
-    require(config, {"patch_size": 4, "hidden_act": "gelu"})
+def _described(config: Mapping[str, Any]) -> str | None:
     sizes = {
         "depths": tuple(config.get("depths", SIZES["tiny"]["depths"])),
         "widths": tuple(config.get("hidden_sizes", SIZES["tiny"]["widths"])),
@@ -171,21 +167,20 @@ def _published(config: Mapping[str, Any]) -> str | None:
     return next((f"{config['model_type']}_{n}" for n, size in SIZES.items() if size == sizes), None)
 
 
+# Its layer_norm_eps is that of the norm behind the global pooling only.
+_DESCRIBED = HuggingFace({"patch_size": 4, "hidden_act": "gelu"}, _described)
 FAMILY = Family(
     title="ConvNeXt",
     members=BACKBONES,
     schemes=(
         Scheme(
-            "timm ConvNeXt",
-            "stages.0.blocks.0.conv_dw.weight",
-            ("head.norm.", "head.fc."),
-            _timm_name,
+            "timm ConvNeXt", "stages.0.blocks.0.conv_dw.weight", ("head.norm.", "head.fc."), _TIMM
         ),
         Scheme(
             "Hugging Face ConvNeXt",
             "encoder.stages.0.layers.0.dwconv.weight",
             ("layernorm.", "classifier."),
-            _hugging_face_name,
+            _HUGGING_FACE,
             _from_hugging_face,
         ),
     ),
@@ -193,5 +188,5 @@ FAMILY = Family(
     options=OPTIONS | {"patch_size": 0, "drop_path": 0.0},
     batch_norm=False,
     timm={name: name for name in BACKBONES},
-    published=_published,
+    hugging_face={"convnext": _DESCRIBED, "convnextv2": _DESCRIBED},
 )

@@ -14,6 +14,7 @@ written (benchmarks/convolutions.py has the times):
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.export
@@ -34,34 +35,24 @@ def conv_general_dilated(
     rhs: jax.Array,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: jax.lax.ConvDimensionNumbers | None = None,
-    feature_group_count: int = 1,
-    precision: jax.lax.PrecisionLike = None,
+    **options: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` as `flax.linen.Conv` calls it: [B, H, W, C] → [B, H', W', D].
 
     With dilations, a precision or groups of several channels all platforms use XLA's convolution.
     """
     native = partial(
-        jax.lax.conv_general_dilated,
-        window_strides=window_strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
-        feature_group_count=feature_group_count,
-        precision=precision,
+        jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
-    dilated = any(n != 1 for n in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
-    if lhs.ndim != 4 or dilated or precision or not (feature_group_count == 1 or depthwise):
+    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
+    other = lhs.ndim != 4 or options.get("precision") or any(n != 1 for n in dilations)
+    groups = options.get("feature_group_count", 1)
+    if other or not (groups == 1 or groups == lhs.shape[-1] == rhs.shape[-1]):
         return native(lhs, rhs)
     rows, columns = window_strides
     strides, pads = (rows, columns), _pads(lhs, rhs.shape[:2], window_strides, padding)
     fast: Callable[[jax.Array, jax.Array], jax.Array]
-    if feature_group_count > 1:
+    if groups > 1:
         fast = lambda x, kernel: _depthwise(x, kernel, strides, pads)
     elif rhs.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
         fast = partial(_pointwise, strides=strides)

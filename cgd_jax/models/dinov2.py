@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax.models.family import Scheme, require
-from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
+from cgd_jax.models.family import HuggingFace, Scheme, rename
+from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_of
 from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY"]
@@ -56,25 +56,17 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return _without_mask(fuse(rename(arrays, rules), parts, "attn.qkv"))
 
 
-def _published(config: Mapping[str, Any]) -> str | None:
-    suffixes = {"dinov2": "", "dinov2_with_registers": "_reg"}
-    suffix = suffixes.get(config.get("model_type", ""))
-    if suffix is None:
-        return None
-    require(config, {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False})
-    return f"dinov2_{size_of(config)}{suffix}"
-
-
+_COMPUTED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
 FAMILY = ViTFamily(
     title="DINOv2",
     members=BACKBONES,
     schemes=(
-        Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head.", timm_name, _without_mask),
+        Scheme("timm or Meta DINOv2", "blocks.0.ls1.gamma", "head.", TIMM, _without_mask),
         Scheme(
             "Hugging Face DINOv2",
             "embeddings.patch_embeddings.projection.weight",
             "classifier.",
-            timm_name,
+            TIMM,
             _from_hugging_face,
         ),
     ),
@@ -84,5 +76,10 @@ FAMILY = ViTFamily(
         for theirs, ours in {"": "", "_reg4": "_reg"}.items()
         for size in ("small", "base", "large")
     },
-    published=_published,
+    hugging_face={
+        "dinov2": HuggingFace(_COMPUTED, lambda config: f"dinov2_{size_of(config)}"),
+        "dinov2_with_registers": HuggingFace(
+            _COMPUTED, lambda config: f"dinov2_{size_of(config)}_reg"
+        ),
+    },
 )

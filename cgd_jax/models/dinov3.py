@@ -7,12 +7,11 @@ of Hugging Face, timm or Meta can be loaded.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from cgd_jax.models.family import Scheme, require
-from cgd_jax.models.vit import SIZES, ViT, ViTFamily, fuse, rename, size_of, timm_name
+from cgd_jax.models.family import HuggingFace, Scheme, rename
+from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_of
 from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY"]
@@ -68,25 +67,17 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return fuse(rename(arrays, rules), parts, "attn.qkv")
 
 
-def _published(config: Mapping[str, Any]) -> str | None:
-    if config.get("model_type") != "dinov3_vit":
-        return None
-    computed = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rope_theta": 100.0}
-    require(config, computed | {"use_gated_mlp": False, "key_bias": False})
-    return f"dinov3_{size_of(config, 'small')}"
-
-
 FAMILY = ViTFamily(
     title="DINOv3",
     members=BACKBONES,
     schemes=(
-        Scheme("timm DINOv3", "blocks.0.gamma_1", "head.", timm_name, _from_timm, _to_timm),
-        Scheme("Meta DINOv3", "storage_tokens", "head.", timm_name, _from_meta),
+        Scheme("timm DINOv3", "blocks.0.gamma_1", "head.", TIMM, _from_timm, _to_timm),
+        Scheme("Meta DINOv3", "storage_tokens", "head.", TIMM, _from_meta),
         Scheme(
             "Hugging Face DINOv3",
             "embeddings.patch_embeddings.weight",
             (),
-            timm_name,
+            TIMM,
             _from_hugging_face,
         ),
     ),
@@ -96,5 +87,16 @@ FAMILY = ViTFamily(
         for size in SIZES
         for suffix in ("", "_qkvb")
     },
-    published=_published,
+    hugging_face={
+        "dinov3_vit": HuggingFace(
+            {
+                "hidden_act": "gelu",
+                "layer_norm_eps": 1e-5,
+                "rope_theta": 100.0,
+                "use_gated_mlp": False,
+                "key_bias": False,
+            },
+            lambda config: f"dinov3_{size_of(config, 'small')}",
+        )
+    },
 )

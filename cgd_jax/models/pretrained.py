@@ -1,8 +1,4 @@
-"""Weights in and out: from published files into a network, and back.
-
-`load` finds the file of a source, reads its arrays, recognizes whose names they have, converts
-them to ours and fills a network; `to_torchvision` is the way back.
-"""
+"""Weights in and out: from published files into a network, and back."""
 
 import json
 import logging
@@ -16,7 +12,7 @@ from safetensors.numpy import save_file
 
 from cgd_jax.models import weight_files
 from cgd_jax.models.backbones import BACKBONES, FAMILIES, normalization_of
-from cgd_jax.models.family import Scheme
+from cgd_jax.models.family import Scheme, substitute
 from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
@@ -48,8 +44,8 @@ def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normal
 
     `source` is "efficientnet_lite0" (out of an installed package), a Hugging Face repository such
     as "timm/resnet50.tv_in1k", with "@revision" behind it to pin it, a file (.safetensors, .npz,
-    torch's .pth, .pt, .bin, or an index of several), or a folder with one. The normalization is
-    what a `save`d file or the configs beside a published one say, else the backbone's.
+    or an index of several), or a folder with one. The normalization is what a `save`d file or the
+    configs beside a published one say, else the backbone's.
 
     Raises `weight_files.NoSource` if there is no such source, InputError if it is damaged, of
     another network by its config, or does not fit (`convert_state_dict`).
@@ -105,11 +101,9 @@ def save(
 
     Names are paths such as params/backbone/conv1/kernel; normalization and texts are metadata.
     """
-    arrays = {
-        # Not ascontiguousarray, which makes [1] of the shape [].
-        name: np.asarray(array, order="C")
-        for name, array in flatten_dict(dict(variables), sep="/").items()
-    }
+    named = flatten_dict(dict(variables), sep="/")
+    # Not ascontiguousarray, which makes [1] of the shape [].
+    arrays = {name: np.asarray(array, order="C") for name, array in named.items()}
     values = {name: value.tolist() for name, value in normalization._asdict().items()}
     texts = {**(metadata or {}), "normalization": json.dumps(values)}
     with files.replacing(path) as part:
@@ -126,10 +120,9 @@ def convert_state_dict(
 ) -> dict:
     """Brings published weights of a backbone into our names and layout, NumPy float32.
 
-    `state_dict` has one of the backbone's schemes, convolutions are [out, in, h, w]. What lies
-    beside the network and the ImageNet classifier are dropped, which is logged; of `variables` only
-    names and shapes matter. Raises InputError if the names are of no scheme, there are several
-    networks, or a tensor is missing, left over or of another shape: every one is named.
+    What lies beside the network and the ImageNet classifier are dropped, which is logged; of
+    `variables` only names and shapes matter. Raises InputError if the names are of no scheme, there
+    are several networks, or a tensor is missing, left over or of another shape: every one is named.
     """
     scheme, arrays = _recognize(state_dict, backbone)
     dropped = sorted(name for name in arrays if name.startswith(scheme.classifier))
@@ -164,11 +157,12 @@ def to_torchvision(variables: Variables, backbone: str) -> dict[str, np.ndarray]
 def names(scheme: Scheme, variables: Variables) -> dict[ArrayPath, str]:
     """Returns what the tensors of a backbone are called in a scheme, by our paths."""
     paths = flatten_dict(variables)
-    modules = sorted({path[1] for path in paths if len(path) == 4})
+    modules = sorted({path[1] for path in paths})
     named = {}
     for path in paths:
-        module, leaf = scheme.name(path[1:-1], modules), _LEAVES.get(path[-1], path[-1])
-        named[path] = f"{module}.{leaf}" if module else leaf
+        module = substitute(".".join(path[1:-1]), scheme.rules)
+        module = module.replace("#", str(modules.index(path[1])))
+        named[path] = f"{module}.{_LEAVES.get(path[-1], path[-1])}".lstrip(".")
     return named
 
 

@@ -6,8 +6,7 @@ ResNeXt (Xie et al., https://arxiv.org/abs/1611.05431). Paddings, epsilons and t
 order of operations are those under which ImageNet weights are published.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Scheme, require
+from cgd_jax.models.family import Family, HuggingFace, Scheme
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
@@ -49,26 +48,22 @@ class Block(nn.Module):
     bottleneck: bool
     groups: int
     squeeze_excite: bool
-    conv: Layer
-    norm: Layer
+    layer: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv1x1 = partial(self.conv, kernel_size=(1, 1))
-        conv3x3 = partial(self.conv, kernel_size=(3, 3), padding=1)
-        strided = partial(conv3x3, strides=self.stride, feature_group_count=self.groups)
+        layer, linear = self.layer, partial(self.layer, activation=None)
         if self.bottleneck:
-            y = nn.relu(self.norm(name="bn1")(conv1x1(self.width, name="conv1")(x)))
-            y = nn.relu(self.norm(name="bn2")(strided(self.width, name="conv2")(y)))
-            y = self.norm(name="bn3")(conv1x1(self.out, name="conv3")(y))
+            y = layer(x, self.width, 1, ("conv1", "bn1"))
+            y = layer(y, self.width, 3, ("conv2", "bn2"), self.stride, self.groups)
+            y = linear(y, self.out, 1, ("conv3", "bn3"))
         else:
-            y = nn.relu(self.norm(name="bn1")(strided(self.width, name="conv1")(x)))
-            y = self.norm(name="bn2")(conv3x3(self.out, name="conv2")(y))
+            y = layer(x, self.width, 3, ("conv1", "bn1"), self.stride, self.groups)
+            y = linear(y, self.out, 3, ("conv2", "bn2"))
         if self.squeeze_excite:
             y = SqueezeExcite(name="se")(y)
         if x.shape[-1] != self.out or self.stride != 1:
-            x = conv1x1(self.out, strides=self.stride, name="downsample_conv")(x)
-            x = self.norm(name="downsample_bn")(x)
+            x = linear(x, self.out, 1, ("downsample_conv", "downsample_bn"), self.stride)
         return nn.relu(x + y)
 
 
@@ -117,45 +112,33 @@ class ResNet(ConvNet):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = self.conv_and_norm(train)
-        side = 7 if self.stem == "7x7" else 3
-        x = conv(self.width, (side, side), self.stem_stride, side // 2, name="conv1")(x)
-        x = nn.relu(norm(name="bn1")(x))
+        layer = self.make_layer(train)
+        x = layer(x, self.width, 7 if self.stem == "7x7" else 3, self.STEM, self.stem_stride)
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        common = {
-            "bottleneck": self.bottleneck,
-            "groups": self.groups,
-            "squeeze_excite": self.squeeze_excite,
-            "conv": conv,
-            "norm": norm,
-        }
+        common: dict[str, Any] = {"bottleneck": self.bottleneck, "groups": self.groups}
+        common |= {"squeeze_excite": self.squeeze_excite, "layer": layer}
         for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **(common | own))
+            x = self.run_block(Block, name, x, **own, **common)
         return x
 
 
-def _torchvision_name(module: tuple[str, ...], _: Sequence[str]) -> str:
-    name = ".".join(module).replace("downsample_conv", "downsample.0")
-    name = name.replace("downsample_bn", "downsample.1")
-    return re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", name)
+_TORCHVISION = {
+    "downsample_conv": "downsample.0",
+    "downsample_bn": "downsample.1",
+    r"^layer(\d)_": r"layer\1.",
+}
+_HUGGING_FACE = {
+    "^(conv|bn)1$": r"embedder.embedder.\1",
+    **{f"^layer{i + 1}_": f"encoder.stages.{i}.layers." for i in range(4)},
+    **{f"(conv|bn){i + 1}$": rf"layer.{i}.\1" for i in range(3)},
+    "downsample_": "shortcut.",
+    "conv$": "convolution",
+    "bn$": "normalization",
+}
 
 
-def _hugging_face_name(module: tuple[str, ...], _: Sequence[str]) -> str:
-    kinds = {"conv": "convolution", "bn": "normalization"}
-    if len(module) == 1:
-        return "embedder.embedder." + kinds[module[0][:-1]]
-    stage, layer = module[0].removeprefix("layer").split("_")
-    kind, number = re.findall(r"([a-z]+)(\d?)$", module[1])[0]
-    part = f"layer.{int(number) - 1}" if number else "shortcut"
-    return f"encoder.stages.{int(stage) - 1}.layers.{layer}.{part}.{kinds.get(kind, kind)}"
-
-
-def _published(config: Mapping[str, Any]) -> str | None:
-    if config.get("model_type") != "resnet":
-        return None
-    strides = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
-    require(config, {"embedding_size": 64, "hidden_act": "relu"} | strides)
+def _described(config: Mapping[str, Any]) -> str | None:
     wanted: dict[str, Any] = {"stage_sizes": tuple(config.get("depths", (3, 4, 6, 3)))}
     if config.get("layer_type", "bottleneck") == "basic":
         wanted["bottleneck"] = False
@@ -177,17 +160,27 @@ FAMILY = Family(
     title="ResNet",
     members=BACKBONES,
     schemes=(
-        Scheme("torchvision or timm ResNet", "conv1.weight", "fc.", _torchvision_name),
+        Scheme("torchvision or timm ResNet", "conv1.weight", "fc.", _TORCHVISION),
         Scheme(
             "Hugging Face ResNet",
             "embedder.embedder.convolution.weight",
             "classifier.1.",
-            _hugging_face_name,
+            _HUGGING_FACE,
         ),
     ),
     normalization=IMAGENET,
     options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2, "stride_removed": "layer4"},
     timm={name: name for name in BACKBONES if name not in ("resnet10", "se_resnet50")}
     | {"seresnet50": "se_resnet50"},
-    published=_published,
+    hugging_face={
+        "resnet": HuggingFace(
+            {
+                "embedding_size": 64,
+                "hidden_act": "relu",
+                "downsample_in_first_stage": False,
+                "downsample_in_bottleneck": False,
+            },
+            _described,
+        )
+    },
 )

@@ -4,7 +4,7 @@ Ma et al., https://arxiv.org/abs/1807.11164, with the widths and names under whi
 publishes ImageNet weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -27,27 +27,24 @@ class Block(nn.Module):
     out: int  # channels
     stride: int
     first: bool  # of its stage
-    conv: Layer
-    norm: Layer
+    layer: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         half = self.out // 2
 
-        def depthwise(x, name):
+        def depthwise(x, names):
             channels = x.shape[-1]
-            conv = partial(self.conv, padding=1, feature_group_count=channels, name=name)
-            return conv(channels, (3, 3), self.stride)(x)
+            return self.layer(x, channels, 3, names, self.stride, channels, activation=None)
 
-        pointwise = partial(self.conv, half, (1, 1))
         if self.first:
-            kept = self.norm(name="branch1_1")(depthwise(x, "branch1_0"))
-            kept = nn.relu(self.norm(name="branch1_3")(pointwise(name="branch1_2")(kept)))
+            kept = depthwise(x, ("branch1_0", "branch1_1"))
+            kept = self.layer(kept, half, 1, ("branch1_2", "branch1_3"))
         else:
             kept, x = jnp.split(x, 2, -1)
-        x = nn.relu(self.norm(name="branch2_1")(pointwise(name="branch2_0")(x)))
-        x = self.norm(name="branch2_4")(depthwise(x, "branch2_3"))
-        x = nn.relu(self.norm(name="branch2_6")(pointwise(name="branch2_5")(x)))
+        x = self.layer(x, half, 1, ("branch2_0", "branch2_1"))
+        x = depthwise(x, ("branch2_3", "branch2_4"))
+        x = self.layer(x, half, 1, ("branch2_5", "branch2_6"))
         return jnp.stack([kept, x], -1).reshape(*x.shape[:-1], self.out)
 
 
@@ -72,18 +69,12 @@ class ShuffleNet(ConvNet):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = self.conv_and_norm(train)
-        x = conv(self.widths[0], (3, 3), 2, padding=1, name="conv1_0")(x)
-        x = nn.relu(norm(name="conv1_1")(x))
+        layer = self.make_layer(train)
+        x = layer(x, self.widths[0], 3, ("conv1_0", "conv1_1"), 2)
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **own, conv=conv, norm=norm)
-        x = conv(self.widths[-1], (1, 1), name="conv5_0")(x)
-        return nn.relu(norm(name="conv5_1")(x))
-
-
-def _torchvision_name(module: tuple[str, ...], _: Sequence[str]) -> str:
-    return ".".join(module).replace("_", ".")
+            x = self.run_block(Block, name, x, **own, layer=layer)
+        return layer(x, self.widths[-1], 1, ("conv5_0", "conv5_1"))
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -95,7 +86,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 FAMILY = Family(
     title="ShuffleNet",
     members=BACKBONES,
-    schemes=(Scheme("torchvision ShuffleNet", "conv1.0.weight", "fc.", _torchvision_name),),
+    schemes=(Scheme("torchvision ShuffleNet", "conv1.0.weight", "fc.", {"_": "."}),),
     normalization=IMAGENET,
     options=OPTIONS,
 )

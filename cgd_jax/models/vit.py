@@ -5,7 +5,6 @@ dinov3.py and clip.py say what their networks have of what is optional here. Mod
 parameters are cut, and mostly named, as in timm.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from flax import linen as nn
 from cgd_jax.models.family import Family, Features
 from cgd_jax.models.layers import Backbone, LayerNorm, LayerScale, drop_path, is_ampere
 
-__all__ = ["ACTIVATIONS", "SIZES", "ViT", "ViTFamily", "fuse", "rename", "size_of", "timm_name"]
+__all__ = ["ACTIVATIONS", "SIZES", "TIMM", "ViT", "ViTFamily", "fuse", "size_of"]
 
 # A family of vision transformers, but for what is its own.
 ViTFamily = partial(
@@ -46,15 +45,10 @@ Rotate = Callable[[jax.Array], jax.Array]
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Softmax attention of [B, T, N, H] over [B, S, N, H]; on a GPU in half precision cuDNN's."""
-    flash = (
-        is_ampere()
-        and query.dtype in (jnp.bfloat16, jnp.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 128
-    )
-    if flash:
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return jax.nn.dot_product_attention(query, key, value)
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    flash = half and query.shape[-1] in range(8, 129, 8) and is_ampere()
+    implementation: Any = "cudnn" if flash else None
+    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
 
 
 class Mlp(nn.Module):
@@ -148,9 +142,8 @@ class ViT(Backbone):
     depth: int  # blocks
     heads: int  # of the attention
     published_patch: int = 16  # p of the published network, in pixels
-    grid: int = (
-        14  # side of that of learned `positions`; 0: queries and keys are rotated (`rotary`)
-    )
+    # Side of that of learned `positions`; 0: queries and keys are rotated (`rotary`).
+    grid: int = 14
     antialias: bool = False  # whether positions are smoothed where the grid becomes coarser
     class_token: bool = True  # without it the pooled token is that of `AttentionPool`
     registers: int = 0  # further tokens, which are left out at the end
@@ -181,16 +174,10 @@ class ViT(Backbone):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Features:
         norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
-        x = self.conv(
-            self.width,
-            (self.patch, self.patch),
-            self.patch,
-            padding="VALID",
-            use_bias=self.patch_bias,
-            kernel_init=_dense_init,
-            dtype=self.dtype,
-            name="patch_embed",
-        )(x)
+        conv = partial(self.conv, use_bias=self.patch_bias, kernel_init=_dense_init)
+        side = (self.patch, self.patch)
+        embed = conv(self.width, side, side, "VALID", dtype=self.dtype, name="patch_embed")
+        x = embed(x)
         batch, rows, columns, width = x.shape
         x = x.reshape(batch, rows * columns, width)
         tokens = []  # in front of those of the patches
@@ -199,13 +186,12 @@ class ViT(Backbone):
         rotate: Rotate = lambda x: x
         if self.grid:
             has_class_position = self.class_token and self.class_position
-            count = self.grid**2 + has_class_position
-            embedding = self.param("pos_embed", _dense_init, (1, count, width))
+            shape = (1, self.grid**2 + has_class_position, width)
+            embedding = self.param("pos_embed", _dense_init, shape)
             if has_class_position:
                 tokens = [tokens[0] + embedding[:, :1]]
-            x += positions(embedding[0, -(self.grid**2) :], rows, columns, self.antialias).astype(
-                self.dtype
-            )
+            of_patches = embedding[0, has_class_position:]
+            x += positions(of_patches, rows, columns, self.antialias).astype(self.dtype)
         else:
             rotate = partial(_rotate, angles=rotary(rows, columns, width // self.heads))
         if self.registers:
@@ -215,17 +201,10 @@ class ViT(Backbone):
         if self.norm_pre:
             x = norm(name="norm_pre")(x)
 
-        common = {
-            "heads": self.heads,
-            "activation": self.activation,
-            "layer_scale": self.layer_scale,
-            "key_bias": self.key_bias,
-            "train": train,
-            "norm": norm,
-            "rotate": rotate,
-        }
+        common = {"heads": self.heads, "activation": self.activation, "norm": norm}
+        common |= {"layer_scale": self.layer_scale, "key_bias": self.key_bias}
         for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **(common | own))
+            x = self.run_block(Block, name, x, train=train, rotate=rotate, **own, **common)
         x = norm(name="norm")(x)
         if self.class_token:
             token = x[:, 0]
@@ -295,31 +274,7 @@ def _rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
 
 # Weights are named and cut as timm's are: one matrix for queries, keys and values. What brings
 # those of others there:
-
-
-def timm_name(module: tuple[str, ...], _: Any = ()) -> str:
-    """Returns what timm calls a module."""
-    if module == ("patch_embed",):
-        return "patch_embed.proj"
-    return ".".join(module).replace("blocks_", "blocks.")
-
-
-def rename(arrays: Mapping[str, np.ndarray], rules: Mapping[str, str | None]) -> dict:
-    """Renames tensors by patterns, applied in their order; those of a pattern → None are dropped.
-
-    >>> rename({"a.0.w": 1, "b.w": 2}, {"^a": "c", "^b": None})
-    {'c.0.w': 1}
-    """
-    renamed = {}
-    for name, array in arrays.items():
-        for pattern, new in rules.items():
-            if new is not None:
-                name = re.sub(pattern, new, name)
-            elif re.search(pattern, name):
-                break
-        else:
-            renamed[name] = array
-    return renamed
+TIMM = {"^patch_embed$": "patch_embed.proj", "blocks_": "blocks."}
 
 
 def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -> dict:

@@ -1,7 +1,11 @@
 """Files of weights: where a source has them, and what they hold. Nothing here needs torch."""
 
+import collections
+import hashlib
 import importlib.util
+import io
 import json
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +16,6 @@ import numpy as np
 import safetensors
 
 from cgd_jax.models.backbones import FAMILIES, listed, published
-from cgd_jax.models.torch_file import read_torch_file
 from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
@@ -29,17 +32,15 @@ __all__ = [
 
 PACKAGES = {source: package for family in FAMILIES for source, package in family.packages.items()}
 # The weights of a Hugging Face repository, the first that there is; an index lists several files.
-_PUBLISHED = {
-    "model.safetensors": (),
-    "model.safetensors.index.json": ("model-*.safetensors",),
-    "pytorch_model.bin": (),
-    "pytorch_model.bin.index.json": ("pytorch_model-*.bin",),
-}
+_PUBLISHED = {"model.safetensors": (), "model.safetensors.index.json": ("model-*.safetensors",)}
 # What declares mean and std there, and as what.
 _CONFIGS = {"config.json": ("mean", "std"), "preprocessor_config.json": ("image_mean", "image_std")}
-# All but the first two are of torch.save.
-_ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+_ENDINGS = (".safetensors", ".npz")
+_OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 _INDEX = ".index.json"
+# What a person with torch does to a file of torch.save; docs/backbones.md says the same.
+_CONVERT = """weights = torch.load({!r}, map_location="cpu", weights_only=True)
+safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in weights.items()}}, {!r})"""
 
 
 class NoSource(InputError, FileNotFoundError):
@@ -49,7 +50,7 @@ class NoSource(InputError, FileNotFoundError):
 def find(source: str) -> Path:
     """Returns the file of weights that a source names, downloaded if need be; raises NoSource."""
     if source in PACKAGES:
-        package, file = PACKAGES[source]
+        package, file, _ = PACKAGES[source]
         spec = importlib.util.find_spec(package.replace("-", "_"))
         for folder in (spec and spec.submodule_search_locations) or ():
             if Path(folder, file).is_file():
@@ -62,7 +63,7 @@ def find(source: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        for name in _PUBLISHED:
+        for name in (*_PUBLISHED, "pytorch_model.bin"):  # of which `read` says how to convert it
             if (path / name).is_file():
                 return path / name
         raise NoSource(
@@ -70,7 +71,7 @@ def find(source: str) -> Path:
             f"one of {', '.join(_PUBLISHED)}. Pass the file itself if it is called otherwise."
         )
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
-    if repository is None or path.suffix in _ENDINGS:
+    if repository is None or path.suffix in _ENDINGS + _OF_TORCH:
         raise NoSource(
             f"{source!r} is no source of weights: there is no such file or folder, and it is "
             f"neither a Hugging Face repository (owner/name or owner/name@revision) nor "
@@ -82,8 +83,8 @@ def find(source: str) -> Path:
 def _download(source: str, repository: str, revision: str | None) -> Path:
     """Returns the weights of a Hugging Face repository, in the cache, its configs beside them."""
     by_hand = (
-        f"Where there is a network, download model.safetensors (or pytorch_model.bin), "
-        f"config.json and preprocessor_config.json, as far as they are listed, from "
+        f"Where there is a network, download model.safetensors, config.json and "
+        f"preprocessor_config.json, as far as they are listed, from "
         f"https://huggingface.co/{repository}/tree/{revision or 'main'} into one folder, and pass "
         f"that folder in place of {source!r}."
     )
@@ -101,7 +102,7 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
             folder = snapshot_download(repository, revision=revision, allow_patterns=wanted)
             if Path(folder, weights).is_file():
                 return Path(folder, weights)
-        reason = f"it holds none of {', '.join(_PUBLISHED)}."
+        reason = f"it holds none of {', '.join(_PUBLISHED)}; a pytorch_model.bin must be converted."
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
     raise NoSource(
@@ -111,14 +112,14 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a .safetensors, .npz or torch file, or all that an index lists, executing nothing.
+    """Reads a .safetensors, an .npz, or all that an index lists, executing nothing.
 
     Returns arrays by name, and the metadata, which only .safetensors have. Raises InputError if it
     is damaged, or no file of weights.
     """
     if path.name.endswith(_INDEX):
         return _read_listed(path), {}
-    if path.suffix not in _ENDINGS:
+    if path.suffix not in _ENDINGS + _OF_TORCH:
         raise InputError(
             f"{path} is no file of weights; its name must end in one of "
             f"{', '.join((*_ENDINGS, _INDEX))}."
@@ -138,16 +139,57 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             if expected not in (None, digest(arrays, metadata)):
                 raise ValueError("its content is not what was saved, by its digest")
             return arrays, metadata
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                unpacked = sum(entry.file_size for entry in archive.zip.infolist())
-                # Weights are like noise: what shrinks more than that is made to fill the memory.
-                if unpacked > 2**26 + 20 * path.stat().st_size:
-                    raise ValueError(f"it unpacks to {unpacked} bytes, which no weights would")
-                return dict(archive), {}
+        if path.suffix in _OF_TORCH:
+            return _read_packaged(path), {}
+        with np.load(path, allow_pickle=False) as archive:
+            unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+            # Weights are like noise: what shrinks more than that is made to fill the memory.
+            if unpacked > 2**26 + 20 * path.stat().st_size:
+                raise ValueError(f"it unpacks to {unpacked} bytes, which no weights would")
+            return dict(archive), {}
+    except InputError:
+        raise
     except Exception as error:  # safetensors, zip, zlib and NumPy each have their own
         raise InputError(f"{path} is no readable {path.suffix} file: {error}.") from error
-    return read_torch_file(path), {}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of torch's names the packaged file has the kinds of storages, and what makes a tensor."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {"OrderedDict": collections.OrderedDict, "_rebuild_tensor_v2": lambda *a: a}
+        return known.get(name, name)
+
+    def persistent_load(self, pid: tuple) -> tuple[str, str]:
+        return pid[2], {"FloatStorage": "f4", "LongStorage": "i8"}[pid[1]]
+
+
+def _read_packaged(path: Path) -> dict[str, np.ndarray]:
+    """Reads the one file of torch.save whose content is known, by its digest: that of a package.
+
+    It is of torch < 1.6: five pickles, then the storages. Reading any other could run programs.
+    """
+    digests = {Path(file).name: digest for _, file, digest in PACKAGES.values()}
+    content = path.read_bytes() if path.name in digests else b""
+    if hashlib.sha256(content).hexdigest() != digests.get(path.name):
+        first, second = _CONVERT.format(path.name, f"{path.stem}.safetensors").splitlines()
+        raise InputError(
+            f"{path} is a file of torch.save, which may hold programs, and is not opened. Where "
+            f"torch and safetensors are installed, two lines make a file of it that can be passed "
+            f"instead: {first} and {second} If it is a checkpoint with more in it, save its dict "
+            f"of tensors, such as weights['state_dict']."
+        )
+    file = io.BytesIO(content)
+    *_, tensors, keys = (_Unpickler(file).load() for _ in range(5))
+    dtypes = {key: np.dtype(dtype) for (key, dtype), *_ in tensors.values()}
+    stored = {}
+    for key in keys:
+        size = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
+        stored[key] = np.frombuffer(file.read(size), dtypes[key])
+    strided = lambda data, offset, shape, strides: np.lib.stride_tricks.as_strided(
+        data[offset:], shape, [stride * data.itemsize for stride in strides]
+    )
+    return {n: strided(stored[key], *layout[:3]) for n, ((key, _), *layout) in tensors.items()}
 
 
 def _read_listed(index: Path) -> dict[str, np.ndarray]:

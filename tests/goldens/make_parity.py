@@ -223,16 +223,6 @@ def write_names():
         file.write(json.dumps(published_names()).encode())
 
 
-def write_torch_files():
-    """One small state dict in both formats of torch.save, one of them in another dict."""
-    a = torch.arange(12.0).reshape(3, 4)
-    weights = {"a.weight": a, "half": torch.ones(2).half(), "transposed": a.T[1:]}
-    weights["count"] = torch.tensor(3)
-    weights["parameter"] = nn.Parameter(torch.tensor([1.5, -2.5], dtype=torch.bfloat16))
-    torch.save({"epoch": 3, "state_dict": weights}, HERE / "torch_zip.pth")
-    torch.save(weights, HERE / "torch_old.pth", _use_new_zipfile_serialization=False)
-
-
 def write_features():
     goldens = lite_goldens()
     for name in NETWORKS:
@@ -243,6 +233,5 @@ def write_features():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     write_names()
-    write_torch_files()
     write_features()
     np.savez_compressed(HERE / "cgd_resnet18.npz", **cgd_goldens("resnet18"))
