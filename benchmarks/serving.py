@@ -2,9 +2,10 @@
 
     python benchmarks/serving.py                        # 100,000 x 512, a minute, 8 clients
     python benchmarks/serving.py --count=1000 --seconds=5
-    python benchmarks/serving.py --hostile=11 --clients=21 --seconds=600
+    python benchmarks/serving.py --hostile=11 --clients=21 --seconds=600     # a soak
 
-Hostile clients are silent, slow, send what is expensive to decode, and leave.
+Hostile clients are silent, send a byte now and then, send what is expensive to decode, or leave
+before the answer; the others first ask without them, so that both medians stand side by side.
 
 The server is the real one in a process of its own, with a network of the size of the packaged one
 (EfficientNet-Lite0 with G, whitened to the dimension) and an index of synthetic vectors. Latency is
@@ -17,11 +18,13 @@ import io
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -76,34 +79,46 @@ def ask(connection: http.client.HTTPConnection, image: bytes) -> tuple[int, floa
     return answer.status, 1e3 * (time.perf_counter() - begin)
 
 
+@cache
 def bomb(number: int) -> bytes:
-    """Returns a small file that is expensive: many pixels, many scans, or both."""
+    """Returns a small file that is expensive: many pixels, or many scans."""
     buffer = io.BytesIO()
     if number % 2:
         Image.new("RGBA", (5000, 5000)).save(buffer, "PNG")
-        return buffer.getvalue() + f"{number}".encode()
+        return buffer.getvalue()
     Image.new("RGB", (3000, 3000)).save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()
-    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * (number % 200) + data[-2:]
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * (10 * number) + data[-2:]
 
 
 def harass(address: str, number: int, end: float) -> None:
     """Is a bad client until a time: silent, slow, expensive, or gone before the answer."""
     host, port = address.split(":")
-    head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
-    ways = (b"", head, head + b"1000000\r\n\r\nx", None)
+    role = ("silent", "slow", "bombs", "aborts")[number % 4]
     while time.monotonic() < end:
         number += 1
-        sent = ways[number % len(ways)]
-        if sent is None:
-            data = bomb(number)
-            sent = head + f"{len(data)}\r\n\r\n".encode() + data
+        data = bomb(number % 12) if role == "bombs" else draw(number)
+        data += f"{number}".encode()
+        head = f"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
         try:
             with socket.create_connection((host, int(port)), 10) as connection:
-                connection.sendall(sent)
-                connection.settimeout(max(min(number % 3, end - time.monotonic()), 0.01))
-                connection.recv(1000)
-        except OSError:  # it was put out, or does not wait
+                connection.settimeout(max(end - time.monotonic(), 0.01))
+                request = head.encode() + data
+                if role == "slow":
+                    for at in range(len(request)):
+                        connection.sendall(request[at : at + 1])
+                        time.sleep(0.2)
+                        if time.monotonic() > end:
+                            return
+                elif role != "silent":
+                    connection.sendall(request)
+                if role == "aborts":  # at any point of its answer
+                    time.sleep(number % 10 / 50)
+                    reset = struct.pack("ii", 1, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                else:
+                    connection.recv(1000)
+        except OSError:  # it was put out
             pass
 
 
@@ -165,15 +180,30 @@ def measure(address: str, pid: int, clients: int, hostile: int, seconds: float) 
     # that what grows in the minute is a leak.
     for i in range(300):
         ask(connection, images[i % 100] + bytes([i % 256]) * 1_000_000)
+    usual = None
+    if hostile:
+        print("the same clients alone:")
+        usual = crowd(address, pid, images, clients, 0, max(seconds / 10, 10))
+    found = crowd(address, pid, images, clients, hostile, seconds)
+    if usual:
+        print(f"median beside hostile clients: {found / usual:.2f} times the usual")
+
+
+def crowd(
+    address: str, pid: int, images: list[bytes], clients: int, hostile: int, seconds: float
+) -> float:
+    """Lets clients ask for some time, hostile ones beside them; returns the median ms."""
     statuses, times = [], []
-    end = time.monotonic() + seconds
+    begin = time.monotonic()
+    end = begin + seconds
 
     def client(number: int) -> None:
         mine = http.client.HTTPConnection(address)
         i = number
         while time.monotonic() < end:
             # No two uploads are the same: bytes behind a JPEG's end change its hash only.
-            status, elapsed = ask(mine, images[i % len(images)] + f"{number} {i}".encode())
+            data = images[i % len(images)] + f"{number} {i} {begin}".encode()
+            status, elapsed = ask(mine, data)
             statuses.append(status)
             times.append(elapsed)
             i += clients
@@ -195,7 +225,13 @@ def measure(address: str, pid: int, clients: int, hostile: int, seconds: float) 
         f"{len(times) / seconds:.1f} queries/s, "
         f"{cost:.0f} ms of the processor each"
     )
-    print(f"{failed} failed; memory in MB: {' '.join(f'{m:.0f}' for m in memory)}")
+    first = memory[min(6, len(memory) - 1)]  # of the first minute, or all of a shorter time
+    print(
+        f"{failed} failed; memory in MB: {memory[0]:.0f} at first, {first:.0f} after "
+        f"{min(seconds, 60):.0f} s, at most {max(memory):.0f}, {memory[-1]:.0f} at the end",
+        flush=True,
+    )
+    return float(np.median(times))
 
 
 if __name__ == "__main__":

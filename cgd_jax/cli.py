@@ -51,8 +51,8 @@ COMMANDS = {
     "study": Command(
         "trains variants with several seeds and compares them",
         "descriptors --variants=S,SG --dry_run",
-        "config study variants seeds jobs dry_run",
-        "study",
+        "config study values variants seeds jobs dry_run",
+        "study values",
     ),
     **search_cli.COMMANDS,
 }
@@ -73,7 +73,14 @@ FLAGS = {
     "step": Flag("The checkpoint; else the chosen one.", "NUMBER"),
     "match": Flag("The image that --query is compared with.", "FILE"),
     "push_to_hub": Flag("A Hugging Face repository to upload to.", "OWNER/NAME"),
-    "study": Flag(f"The study: {STUDIES}, or a file of your own.", "NAME"),
+    "study": Flag(
+        f"The study: {STUDIES}, or a file of your own; or the CSV file that one wrote, to compare "
+        f"its runs again.",
+        "NAME",
+    ),
+    "values": Flag(
+        "More such CSV files, for verdicts over all.", "FILE", kind=flags.DEFINE_multi_string
+    ),
     "variants": Flag(
         "Some of the study's, separated by commas.", "NAME,NAME", kind=flags.DEFINE_list
     ),
@@ -98,6 +105,8 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
         raise flags.Error(f"say which study: {STUDIES}, or a file of your own.")
     if name == "study" and not all(seed.isdigit() for seed in given.seeds or []):
         raise flags.Error(f"--seeds={','.join(given.seeds)}: give whole numbers such as 0,1,2.")
+    if name == "study" and given.study.endswith(".csv"):
+        return None
     if name == "explain" and (len(given.query or []) > 1 or bool(given.query) != bool(given.match)):
         raise flags.Error("--query and --match go together: the two images to compare.")
     if not given.config and not given.workdir:
@@ -110,9 +119,11 @@ def run(name: str, given: flags.FlagValues) -> None:
     if name in search_cli.COMMANDS:
         return search_cli.run(name, given)
     from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
-    from cgd_jax.studies import runner, study
+    from cgd_jax.studies import report, runner, study
     from cgd_jax.workdir import default_workdir
 
+    if name == "study" and given.study.endswith(".csv"):
+        return report.compare_again([given.study, *(given["values"].value or [])])
     is_run = given.workdir and name != "study"
     file = "" if is_run else config_flags.get_config_filename(given["config"])
     workdir = given.workdir or default_workdir(file, "runs/studies" if name == "study" else "runs")
@@ -139,6 +150,11 @@ def run(name: str, given: flags.FlagValues) -> None:
                 console.log(f"Uploaded to {export.push_to_hub(folder, given.push_to_hub)}")
         case "study":
             chosen = study.load(given.study)
+            if chosen.space:
+                packages.require("A search", "tuning", "optuna")
+                from cgd_jax.studies import search
+
+                return search.run_search(chosen, given.config, workdir)
             changed = config_flags.get_override_values(given["config"])
             seeds = given.seeds and list(map(int, given.seeds))
             runs = study.plan(chosen, given.config, changed, workdir, given.variants, seeds)

@@ -7,13 +7,11 @@ descriptors retrieve like an ensemble at the price of one network.
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from cgd_jax import rerank
 from cgd_jax.embed import Embeddings
-from cgd_jax.evaluate import embed_test, embed_training, measure
-from cgd_jax.models.cgd import network_params
+from cgd_jax.evaluate import count_parameters, embed_test, embed_training, measure
 from cgd_jax.ranking import normalize
 from cgd_jax.reports import tables
 from cgd_jax.run import open_run
@@ -27,8 +25,8 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
     """Measures each of several runs, all of them joined, and that by PCA in one's dimension.
 
     The PCA is learned on the training images of the first run. Returns name of the row → metrics,
-    with "dimension", "parameters" and "seconds", the time to embed the test images; together.json
-    in the first run's folder holds the same. Raises FileNotFoundError and ConfigError.
+    with "dimension", "parameters" and "embed_seconds", the time to embed the test images; so does
+    together.json in the first run's folder. Raises FileNotFoundError and ConfigError.
     """
     rows, parts, training = {}, [], []
     first, _ = open_run(workdirs[0])
@@ -40,11 +38,11 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
         parts.append(embed_test(run, state))
         seconds = time.monotonic() - begin
         training.append(embed_training(run._replace(dataset=first.dataset), state))
-        parameters = sum(x.size for x in jax.tree.leaves(network_params(state.params)))
-        costs = {"parameters": parameters, "seconds": seconds}
+        costs = {"parameters": count_parameters(state), "embed_seconds": seconds}
         rows[f"{workdir}, step {int(state.step)}"] = (parts[-1], costs)
     costs = {
-        key: sum(costs[key] for _, costs in rows.values()) for key in ("parameters", "seconds")
+        key: sum(costs[key] for _, costs in rows.values())
+        for key in ("parameters", "embed_seconds")
     }
     together = join(parts)
     rows[f"{len(parts)} runs together"] = (together, costs)
@@ -57,14 +55,20 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
         None if gallery is None else rerank.whiten(gallery, mean, axes),
     )
     rows[f"{len(parts)} runs together, PCA to {dim}"] = (reduced, costs)
+    sampling = {"bootstrap": first.config.eval.bootstrap, "seed": first.config.seed}
     measured = {
-        name: {**measure(first, found), "dimension": found.query.shape[1], **costs}
+        name: {**measure(first, found, **sampling), "dimension": found.query.shape[1], **costs}
         for name, (found, costs) in rows.items()
     }
     files.write_json(first.folder / "together.json", measured)
     console.log(tables.metrics_table(measured) + "\n")
     cells = [
-        [name, row["dimension"], console.quantity(row["parameters"]), f"{row['seconds']:.1f} s"]
+        [
+            name,
+            row["dimension"],
+            console.quantity(row["parameters"]),
+            f"{row['embed_seconds']:.1f} s",
+        ]
         for name, row in measured.items()
     ]
     console.log(tables.table(["", "dimension", "parameters", "time to embed"], cells))

@@ -8,6 +8,7 @@ in which they are needed, stand the functions that they are made of.
 import contextlib
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -57,14 +58,17 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
     per_class.csv, pictures and tables are written into the run's folder, with `suffix` in names.
 
     Returns:
-      {"step": ..., "metrics": of the embedding as it is trained, "classes": see
-      `workdir.count_classes`, "geometry": of the queries, see `geometry.describe_set`,
-      "with options": what was done → metrics, see `measure_test_time`, and if it is asked for
-      "complementarity": see `complementarity.measure`}.
+      {"step": ..., "metrics": of the embedding as it is trained, "costs": "parameters" and the
+      "embed_seconds" of the test images, "classes": see `workdir.count_classes`, "geometry": of the
+      queries, see `geometry.describe_set`, "with options": what was done → metrics, see
+      `measure_test_time`, and if it is asked for "complementarity": see
+      `complementarity.measure`}.
     """
     config, folder, dataset, step = run.config, run.folder, run.dataset, int(state.step)
     wanted, seed = config.eval, config.seed
+    begin = time.monotonic()
     embeddings, labels = embed_test(run, state), dataset.query.labels
+    seconds = time.monotonic() - begin
     options = {"bootstrap": wanted.bootstrap, "clustering": wanted.clustering, "seed": seed}
     measured = measure(run, embeddings, per_class=True, **options)
     names = dataset.query.class_names
@@ -83,6 +87,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
     result = {
         "step": step,
         "metrics": measured,
+        "costs": {"parameters": count_parameters(state), "embed_seconds": seconds},
         "classes": count_classes(run.workdir, dataset),
         "geometry": geometry.describe_set(embeddings.query, labels),
         "with options": measure_test_time(run, state, embeddings),
@@ -213,6 +218,11 @@ def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[st
         except ValueError as error:
             console.log(f"Not measured, re-ranked: {error}")
     return measured
+
+
+def count_parameters(state: State) -> int:
+    """Returns how many parameters a network has, without those of the losses."""
+    return sum(array.size for array in jax.tree.leaves(cgd.network_params(state.params)))
 
 
 def embed_function(run: Run, state: State, **augmentation):

@@ -22,7 +22,7 @@ CONFIG = (
     f"that it takes, as in glyphs:SMG. --KEY=VALUE changes a value, as in --train.steps=500; "
     f"configs/base.py explains every key."
 )
-MANY = ("query", "images", "together")  # flags that may be given several times
+MANY = ("query", "images", "together", "values")  # flags that may be given several times
 PARTS = "data|augment|model|loss|optimizer|train|eval"
 OF_ALL = ["mode", "workdir", "distributed", "coordinator", "num_processes", "process_id"]
 
@@ -99,11 +99,12 @@ def parse_config(
     """Defines and parses --config and what it overrides; returns the words that are left."""
     named = any(re.match("--?config(=|$)", argument) for argument in argv)
     word = next((word for word in argv[1:] if word[0] != "-"), "")
-    if name == "study" and not named and (given.study or word):
+    chosen = (given.study or word) if name == "study" else ""
+    if chosen and not named and not chosen.endswith(".csv"):
         packages.require("study", "train", "jax", "flax", "optax")
         from cgd_jax.studies import study
 
-        argv = [argv[0], f"--config={study.load(given.study or word).config}", *argv[1:]]
+        argv = [argv[0], f"--config={study.load(chosen).config}", *argv[1:]]
     argv = with_config_file(argv)
     try:
         if "workdir" in command.arguments.split() and not named and (given.workdir or word):
@@ -165,12 +166,12 @@ def define(known: Mapping[str, Flag], names: list[str]) -> flags.FlagValues:
     kinds = {"": flags.DEFINE_bool, "NUMBER": flags.DEFINE_integer}
     for name in names:
         what, value, kind, default, options = known[name]
-        default = default if value else False
+        define_one: Callable[..., Any] = kind or kinds.get(value, flags.DEFINE_string)
+        first = default if value else False
         if kind is flags.DEFINE_enum:
-            kind(name, default, list(options), what, flag_values=given)
+            define_one(name, first, list(options), what, flag_values=given)
         else:
-            define_one: Callable[..., Any] = kind or kinds.get(value, flags.DEFINE_string)
-            define_one(name, default, what, *options, flag_values=given)
+            define_one(name, first, what, *options, flag_values=given)
     return given
 
 

@@ -10,7 +10,7 @@ COMMANDS = {
     "index": Command(
         "embeds your own images into an index, or brings it up to date",
         "IMAGES",
-        "index model images vector precision whiten",
+        "index model images vector precision whiten prune",
         "images",
         "search",
     ),
@@ -61,6 +61,9 @@ FLAGS = {
     ),
     "whiten": Flag(
         "Dimensions of PCA-whitened vectors; else all as they are.", "NUMBER", options=(1,)
+    ),
+    "prune": Flag(
+        "Also removes images whose folders are gone, empty or cannot be read: a disk may be away."
     ),
     "k": Flag("How many images; else 20.", "NUMBER", default=20, options=(1,)),
     "where": Flag("Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"),
@@ -117,6 +120,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             vector=given.vector,
             precision=given.precision,
             whiten=given.whiten,
+            prune=given.prune,
             share=share_of_files(given),
         )
     elif name == "search":

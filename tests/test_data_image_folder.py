@@ -313,14 +313,21 @@ def test_other_names_of_splits(tmp_path, names):
     }
 
 
-def test_validation_beside_train_and_test_is_left_out(tmp_path, caplog):
-    files = {f"{s}/{s}{c}/{i}.jpg": picture(i) for s in ("train", "val", "test") for c in "ab"
-             for i in range(2)}  # fmt: skip
+@pytest.mark.parametrize("parts", [("train", "test"), ("train", "query", "gallery")])
+def test_validation_beside_train_and_test_is_a_split(tmp_path, parts):
+    files = {
+        f"{part}/{part}{c}/{i}.jpg": picture(i)
+        for part in (*parts, "Validation")
+        for c in "ab"
+        for i in range(2)
+    }
     splits = built(tmp_path, write(tmp_path / "in", files))
-    assert counts(splits["train"] + splits["test"]) == {
-        "traina": 2, "trainb": 2, "testa": 2, "testb": 2
-    }  # fmt: skip
-    assert "4 × in val, beside train, test" in caplog.text
+    assert splits.keys() == {*parts, "val"}
+    assert counts(splits["val"]) == {"Validationa": 2, "Validationb": 2}
+    lines = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in files]
+    (tmp_path / "in" / "list.csv").write_text("\n".join(["path,label,split", *lines]))
+    listed = built(tmp_path, tmp_path / "in" / "list.csv")
+    assert counts(listed["val"]) == counts(splits["val"]) and listed.keys() == splits.keys()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.efficientnet_lite import EfficientNetLite, InvertedResidual
+from cgd_jax.models.layers import conv_norm
 from tests.variables import random_variables
 
 
@@ -15,7 +16,8 @@ def test_where_the_input_is_added():
     x = jnp.ones((1, 4, 4, 8))
     for out, stride, added in ((8, 1, True), (8, 2, False), (16, 1, False)):
         norm = partial(nn.BatchNorm, use_running_average=True)
-        block = InvertedResidual(3, stride, 6, out, partial(nn.Conv, use_bias=False), norm)
+        layer = partial(conv_norm, partial(nn.Conv, use_bias=False), norm)
+        block = InvertedResidual(3, stride, 6, out, layer)
         variables = random_variables(block, x)
         # Without the projection, what is left is the input, or nothing.
         norm = variables["params"]["project_bn"]

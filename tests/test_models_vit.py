@@ -133,12 +133,12 @@ def test_the_layers_of_every_backbone_are_names_of_its_parts(name):
         (
             {"backbone": "resnet50", "descriptors": "S", "stride_removed": "layer3"}
             | {"last_stride": 2},
-            "last_stride=2 keeps them all",
+            "goes with model.last_stride=1",
         ),
         ({"backbone": "resnet50", "drop_path": 0.1}, "option of ConvNeXts, DINOv2s, .*leave 0.0"),
         ({"backbone": "dinov2_small", "patch_size": 15}, "image_size=224 is no multiple of the 15"),
         ({"backbone": "dinov2_small", "frozen_blocks": 13}, "dinov2_small has 12 blocks"),
-        ({"backbone": "auto"}, "model.pretrained .*is empty"),
+        ({"backbone": "auto"}, "model.pretrained, which is empty"),
         ({"backbone": "dinov4"}, r"dinov2_small, .*\(DINOv2\); dinov3_tiny"),
     ],
 )

@@ -259,12 +259,12 @@ def test_a_folder_is_indexed(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = folder_of_photographs(tmp_path / "photos", 4)
     index = cgd_jax.open(finished_run[1]).index(photos)
-    assert index.store.address == str(finished_run[1] / "index") and len(index) == 4
+    assert index.address == str(finished_run[1] / "index") and len(index) == 4
     hits = index.search(photos / "hats/002.png", 2)
     assert hits[0].path == str(photos / "hats/002.png")
     assert hits[0].similarity == pytest.approx(1, abs=1e-5)
     other = cgd_jax.open(write_network(tmp_path / "model"))
-    assert other.index(photos).store.address == "runs/index"
+    assert other.index(photos).address == "runs/index"
 
 
 def test_an_exported_network_searches(tmp_path):

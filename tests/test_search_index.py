@@ -1,7 +1,10 @@
 """An index answers like an exhaustive search with the network that it belongs to, and no other."""
 
+import contextlib
 import io
+import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,9 +12,10 @@ from PIL import Image
 
 from cgd_jax.preprocess import IMAGENET
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import Index, Record, StoreError, images
+from cgd_jax.search import Hit, Index, Record, StoreError, images, indexing, queries, report
 from cgd_jax.search import index as indexes
-from cgd_jax.search.duplicates import find_duplicates
+from cgd_jax.search.duplicates import Group, find_duplicates
+from cgd_jax.serve import command as serving
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
@@ -181,36 +185,152 @@ def test_another_network_is_refused_with_both_named(filled, changes, named, monk
     other = stand_in()
     vars(other).update(changes)
     message = f"made with the network stand-in; .*{named}.* make another index with --index="
-    with pytest.raises(InputError, match=message):
-        Index.open(index.store.address, other)
+    for make in (Index.open, Index.create):
+        with pytest.raises(InputError, match=message):
+            make(index.address, other)
     # It is known only when the network is opened.
     monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: other)
     with pytest.raises(InputError, match=message):
-        Index.open(index.store.address).embed([Image.new("RGB", (8, 8))])
+        Index.open(index.address).embed([Image.new("RGB", (8, 8))])
 
 
-def test_an_index_that_is_replaced_is_not_searched_with_the_old_network(tmp_path):
-    address, files = tmp_path / "index", [photograph(tmp_path / "a.png", 1)]
-    index = Index.open(address, stand_in(), create=True)
+USES = {
+    "search": lambda index, file: index.search(file),
+    "count": lambda index, file: index.count(),
+    "get": lambda index, file: index.get("x"),
+    "vector": lambda index, file: index.vector("x"),
+    "vectors": lambda index, file: index.vectors(),
+    "hits": lambda index, file: index.hits(["x"]),
+    "labels": lambda index, file: index.labels(),
+    "to_arrow": lambda index, file: index.to_arrow(),
+    "add": lambda index, file: index.add(file),
+    "remove": lambda index, file: index.remove(["x"]),
+}
+
+
+@pytest.mark.parametrize("database", ["index", "index.db"])
+@pytest.mark.parametrize("change", ["network", "whitening"])
+def test_an_index_that_is_replaced_is_not_used_with_what_is_known_of_the_old(
+    tmp_path, database, change
+):
+    pytest.importorskip("milvus_lite" if database.endswith(".db") else "lancedb")
+    address, files = tmp_path / database, [photograph(tmp_path / "a.png", 1)]
+    rng = np.random.default_rng(0)
+    whitenings = [(rng.normal(size=16), rng.normal(size=(16, 16))) for _ in range(2)]
+    whitening, others = (whitenings[0], whitenings[1:]) if change == "whitening" else (None, [None])
+    index = Index.create(address, stand_in(), whitening=whitening)
     index.add(files)
     assert index.search(files[0])[0].similarity == 1
-    shutil.rmtree(address)
+    if database == "index":
+        shutil.rmtree(address)
+    else:
+        for name in ("cgd_images", "cgd_about"):
+            index.store._client.drop_collection(name)
     # As many writes: the version of the table is the same.
-    Index.open(address, stand_in("other", seed=1), create=True).add(files)
-    with pytest.raises(StoreError, match="was replaced by another one.*Open it again"):
-        index.search(files[0])
-    with pytest.raises(StoreError, match="was replaced by another one"):
-        index.count()
-    again = Index.open(address, stand_in("other", seed=1))
-    assert again.search(files[0])[0].similarity == 1
+    network = stand_in("other", seed=1) if change == "network" else stand_in()
+    other = Index.create(address, network, whitening=others[0])
+    other.add(files)
+    for name, use in USES.items():
+        with pytest.raises(StoreError, match="was replaced by another one.*Open it again"):
+            use(index, files[0])
+            pytest.fail(name)
+    assert other.count() == 1 and other.search(files[0])[0].similarity == 1
 
 
 def test_a_network_that_is_not_there(filled):
     index, *_ = filled
     with pytest.raises(InputError, match="vector embedding, here branch_S"):
-        Index.open(index.store.address, stand_in(), vector="branch_S")
+        Index.open(index.address, stand_in(), vector="branch_S")
     with pytest.raises(InputError, match="made with the network stand-in, which is not there"):
-        Index.open(index.store.address).embed([Image.new("RGB", (8, 8))])
+        Index.open(index.address).embed([Image.new("RGB", (8, 8))])
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name@main", "../photos/x", "a/b/c"])
+def test_a_strangers_index_makes_nobody_ask_the_hub(tmp_path, name, monkeypatch):
+    photograph(tmp_path / "a.png", 1)
+    Index.create(tmp_path / "index", stand_in(name)).add([tmp_path / "a.png"])
+    asked = []
+    open_network = lambda source, vector: asked.append(source) or stand_in(source)
+    monkeypatch.setattr(indexes.networks, "open_network", open_network)
+    monkeypatch.chdir(tmp_path)
+    index = Index.open("index")
+    assert index.count() == 1 and index.vectors()[1].shape == (1, 16)  # needs no network
+    uses = index.search, index.add, partial(queries.ask, index)
+    for use in uses:
+        with pytest.raises(InputError, match=f"of Hugging Face. .* say --model={name}.$"):
+            use(["a.png"])
+    with pytest.raises(InputError, match="of Hugging Face"):
+        indexing.update("index", [photograph(tmp_path / "photos/b.png", 2).parent])
+    with pytest.raises(InputError, match="of Hugging Face"):
+        serving.warm_up(index)
+    assert not asked
+    monkeypatch.setattr(indexes.networks, "identify", lambda model: (name, stand_in().weights_hash))
+    assert Index.open("index", name).search("a.png")[0].similarity == 1 and asked == [name]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"resize": 1_000_000}, "resize 1000000, here 8"),
+        ({"resize": -1}, "resize -1, here 8"),
+        ({"resize": "8"}, "resize 8, here 8"),
+        ({"image_size": 0}, "image_size 0, here 8"),
+        ({"image_size": None}, "image_size None, here 8"),
+        ({"dimension": 10**12}, "dimension 1000000000000, here 16"),
+        ({"normalization": {}}, "normalization {}, here"),
+        ({"network": 5}, "does not say what it holds"),
+        ({"network": None}, "does not say what it holds"),
+        ({"whitened_from": 16}, "does not say what it holds"),
+        ({"whitened_from": 10**12}, "does not say what it holds"),
+        ({"whitened_from": "many"}, "does not say what it holds"),
+    ],
+)
+def test_what_a_strangers_index_says_is_compared_before_it_is_used(
+    tmp_path, changes, message, monkeypatch
+):
+    """Nothing is read, allocated or computed in a size that only the index names."""
+    photograph(tmp_path / "photos/a.png", 1)
+    dumps = json.dumps
+    monkeypatch.setattr(indexes.json, "dumps", lambda info: dumps(info | changes))
+    with contextlib.suppress(InputError, StoreError):
+        Index.create(tmp_path / "index", stand_in())
+    monkeypatch.undo()
+    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: stand_in())
+    address, photos = str(tmp_path / "index"), tmp_path / "photos"
+    for use in (
+        lambda: queries.ask(Index.open(address), [str(photos)]),
+        lambda: Index.open(address).search(photos / "a.png"),
+        lambda: Index.open(address).add([photos / "a.png"]),
+        lambda: Index.open(address, stand_in()),
+        lambda: indexing.update(address, [photos]),
+        lambda: serving.warm_up(Index.open(address)),
+    ):
+        with pytest.raises((InputError, StoreError), match=message):
+            use()
+
+
+def test_a_whitening_of_another_network_is_refused(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    whitening = rng.normal(size=12), rng.normal(size=(12, 5))
+    Index.create(tmp_path / "index", stand_in(dimension=12), whitening=whitening)
+    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: stand_in())
+    with pytest.raises(InputError, match="whitened_from 12, here 16"):
+        Index.open(tmp_path / "index").search(Image.new("RGB", (8, 8)))
+
+
+def test_thumbnails_of_a_stranger_are_small_images_or_refused(tmp_path):
+    index = Index.create(tmp_path / "index", stand_in())
+    large = io.BytesIO()
+    Image.new("RGB", (5000, 10)).save(large, "PNG")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    index.write([Record("a", thumbnail=large.getvalue())], np.ones((1, 16)))
+    hit = Hit("a", 1.0, None, "a.jpg")
+    report.draw_groups(tmp_path / "a.png", index, [Group(1.0, [hit])])
+    with Image.open(tmp_path / "a.png") as drawn:
+        assert max(drawn.size) < 400
+    index.write([Record("a", thumbnail=script)], np.ones((1, 16)))
+    with pytest.raises(StoreError, match="not an image"):
+        report.draw_groups(tmp_path / "a.png", index, [Group(1.0, [hit])])
 
 
 def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):

@@ -241,7 +241,9 @@ def test_several_processes_fill_one_index(photos, tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(changes.added for changes in done) and sum(changes.added for changes in done) == 12
+    # By hashes of paths, which differ from run to run, one of three may have nothing to do.
+    added = [changes.added for changes in done]
+    assert sum(added) == 12 and max(added) < 12
     monkeypatch.undo()
     undisturbed = str(tmp_path / "undisturbed")
     update(undisturbed, [photos], stand_in())
@@ -372,5 +374,5 @@ def test_whitening_is_learned_and_applied(tmp_path):
 def test_a_pipe_with_the_name_of_an_image_is_left_out(tmp_path):
     """Reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.png")
-    found = indexing._read((None, tmp_path / "a.png"), {}, 16)
-    assert found == "not a file"
+    found = indexing._read((None, tmp_path / "a.png"), {}, {}, 16)
+    assert isinstance(found, ValueError) and str(found) == "not a file"

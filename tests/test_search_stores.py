@@ -86,7 +86,8 @@ def test_rows_come_back_as_they_were(filled):
     for record, vector in zip(records, vectors, strict=True):
         assert found[record.id][0] == record
         np.testing.assert_array_equal(found[record.id][1], vector)
-    assert store.about() == about()
+    assert {name: store.about(name) for name in about()} == about()
+    assert store.about("lon") is store.about("none") is None
 
 
 def test_the_nearest_are_found(filled):
@@ -122,6 +123,26 @@ def test_conditions_mean_the_same_in_both(filled, where, holds):
     assert {id for piece in store.read(["id"], where) for id in piece["id"].to_pylist()} == chosen
 
 
+CONTROLS = [chr(code) for code in (0, 1, 7, 9, 10, 11, 13, 27, 31, 127, 0x85, 0x2028)]
+
+
+@pytest.mark.parametrize("letter", [*CONTROLS, "\\", '"', "\\n", "\\x41", "\\u0041", "'", "%"])
+def test_no_letter_of_an_id_or_a_label_is_special(filled, letter):
+    """Whoever asks for ids and labels that are none gets nothing, and no error."""
+    store, records, vectors = filled
+    odd, other = f"a{letter}b", f"a{letter}{letter}b"
+    upsert(store, [records[0]._replace(id="odd", label=odd)], vectors[:1])
+    try:
+        assert store.count(f"label = {stores.quoted(odd)}") == 1
+        assert store.count(f"label = {stores.quoted(other)}") == 0
+        (hits,) = store.search(vectors[:1], 5, f"label IN ({stores.quoted(odd)}, 'none')")
+        assert [hit.label for hit in hits] == [odd]
+        ids = [batch["id"].to_pylist() for batch in store.read(["id"], stores.among([odd, "odd"]))]
+        assert [id for some in ids for id in some] == ["odd"]
+    finally:
+        store.delete(["odd"])
+
+
 @pytest.mark.parametrize("where", ["labl = 'x'", "label = = 'x'", "label = 'x", "label IN ("])
 def test_conditions_that_are_none(filled, where):
     store, _, vectors = filled
@@ -145,7 +166,7 @@ def test_rows_are_replaced_and_deleted(filled):
     assert len(everything(store)) == store.count() == 60
     store.finish()
     again = open_store(store.address)
-    assert again.count() == 60 and again.about() == about()
+    assert again.count() == 60 and again.about("long") == about()["long"]
 
 
 @needs("lancedb")

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from cgd_jax.data.load import load_dataset
 from cgd_jax.runtime.errors import UserError
 from cgd_jax.studies import runner
+from cgd_jax.studies.report import read_values
 from cgd_jax.studies.study import plan
 from configs import glyphs
 from tests import test_main
@@ -33,8 +34,8 @@ def test_whole_study(tiny_config, tmp_path, drawn):
     assert "2 runs, 0 of them finished." in output
     assert re.search(r"rank, seed 5: R@1 \d+\.\d\d %; \d of 2, about .+ s left", output)
     text = (tmp_path / "s" / "tiny_study.md").read_text()
-    assert "12 steps, seeds 5; 2 of 2 runs are finished" in text
-    assert "**Warning:** there are variants with 1 seed." in text
+    assert "Measured after 12 steps, chosen by: last step." in text
+    assert "**Warning:** seeds that all variants have: 1." in text
     assert (tmp_path / "s" / "tiny_study.csv").read_text().count("\n") == 3
     assert {"rank", "both"} < {found.get_text() for found in drawn[-1].findobj(Text)}
 
@@ -42,7 +43,14 @@ def test_whole_study(tiny_config, tmp_path, drawn):
 # Stands for main.py: a training of no time, which fails or waits to be told to stop.
 TRAINING = """
 import json, pathlib, signal, sys, time
-flags = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[1:])
+flags = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[1:] if "--" in argument)
+if flags.get("mode") == "eval":  # of several runs
+    first, second = map(pathlib.Path, sys.argv[2:])
+    if (first.parent / "fail").exists():
+        sys.exit("error: no more memory")
+    joined = {"recall@1": 0.9, "map@r": 0.8, "dimension": 504}
+    (first / "together.json").write_text(json.dumps({"one": {}, "joined": joined, "PCA": joined}))
+    sys.exit()
 folder, seed = pathlib.Path(flags["workdir"]), int(flags["config.seed"])
 if (folder.parent / "fail").exists() and seed == 1:
     sys.exit("error: no more disk")
@@ -78,14 +86,14 @@ def test_one_failure_does_not_end_a_study(tmp_path, command, capsys):
         runner.run_study(TWO, runs, command, str(tmp_path), jobs=2)
     assert "both, seed 1: exit status 1, error: no more disk (see " in str(failed.value)
     assert "Failed: both, seed 1: exit status 1" in capsys.readouterr().out
-    assert "2 of 4 runs are finished" in (tmp_path / "two.md").read_text()
+    assert len(read_values(tmp_path / "two.csv")) == 2 * 2
 
     # The same command trains the rest, and the report has everything.
     (tmp_path / "fail").unlink()
     runner.run_study(TWO, runs, command, str(tmp_path))
     assert "4 runs, 2 of them finished." in capsys.readouterr().out
     text = (tmp_path / "two.md").read_text()
-    assert "4 of 4 runs are finished" in text and "## Vector: first_descriptor" in text
+    assert "Seeds 0, 1;" in text and "## Vector: first_descriptor" in text
     assert "| rank |       2 | 55.00 ± 63.53 | -20.00 ± 0.00 * |" in text
 
 
@@ -157,7 +165,24 @@ def test_a_dry_run_prints_commands_that_train(tmp_path, command, capsys):
     runner.run_study(TWO, study_runs(workdir), command, str(workdir), dry_run=True)
     assert capsys.readouterr().out == "4 runs, 4 of them finished.\n"
     runner.run_study(TWO, study_runs(workdir), command, str(workdir))
-    assert "4 of 4 runs are finished" in (workdir / "two.md").read_text()
+    assert "Seeds 0, 1;" in (workdir / "two.md").read_text()
+
+
+def test_runs_are_measured_together_once_all_are_trained(tmp_path, command, capsys):
+    study = TWO._replace(together={"two": ("rank", "both")})
+    runs = plan(study, glyphs.get_config(), {}, str(tmp_path))
+    runner.train_all(runs, command, 2, lambda: None)
+    (tmp_path / "fail").touch()
+    with pytest.raises(UserError, match="two could not be measured: error: no more memory"):
+        runner.run_study(study, runs, command, str(tmp_path))
+    (tmp_path / "fail").unlink()
+    runner.run_study(study, runs, command, str(tmp_path))
+    found = {(row["variant"], row["seed"]) for row in read_values(tmp_path / "two.csv")}
+    assert {("two, concatenated", "1"), ("two, separated", "0")} < found and len(found) == 10
+    assert not list(tmp_path.glob("*/together.json")), "another ensemble may have the same member"
+    capsys.readouterr()
+    runner.run_study(study, runs, command, str(tmp_path))
+    assert "measured together" not in capsys.readouterr().out, "once"
 
 
 def test_last_words_are_short(tmp_path):

@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cgd_jax import checkpoint, evaluate, train
-from cgd_jax.data import Dataset, Split
+from cgd_jax.data import Dataset, Split, describe_difference, fingerprint
 from cgd_jax.data.validation import hold_out
 from cgd_jax.reports import summary
+from cgd_jax.run import open_data
 from cgd_jax.runtime.errors import InputError
+from configs.image_folder import get_config
 
 
 def split_of(labels):
@@ -46,6 +49,38 @@ def test_folds_are_disjoint_and_cover_all_training_classes(dataset):
         held.append(set(query.labels.tolist()))
     assert set.union(*held) == set(range(11)) and sum(map(len, held)) == 11
     assert held[0] != set(hold_out(dataset, fold="1/3", seed=6)[1].query.labels.tolist())
+
+
+def test_a_split_of_the_source_is_what_it_says(dataset):
+    own = split_of([30, 30, 31, 31])
+    with_own = dataset._replace(validation=own)
+    rest, validation = hold_out(with_own)
+    assert rest is with_own and validation.query is own and validation.gallery is None
+    for option in ({"fraction": 0.3}, {"fold": "1/3"}):
+        with pytest.raises(InputError, match="has 4 images for validation already; unset"):
+            hold_out(with_own, **option)
+
+
+def test_a_folder_of_validation_images_is_opened(tmp_path):
+    config = get_config()
+    source = tmp_path / "in"
+    for part, side in (("train", 24), ("val", 16), ("test", 8)):
+        for name in (f"{part} {c}/{i}.png" for c in "ab" for i in range(2)):
+            path = source / part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng([side, *name.encode()]).integers(0, 255, (side, side, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    config.data.update(source=str(source), dir=str(tmp_path / "data"), resize=12, image_size=10)
+    dataset, validation, labels = open_data(config)
+    assert set(validation.query.class_names.values()) >= {"val a", "val b"}
+    assert {id.split("/")[0] for id in validation.query.ids} == {"val"}
+    assert validation.query.images[:].shape == (4, 10, 10, 3), "as test images are"
+    assert len(labels) == 4 and set(labels) == {0, 1}
+    assert {id.split("/")[0] for id in dataset.query.ids} == {"test"}
+    found = fingerprint(dataset)
+    assert found["validation"]["images"] == 4
+    (change,) = describe_difference(found, fingerprint(dataset._replace(validation=None)))
+    assert change == "validation: there is none now"
 
 
 def test_a_share_of_the_classes(dataset):

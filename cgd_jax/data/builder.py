@@ -50,7 +50,7 @@ SHARD_IMAGES, SHARD_BYTES = 1024, 128 << 20
 class ImageFile(NamedTuple):
     """One image of a split, before it is read."""
 
-    split: str  # train and test, or train, query and gallery
+    split: str  # train and test, or train, query and gallery; perhaps val
     id: str  # its path within the source
     path: Path
     label: int  # class number, unique over all splits
@@ -192,8 +192,13 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             for file in self.list_images(folders):
                 files[file.split].append(file)
             searched = ("query", "gallery") if {"query", "gallery"} & files.keys() else ("test",)
+<<<<<<< HEAD
             splits = self.SPLITS or ("train", *searched)
             self._files = {split: files.pop(split, []) for split in splits}
+=======
+            self._files = {split: files.pop(split, []) for split in ("train", *searched)}
+            self._files |= {"val": files.pop("val")} if "val" in files else {}
+>>>>>>> main
             if files:
                 raise ValueError(f"{self.name} lists images of unknown splits: {list(files)}.")
             self._check_listed()

@@ -68,6 +68,7 @@ class Dataset(NamedTuple):
     train: Split
     query: Split
     gallery: Split | None  # None: every query searches all the other queries
+    validation: Split | None = None  # images to choose a step by, if the source has such a split
 
     def is_match(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Returns whether items [R, K] of the gallery are right for queries [R]: bools [R, K]."""
@@ -164,7 +165,9 @@ def fingerprint(dataset: Dataset) -> dict:
 
 
 def describe_difference(
-    old: dict, new: dict, splits: Sequence[str] = ("train", "query", "gallery")
+    old: dict,
+    new: dict,
+    splits: Sequence[str] = ("train", "query", "gallery", "validation"),
 ) -> list[str]:
     """Says how two data sets differ, a line for each kind of difference between fingerprints."""
     lines = []

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from cgd_jax.data import archives, image_list
 from cgd_jax.data.builder import ImageBuilder, ImageFile
@@ -21,7 +22,7 @@ from cgd_jax.runtime.errors import InputError
 # What people call a split, in lower case → what it is.
 ROLES = {role: role for role in ("train", "test", "val", "query", "gallery")}
 ROLES |= {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
-SPLITS = (("train", "query", "gallery"), ("train", "test"), ("train", "val"))
+SPLITS = (("train", "query", "gallery"), ("train", "test"))
 # Folders of re-identification sets, such as bounding_box_train, are of this kind too.
 NAMES_A_SPLIT = re.compile(
     r"((bounding_box|image|images|gt|multi)[_-])?(train|test|val|query|gallery|bbox)\w*", re.I
@@ -34,8 +35,8 @@ class ImageFolder(ImageBuilder):
     - `root/class_name/*.jpg` (or any other format that Pillow reads; deeper folders count to
       the class): the classes are divided at random into train and test;
     - `root/train/class_name/*` beside `root/test/...`, or beside `root/query/...` and
-      `root/gallery/...`: used as they are. Capital letters do not matter, and where there is
-      no test, `val` stands for it;
+      `root/gallery/...`: used as they are. Images in `root/val/...` choose the step; where
+      there is no other split to test on, they test. Capital letters do not matter;
     - a CSV with the columns path, label and perhaps split, see `image_list`.
 
     The root may lie in folders that hold nothing else. An archive of one of the first two
@@ -49,6 +50,7 @@ class ImageFolder(ImageBuilder):
       **keywords: of `ImageBuilder`.
     """
 
+    VERSION = tfds.core.Version("1.1.0")  # with the split val, if the source has it
     CONFIG_KEYS = (*ImageBuilder.CONFIG_KEYS, "split_seed", "test_fraction", "nested_classes")
     FILE_ENDINGS = (*ImageBuilder.FILE_ENDINGS, ".csv")
     HOW_TO_GET = (
@@ -143,7 +145,9 @@ def _understand(names: set[str]) -> dict[str, str] | None:
             called.setdefault(ROLES[name.lower()], name)
     for roles in SPLITS:
         if set(roles) <= called.keys():
-            return {called[role]: role.replace("val", "test") for role in roles}
+            return {called[role]: role for role in (*roles, "val") if role in called}
+    if {"train", "val"} <= called.keys():
+        return {called["train"]: "train", called["val"]: "test"}
     return None
 
 

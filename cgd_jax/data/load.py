@@ -90,6 +90,7 @@ def _open_splits(
                 "--config.data.dir=FOLDER name a folder that you can write to."
             ) from error
         raise
+<<<<<<< HEAD
 
 
 def _numbered_from(first: int, split: Split) -> Split:
@@ -113,6 +114,21 @@ def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder) -> Dataset:
         log.warning("%d of %d queries have nothing to find.", lost, len(truth.positives))
     query = query._replace(truth=truth, contents=None)
     return Dataset(train, query, gallery._replace(contents=None))
+=======
+    query = splits["query"] if "query" in splits else splits["test"]
+    # The published numbers are those of the whole sets, copies included.
+    keep_copies = bool(getattr(builder, "PUBLISHED", None))
+    dataset = _handle_copies(Dataset(splits["train"], query, splits.get("gallery")), keep_copies)
+    check_queries(dataset)
+    _warn_of_classes(dataset)
+    if "val" in splits:
+        check_queries(Dataset(dataset.train, splits["val"], None))
+        dataset = dataset._replace(validation=splits["val"])
+    for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
+        names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
+        log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
+    return dataset
+>>>>>>> main
 
 
 def _make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
@@ -148,7 +164,7 @@ def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
 
     `keep`: whether queries that search each other keep their copies.
     """
-    train, query, gallery = dataset
+    train, query, gallery, _ = dataset
     asked = np.asarray(query.contents)
     seen = np.isin(asked, np.asarray(train.contents))
     _warn(query, seen, "test images are in the training set too")
@@ -181,7 +197,7 @@ def _warn(split: Split, chosen: np.ndarray, what: str) -> None:
 
 def _warn_of_classes(dataset: Dataset) -> None:
     """Reports what is allowed but changes what the numbers mean."""
-    train, query, gallery = dataset
+    train, query, gallery, _ = dataset
     tested, counts = np.unique(query.labels, return_counts=True)
     alone = tested[counts == 1] if gallery is None else np.setdiff1d(tested, gallery.labels)
     kinds = {

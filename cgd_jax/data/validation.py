@@ -15,7 +15,7 @@ __all__ = ["hold_out"]
 def hold_out(
     dataset: Dataset, fraction: float = 0.0, fold: str = "", seed: int = 0
 ) -> tuple[Dataset, Dataset | None]:
-    """Takes classes from the training images.
+    """Takes classes from the training images, unless the source has a split for validation.
 
     Args:
       dataset: with all training classes.
@@ -24,14 +24,22 @@ def hold_out(
       seed: of the draw. The folds of one seed are disjoint and cover all classes.
 
     Returns:
-      The data set without the images of these classes; the images of these classes as a data set
-      whose queries search each other, None if there are none.
+      The data set without the images of these classes; the images of these classes, or of the
+      source's own split, as a data set whose queries search each other, None if there are none.
 
     Raises:
-      InputError: Fewer than two classes would be left on either side.
+      InputError: Fewer than two classes would be left on either side, or there is a split for
+        validation already.
     """
+    own = dataset.validation
     if not fraction and not fold:
-        return dataset, None
+        return dataset, None if own is None else Dataset(dataset.train, own, None)
+    if own is not None:
+        raise InputError(
+            f"The source has {len(own.labels):,} images for validation already; unset "
+            f"data.validation_fraction={fraction:g} and data.fold={fold!r}, or leave that split "
+            f"out of the source."
+        )
     train = dataset.train
     classes = np.random.default_rng([seed, 2]).permutation(np.unique(train.labels))
     if fold:

@@ -41,7 +41,7 @@ def conv_general_dilated(
 
     With dilations, a precision or groups of several channels all platforms use XLA's convolution.
     """
-    native = partial(
+    native: Callable[[jax.Array, jax.Array], jax.Array] = partial(
         jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
     dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))

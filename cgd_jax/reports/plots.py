@@ -61,7 +61,8 @@ def figure(path: str | Path, width: float, height: float, dpi: int = 120) -> Ite
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")
-            drawn.savefig(buffer, format="png", dpi=dpi)
+            metadata = {"Software": files.SOFTWARE}
+            drawn.savefig(buffer, format="png", dpi=dpi, metadata=metadata)
     files.write_atomically(path, buffer.getvalue())
 
 

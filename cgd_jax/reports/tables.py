@@ -15,8 +15,8 @@ from cgd_jax.runtime import console, files
 
 def metric_name(key: str) -> str:
     """Returns how people write a metric: recall@1 is R@1."""
-    key = key.replace("recall@", "R@").replace("map@r", "MAP@R")
-    return key.replace("map", "mAP").replace("_", " ")
+    names = {"map@r": "MAP@R", "r_precision": "R-precision"}
+    return names.get(key, key.replace("recall@", "R@").replace("map", "mAP").replace("_", " "))
 
 
 def describe_classes(tested: int, trained_on: int) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SOFTWARE = "cgd_jax"  # in every PNG that is written, which tells it from images to search or train
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -52,8 +54,11 @@ def write_json(path: str | Path, values: dict) -> None:
 
 def write_picture(path: str | Path, picture: "Image.Image") -> None:
     """Writes a PNG as `write_atomically` writes text."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    from PIL import PngImagePlugin  # not needed to read and write what else there is
+
+    buffer, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+    texts.add_text("Software", SOFTWARE)
+    picture.save(buffer, "PNG", pnginfo=texts)
     write_atomically(path, buffer.getvalue())
 
 

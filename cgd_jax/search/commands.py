@@ -49,19 +49,9 @@ def search_index(
     as_json: bool = False,
     figure: str | None = None,
 ) -> None:
-    """Searches an index and shows what is found; see `Index.open`, `queries.ask`.
+    """Searches by files and folders, or for duplicates if None are asked, and shows what is found.
 
-    Args:
-      address: of the index.
-      asked: files and folders to search by; None to look for duplicates.
-      model: of the index.
-      k: hits of each query, at most.
-      where: which images to look at.
-      exact: whether to compare with every image.
-      crop: "x,y,width,height", the part of each query to search by.
-      duplicates: similarity from which images count as duplicates; None is the default.
-      as_json: whether to print JSON, and nothing else, and draw nothing.
-      figure: PNG to draw; None for search.png, or duplicates.png.
+    See `queries.ask`, `find_duplicates`; of `crop`, `queries.parse_crop`. JSON is not drawn.
     """
     figure = figure or ("duplicates.png" if asked is None else "search.png")
     box = queries.parse_crop(crop) if crop else None

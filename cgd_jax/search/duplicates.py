@@ -31,20 +31,10 @@ def find_duplicates(
 ) -> list[Group]:
     """Finds groups of images that are chained together by high similarities.
 
-    All are compared with all in memory, which takes the square of their number.
-
-    Args:
-      index: to look through.
-      similarity: cosine from which two images count as nearly the same. What that means
-        depends on the network.
-      where: which images to look at, as for `Index.search`.
-
-    Returns:
-      The groups, the most similar first, then the largest.
-
-    Raises:
-      InputError: a similarity outside of (0, 1], or `where` is not understood.
-      StoreError: the index cannot be read.
+    All that `where` selects are compared with all in memory, which takes the square of their
+    number. `similarity` is the cosine from which two count as nearly the same, which depends on the
+    network. Returns the groups, the most similar first, then the largest. Raises InputError for a
+    similarity outside of (0, 1].
     """
     if not 0 < similarity <= 1:
         raise InputError(f"--similarity={similarity}: must be above 0 and at most 1.")

@@ -17,21 +17,15 @@ Item = TypeVar("Item")
 
 def read_and_embed(
     items: Sequence[Item],
-    read: Callable[[Item], tuple[np.ndarray, dict[str, Any]] | str | None],
+    read: Callable[[Item], Any],
     embed: Callable[[np.ndarray], np.ndarray],
     what: str | None = None,
 ) -> Iterator[tuple[Item, Any, np.ndarray | None]]:
     """Reads images ahead in threads, while the device embeds those that could be read.
 
-    Args:
-      items: to read.
-      read: returns what `images.read` does, or anything else where there is nothing to embed.
-      embed: [B, side, side, 3] uint8 → [B, D].
-      what: is being done, for a progress bar; None for none.
-
-    Yields:
-      For every item: itself, the fields that `read` found, and the vector [D]; or itself, what
-      `read` returned instead, and None.
+    `read` returns what `images.read` does, or anything else where there is nothing to embed.
+    Yields every item with the fields that `read` found and the vector [D], or with what `read`
+    returned instead and None. `what` is said to be done by a progress bar.
     """
     waiting: list[tuple[Item, tuple[np.ndarray, dict]]] = []
     # So many are ahead that the next batch is there when the device is free.

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import simplejpeg
 
 from cgd_jax.data import archives, image_list
-from cgd_jax.data.decode import dimensions, looks_like_image
-from cgd_jax.data.images import Box, clip, cut, load, naming
+from cgd_jax.data.decode import PNG, looks_like_image, resize
+from cgd_jax.data.images import Box, at_least, clip, load, naming
 from cgd_jax.runtime.errors import InputError
+from cgd_jax.runtime.files import SOFTWARE
 from cgd_jax.search.stores import Record, composed
 
 __all__ = ["as_jpeg", "id_of", "list_images", "read", "record_of"]
@@ -22,6 +24,7 @@ THUMBNAIL = 192  # pixels, the longer side
 QUALITY = 80  # of their JPEG, and of what a page shows
 # What folders of splits are called, above those of classes.
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "query", "gallery"}
+LATEST = 2**63 - 1  # ns that databases hold, of 2262; files may claim any date
 
 Listed = tuple[Record, Path]  # the path is what is read, which may be a temporary file
 LeftOut = tuple[str, str]  # path, reason
@@ -43,30 +46,20 @@ def reason_of(error: Exception) -> str:
 
 
 def read(image: Any, side: int, crop: Box | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-    """Reads an image, as `data.images.load` takes it.
+    """Reads an image that `data.images.load` takes, or a part of it; decodes it once.
 
-    Args:
-      image: to read.
-      side: of the pixels that are returned.
-      crop: the part of the image to read.
-
-    Returns:
-      The pixels, [side, side, 3] uint8, and the fields of `Record` that follow from the content.
-
-    Raises:
-      As `data.images.read_image`; ValueError also for an empty crop.
+    Returns pixels, [side, side, 3] uint8, and the fields of `Record` that follow from the content.
+    Raises as `data.images.read_image`; ValueError also for an empty crop.
     """
     with naming(image):
         content = load(image)
-        size = dimensions(content) if isinstance(content, bytes) else content.shape[:2]
-        x0, y0, x1, y1 = clip(crop, *size)
-        pixels = cut(content, side, crop)
-        small = pixels if side >= THUMBNAIL else cut(content, THUMBNAIL, crop)
+        found = at_least(content, side, crop)
+        x0, y0, x1, y1 = clip(crop, found.height, found.width)
     if isinstance(content, np.ndarray):
         content = f"{content.shape}".encode() + content.tobytes()
-    width, height = x1 - x0, y1 - y0
-    thumbnail = as_jpeg(small, width, height)
-    digest = hash_of(content)
+    pixels, width, height = resize(found.pixels, side), x1 - x0, y1 - y0
+    small = pixels if side >= THUMBNAIL else resize(found.pixels, THUMBNAIL)
+    thumbnail, digest = as_jpeg(small, width, height), hash_of(content)
     return pixels, {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
 
 
@@ -78,60 +71,67 @@ def as_jpeg(square: np.ndarray, width: int, height: int, side: int = THUMBNAIL) 
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)
 
 
+def is_drawn_here(data: bytes) -> bool:
+    """Returns whether a file is a picture that this program drew, such as search.png."""
+    return data.startswith(PNG) and b"tEXtSoftware\0" + SOFTWARE.encode() in data[:1000]
+
+
 def record_of(
     file: Path, path: str, label: str | None, source: str = "", modified: int | None = None
 ) -> Record:
-    """Returns what is known of an image before its file is read.
+    """Returns what is known of an image called `path` before its file is read; raises OSError.
 
-    Args:
-      file: where it is.
-      path: how it is called.
-      label: of its class.
-      source: see `Record`.
-      modified: ns; None is when the file was changed last.
-
-    Raises:
-      OSError: there is no such file.
+    `modified` is in ns, in place of when the file was changed last.
     """
     status = file.stat()
     modified = status.st_mtime_ns if modified is None else modified
+    modified = max(-LATEST, min(modified, LATEST))
     label = composed(label)
     return Record(id_of(path), path, label, status.st_size, source=source, modified=modified)
 
 
+def is_list(source: str) -> bool:
+    """Returns whether a source is a CSV, by its name."""
+    return source.lower().endswith(".csv")
+
+
+def is_folder(source: str) -> bool:
+    """Returns whether a source is a folder, by its name: it may be away."""
+    return not is_list(source) and not archives.is_archive(Path(source))
+
+
 @contextlib.contextmanager
-def list_images(source: Path, scratch: Path) -> Iterator[tuple[list[Listed], list[LeftOut]]]:
+def list_images(
+    source: Path, scratch: Path, address: str
+) -> Iterator[tuple[list[Listed], list[LeftOut]]]:
     """Lists the images of a folder, an archive, or a CSV with the columns path and label.
 
-    In folders and archives the label is the name of the first folder below the source; of
-    the second, where the first one is called train, test, val, query or gallery. The path of an
-    archive's member begins with the archive's, and it was changed when the archive was.
-
-    Args:
-      source: what to list.
-      scratch: where to unpack an archive for as long as the block runs.
-
-    Yields:
-      The images, and what was left out.
-
-    Raises:
-      InputError: there is no such source.
-      ValueError: an archive or a CSV is damaged.
+    The path of an archive's member begins with the archive's, and it was changed when the archive
+    was; archives are unpacked in `scratch` while the block runs. Files of indexes, such as the one
+    at `address`, are none. Yields the images, and what was left out. Raises InputError: there is no
+    such source; ValueError: an archive or a CSV is damaged.
     """
     if not source.exists():
         raise InputError(
             f"--images={source}: there is no such folder, archive or CSV. The images that an index "
             f"has of it stay there."
         )
-    if source.suffix.lower() == ".csv" and source.is_file():
+    left_out: list[LeftOut] = []
+    if is_list(str(source)) and source.is_file():
         rows = [(row.path, str(row.path), row.label) for row in image_list.read(source)]
-        yield _list_rows(rows, str(source))
+        yield _list_rows(rows, str(source), left_out), left_out
     elif source.is_dir() or archives.is_archive(source):
         modified = None if source.is_dir() else source.stat().st_mtime_ns
+        index = os.path.abspath(address)
         with archives.unpacked(source, scratch) as folder:
-            inside = [(file, file.relative_to(folder)) for file in archives.files_below(folder)]
-            named = [(file, str(source / path), _label_of(path)) for file, path in inside]
-            yield _list_rows(named, str(source), modified)
+            inside, left_out = files_of(folder)
+            named = [
+                (folder / path, str(source / path), label_of(path))
+                for path in (file.relative_to(folder) for file in inside)
+                if not (source / path).is_relative_to(index)
+                and not any(part.endswith(".lance") for part in path.parts)
+            ]
+            yield _list_rows(named, str(source), left_out, modified), left_out
     else:
         raise InputError(
             f"--images={source} is neither a folder, nor a CSV, nor an archive "
@@ -139,7 +139,15 @@ def list_images(source: Path, scratch: Path) -> Iterator[tuple[list[Listed], lis
         )
 
 
-def _label_of(path: Path) -> str | None:
+def files_of(folder: Path) -> tuple[list[Path], list[LeftOut]]:
+    """Lists the files of a folder, and what of it cannot be read."""
+    errors: list[OSError] = []
+    found = archives.files_below(folder, errors.append)
+    return found, [(str(error.filename), reason_of(error)) for error in errors]
+
+
+def label_of(path: Path) -> str | None:
+    """Returns the name of the first folder; of the second, where the first is that of a split."""
     folders = path.parts[:-1]
     if len(folders) > 1 and folders[0].lower() in SPLITS:
         folders = folders[1:]
@@ -147,10 +155,13 @@ def _label_of(path: Path) -> str | None:
 
 
 def _list_rows(
-    rows: Iterable[tuple[Path, str, str | None]], source: str, modified: int | None = None
-) -> tuple[list[Listed], list[LeftOut]]:
-    """Returns the images among rows of a file, its name and a label; and what is none."""
-    found, left_out = {}, []
+    rows: Iterable[tuple[Path, str, str | None]],
+    source: str,
+    left_out: list[LeftOut],
+    modified: int | None = None,
+) -> list[Listed]:
+    """Returns the images among rows of a file, its name and a label; adds to what is none."""
+    found = {}
     for file, path, label in rows:
         try:
             f"{path}{label}".encode()
@@ -162,7 +173,10 @@ def _list_rows(
         except UnicodeEncodeError:
             path = path.encode(errors="backslashreplace").decode()
             reason = "its name is not valid UTF-8; rename it"
-        except OSError as error:
+        except FileNotFoundError as error:
             reason = reason_of(error)
+        except OSError:  # it is there; who reads it will learn what is the matter
+            found[id_of(path)] = Record(id_of(path), path, composed(label), source=source), file
+            continue
         left_out.append((path, reason))
-    return list(found.values()), left_out
+    return list(found.values())

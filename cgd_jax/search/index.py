@@ -9,8 +9,9 @@ it is never searched with another.
 """
 
 import base64
-import io
+import contextlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,9 +27,10 @@ from cgd_jax import network as networks
 from cgd_jax import rerank, retrieval
 from cgd_jax.data.images import is_one, listed
 from cgd_jax.network import Network
+from cgd_jax.reports.names import literal
 from cgd_jax.runtime.errors import InputError
+from cgd_jax.search import digests, stores
 from cgd_jax.search import images as reading
-from cgd_jax.search import stores
 from cgd_jax.search.opening import open_store, writing
 from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
 
@@ -57,19 +59,14 @@ class IndexInfo(NamedTuple):
     normalization: dict[str, list[float]]  # of the pixels
     precision: str  # of the vectors in the index: float32 or float16
     whitened_from: int | None  # dimension of the network's vectors, where these are whitened
-    created: str  # ISO 8601
+    created: str  # ISO 8601, to the microsecond, which tells indexes of one network apart
 
 
 class Index:
-    """Images and their vectors in a database. `open` and `create` make one.
-
-    Attributes:
-      info: an `IndexInfo`.
-      store: the database.
-    """
+    """Images and their vectors in a database; `open` and `create` make one, `info` is of it."""
 
     def __init__(self, store: Store, network: Network | str | None = None):
-        self.store = store
+        self.address, self._store = store.address, store
         self.info, self._whitening = _read_about(store)
         self._network = network
         self._remembered: tuple[int, list[str], np.ndarray] | None = None
@@ -80,7 +77,7 @@ class Index:
     def __repr__(self) -> str:
         info = self.info
         return (
-            f"Index({self.store.address!r}, network={info.network!r}, vector={info.vector!r}, "
+            f"Index({self.address!r}, network={info.network!r}, vector={info.vector!r}, "
             f"dimension={info.dimension})"
         )
 
@@ -103,11 +100,11 @@ class Index:
           vector: as `network.open_network` takes it; None likewise.
 
         Raises:
-          NoIndexError: there is no index.
-          InputError: the index is of another network.
-          StoreError: the index cannot be reached or read.
+          NoIndexError, InputError: there is no index, or it is of another network.
+          StoreError: it is damaged, or cannot be reached or read.
           ImportError: the package of the database is missing.
         """
+        digests.check(str(address))
         try:
             store = open_store(str(address))
         except stores.NoIndexError:
@@ -117,7 +114,7 @@ class Index:
             return cls.create(address, opened)
         index = cls(store, str(model) if isinstance(model, Path) else model)
         if isinstance(model, Network):
-            index._check(model.name, _remembered_of(model))
+            index._check_network(model)
         elif model is not None:  # known by its weights, without building it
             name, weights_hash = networks.identify(model)
             index._check(name, {"weights_hash": weights_hash})
@@ -134,51 +131,72 @@ class Index:
         precision: str = "float32",
         whitening: Whitening | None = None,
     ) -> "Index":
-        """Makes an empty index; one that is there already is opened.
+        """Makes an empty index of a network's vectors; one that is there already is opened.
 
-        Args:
-          address: of the index, see `opening.open_store`.
-          network: whose vectors it is to hold.
-          precision: of the vectors, "float32" or "float16".
-          whitening: applied to the vectors, from `rerank.learn_whitening`.
-
-        Raises:
-          As `open`.
+        Their precision is "float32" or "float16"; a whitening of `rerank.learn_whitening` is
+        applied to them. Raises as `open`.
         """
         info = IndexInfo(
             network=network.name,
             dimension=network.dimension if whitening is None else whitening[1].shape[1],
             precision=precision,
             whitened_from=None if whitening is None else network.dimension,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="microseconds"),
             **_remembered_of(network),
         )
         about = {"info": json.dumps(info._asdict())}
         if whitening is not None:
-            buffer = io.BytesIO()
-            np.savez(buffer, mean=whitening[0], projection=whitening[1])
-            about["whitening"] = base64.b64encode(buffer.getvalue()).decode()
-        return cls(open_store(str(address), about, info.dimension), network)
+            numbers = np.column_stack(whitening).astype("<f4")
+            about["whitening"] = base64.b64encode(numbers.tobytes()).decode()
+        index = cls(open_store(str(address), about, info.dimension), network)
+        index._check_network(network)
+        return index
 
     @property
     def network(self) -> Network:
         """The network, opened when it is needed first.
 
-        Raises:
-          InputError: it is no longer where it was, or another network is there now.
+        Raises InputError: it is no longer where it was, another one is there now, or it would have
+        to be downloaded though only the index, which may be a stranger's, names it.
         """
         if not isinstance(self._network, Network):
             source = self._network or self.info.network
+            here = os.path.isabs(source) or "/" not in source or os.path.exists(source)
+            if self._network is None and not here:
+                raise InputError(
+                    f"The index {self.address} was made with the network {literal(source)} of "
+                    f"Hugging Face. It is not requested only because an index names it: if it is "
+                    f"the one that you want, say --model={literal(source)}."
+                )
             try:
                 network = networks.open_network(source, self.info.vector)
             except FileNotFoundError as error:
                 raise InputError(
-                    f"The index {self.store.address} was made with the network {source}, which is "
-                    f"not there: {error} If it is elsewhere now, say so with --model=."
+                    f"The index {self.address} was made with the network {literal(source)}, which "
+                    f"is not there: {error} If it is elsewhere now, say so with --model=."
                 ) from error
-            self._check(network.name, _remembered_of(network))
+            self._check_network(network)
             self._network = network
         return self._network
+
+    @property
+    def store(self) -> Store:
+        """The database, looked at every time: StoreError if it is damaged, or another index's.
+
+        One that came in its place may have the same number for a version.
+        """
+        digests.check(self.address)
+        if json.loads(self._store.about("info") or "null") != self.info._asdict():
+            raise stores.StoreError(
+                f"The index {self.address} was replaced by another one after it had been opened. "
+                f"Open it again; if it is served, start the server again."
+            )
+        return self._store
+
+    def _check_network(self, network: Network) -> None:
+        """Compares all that vectors depend on, and their length before whitening."""
+        length = {"whitened_from" if self.info.whitened_from else "dimension": network.dimension}
+        self._check(network.name, _remembered_of(network) | length)
 
     def _check(self, name: str, found: dict[str, Any]) -> None:
         """Raises InputError if a network is not the one that the index was made with."""
@@ -187,21 +205,10 @@ class Index:
         if differing:
             values = "; ".join(f"{key} {known[key]}, here {found[key]}" for key in differing)
             raise InputError(
-                f"The index {self.store.address} was made with the network {self.info.network}; "
-                f"{name} is another one, or has changed since ({values}). Their vectors cannot be "
-                f"compared: say with --model= where the index's network is, or make another index "
-                f"with --index=."
-            )
-
-    def _check_not_replaced(self) -> None:
-        """Raises StoreError if another index has come in the place of the one that was opened.
-
-        Not only when the version changes: that of another index may be the same number.
-        """
-        if json.loads(self.store.about().get("info", "null")) != self.info._asdict():
-            raise stores.StoreError(
-                f"The index {self.store.address} was replaced by another one after it had been "
-                f"opened. Open it again; if it is served, start the server again."
+                f"The index {self.address} was made with the network {literal(self.info.network)}; "
+                f"{name} is another one, or has changed since ({literal(values)}). Their vectors "
+                f"cannot be compared: say with --model= where the index's network is, or make "
+                f"another index with --index=."
             )
 
     def embed(self, images: Query | Sequence[Query]) -> np.ndarray:
@@ -229,8 +236,7 @@ class Index:
         """Finds the images most similar to an image, or to each of a list of them.
 
         Args:
-          query: one image, its vector [D], or a list of images.
-          k: how many images, at most.
+          query: one image, its vector [D], or a list of images; k are found, at most.
           where: which of them to look at, as SQL: "label = 'shoes' AND width > 500".
           exact: whether to compare with every image, where the index is so large that it
             does not do so anyway. All vectors are then read into memory.
@@ -239,8 +245,7 @@ class Index:
           The most similar first; of several queries, a list for each.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          InputError: something is no image, or `where` is not understood.
+          FileNotFoundError, InputError: something is no image, or `where` is not understood.
           StoreError: the index cannot be read.
         """
         if isinstance(query, np.ndarray) and query.ndim == 1:
@@ -261,9 +266,8 @@ class Index:
         vectors = self._checked(vectors)
         if not len(vectors):  # which the databases do not take
             return []
-        self._check_not_replaced()
-        in_memory = exact and self.store.approximate()
-        search = self._search_in_memory if in_memory else self.store.search
+        store = self.store
+        search = self._search_in_memory if exact and store.approximate() else store.search
         limit = k + 1
         while True:
             found = [_in_order(hits) for hits in search(vectors, limit, _composed(where))]
@@ -307,26 +311,24 @@ class Index:
 
     def count(self, where: str | None = None) -> int:
         """Counts the images, or those that `where` selects."""
-        self._check_not_replaced()
         return self.store.count(_composed(where))
 
     def get(self, id: str) -> Record | None:
         """Returns what is known of an image; None if there is none of this id."""
-        for batch in self.store.read(list(COLUMNS), stores.among([id])):
-            for row in batch.to_pylist():
-                return Record(**row)
+        with contextlib.suppress(KeyError):
+            return Record(**self._row(id, list(COLUMNS)).to_pylist()[0])
         return None
 
     def thumbnail(self, id: str) -> bytes:
         """Returns a small JPEG of an image; KeyError if there is none of this id."""
-        return self._batch_of(id, "thumbnail")["thumbnail"][0].as_py()
+        return self._row(id, ["thumbnail"])["thumbnail"][0].as_py()
 
     def vector(self, id: str) -> np.ndarray:
         """Returns the vector [D] of an image; KeyError if there is none of this id."""
-        return stores.vectors_in(self._batch_of(id, "vector"))[0]
+        return stores.vectors_in(self._row(id, ["vector"]))[0]
 
-    def _batch_of(self, id: str, name: str) -> pa.RecordBatch:
-        for batch in self.store.read([name], stores.among([id])):
+    def _row(self, id: str, names: list[str]) -> pa.RecordBatch:
+        for batch in self.store.read(names, stores.among([id])):
             if batch.num_rows:
                 return batch
         raise KeyError(f"the index has no image {id!r}")
@@ -339,18 +341,16 @@ class Index:
         return dict(sorted(counts.items()))
 
     def vectors(self, where: str | None = None) -> tuple[list[str], np.ndarray]:
-        """Returns ids, and their vectors [N, D] float32 of unit length.
+        """Returns ids, and their vectors [N, D] float32 of unit length; `where` as for `search`.
 
         Those of the whole index stay in memory until it changes.
-
-        Args:
-          where: of which images, as for `search`.
         """
-        version = self.store.version()
+        store = self.store
+        version = store.version()
         if where is None and self._remembered is not None and self._remembered[0] == version:
             return self._remembered[1:]
         ids, pieces = [], [np.zeros((0, self.info.dimension), np.float32)]
-        for batch in self.store.read(["id", "vector"], _composed(where)):
+        for batch in store.read(["id", "vector"], _composed(where)):
             ids += batch["id"].to_pylist()
             pieces.append(stores.vectors_in(batch))
         vectors = np.concatenate(pieces)
@@ -368,24 +368,15 @@ class Index:
         return pa.Table.from_batches(batches, schema)
 
     def add(
-        self,
-        images: Query | Iterable[Query],
-        labels: Sequence[str | None] | None = None,
+        self, images: Query | Iterable[Query], labels: Sequence[str | None] | None = None
     ) -> list[str]:
-        """Adds images; those of a path that is there already are replaced.
+        """Adds images, whose labels may be known; returns their ids.
 
-        Args:
-          images: one image or several.
-          labels: of each, if they are known.
-
-        Returns:
-          Their ids.
-
-        Raises:
-          ValueError: one is no image; nothing is added then.
-          BusyError: somebody else writes to the index.
+        Those of a path that is there already are replaced. Raises ValueError if one is no image,
+        and adds none; BusyError if somebody else writes to the index.
         """
-        images, side = listed(images), self.info.resize
+        images = listed(images)
+        side = self.network.resize if images else 0
         labels = [None] * len(images) if labels is None else labels
         ids, rows = [], {}
         for image, label in zip(images, labels, strict=True):
@@ -399,7 +390,7 @@ class Index:
             rows[record.id] = record._replace(**content), pixels
         if rows:
             vectors = self.embed_pixels(np.stack([pixels for _, pixels in rows.values()]))
-            with writing(self.store.address):
+            with writing(self.address):
                 self.write([record for record, _ in rows.values()], vectors)
         return ids
 
@@ -408,19 +399,15 @@ class Index:
         self.store.upsert(stores.as_table(records, vectors))
 
     def remove(self, ids: Iterable[str]) -> None:
-        """Removes images; unknown ids are ignored.
-
-        Raises:
-          BusyError: somebody else writes to the index.
-        """
-        with writing(self.store.address):
+        """Removes images; unknown ids are ignored. Raises BusyError as `add`."""
+        with writing(self.address):
             self.store.delete(list(ids))
 
     def update(self, *sources: str | Path) -> "Changes":
         """Brings the index up to date with folders, archives and CSVs; see `indexing.update`."""
         from cgd_jax.search import indexing  # which is written in terms of this class
 
-        return indexing.update(self.store.address, sources, self.network)
+        return indexing.update(self.address, sources, self.network)
 
 
 def _in_order(hits: list[Hit]) -> list[Hit]:
@@ -447,14 +434,16 @@ def _remembered_of(network: Network) -> dict[str, Any]:
 
 
 def _read_about(store: Store) -> tuple[IndexInfo, Whitening | None]:
-    about = store.about()
     try:
-        info = IndexInfo(**json.loads(about["info"]))
-        if "whitening" not in about:
+        info = IndexInfo(**json.loads(store.about("info") or "null"))
+        if not isinstance(info.network, str):
+            raise TypeError
+        if info.whitened_from is None:
             return info, None
-        with np.load(io.BytesIO(base64.b64decode(about["whitening"]))) as arrays:
-            return info, (arrays["mean"], arrays["projection"])
-    except (KeyError, TypeError, ValueError) as error:
+        data = base64.b64decode(store.about("whitening") or "")
+        numbers = np.frombuffer(data, "<f4").reshape(info.whitened_from, info.dimension + 1)
+        return info, (numbers[:, 0], numbers[:, 1:])
+    except (AttributeError, TypeError, ValueError) as error:
         raise stores.StoreError(
             f"The index {store.address} does not say what it holds: it is damaged, or was made by "
             f"another version of this program. Delete it and index the images anew."

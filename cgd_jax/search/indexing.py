@@ -7,13 +7,16 @@ run loses no more than that: the next one sees what is in the index, and goes on
 
 import contextlib
 import csv
+import functools
 import io
 import logging
 import os
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +42,7 @@ WRITE_EVERY = 1024
 WRITE_AFTER = 15.0
 SAMPLE = 5000  # images that a whitening is learned from, at most
 LISTED = 20  # files that were left out, in the log; skipped.csv in the index has them all
-KNOWN = ("id", "label", "size", "hash", "source", "modified")  # what tells whether a file changed
+KNOWN = ("id", "path", "label", "size", "hash", "source", "modified")  # what tells of changes
 
 
 class Changes(NamedTuple):
@@ -60,46 +63,40 @@ def update(
     vector: str | None = None,
     precision: str | None = None,
     whiten: int | None = None,
+    prune: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> Changes:
     """Brings an index up to date with folders, archives and CSVs; makes it if there is none.
 
-    Args:
-      address: of the index, see `opening.open_store`.
-      sources: see `images.list_images`.
-      model: as `Index.open` takes it.
-      vector: likewise.
-      precision: of the vectors of a new index, "float32" or "float16"; None is float32.
-      whiten: dimension of the vectors of a new index, by PCA-whitening; None for none.
-      share: (i, n): this is process i of n that fill the index together, each of which calls
-        this with the same sources.
+    Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
+    stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`
+    and `whiten`, a dimension, are of a new index. Of n processes that fill an index together,
+    process i calls this with the same sources and `share` (i, n). Returns what this process did.
 
-    Returns:
-      What this process did.
-
-    Raises:
-      InputError: a source is missing, cannot be read or holds no image, or the index is another
-        than is asked for; nothing is changed then.
-      BusyError: somebody else writes to the index.
-      StoreError: the index cannot be read or written; what was written stays.
+    Raises InputError, and changes nothing: a source is missing or holds no image, or the index is
+    another than is asked for. BusyError, StoreError: what was written stays.
     """
     is_first = share[0] == 0
     scratch = Path(address).parent if stores.is_local(address) else Path.cwd()
     wanted: dict[str, Listed] = {}
+    given: set[str] = set()
     skipped: list[LeftOut] = []
     with contextlib.ExitStack() as stack:
         if is_first:  # for all of them
             stack.enter_context(writing(address))
-        for source in sources:
-            absolute = Path(os.path.abspath(Path(source).expanduser()))
-            listed, left_out = stack.enter_context(images.list_images(absolute, scratch))
+        # Lists come last: what they say of an image counts.
+        for source in sorted(map(str, sources), key=images.is_list):
+            root = os.path.abspath(Path(source).expanduser())
+            listing = images.list_images(Path(root), scratch, address)
+            listed, left_out = stack.enter_context(listing)
             if not listed:
                 raise InputError(
                     f"--images={source} holds no image, but {len(left_out):,} other files. "
                     f"Nothing was changed; to empty an index, delete it."
                 )
             wanted |= {record.id: (record, file) for record, file in listed}
-            skipped += left_out if is_first else []
+            given.add(root)
+            skipped += left_out
         index = _existing(address, model, vector, precision, whiten)
         _meet(share, "everybody has looked whether there is an index")
         if index is None and is_first:
@@ -111,11 +108,15 @@ def update(
         _meet(share, "there is an index")
         if index is None:
             index = Index.open(address, model, vector=vector)
-        changes = _update(index, wanted, share)
+        rows = (row for batch in index.store.read(KNOWN) for row in batch.to_pylist())
+        known = {row["id"]: Record(**row) for row in rows}
+        wanted = _settle(wanted, known, given)
+        missing = _missing(wanted, known, given, {path for path, _ in skipped})
+        changes = _update(index, wanted, known, missing, prune, share)
         _meet(share, "everything is written")
         if is_first and (share[1] > 1 or changes.added or changes.changed or changes.removed):
             index.store.finish()
-    changes = changes._replace(skipped=skipped + changes.skipped)
+    changes = changes._replace(skipped=skipped * is_first + changes.skipped)
     _report(address, changes.skipped)
     return changes
 
@@ -152,7 +153,7 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> 
             f"({network.dimension}) and the number of images ({len(listed):,})."
         )
     chosen = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))[:SAMPLE]]
-    read = partial(_read, known={}, side=network.resize)
+    read = partial(_read, known={}, origins={}, side=lambda: network.resize)
     outcomes = embedding.read_and_embed(
         chosen, read, network.embed_pixels, "learning the whitening"
     )
@@ -162,79 +163,165 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> 
     return rerank.learn_whitening(np.stack(found), dimension)
 
 
-def _update(index: Index, wanted: dict[str, Listed], share: tuple[int, int]) -> Changes:
+def _settle(
+    wanted: dict[str, Listed], known: dict[str, Record], given: set[str]
+) -> dict[str, Listed]:
+    """Says of which source an image is that is in several, whichever is indexed first or last.
+
+    It is a list's if one names it; of folders in each other, the outermost that was ever indexed.
+    """
+    sources = given | {record.source for record in known.values() if record.source}
+    outermost = {
+        source: min((outer for outer in sources if _is_below(source, outer)), key=len)
+        for source in filter(images.is_folder, given)
+    }
+    settled = {}
+    for id, (record, file) in wanted.items():
+        source = known[id].source if id in known else ""
+        if images.is_list(source) and source not in given and not images.is_list(record.source):
+            record = record._replace(label=known[id].label, source=source)
+        elif record.source != (root := outermost.get(record.source, record.source)):
+            label = stores.composed(images.label_of(Path(record.path).relative_to(root)))
+            record = record._replace(label=label, source=root)
+        settled[id] = record, file
+    return settled
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def _missing(
+    wanted: dict[str, Listed], known: dict[str, Record], given: set[str], left_out: set[str]
+) -> dict[str, bool]:
+    """Returns the images that sources no longer hold, and whether they may merely be away.
+
+    That is where their folder is gone, empty or cannot be read, as when a disk is not mounted.
+    """
+    folders, missing = [source for source in given if images.is_folder(source)], {}
+
+    @functools.cache
+    def is_away(folder: str) -> bool:
+        try:
+            return not os.listdir(folder)
+        except OSError:
+            return True
+
+    for id, record in known.items():
+        inside = images.is_folder(record.source) and any(
+            _is_below(record.path, folder) for folder in folders
+        )
+        if id not in wanted and (inside or record.source in given):
+            # What a list no longer names was taken out of it, wherever it is.
+            missing[id] = (inside or record.path in left_out) and is_away(
+                os.path.dirname(record.path)
+            )
+    return missing
+
+
+def _update(
+    index: Index,
+    wanted: dict[str, Listed],
+    known: dict[str, Record],
+    missing: dict[str, bool],
+    prune: bool,
+    share: tuple[int, int],
+) -> Changes:
     """Brings this process's share of the index up to date."""
-    rows = (row for batch in index.store.read(KNOWN) for row in batch.to_pylist())
-    known = {row["id"]: Record(**row) for row in rows}
-    mine = {id for id in wanted.keys() | known.keys() if int(id, 16) % share[1] == share[0]}
-    todo = [
-        (record, file)
-        for id, (record, file) in wanted.items()
-        if id in mine and (id not in known or _traits(known[id]) != _traits(record))
-    ]
-    sources = {record.source for record, _ in wanted.values()}
-    gone = [id for id in mine if id not in wanted and known[id].source in sources]
-    skipped, touched, added, changed = [], [], 0, 0
+    ids = wanted.keys() | known.keys()
+    mine = {id for id in ids if zlib.crc32(id.encode()) % share[1] == share[0]}
+    todo = {
+        id: listed
+        for id, listed in wanted.items()
+        if id in mine and (id not in known or _traits(known[id]) != _traits(listed[0]))
+    }
+    # Images that stay as they are until the end, by their content: others may take their vectors.
+    origins = {known[id].hash: id for id in mine & known.keys() if id not in todo}
+    skipped, copies, moved, gone, added, changed = [], [], set(), [], 0, 0
     records, vectors, written = [], [], time.monotonic()
-    read = partial(_read, known=known, side=index.info.resize)
-    outcomes = embedding.read_and_embed(todo, read, index.embed_pixels, "indexing")
+    opening = Lock()
+
+    def side() -> int:
+        with opening:  # by one thread, and only if there is something to embed
+            return index.network.resize
+
+    read = partial(_read, known=known, origins=origins, side=side)
+    outcomes = embedding.read_and_embed(list(todo.values()), read, index.embed_pixels, "indexing")
     for (record, _), found, vector in outcomes:
-        if vector is not None:
-            added += record.id not in known
-            changed += record.id in known
-            records.append(record._replace(**found))
-            vectors.append(vector)
-            if len(records) >= WRITE_EVERY or time.monotonic() > written + WRITE_AFTER:
-                index.write(records, np.stack(vectors))
-                records, vectors, written = [], [], time.monotonic()
-        elif found is None:
-            touched.append(record)
-        else:
-            skipped.append((record.path, found))
-            gone += [record.id] if record.id in known else []
+        if isinstance(found, Exception):
+            skipped.append((record.path, images.reason_of(found)))
+            if record.id in known and isinstance(found, ValueError):  # else it cannot be read now
+                gone.append(record.id)
+            continue
+        is_new = record.id not in known
+        added += is_new
+        if vector is None:
+            copies.append((record, found))
+            moved |= {known[found].hash} if is_new else set()
+            continue
+        changed += not is_new
+        records.append(record._replace(**found))
+        vectors.append(vector)
+        if len(records) >= WRITE_EVERY or time.monotonic() > written + WRITE_AFTER:
+            index.write(records, np.stack(vectors))
+            records, vectors, written = [], [], time.monotonic()
     if records:
         index.write(records, np.stack(vectors))
-    _touch(index, touched)
+    _copy(index, copies)
+    lost = {id for id in mine & missing.keys() if missing[id] and known[id].hash not in moved}
+    gone += mine & missing.keys() if prune else mine & missing.keys() - lost
     if gone:
         index.store.delete(gone)
+    if lost and not prune:
+        log.warning(
+            "%s images stay in the index whose folders are gone, empty or cannot be read, such as "
+            "%s: a disk may be away. --prune removes them.",
+            f"{len(lost):,}",
+            literal(min(known[id].path for id in lost)),
+        )
     unchanged = sum(id in wanted for id in mine) - added - changed - len(skipped)
     return Changes(added, changed, len(gone), unchanged, skipped)
 
 
 def _traits(record: Record) -> tuple:
     """Returns what is the same while a file need not be looked at."""
-    return record.size, record.modified, record.label
+    return record.size, record.modified, record.label, record.source
 
 
 def _read(
-    listed: Listed, known: dict[str, Record], side: int
-) -> tuple[np.ndarray, dict[str, Any]] | str | None:
-    """Reads a file: what `images.read` returns, or why not; None if the index has its content."""
+    listed: Listed, known: dict[str, Record], origins: dict[str, str], side: Callable[[], int]
+) -> tuple[np.ndarray, dict[str, Any]] | str | Exception:
+    """Reads a file: what `images.read` returns, the id of what has its content, or why not."""
     record, file = listed
     try:
         data = read_file(file)
-        if record.id in known and images.hash_of(data) == known[record.id].hash:
-            return None
-        return images.read(data, side)
+        digest = images.hash_of(data)
+        if record.id in known and digest == known[record.id].hash:
+            return record.id
+        if digest in origins:
+            return origins[digest]
+        if images.is_drawn_here(data):
+            raise ValueError("a picture that this program drew")
     except (OSError, ValueError) as error:  # it may have vanished meanwhile
-        return images.reason_of(error)
+        return error
+    resize = side()  # an index of another network is no matter of the file
+    try:
+        return images.read(data, resize)
+    except ValueError as error:
+        return error
 
 
-def _touch(index: Index, touched: list[Record]) -> None:
-    """Writes down the new labels and times of files whose content is the same."""
-    for at in range(0, len(touched), WRITE_EVERY):
-        new = {record.id: record for record in touched[at : at + WRITE_EVERY]}
-        for batch in list(index.store.read([*COLUMNS, "vector"], stores.among(new))):
-            old = [Record(**row) for row in batch.drop_columns(["vector"]).to_pylist()]
-            records = [
-                row._replace(
-                    label=new[row.id].label,
-                    modified=new[row.id].modified,
-                    source=new[row.id].source,
-                )
-                for row in old
-            ]
-            index.write(records, stores.vectors_in(batch))
+def _copy(index: Index, copies: list[tuple[Record, str]]) -> None:
+    """Writes images whose content the index has, under their own or another id."""
+    for at in range(0, len(copies), WRITE_EVERY):
+        some, known = copies[at : at + WRITE_EVERY], {}
+        for batch in index.store.read([*COLUMNS, "vector"], stores.among({id for _, id in some})):
+            rows = batch.drop_columns(["vector"]).to_pylist()
+            for row, vector in zip(rows, stores.vectors_in(batch), strict=True):
+                content = {name: row[name] for name in ("hash", "width", "height", "thumbnail")}
+                known[row["id"]] = content, vector
+        records = [record._replace(**known[id][0]) for record, id in some]
+        index.write(records, np.stack([known[id][1] for _, id in some]))
 
 
 def _report(address: str, skipped: list[LeftOut]) -> None:

@@ -45,6 +45,8 @@ class LanceStore:
         if about is None and stores.is_local(address) and not Path(address).is_dir():
             raise stores.no_index(address)
         self.address, self._deleted = address, False
+        self._about: dict[str, str] = {}
+        self._about_of: tuple[int, int] | None = None  # the state of the table that it was read of
         with self._failures("opened"):
             # Every read sees what was written before it, by whichever process.
             self._database = lancedb.connect(address, read_consistency_interval=timedelta(0))
@@ -59,10 +61,16 @@ class LanceStore:
                 self._database.create_table(IMAGES, schema=schema, exist_ok=True)
             self._table: Any = self._database.open_table(IMAGES)
 
-    def about(self) -> dict[str, str]:
-        with self._failures("read"):
-            rows = self._database.open_table(ABOUT).to_arrow().to_pylist()
-        return {row["name"]: row["text"] for row in rows}
+    def about(self, name: str) -> str | None:
+        state = None
+        with contextlib.suppress(OSError):  # in object storage it is read every time
+            status = Path(self.address, f"{ABOUT}.lance", "_versions").stat()
+            state = status.st_ino, status.st_mtime_ns
+        if state is None or state != self._about_of:
+            with self._failures("read"):
+                rows = self._database.open_table(ABOUT).to_arrow().to_pylist()
+            self._about, self._about_of = {row["name"]: row["text"] for row in rows}, state
+        return self._about.get(name)
 
     def upsert(self, rows: pa.Table) -> None:
         with self._failures("written"):

@@ -70,14 +70,10 @@ class MilvusStore:
             self._client.load_collection(ABOUT)
             self._client.load_collection(IMAGES)
 
-    def about(self) -> dict[str, str]:
+    def about(self, name: str) -> str | None:
         with self._failures("read"):
-            rows = self._query(ABOUT, "id != ''", ["id", "text"], limit=10_000)
-        about: dict[str, str] = {}
-        for row in sorted(rows, key=lambda row: row["id"]):
-            name = row["id"].partition(".")[0]
-            about[name] = about.get(name, "") + row["text"]
-        return about
+            rows = self._query(ABOUT, f'id like "{name}.%"', ["id", "text"], limit=10_000)
+        return "".join(row["text"] for row in sorted(rows, key=lambda row: row["id"])) or None
 
     def upsert(self, rows: pa.Table) -> None:
         with self._failures("written"):
@@ -203,15 +199,16 @@ class MilvusStore:
 def translate(where: str | None) -> str:
     """Writes an SQL condition as Milvus does: = as ==, <> as !=, lists in brackets.
 
-    Args:
-      where: column names, comparisons, AND, OR, NOT, IN (...), LIKE, IS NULL; texts in single
-        quotation marks.
+    It may have column names, comparisons, AND, OR, NOT, IN (...), LIKE, IS NULL, and texts.
     """
     tokens = re.findall(r"'(?:[^']|'')*'|\bIN\s*\(|[<>!=]=|<>|=|.", where or "", re.I | re.S)
     out, lists = [], 0
     for token in tokens:
         if token[0] == "'" and len(token) > 1:
-            token = json.dumps(token[1:-1].replace("''", "'"), ensure_ascii=False)
+            # Of other controls, servers and milvus-lite have no way of writing in common.
+            escapes = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"}
+            text = token[1:-1].replace("''", "'").translate(str.maketrans(escapes))
+            token = f'"{text}"'
         elif token[-1] == "(" and len(token) > 1:
             token, lists = "in [", lists + 1
         elif token == ")" and lists:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cgd_jax.data import archives
 from cgd_jax.data.decode import looks_like_image, read_file
 from cgd_jax.data.images import Box
 from cgd_jax.reports.names import literal
@@ -39,11 +38,7 @@ class Found(NamedTuple):
 
 
 def parse_crop(text: str) -> Box:
-    """Reads "x,y,width,height" as (x0, y0, x1, y1).
-
-    Raises:
-      InputError: it is something else.
-    """
+    """Reads "x,y,width,height" as (x0, y0, x1, y1); InputError if it is something else."""
     try:
         x, y, width, height = map(float, text.split(","))
     except ValueError:
@@ -64,37 +59,31 @@ def ask(
     exact: bool = False,
     crop: Box | None = None,
 ) -> Found:
-    """Searches by files, and by every image in folders.
+    """Searches by files, and by every image in folders, or by a part of each; see `Index.search`.
 
-    Args:
-      index: to search.
-      queries: files and folders.
-      k: hits of each, at most.
-      where: as for `Index.search`.
-      exact: likewise.
-      crop: part of each query to search by.
-
-    Raises:
-      InputError: there is no such file, none of them is an image, or `where` is not understood.
-      StoreError: the index cannot be read.
+    Raises InputError where there is no such file, or none of them is an image.
     """
     paths: list[Path] = []
+    skipped: list[images.LeftOut] = []
     for query in queries:
         path = Path(query).expanduser()
         if not path.exists():
             raise InputError(f"--query={query}: there is no such file or folder.")
         if path.is_dir():
-            paths += filter(looks_like_image, archives.files_below(path))
+            below, unreadable = images.files_of(path)
+            paths += filter(looks_like_image, below)
+            skipped += unreadable
         else:
             paths.append(path)
+    side = index.network.resize  # which a stranger's index may say is any size
 
     def read(path: Path) -> tuple[np.ndarray, dict[str, Any]] | str:
         try:
-            return images.read(read_file(path), index.info.resize, crop)
+            return images.read(read_file(path), side, crop)
         except (OSError, ValueError) as error:
             return images.reason_of(error)
 
-    usable, vectors, skipped = [], [], []
+    usable, vectors = [], []
     for path, found, vector in embedding.read_and_embed(paths, read, index.embed_pixels):
         if vector is None:
             skipped.append((str(path), found))

@@ -1,6 +1,5 @@
 """What was found, for people and for programs: a table, a figure, JSON."""
 
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -9,12 +8,13 @@ from pathlib import Path
 from PIL import Image
 from tabulate import tabulate
 
+from cgd_jax.data.decode import decode
 from cgd_jax.reports.names import literal, shorten
 from cgd_jax.search.duplicates import Group
 from cgd_jax.search.images import THUMBNAIL
 from cgd_jax.search.index import Index
 from cgd_jax.search.queries import Answer, Found
-from cgd_jax.search.stores import Hit
+from cgd_jax.search.stores import Hit, StoreError
 
 __all__ = ["as_json", "as_text", "draw", "draw_groups", "groups_as_json", "groups_as_text"]
 
@@ -123,13 +123,23 @@ def draw_groups(path: Path, index: Index, groups: Sequence[Group]) -> None:
     _draw(path, rows)
 
 
+def _opened(thumbnail: bytes) -> Image.Image:
+    """Opens a thumbnail; that of a stranger's index may be anything."""
+    try:
+        image = Image.fromarray(decode(thumbnail))
+    except ValueError as error:
+        raise StoreError(f"The index has a thumbnail that cannot be shown: {error}.") from error
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
+
+
 def _draw(path: Path, rows: Sequence[Sequence[Cell | None]]) -> None:
     """Draws rows of at least one cell each, as a PNG; None stays empty."""
     # Not at the top of the file: tables and JSON do without Matplotlib.
     from cgd_jax.reports import plots
 
     step = THUMBNAIL + GAP
-    thumbnails = [[cell and Image.open(io.BytesIO(cell[2])) for cell in row] for row in rows]
+    thumbnails = [[cell and _opened(cell[2]) for cell in row] for row in rows]
     heights = [max(image.height for image in row if image) for row in thumbnails]
     height = GAP + sum(heights) + len(rows) * (2 * LINE + GAP)
     sheet = Image.new("RGB", (GAP + max(map(len, rows)) * step, height), "white")

@@ -70,8 +70,8 @@ class Store(Protocol):
 
     address: str
 
-    def about(self) -> dict[str, str]:
-        """Returns the texts that were written when the index was made."""
+    def about(self, name: str) -> str | None:
+        """Returns a text that was written when the index was made."""
 
     def upsert(self, rows: pa.Table) -> None:
         """Inserts rows, or replaces those with the same ids: all of them or none."""

@@ -80,6 +80,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
-    side = index.info.resize
+    side = index.network.resize
     for size in network.batch_sizes():
         index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))

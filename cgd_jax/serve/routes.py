@@ -84,7 +84,7 @@ async def search(
             (hits,) = await run(index.search_vectors, vector[None], last, where, exact)
             elapsed = 1e3 * (time.perf_counter() - begin)
             searched = await asyncio.to_thread(index.count, where)
-            approximate = await asyncio.to_thread(index.store.approximate)
+            approximate = await asyncio.to_thread(lambda: index.store.approximate())
     hidden = {} if service.show_paths else {"path": None}
     return Answer(
         query=query,

@@ -3,6 +3,7 @@
 cgd_jax --mode=study --study=descriptors
 """
 
+import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import jax
 from cgd_jax.runtime import console, interrupts
 from cgd_jax.runtime.errors import UserError
 from cgd_jax.studies.report import measured, write_report
-from cgd_jax.studies.study import Run, Study
+from cgd_jax.studies.study import Run, Study, ensembles
 
 
 def run_study(
@@ -42,6 +43,9 @@ def run_study(
         return
     Path(workdir).mkdir(parents=True, exist_ok=True)
     failed = train_all(waiting, command, jobs, lambda: write_report(study, runs, workdir))
+    for name, members, path in ensembles(study, runs, workdir):
+        if not path.exists() and all(run.finished() for run in members):
+            measure_together(name, members, path, command)
     if table := write_report(study, runs, workdir):
         console.log(f"\n{table}\n\nLook at {study.name}.md and {study.name}.png in {workdir}.")
     if failed:
@@ -110,6 +114,17 @@ def train(run: Run, command: list[str], stopped_by: list[int]) -> int | None:
             passed_on += 1
         time.sleep(0.1)
     return process.returncode
+
+
+def measure_together(name: str, members: list[Run], path: Path, command: list[str]) -> None:
+    """Measures an ensemble in a process, like `cgd_jax eval RUN RUN`."""
+    console.log(f"{name}, seed {members[0].seed}: measured together.")
+    eval_command = [*command, "--mode=eval", *(str(run.folder) for run in members)]
+    done = subprocess.run(eval_command, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "it said nothing").splitlines()[-1][:300]
+        raise UserError(f"{name} could not be measured: {said}")
+    os.replace(members[0].folder / "together.json", path)
 
 
 def last_words(run: Run, status: int | None) -> str:

@@ -1,8 +1,8 @@
 """What a study is: a file of four names, and the training runs that follow from it."""
 
 import hashlib
+import itertools
 import os
-import re
 import runpy
 from pathlib import Path
 from typing import NamedTuple
@@ -17,21 +17,36 @@ from cgd_jax.workdir import check_workdir
 
 FOLDER = config_files.FOLDER / "studies"
 
-# Recall is taken at the last step, not at the step where the test classes liked it best:
-# choosing by what is reported favours the variant that is evaluated or jumps the most (Musgrave
-# et al., https://arxiv.org/abs/2003.08505). Baselines are the same for all runs.
-FIXED = {"eval.baselines": False}
+# Recall is taken at the last step, or where validation classes liked it best, never where the test
+# classes did: choosing by what is reported favours the variant that is evaluated or jumps the most
+# (Musgrave et al., https://arxiv.org/abs/2003.08505). Baselines are the same for all runs.
+FIXED = {"eval.baselines": False, "train.best_of_test": False}
+# What is measured of runs together: the mean of their metrics, their embeddings side by side, and
+# these in the dimension of one.
+TOGETHER = ("separated", "concatenated", "PCA")
+
+
+# What separates folders, and what `checkpoint.check_folder` refuses → what stands for it.
+ODD = str.maketrans("/\\[]*?", "__()__")
 
 
 class Study(NamedTuple):
     """What a file in configs/studies says."""
 
     name: str
-    question: str  # its docstring
     config: str  # the base config, unless the command line names another
     reference: str  # the variant that the others are compared with
-    variants: dict[str, dict]  # name → path of a config key → value
+    variants: dict[str, dict]  # name → path of a config key → value, or config's value → value
     seeds: tuple[int, ...]
+    together: dict[str, tuple[str, ...]] = {}  # name → variants that are measured as an ensemble
+    # In the place of variants: path of a config key → [choices] or (low, high); how many trials.
+    space: dict[str, list | tuple[float, float]] = {}
+    trials: int = 0
+
+    def members(self, variant: str) -> tuple[str, ...]:
+        """Returns the variants that must be trained for what a table calls a variant."""
+        name, _, kind = variant.rpartition(", ")
+        return self.together.get(name, ()) if kind in TOGETHER else (variant,)
 
 
 class Run(NamedTuple):
@@ -62,30 +77,28 @@ def load(name: str) -> Study:
         )
     try:
         found = runpy.run_path(str(path))
-        question = " ".join((found["__doc__"] or "").split())
-        config, reference = config_files.find(found["CONFIG"]), found["REFERENCE"]
-        variants, seeds = dict(found["VARIANTS"]), tuple(found["SEEDS"])
+        config = config_files.find(found["CONFIG"])
         if config is None:
             raise ValueError(f"there is no config {found['CONFIG']!r}")
-        if reference not in variants:
-            raise ValueError(f"REFERENCE {reference!r} is none of VARIANTS, {', '.join(variants)}")
+        if "SPACE" in found:
+            space, trials = dict(found["SPACE"]), int(found["TRIALS"])
+            return Study(path.stem, str(config), "", {}, (), {}, space, trials)
+        reference, seeds = found["REFERENCE"], tuple(found["SEEDS"])
+        variants = dict(found["VARIANTS"])
+        together = dict(found.get("TOGETHER", {}))
+        study = Study(path.stem, str(config), reference, variants, seeds, together)
+        named = {*study.members(reference), *itertools.chain(*together.values())}
+        if unknown := sorted(named - variants.keys()):
+            raise ValueError(f"REFERENCE or TOGETHER names {unknown}, VARIANTS {list(variants)}")
         if not seeds or any("seed" in changes for changes in variants.values()):
             raise ValueError("the seeds are those of SEEDS, at least one")
     except Exception as error:  # whatever the user's file raises
         raise ConfigError(
             f"{path} is not a study: {type(error).__name__}: {error}. It needs CONFIG (a config "
-            f"file), VARIANTS (name → dict of config keys), REFERENCE (one of them) and SEEDS."
+            f"file), VARIANTS (name → dict of config keys), REFERENCE (one of them) and SEEDS; or "
+            f"CONFIG, SPACE and TRIALS, see configs/studies/search.py."
         ) from error
-    return Study(path.stem, question, str(config), reference, variants, seeds)
-
-
-def with_base_config(argv: list[str]) -> list[str]:
-    """Adds --config of a study to a command line that has --study, but no --config."""
-    lines = "\n".join(argv[1:])  # --flag=value, or value on the next line
-    study = re.search(r"^--?study[=\n](.*)", lines, re.MULTILINE)
-    if not study or re.search(r"^--?config[=\n]", lines, re.MULTILINE):
-        return argv
-    return [argv[0], f"--config={load(study[1]).config}", *argv[1:]]
+    return study
 
 
 def plan(
@@ -102,31 +115,39 @@ def plan(
     trained, or whose folder holds another one.
     """
     chosen = list(study.variants) if variants is None else variants
-    if study.reference not in chosen or not set(chosen) <= study.variants.keys():
+    needed = study.members(study.reference)
+    if not set(needed) <= set(chosen) <= study.variants.keys():
         raise ConfigError(
             f"--variants={','.join(chosen)}: {study.name} has {', '.join(study.variants)}, and "
-            f"compares them with {study.reference}, which cannot be left out."
+            f"compares them with {', '.join(needed)}, which cannot be left out."
         )
-    varied = {"seed"}.union(*(study.variants[name] for name in chosen))
+    values = [value for name in chosen for value in study.variants[name].items()]
+    varied = {"seed", *(key for key, new in values if not callable(new))}
     if both := sorted(varied & given.keys()):
         raise ConfigError(f"--config.{both[0]} was given, but it is what {study.name} varies.")
     seeds = list(study.seeds) if seeds is None else seeds
-    runs = [run_of(study, name, seed, config, workdir) for seed in seeds for name in chosen]
+    runs = [run_of(study, name, seed, config, workdir, given) for seed in seeds for name in chosen]
     folders = [run.folder for run in runs]
     if twins := [run.name() for run in runs if folders.count(run.folder) > 1]:
         raise ConfigError(f"{study.name}: {' and '.join(twins)} are the same experiment.")
     return runs
 
 
-def run_of(study: Study, variant: str, seed: int, config: ConfigDict, workdir: str) -> Run:
+def run_of(
+    study: Study, variant: str, seed: int, config: ConfigDict, workdir: str, given: dict
+) -> Run:
     """Returns one run; studies share those whose folders, named after the changes, are alike."""
     config = config.copy_and_resolve_references()
     base, changes = flatten_dict(config.to_dict(), sep="."), study.variants[variant]
-    overrides = FIXED | {"train.eval_every": config.train.steps} | changes | {"seed": seed}
     if absent := sorted(changes.keys() - base.keys()):
         raise ConfigError(
             f"{study.name}, variant {variant}: the config has no key {', '.join(absent)}."
         )
+    changes = {key: new(base[key]) if callable(new) else new for key, new in changes.items()}
+    overrides = FIXED | changes | {"seed": seed}
+    validates = (base | changes)["data.fold"] or (base | changes)["data.validation_fraction"]
+    if not validates and "train.eval_every" not in given:  # nothing follows from the steps between
+        overrides["train.eval_every"] = (base | changes)["train.steps"]
     try:
         config.update_from_flattened_dict(overrides)
         validate(config)
@@ -134,11 +155,25 @@ def run_of(study: Study, variant: str, seed: int, config: ConfigDict, workdir: s
         text = " ".join(str(error).split())
         raise ConfigError(f"{study.name}, variant {variant}: {text}") from error
     parts = [f"{key}={new}" for key, new in sorted(changes.items()) if base[key] != new]
-    # Without what separates folders, and what `checkpoint.check_folder` refuses.
-    name = ",".join([*parts, f"seed={seed}"]).translate(str.maketrans("/\\[]*?", "__()__"))
+    name = ",".join([*parts, f"seed={seed}"]).translate(ODD)
     encoded = os.fsencode(name)
     if len(encoded) > 255:  # more than a file system takes
         digest = hashlib.sha256(encoded).hexdigest()[:16]
         name = f"{encoded[:230].decode(errors='ignore')},{digest}"
     check_workdir(config, Path(workdir, name))
     return Run(variant, seed, overrides, config, Path(workdir, name))
+
+
+def ensembles(study: Study, runs: list[Run], workdir: str) -> list[tuple[str, list[Run], Path]]:
+    """Returns name, members of one seed, and where it is kept what they are worth together."""
+    by_name = {(run.variant, run.seed): run for run in runs}
+    return [
+        (
+            name,
+            [by_name[part, seed] for part in parts],
+            Path(workdir, f"together,{name},seed={seed}.json".translate(ODD)),
+        )
+        for seed in dict.fromkeys(run.seed for run in runs)
+        for name, parts in study.together.items()
+        if all((part, seed) in by_name for part in parts)
+    ]
