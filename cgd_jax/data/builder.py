@@ -192,13 +192,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             for file in self.list_images(folders):
                 files[file.split].append(file)
             searched = ("query", "gallery") if {"query", "gallery"} & files.keys() else ("test",)
-<<<<<<< HEAD
             splits = self.SPLITS or ("train", *searched)
             self._files = {split: files.pop(split, []) for split in splits}
-=======
-            self._files = {split: files.pop(split, []) for split in ("train", *searched)}
             self._files |= {"val": files.pop("val")} if "val" in files else {}
->>>>>>> main
             if files:
                 raise ValueError(f"{self.name} lists images of unknown splits: {list(files)}.")
             self._check_listed()

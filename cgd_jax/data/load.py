@@ -14,7 +14,7 @@ from cgd_jax.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
 
-SEARCHED = ("test", "query", "gallery")
+TRAINED, SEARCHED = ("train", "val"), ("test", "query", "gallery")
 
 
 def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
@@ -31,16 +31,16 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     if config.test_name:
         other = config.copy_and_resolve_references()
         other.update(name=config.test_name, source=config.test_source)
-        splits, _ = _open_splits(config, center_crop, ("train",))
+        splits, _ = _open_splits(config, center_crop, TRAINED)
         try:
             tested, builder = _open_splits(other, center_crop, SEARCHED)
         except InputError as error:
             raise InputError(str(error).replace("data.source", "data.test_source")) from error
         if "train" in splits:
-            first = int(splits["train"].labels.max()) + 1
+            first = 1 + max(int(split.labels.max()) for split in splits.values())
             splits |= {name: _numbered_from(first, split) for name, split in tested.items()}
     else:
-        splits, builder = _open_splits(config, center_crop, ("train", *SEARCHED))
+        splits, builder = _open_splits(config, center_crop, (*TRAINED, *SEARCHED))
     if "train" not in splits:
         raise InputError(
             f"{config.name} has no images to train on: name it with --config.data.test_name and "
@@ -54,12 +54,15 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     query = splits["query"] if "query" in splits else splits["test"]
     dataset = Dataset(splits["train"], query, splits.get("gallery"))
     if hasattr(builder, "truth"):
-        return _with_truth(dataset, builder)
-    # The published numbers are those of the whole sets, copies included.
-    keep_copies = bool(getattr(builder, "PUBLISHED", None))
-    dataset = _handle_copies(dataset, keep_copies)
-    check_queries(dataset)
-    _warn_of_classes(dataset)
+        dataset = _with_truth(dataset, builder)
+    else:
+        # The published numbers are those of the whole sets, copies included.
+        dataset = _handle_copies(dataset, bool(getattr(builder, "PUBLISHED", None)))
+        check_queries(dataset)
+        _warn_of_classes(dataset)
+    if "val" in splits:
+        check_queries(Dataset(dataset.train, splits["val"], None))
+        dataset = dataset._replace(validation=splits["val"])
     for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
         names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
         log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
@@ -90,7 +93,6 @@ def _open_splits(
                 "--config.data.dir=FOLDER name a folder that you can write to."
             ) from error
         raise
-<<<<<<< HEAD
 
 
 def _numbered_from(first: int, split: Split) -> Split:
@@ -101,7 +103,7 @@ def _numbered_from(first: int, split: Split) -> Split:
 
 def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder) -> Dataset:
     """Adds what is right for the queries; copies are found or not as the protocol has it."""
-    train, query, gallery = dataset
+    query, gallery = dataset.query, dataset.gallery
     assert gallery is not None  # what a protocol is of has one
     truth = builder.truth(query.ids, gallery.ids)
     lost = sum(len(row) == 0 for row in truth.positives)
@@ -113,22 +115,7 @@ def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder) -> Dataset:
     if lost:
         log.warning("%d of %d queries have nothing to find.", lost, len(truth.positives))
     query = query._replace(truth=truth, contents=None)
-    return Dataset(train, query, gallery._replace(contents=None))
-=======
-    query = splits["query"] if "query" in splits else splits["test"]
-    # The published numbers are those of the whole sets, copies included.
-    keep_copies = bool(getattr(builder, "PUBLISHED", None))
-    dataset = _handle_copies(Dataset(splits["train"], query, splits.get("gallery")), keep_copies)
-    check_queries(dataset)
-    _warn_of_classes(dataset)
-    if "val" in splits:
-        check_queries(Dataset(dataset.train, splits["val"], None))
-        dataset = dataset._replace(validation=splits["val"])
-    for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
-        names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
-        log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
-    return dataset
->>>>>>> main
+    return dataset._replace(query=query, gallery=gallery._replace(contents=None))
 
 
 def _make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
