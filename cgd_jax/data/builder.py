@@ -352,6 +352,21 @@ def _write_report(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
+class DrawnBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Base of the builders that draw their images."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def download_and_prepare(self, **keywords) -> None:
+        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`."""
+        build_once(self, partial(super().download_and_prepare, **keywords))
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # Written in the order in which they are drawn: class by class.
+        options = {"features": example_features(), "disable_shuffling": True}
+        return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, **options)
+
+
 def build_once(builder: tfds.core.DatasetBuilder, build: Callable[[], None]) -> None:
     """Builds a TFDS data set unless it is on disk; of several processes at once, one does."""
     folder = Path(builder.data_dir).parent

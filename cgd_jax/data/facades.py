@@ -6,15 +6,13 @@ own. What stands within 25 m of each other overlaps, as on a real street.
 """
 
 import io
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
 from cgd_jax.data import truth
-from cgd_jax.data.builder import build_once, example_features
+from cgd_jax.data.builder import DrawnBuilder
 
 SIZE = 48  # pixels of a photograph
 VIEW = 20.0  # metres of the street that it shows
@@ -42,25 +40,14 @@ class House(NamedTuple):
     door: int  # the column that has it
 
 
-class Facades(tfds.core.GeneratorBasedBuilder):
+class Facades(DrawnBuilder):
     """TFDS builder of the drawn streets: some train, in others queries search a database."""
 
-    VERSION = tfds.core.Version("1.0.0")
     CONFIG_KEYS = ("radius", "turn")
 
     def __init__(self, *, radius: float = 25.0, turn: float = 180.0, **keywords):
         self._radius, self._turn = radius, turn
         super().__init__(**keywords)
-
-    def _info(self):
-        features = example_features()
-        return tfds.core.DatasetInfo(
-            builder=self, description=__doc__, features=features, disable_shuffling=True
-        )
-
-    def download_and_prepare(self, **keywords) -> None:
-        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`."""
-        build_once(self, partial(super().download_and_prepare, **keywords))
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in ("train", "query", "gallery")}
