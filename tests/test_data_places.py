@@ -157,6 +157,12 @@ def test_places_by_the_names_of_files(tmp_path):
     assert [row.tolist() for row in truth_of(wider)[0].positives] == [[0, 1], []]
 
 
+def test_of_several_parts_val_is_measured_where_there_is_no_test(tmp_path):
+    files = {name.replace("/test/", "/val/"): content for name, content in PLACES.items()}
+    builder = prepared(Places, tmp_path, files | {"images/train/queries/@5@5@.jpg": picture(5)})
+    assert [row.tolist() for row in truth_of(builder)[0].positives] == [[0], []]
+
+
 def test_places_in_an_archive(tmp_path):
     source = pack(tmp_path / "places.zip", PLACES)
     builder = Places(data_dir=tmp_path / "data", source=source)

@@ -25,12 +25,12 @@ GPS, LATITUDE, LONGITUDE, DIRECTION = 0x8825, (1, 2), (3, 4), 17  # of EXIF
 
 
 class Where(NamedTuple):
-    """Where a photograph was taken: in one of the three ways, what is not known being NaN."""
+    """Where a photograph was taken."""
 
-    heading: float = math.nan  # degrees
-    utm: tuple[float, float, int, bool] | None = None  # zone 0: not known
-    degrees: tuple[float, float] | None = None  # latitude, longitude
-    frame: float | None = None
+    heading: float  # degrees; NaN: not known
+    # "utm": east, north, zone (0: not known), whether south; "degrees": latitude, longitude; "frame"
+    kind: str
+    numbers: tuple
 
 
 class PlaceBuilder(ImageBuilder):
@@ -92,7 +92,8 @@ class Places(PlaceBuilder):
 
     def _root(self, folders: list[Path], part: str) -> Path:
         # A set may have train, val and test beside each other.
-        return archives.find(folders, f"test/{part}") or self.find(folders, part)
+        found = (archives.find(folders, f"{of}/{part}") for of in ("test", "val"))
+        return next(filter(None, found), None) or self.find(folders, part)
 
     def _of_folder(
         self, folders: list[Path], split: str, part: str
@@ -110,7 +111,8 @@ def _of_name(name: str) -> Where:
     fields = [*name.split("@"), *[""] * 10]
     try:
         zone, heading = int(fields[3] or 0), float(fields[9] or math.nan)
-        return Where(heading, (float(fields[1]), float(fields[2]), zone, "" < fields[4] < "N"))
+        south = "" < fields[4] < "N"
+        return Where(heading, "utm", (float(fields[1]), float(fields[2]), zone, south))
     except ValueError as error:
         raise ValueError("its name is not @UTM_east@UTM_north@…") from error
 
@@ -128,7 +130,7 @@ def _of_exif(path: Path) -> Where:
         on_globe(*degrees)
     except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError("no coordinates in its name or EXIF") from error
-    return Where(heading, degrees=(degrees[0], degrees[1]))
+    return Where(heading, "degrees", tuple(degrees))
 
 
 def _of_list(path: Path) -> Iterator[tuple[Path, Where]]:
@@ -136,11 +138,11 @@ def _of_list(path: Path) -> Iterator[tuple[Path, Where]]:
         try:
             file, heading = path.parent / row["path"], float(row.get("heading") or math.nan)
             if "frame" in row:
-                yield file, Where(heading, frame=float(row["frame"]))
+                yield file, Where(heading, "frame", (float(row["frame"]),))
             else:
                 degrees = float(row["latitude"]), float(row["longitude"])
                 on_globe(*degrees)
-                yield file, Where(heading, degrees=degrees)
+                yield file, Where(heading, "degrees", degrees)
         except (LookupError, ValueError) as error:
             raise InputError(
                 f"{path}, line {number}: latitude and longitude must be degrees, or frame a "
@@ -150,16 +152,14 @@ def _of_list(path: Path) -> Iterator[tuple[Path, Where]]:
 
 def _positions(where: list[Where]) -> np.ndarray:
     """Returns positions [N, C] in metres: of one plane if UTM has one zone, else on the globe."""
-    frames, utm = [place.frame for place in where], [place.utm for place in where]
-    if all(frame is not None for frame in frames):
-        return np.array(frames, float)[:, None]
-    zones = {(place[2], place[3]) if place else None for place in utm}
-    if len(zones) == 1 and None not in zones:
-        return np.array([place[:2] for place in utm if place], float)
-    if any(frame is not None for frame in frames) or any(zone and not zone[0] for zone in zones):
+    kinds = {place.kind for place in where}
+    zones = {place.numbers[2:] for place in where if place.kind == "utm"}
+    if kinds == {"frame"} or kinds == {"utm"} and len(zones) == 1:
+        return np.array([place.numbers[:2] for place in where], float)
+    if "frame" in kinds or any(zone == 0 for zone, _ in zones):
         raise InputError(
             "places: frames, UTM coordinates without a zone and latitudes cannot be compared. "
             "Give all photographs coordinates of one kind."
         )
-    degrees = [place.degrees or from_utm(*place.utm) for place in where]  # type: ignore[misc]
+    degrees = [p.numbers if p.kind == "degrees" else from_utm(*p.numbers) for p in where]
     return on_globe(*np.array(degrees, float).T)
