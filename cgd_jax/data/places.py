@@ -28,9 +28,8 @@ class Where(NamedTuple):
     """Where a photograph was taken."""
 
     heading: float  # degrees; NaN: not known
-    # "utm": east, north, zone (0: not known), whether south; "degrees": latitude, longitude; "frame"
-    kind: str
-    numbers: tuple
+    kind: str  # of its numbers: "utm", "degrees" or "frame"
+    numbers: tuple  # east, north, zone (0: not known), whether south; latitude, longitude; frame
 
 
 class PlaceBuilder(ImageBuilder):
