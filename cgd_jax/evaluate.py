@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgd_jax import complementarity, geometry, metrics, rerank
+from cgd_jax import complementarity, geometry, metrics, rerank, retrieval
 from cgd_jax.data import Dataset, cache, fingerprint
 from cgd_jax.embed import (
     Embeddings,
@@ -27,6 +27,7 @@ from cgd_jax.embed import (
     ranking_inputs,
     save_embeddings,
 )
+from cgd_jax.geography import apart
 from cgd_jax.models import cgd
 from cgd_jax.reports import plots, projection, tables
 from cgd_jax.reports.summary import log_results
@@ -82,6 +83,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
     draw_embeddings(run, embeddings, step, suffix)
+    draw_radius(run, embeddings, suffix)
     result = {
         "step": step,
         "metrics": measured,
@@ -116,6 +118,9 @@ def evaluate_step(run: Run, state: State, stopped_by: list[int]) -> dict[str, fl
     droppable = interrupts.stop_at_once(stopped_by) if alone else contextlib.nullcontext()
     with contextlib.suppress(interrupts.Stopped), droppable:
         run = run._replace(dataset=run.validation or run.dataset)
+        if run.dataset.query.truth is not None:
+            measured = measure(run, embed_test(run, state))
+            return {name: value for name, value in measured.items() if name.startswith("recall@")}
         recalls = metrics.recall_at_k(
             **ranking_inputs(embed_test(run, state), run.dataset),
             ks=run.config.eval.ks,
@@ -151,6 +156,9 @@ def measure_raw_pixels(run: Run) -> dict:
     of = {name: part for name, part in fingerprint(dataset).items() if name != "train"}
     of |= {"side": dataset.query.images.shape[1], "format": cache.FORMAT}
     of |= {"ks": wanted.ks, "precision": wanted.matmul_precision}
+    if dataset.query.truth is not None:
+        positives = str([row.tolist() for row in dataset.query.truth.positives])
+        of["positives"] = hashlib.sha256(positives.encode()).hexdigest()[:16]
 
     def digest(measured: dict | None = None) -> str:
         text = json.dumps([of, measured], sort_keys=True)
@@ -267,7 +275,16 @@ def postprocess(
 
 
 def measure(run: Run, embeddings: Embeddings, **options) -> dict:
-    """Returns `metrics.evaluate` of the test images' embeddings, with its options."""
+    """Returns `metrics.evaluate` of the test images' embeddings, with its options.
+
+    Where no classes say what is right, it has the metrics of the data set's own protocol.
+    """
+    truth, wanted = run.dataset.query.truth, run.config.eval
+    if truth is not None:
+        ranking = {"precision": wanted.matmul_precision, "mesh": run.mesh}
+        measured = truth.measure(*embeddings, ks=wanted.ks, **ranking)
+        options.pop("clustering", None)
+        return metrics.summarize(measured, run.dataset.query.labels, **options)
     return metrics.evaluate(
         **ranking_inputs(embeddings, run.dataset),
         ks=run.config.eval.ks,
@@ -290,6 +307,9 @@ def reranked_recall(
     k1 = min(20, everything - 1)
     k2, exclude = min(6, k1), None if gallery is None else own
     _, index = rerank.k_reciprocal(query, gallery, k, k1=k1, k2=k2, exclude=exclude, mesh=mesh)
+    if dataset.query.truth is not None:
+        hit = dataset.is_match(np.arange(len(query)), index)
+        return {f"recall@{n}": float(np.mean(hit[:, :n].any(1))) for n in ks if n <= k}
     labels = (dataset.query if dataset.gallery is None else dataset.gallery).labels
     itself = False if own is None else own >= 0
     ks = tuple(n for n in ks if n <= k)
@@ -314,3 +334,13 @@ def draw_embeddings(run: Run, embeddings: Embeddings, step: int, suffix: str) ->
     if config.eval.projector:
         projection.write_projector(folder / "tensorboard", sample, dataset, title)
         console.log(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
+
+
+def draw_radius(run: Run, embeddings: Embeddings, suffix: str) -> None:
+    """Draws R@1 over the radius within which an image is right, of places."""
+    truth, data = run.dataset.query.truth, run.config.data
+    if truth is not None and truth.positions is not None and embeddings.gallery is not None:
+        _, first = retrieval.top_k(embeddings.query, embeddings.gallery, 1, mesh=run.mesh)
+        distances = apart(truth.positions[0], truth.positions[1][first[:, 0]])
+        title = f"{data.test_name or data.name}, CGD {run.config.model.descriptors}"
+        plots.plot_radius(run.folder / f"radius{suffix}.png", distances, data.radius, title)

@@ -121,7 +121,7 @@ def right_and_wrong(
 
     shuffled = np.random.default_rng(seed).permutation(len(query))
     surest = np.argsort(-similarity, kind="stable")
-    is_right = labels == found
+    is_right = dataset.is_match(np.arange(len(query)), index[:, None])[:, 0]
     return choose(shuffled[is_right[shuffled]]), choose(surest[~is_right[surest]])
 
 

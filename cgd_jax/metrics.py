@@ -21,9 +21,8 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from cgd_jax.labels import as_labels, own_index, shared_codes
-from cgd_jax.ranking import Places, Relevance, normalize, ranks_of_positives
+from cgd_jax.ranking import Places, Relevance, measure_ranks, normalize
 from cgd_jax.retrieval import check_pair, check_rows
-from cgd_jax.runtime import processes
 
 __all__ = [
     "RankingOptions",
@@ -33,6 +32,7 @@ __all__ = [
     "first_ranks",
     "recall_at_k",
     "recall_of_ranking",
+    "summarize",
 ]
 
 
@@ -130,24 +130,42 @@ def evaluate(
     """
     measure = partial(_measure, ks=_check_ks(ks))
     measured = _per_query(measure, query, query_labels, gallery, gallery_labels, **options)
-    rows = np.flatnonzero(~np.isnan(measured["mrr"]))
-    labels = as_labels("query_labels", query_labels)
-    classes, code, count = np.unique(labels[rows], return_inverse=True, return_counts=True)
-    sums = np.stack([np.bincount(code, column[rows]) for column in measured.values()], 1)
+    result = summarize(measured, query_labels, bootstrap, per_class, seed)
+    if clustering:
+        result |= cluster_agreement(query, query_labels, seed)
+    return result
+
+
+def summarize(
+    measured: dict[str, np.ndarray],
+    labels: ArrayLike,
+    bootstrap: int = 0,
+    per_class: bool = False,
+    seed: int = 0,
+) -> dict:
+    """What `evaluate` makes of every query's metrics [Q], which are NaN where one does not count.
+
+    >>> summarize({"map": np.array([1, 0.5, np.nan])}, ["a", "a", "b"])
+    {'map': 0.75, 'queries': 2, 'excluded': 1}
+    """
+    labels, counts = as_labels("labels", labels), ~np.isnan(list(measured.values()))
+    rows = counts.any(0)
+    classes, code, queries = np.unique(labels[rows], return_inverse=True, return_counts=True)
+    per_label = lambda values: np.stack([np.bincount(code, column) for column in values], 1)
+    sums = per_label([np.nan_to_num(column[rows]) for column in measured.values()])
+    count = per_label(counts[:, rows])
 
     named = lambda values: dict(zip(measured, values.tolist(), strict=True))
-    result = named(sums.sum(0) / len(rows))
-    result |= {"queries": len(rows), "excluded": len(labels) - len(rows)}
+    result = named(sums.sum(0) / count.sum(0))
+    result |= {"queries": len(code), "excluded": len(labels) - len(code)}
     if bootstrap:
         result["confidence"] = named(confidence_intervals(sums, count, bootstrap, seed).T)
     if per_class:
-        means = sums / count[:, None]
+        means = sums / np.where(count > 0, count, np.nan)
         result["per_class"] = [
-            {"class": classes[c].item(), "queries": int(count[c]), **named(means[c])}
+            {"class": classes[c].item(), "queries": int(queries[c]), **named(means[c])}
             for c in np.lexsort(means.T[::-1])
         ]
-    if clustering:
-        result |= cluster_agreement(query, query_labels, seed)
     return result
 
 
@@ -207,7 +225,7 @@ def confidence_intervals(
 
     Images of one class are alike, so that classes and not queries are drawn anew, each with all
     of its queries (cluster bootstrap, Field and Welsh 2007). Of M metrics, sums [C, M] are those
-    over the queries of each class, which are count [C].
+    over the queries of each class, which are count [C], or [C, M] if not all count for all.
 
     >>> right, queries = np.array([[9.0], [5.0], [7.0]]), np.array([10, 10, 10])
     >>> confidence_intervals(right, queries)[:, 0].round(2)
@@ -217,8 +235,9 @@ def confidence_intervals(
     means = []
     for _ in range(resamplings):
         times = np.bincount(rng.integers(0, len(count), len(count)), minlength=len(count))
-        means.append(times @ sums / (times @ count))
-    return np.quantile(means, [0.025, 0.975], axis=0)
+        drawn = times @ count
+        means.append(times @ sums / np.where(drawn > 0, drawn, np.nan))
+    return np.nanquantile(means, [0.025, 0.975], axis=0)
 
 
 def cluster_agreement(embeddings: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str, float]:
@@ -265,14 +284,7 @@ def _per_query(measure, *searched, query_ids=None, gallery_ids=None, mesh=None, 
         own = own_index(query_ids, gallery_ids, len(query), len(gallery))
     relevance = _same_label(query_labels, gallery_labels, own)
     _check_matches(relevance.matches, len(gallery))
-
-    found = {}
-    for rows, ranks in ranks_of_positives(query, gallery, relevance, mesh=mesh, **options):
-        for name, values in measure(ranks).items():
-            found.setdefault(name, np.full(len(query), -np.inf))[rows] = values
-    if mesh is not None:
-        found = {name: processes.merge_rows(column, mesh) for name, column in found.items()}
-    return {name: np.where(column > -np.inf, column, np.nan) for name, column in found.items()}
+    return measure_ranks(measure, query, gallery, relevance, mesh=mesh, **options)
 
 
 def _same_label(query_labels, gallery_labels, own):

@@ -109,6 +109,20 @@ def ranks_of_positives(
         yield from _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh)
 
 
+def measure_ranks(measure, query, gallery, relevance, *, mesh=None, **options):
+    """What `measure` makes of each query's ranks, from [B, M] to {name: [B]}, as {name: [Q]}.
+
+    Other arguments are those of `ranks_of_positives`; NaN stands for queries without a positive.
+    """
+    found = {}
+    for rows, ranks in ranks_of_positives(query, gallery, relevance, mesh=mesh, **options):
+        for name, values in measure(ranks).items():
+            found.setdefault(name, np.full(len(query), -np.inf))[rows] = values
+    if mesh is not None:
+        found = {name: processes.merge_rows(column, mesh) for name, column in found.items()}
+    return {name: np.where(column > -np.inf, column, np.nan) for name, column in found.items()}
+
+
 def _is_cpu(mesh):
     return mesh.devices.flat[0].platform == "cpu"
 

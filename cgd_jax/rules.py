@@ -60,6 +60,8 @@ RULES: dict[str, Rule] = {
         re.compile(r"([1-9]\d*:[1-9]\d*)?").fullmatch, "must be two steps such as 10:15, or empty"
     ),
     "data.name": one_of(data.NAMES),
+    "data.test_name": one_of(("", *data.NAMES)),
+    "data.radius": _above_0,
     "data.cache": one_of(("disk", "none")),
     "data.max_bad_fraction": Rule(lambda share: 0 <= share <= 1, "must be a share, 0 to 1"),
     "data.test_fraction": Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),
@@ -231,6 +233,8 @@ def _problems_of_images(images: ConfigDict, augment: ConfigDict, test: ConfigDic
     size, resize, pad = images.image_size, images.resize, augment.pad
     if images.source and not data.needs_source(images.name):
         yield f"data.source={images.source!r}, but {images.name} is drawn, not read."
+    if images.test_source and not images.test_name:
+        yield f"data.test_source={images.test_source!r}, but data.test_name names no data set."
     if images.fold and images.validation_fraction:
         yield "data.fold and data.validation_fraction both hold classes back; set only one of them."
     if resize + 2 * pad < size:

@@ -153,6 +153,11 @@ def check_batch(config: ConfigDict, devices: int) -> None:
 def check_options(config: ConfigDict, dataset: Dataset) -> None:
     """Refuses inference options that ask for more neighbours or dimensions than there are."""
     wanted, model = config.eval, config.model
+    if wanted.complementarity and dataset.query.truth is not None:
+        raise ConfigError(
+            "eval.complementarity compares branches by classes, and what is right in this data set "
+            "is no class."
+        )
     queries = len(dataset.query.labels)
     items = queries if dataset.gallery is None else len(dataset.gallery.labels)
     searched = items - (dataset.gallery is None)  # a query does not find itself

@@ -16,6 +16,11 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.name = "glyphs"  # which data set: see cgd_jax/data
     data.source = ""  # the archive you have, or the folder it unpacks to
+    # What is tested on, if that is another data set; the same for its source.
+    data.test_name = ""
+    data.test_source = ""
+    data.radius = 25.0  # of places: within so many metres (or frames) of a query an image is right
+    data.turn = 180.0  # of places: if it also looks in the same direction, up to so many degrees
     data.dir = ""  # where data sets and caches are built; "": where TFDS puts them
     data.resize = 252  # pixels: training images are resized to this square, ratio not kept
     data.image_size = 224  # pixels the network sees, a square

@@ -149,5 +149,5 @@ def test_names_in_messages():
 @pytest.mark.parametrize("name", [name for name in data.NAMES if name != "blobs"])
 def test_a_data_set_says_what_it_takes_of_the_config(name):
     keys = data.config_keys(name)
-    assert data.needs_source(name) == (name != "glyphs") == ("source" in keys)
+    assert data.needs_source(name) == (name not in ("glyphs", "facades")) == ("source" in keys)
     assert ("nested_classes" in keys) == (name == "image_folder")

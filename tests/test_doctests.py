@@ -9,6 +9,7 @@ import pytest
 MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
 MODULES += ["losses.listwise", "losses.classification"]
 MODULES += ["labels", "ranking", "retrieval", "rerank", "attribution", "complementarity"]
+MODULES += ["protocols", "geography"]
 
 
 @pytest.mark.parametrize("name", MODULES)

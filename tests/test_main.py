@@ -183,7 +183,9 @@ def test_the_same_command_again_trains_nothing_and_reports_the_same(finished_run
     status, output, errors = run_here(*flags)
     assert status == 0 and errors == "", errors
     assert "Resumed from the checkpoint of step 12." in output and "step 12/12" not in output
-    assert json.loads((folder / "results.json").read_text()) == results
+    again = json.loads((folder / "results.json").read_text())
+    again["costs"]["embed_seconds"] = results["costs"]["embed_seconds"]  # another time, as always
+    assert again == results
     assert (folder / "history.csv").read_text() == before
     # What a run is looked at by.
     curves, retrievals = drawn

@@ -43,11 +43,12 @@ PARAMETERS = {
     "efficientnet_lite1": 5_416_680 - 1_281_000,
     "efficientnet_lite2": 6_092_072 - 1_281_000,
     "shufflenet_v2_x1_0": 2_278_604 - 1_025_000,
+    "swin_tiny": 28_288_354 - 769_000,
     "convnext_tiny": 28_589_128 - 769_000 - 2 * 768,  # and the norm in front of the classifier
 }
 CHANNELS = {"resnet10": 512, "resnet18": 512, "resnet34": 512, "efficientnet_lite0": 1280}
 CHANNELS |= {"efficientnet_lite1": 1280, "efficientnet_lite2": 1280, "convnext_tiny": 768}
-CHANNELS |= {"bninception": 1024, "shufflenet_v2_x1_0": 1024}
+CHANNELS |= {"swin_tiny": 768, "bninception": 1024, "shufflenet_v2_x1_0": 1024}
 
 
 def shapes_of(backbone, size=224, **options):

@@ -121,6 +121,19 @@ def test_out_in_torchvision_names_and_back():
         assert_same(pretrained.convert_state_dict(weights, variables, backbone), variables)
 
 
+def test_names_of_a_list_of_children(small, published, tmp_path, caplog):
+    """As leftthomas/CGD has them, with a branch and the classifier beside the backbone."""
+    children = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    weights = {"main_modules.0.0.weight": np.ones((3, 32), np.float32)}
+    for name, array in published.items():
+        child, _, rest = name.partition(".")
+        weights[f"features.{children.index(child)}.{rest}"] = array
+    save_file(weights, tmp_path / "a.safetensors")
+    with caplog.at_level(logging.INFO, "cgd_jax"):
+        assert_same(pretrained.load(small, str(tmp_path / "a.safetensors"), "resnet18")[0], small)
+    assert "main_modules.0.0.weight [3, 32]" in caplog.text
+
+
 def test_layout_of_a_kernel(small):
     kernel = small["params"]["layer2_0"]["downsample_conv"]["kernel"]
     weights = pretrained.to_torchvision(small, "resnet18")
@@ -330,13 +343,17 @@ class Call:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("name", ["my weights.pth", "a.pt", "a.pth.tar", "a.ckpt", "folder"])
+OLD = ["folder/pytorch_model.bin", "folder/pytorch_model-1.bin"]
+
+
+@pytest.mark.parametrize("name", ["my weights.pth", "a.pt", "a.pth.tar", "a.ckpt", *OLD])
 def test_a_file_of_torch_is_not_opened_and_two_lines_convert_it(small, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    if name == "folder":  # as an old repository is downloaded
-        name = "folder/pytorch_model.bin"
-        (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").mkdir()  # as an old repository is downloaded
     (tmp_path / name).write_bytes(pickle.dumps(Call()))
+    if name.endswith("-1.bin"):
+        index = tmp_path / "folder" / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
     for source in dict.fromkeys((name, name.split("/")[0])):
         with pytest.raises(InputError, match="of torch.save.*two lines") as error:
             pretrained.load(small, source, "resnet18")
@@ -354,7 +371,7 @@ def test_a_file_of_torch_is_not_opened_and_two_lines_convert_it(small, tmp_path,
     save = lambda tensors, path: saved.update({path: tensors})
     names = {"torch": types.SimpleNamespace(load=load)}
     names["safetensors"] = types.SimpleNamespace(torch=types.SimpleNamespace(save_file=save))
-    for line in re.search(r"(weights = .*?\)) and (safe.*?\)) If", message).groups():
+    for line in re.search(r"(weights = .*?\)) and (safe.*?\))\. If", message).groups():
         exec(line, names)
     assert saved == {Path(name).stem + ".safetensors": {"a": 1}}
 

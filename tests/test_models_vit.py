@@ -153,6 +153,9 @@ def test_options_that_do_not_fit_the_backbone(values, message):
 
 
 CLIP_CONFIG = {"model_type": "clip", "vision_config": {"patch_size": 32, "image_size": 224}}
+DINO_CONFIG = {"model_type": "vit", "hidden_size": 384, "num_attention_heads": 6, "patch_size": 8}
+SWIN_CONFIG = {"model_type": "swin", "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
+SWIN_CONFIG |= {"embed_dim": 128, "window_size": 12}
 SIGLIP_CONFIG = {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}
 
 
@@ -173,6 +176,14 @@ SIGLIP_CONFIG = {"model_type": "siglip", "vision_config": {"model_type": "siglip
         (SIGLIP_CONFIG, "siglip_base_patch16_224"),
         ({"architecture": "vit_large_patch16_siglip_512"}, "siglip_large_patch16_512"),
         ({"architecture": "vit_base_patch16_siglip_384"}, None),  # another GELU
+        ({"model_type": "vit"}, "vit_base_patch16_224"),
+        (DINO_CONFIG, "vit_small_patch8_224"),
+        ({"model_type": "vit", "patch_size": 14}, None),
+        ({"architecture": "vit_base_patch16_224"}, None),  # another epsilon
+        ({"model_type": "swin"}, "swin_tiny"),
+        (SWIN_CONFIG, "swin_base_window12"),
+        ({"model_type": "swin", "window_size": 8}, None),
+        ({"model_type": "swinv2"}, None),
         ({"architecture": "convnextv2_tiny"}, "convnextv2_tiny"),
         ({"model_type": "convnext", "depths": [3, 3, 27, 3]}, "convnext_small"),
         ({"model_type": "resnet", "layer_type": "basic", "depths": [2, 2, 2, 2]}, "resnet18"),
@@ -201,6 +212,12 @@ def test_the_backbone_that_a_repository_describes(content, backbone):
         ("dinov2_base", {"model_type": "dinov2"}, {"layer_norm_eps": 1e-5}),
         ("dinov2_base_reg", {"model_type": "dinov2_with_registers"}, {"hidden_act": "relu"}),
         ("dinov2_base", {"model_type": "dinov2"}, {"num_attention_heads": 6}),
+        ("vit_base_patch16_224", {"model_type": "vit"}, {"layer_norm_eps": 1e-6}),
+        ("vit_base_patch16_224", {"model_type": "vit"}, {"qkv_bias": False}),
+        ("vit_base_patch16_224", {"model_type": "vit"}, {"num_attention_heads": 6}),
+        ("swin_tiny", {"model_type": "swin"}, {"use_absolute_embeddings": True}),
+        ("swin_tiny", {"model_type": "swin"}, {"num_heads": [3, 6, 12, 12]}),
+        ("swin_tiny", {"model_type": "swin"}, {"patch_size": 2}),
         ("dinov3_small", {"model_type": "dinov3_vit"}, {"rope_theta": 1e4}),
         ("dinov3_small", {"model_type": "dinov3_vit"}, {"use_gated_mlp": True}),
         ("clip_base_patch32_224", {"model_type": "clip_vision_model"}, {"hidden_act": "gelu"}),

@@ -76,7 +76,10 @@ def test_features_and_gradients(backbone):
         assert abs(total - expected) <= 1e-4 * max(size, 0.1), name
 
 
-@pytest.mark.parametrize("backbone", ["dinov2_small", "dinov2_small_reg", "dinov3_small"])
+FAMILIES = ["dinov2_small", "dinov2_small_reg", "dinov3_small", "vit_base_patch16_224", "swin_tiny"]
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
 def test_names_that_a_network_of_transformers_5_has_in_memory(backbone):
     """They differ from those of its files, and a state_dict that somebody saved has them."""
     _, shapes = network_of(backbone)
@@ -84,9 +87,14 @@ def test_names_that_a_network_of_transformers_5_has_in_memory(backbone):
     weights = {name: draw_weight(name, shape) for name, shape in names.items()}
     expected = pretrained.convert_state_dict(weights, shapes, backbone)
     changes = {"attention.output.dense": "attention.o_proj"} | {
-        f"attention.attention.{whole}": f"attention.{whole[0]}_proj"
+        f"attention.{inner}.{whole}": f"attention.{whole[0]}_proj"
         for whole in ("query", "key", "value")
+        for inner in ("attention", "self")
     }
+    changes |= {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+    changes["attention.self.rel"] = "attention.relative_position_bias.rel"
+    if backbone.startswith("vit"):
+        changes["encoder.layer."] = "layers."
     in_memory = {}
     for name, array in weights.items():
         for old, new in changes.items():

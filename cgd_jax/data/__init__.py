@@ -26,6 +26,13 @@ NAMES = {
     "inshop": "cgd_jax.data.inshop:Inshop",
     "grocery": "cgd_jax.data.grocery:Grocery",
     "image_folder": "cgd_jax.data.image_folder:ImageFolder",
+    "facades": "cgd_jax.data.facades:Facades",
+    "gsv_cities": "cgd_jax.data.gsv_cities:GsvCities",
+    "gldv2": "cgd_jax.data.gldv2:Gldv2",
+    "places": "cgd_jax.data.places:Places",
+    "msls": "cgd_jax.data.msls:Msls",
+    "roxford5k": "cgd_jax.data.roxford5k:Roxford5k",
+    "rparis6k": "cgd_jax.data.rparis6k:Rparis6k",
 }
 
 

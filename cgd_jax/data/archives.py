@@ -7,6 +7,7 @@ removed after the build, also after a failed one.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import logging
@@ -21,7 +22,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -336,3 +337,17 @@ def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
                 "damaged or of another data set; get it again."
             )
         yield row
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Reads a table whose first line names its columns, of which some are needed."""
+    csv.field_size_limit(1 << 27)  # lists of images in a cell
+    lines = read_text(path).splitlines()
+    rows = list(csv.DictReader(lines, skipinitialspace=True, restval=""))
+    names = list(rows[0]) if rows else lines[:1]
+    if not rows or not set(columns) <= set(names):
+        raise InputError(
+            f"{path}: the first line must name the columns {', '.join(columns)}, with rows below "
+            f"it; found {listed(names)}."
+        )
+    return rows

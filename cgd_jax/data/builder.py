@@ -82,7 +82,9 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
     CONFIG_KEYS: ClassVar[tuple[str, ...]] = ("source", "allow_incomplete", "max_bad_fraction")
 
     VERSION = tfds.core.Version("1.0.0")
-    PUBLISHED: ClassVar[dict[str, tuple[int, int]]] = {}  # split → classes, images
+    SPLITS: ClassVar[tuple[str, ...]] = ()  # of a set that only trains, or only is searched
+    # Split → classes, images; None: not known, or not of classes.
+    PUBLISHED: ClassVar[dict[str, tuple[int | None, int | None]]] = {}
     HOW_TO_GET: ClassVar[str] = ""  # ends the errors about a source
     # Archives that the source may hold, without their endings → what they unpack to.
     INNER_ARCHIVES: ClassVar[dict[str, str]] = {}
@@ -190,7 +192,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             for file in self.list_images(folders):
                 files[file.split].append(file)
             searched = ("query", "gallery") if {"query", "gallery"} & files.keys() else ("test",)
-            self._files = {split: files.pop(split, []) for split in ("train", *searched)}
+            splits = self.SPLITS or ("train", *searched)
+            self._files = {split: files.pop(split, []) for split in splits}
             self._files |= {"val": files.pop("val")} if "val" in files else {}
             if files:
                 raise ValueError(f"{self.name} lists images of unknown splits: {list(files)}.")
@@ -256,7 +259,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         """Compares the images or classes of each split with the published ones."""
         for split, (classes, images) in ({} if self._allow_incomplete else self.PUBLISHED).items():
             expected = {"images": images, "classes": classes}[kind]
-            if found.get(split, 0) != expected:
+            if expected is not None and found.get(split, 0) != expected:
                 path = self.report_path("skipped")
                 skipped = f" Files that could not be used are listed in {path}."
                 raise InputError(
@@ -347,6 +350,21 @@ def _write_report(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, ("split", "id", "reason"))
         writer.writeheader()
         writer.writerows(rows)
+
+
+class DrawnBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Base of the builders that draw their images."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def download_and_prepare(self, **keywords) -> None:
+        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`."""
+        build_once(self, partial(super().download_and_prepare, **keywords))
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # Written in the order in which they are drawn: class by class.
+        options = {"features": example_features(), "disable_shuffling": True}
+        return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, **options)
 
 
 def build_once(builder: tfds.core.DatasetBuilder, build: Callable[[], None]) -> None:

@@ -5,11 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cgd_jax.runtime.errors import InputError
+
+if TYPE_CHECKING:  # networks are opened without it
+    from cgd_jax.data.truth import Truth
 
 # With Unicode's line and paragraph separators, and halves of surrogate pairs.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -40,6 +43,9 @@ class Split(NamedTuple):
     class_names: dict[int, str]  # class number → name
     skipped: int = 0  # files that could not be used
     contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
+    truth: "Truth | None" = (
+        None  # of queries: what they find in the gallery, where no class says it
+    )
     cache: Path | None = None  # the folder of caches, where resized images are kept
 
 
@@ -63,6 +69,14 @@ class Dataset(NamedTuple):
     query: Split
     gallery: Split | None  # None: every query searches all the other queries
     validation: Split | None = None  # images to choose a step by, if the source has such a split
+
+    def is_match(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Returns whether items [R, K] of the gallery are right for queries [R]: bools [R, K]."""
+        if self.query.truth is not None:
+            right = (self.query.truth.positives[q] for q in rows)
+            return np.array([np.isin(k, r) for k, r in zip(items, right, strict=True)])
+        searched = self.query if self.gallery is None else self.gallery
+        return searched.labels[items] == self.query.labels[rows, None]
 
     @property
     def query_ids(self) -> np.ndarray | None:

@@ -8,16 +8,14 @@ thousands of classes with few images each, like Stanford Online Products.
 import io
 import unicodedata
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import tensorflow_datasets as tfds
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-from cgd_jax.data.builder import build_once, example_features
+from cgd_jax.data.builder import DrawnBuilder
 from cgd_jax.runtime import console
 
 IMAGE_SIZE = 32  # pixels
@@ -30,19 +28,8 @@ SPLIT_SEED = 0
 Rendering = tuple[str, str, bytes]
 
 
-class Glyphs(tfds.core.GeneratorBasedBuilder):
+class Glyphs(DrawnBuilder):
     """TFDS builder of the rendered characters; splits train and test by class."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=example_features(),
-            # Written in the order of generation: class by class.
-            disable_shuffling=True,
-        )
 
     def _split_generators(self, dl_manager):
         classes = glyph_classes()
@@ -52,10 +39,6 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             "train": self._generate_examples(classes, np.sort(shuffled[:half])),
             "test": self._generate_examples(classes, np.sort(shuffled[half:])),
         }
-
-    def download_and_prepare(self, **keywords) -> None:
-        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`."""
-        build_once(self, partial(super().download_and_prepare, **keywords))
 
     def _generate_examples(self, classes, numbers):
         key = 0

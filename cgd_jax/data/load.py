@@ -14,9 +14,13 @@ from cgd_jax.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
 
+TRAINED, SEARCHED = ("train", "val"), ("test", "query", "gallery")
+
 
 def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     """Builds the data set of a config's `data` part and its caches if need be, and opens them.
+
+    What is tested on is of the data set `config.test_name`, if one is named.
 
     Training images have the side `config.resize`, out of which training crops the network's input
     at random. Test images have the side `config.image_size`, as in the paper; or `config.resize`
@@ -24,6 +28,51 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     to do.
     """
     tfds.disable_progress_bar()  # the builders show their own
+    if config.test_name:
+        other = config.copy_and_resolve_references()
+        other.update(name=config.test_name, source=config.test_source)
+        splits, _ = _open_splits(config, center_crop, TRAINED)
+        try:
+            tested, builder = _open_splits(other, center_crop, SEARCHED)
+        except InputError as error:
+            raise InputError(str(error).replace("data.source", "data.test_source")) from error
+        if "train" in splits:
+            first = 1 + max(int(split.labels.max()) for split in splits.values())
+            splits |= {name: _numbered_from(first, split) for name, split in tested.items()}
+    else:
+        splits, builder = _open_splits(config, center_crop, (*TRAINED, *SEARCHED))
+    if "train" not in splits:
+        raise InputError(
+            f"{config.name} has no images to train on: name it with --config.data.test_name and "
+            "--config.data.test_source, beside a data set that has."
+        )
+    if not splits.keys() & set(SEARCHED):
+        raise InputError(
+            f"{builder.name} has no images to test on: name a data set that has with "
+            "--config.data.test_name and --config.data.test_source, such as places or roxford5k."
+        )
+    query = splits["query"] if "query" in splits else splits["test"]
+    dataset = Dataset(splits["train"], query, splits.get("gallery"))
+    if hasattr(builder, "truth"):
+        dataset = _with_truth(dataset, builder)
+    else:
+        # The published numbers are those of the whole sets, copies included.
+        dataset = _handle_copies(dataset, bool(getattr(builder, "PUBLISHED", None)))
+        check_queries(dataset)
+        _warn_of_classes(dataset)
+    if "val" in splits:
+        check_queries(Dataset(dataset.train, splits["val"], None))
+        dataset = dataset._replace(validation=splits["val"])
+    for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
+        names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
+        log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
+    return dataset
+
+
+def _open_splits(
+    config: ConfigDict, center_crop: bool, wanted: tuple[str, ...]
+) -> tuple[dict[str, Split], tfds.core.DatasetBuilder]:
+    """Builds a data set if need be, and opens those of its splits that are wanted."""
     builder = _make_builder(config)
     # TFDS would announce a download of unknown size.
     builder._log_download_bytes = lambda: log.info("Building %s", builder.data_dir)
@@ -34,7 +83,9 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
         splits = {
             name: _open_split(builder, name, train_size if name == "train" else test_size, config)
             for name in builder.info.splits
+            if name in wanted
         }
+        return splits, builder
     except OSError as error:
         if error.filename and Path(error.filename).is_relative_to(builder.data_dir_root):
             raise OSError(
@@ -42,19 +93,29 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
                 "--config.data.dir=FOLDER name a folder that you can write to."
             ) from error
         raise
-    query = splits["query"] if "query" in splits else splits["test"]
-    # The published numbers are those of the whole sets, copies included.
-    keep_copies = bool(getattr(builder, "PUBLISHED", None))
-    dataset = _handle_copies(Dataset(splits["train"], query, splits.get("gallery")), keep_copies)
-    check_queries(dataset)
-    _warn_of_classes(dataset)
-    if "val" in splits:
-        check_queries(Dataset(dataset.train, splits["val"], None))
-        dataset = dataset._replace(validation=splits["val"])
-    for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
-        names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
-        log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
-    return dataset
+
+
+def _numbered_from(first: int, split: Split) -> Split:
+    """Returns a split whose labels are none of those of another data set."""
+    names = {first + label: name for label, name in split.class_names.items()}
+    return split._replace(labels=first + split.labels, class_names=names)
+
+
+def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder) -> Dataset:
+    """Adds what is right for the queries; copies are found or not as the protocol has it."""
+    query, gallery = dataset.query, dataset.gallery
+    assert gallery is not None  # what a protocol is of has one
+    truth = builder.truth(query.ids, gallery.ids)
+    lost = sum(len(row) == 0 for row in truth.positives)
+    if lost == len(truth.positives):
+        raise InputError(
+            f"None of the {lost:,} queries of {builder.name} has anything to find in the gallery. "
+            "Of places, --config.data.radius says within how many metres."
+        )
+    if lost:
+        log.warning("%d of %d queries have nothing to find.", lost, len(truth.positives))
+    query = query._replace(truth=truth, contents=None)
+    return dataset._replace(query=query, gallery=gallery._replace(contents=None))
 
 
 def _make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:

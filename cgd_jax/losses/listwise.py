@@ -42,10 +42,9 @@ def n_pair_loss(embeddings: Array, labels: Array, scale: float = 16.0) -> Array:
 def smooth_ap_loss(embeddings: Array, labels: Array, temperature: float = 0.01) -> Array:
     """One minus the mean average precision, with sigmoids for the steps of the ranks.
 
-    Brown et al., ECCV 2020, https://arxiv.org/abs/2007.12163, equation 7; in [0, 1]. An anchor
-    does not find itself, as in the paper; the authors' program and pytorch-metric-learning count
-    it among its own positives and need classes of equal size. The sigmoids are of differences of
-    cosines over `temperature`.
+    Brown et al., ECCV 2020, https://arxiv.org/abs/2007.12163, equation 7; in [0, 1]. The sigmoids
+    are of differences of cosines over `temperature`. An anchor does not find itself, as in the
+    paper; in the authors' program and pytorch-metric-learning it does.
 
     >>> x, labels = jnp.repeat(jnp.eye(2), 2, 0), jnp.array([0, 0, 1, 1])
     >>> print(f"{smooth_ap_loss(x, labels):.4f}")

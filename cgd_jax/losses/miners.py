@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["MINERS", "batch_all", "batch_hard", "distance_weighted", "hardest", "semi_hard"]
+__all__ = ["MINERS", "batch_hard", "distance_weighted", "hardest", "semi_hard"]
 
 Masks = tuple[Array, Array]
 
@@ -28,16 +28,6 @@ def hardest(distances: Array, positive: Array, negative: Array) -> Masks:
     farthest = jnp.where(positive, distances, -jnp.inf).max(1)
     nearest = jnp.where(negative, distances, jnp.inf).min(1)
     return farthest, nearest
-
-
-def batch_all(distances: Array, positive: Array, negative: Array) -> Masks:
-    """Keeps all pairs.
-
-    >>> pair = jnp.array([[True]])
-    >>> batch_all(jnp.zeros((1, 1)), pair, ~pair)[0].tolist()
-    [[True]]
-    """
-    return positive, negative
 
 
 def batch_hard(distances: Array, positive: Array, negative: Array) -> Masks:
@@ -120,7 +110,7 @@ def _chosen(columns: Array, positive: Array) -> Array:
 
 # The names under which configs select a miner.
 MINERS: dict[str, Callable[..., Masks]] = {
-    "batch_all": batch_all,
+    "batch_all": lambda distances, positive, negative: (positive, negative),
     "batch_hard": batch_hard,
     "semi_hard": semi_hard,
     "distance_weighted": distance_weighted,

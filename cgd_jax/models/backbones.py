@@ -15,8 +15,10 @@ from cgd_jax.models import (
     dinov2,
     dinov3,
     efficientnet_lite,
+    plain_vit,
     resnet,
     shufflenet,
+    swin,
 )
 from cgd_jax.models.family import Family
 from cgd_jax.preprocess import Normalization
@@ -44,6 +46,8 @@ FAMILIES: tuple[Family, ...] = (
     dinov3.FAMILY,
     clip.CLIP,
     clip.SIGLIP,
+    plain_vit.FAMILY,
+    swin.FAMILY,
 )
 
 # Arguments of timm's networks that change nothing, or what shows in the shapes of their weights.

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, HuggingFace, Scheme
-from cgd_jax.models.layers import OPTIONS, ConvNet, Layer, LayerNorm, LayerScale, drop_path
+from cgd_jax.models.layers import OPTIONS, Layer, LayerNorm, LayerScale, StagedNet, drop_path
 from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
@@ -63,33 +63,15 @@ class Block(nn.Module):
         return x + drop_path(y, self.drop_path, self.train, "drop_path")
 
 
-class ConvNeXt(ConvNet):
+class ConvNeXt(StagedNet):
     """images [B, H, W, 3] → feature map [B, H/s, W/s, C], s = 32, or 16 with `last_stride=1`."""
 
-    depths: tuple[int, ...]  # blocks in each of the stages
     widths: tuple[int, ...]  # their channels
     v2: bool = False
     patch_size: int = 0  # side and stride of the first convolution in pixels; 0: 4, as published
-    # Probability with which training leaves the last block out; linearly less from the first on.
-    drop_path: float = 0.0
 
     STEM = ("stem_conv", "stem_norm")
-
-    @property
-    def blocks(self) -> dict[str, dict[str, float]]:
-        """See `Backbone.blocks`."""
-        names = [f"stages{stage}_{i}" for stage, n in enumerate(self.depths) for i in range(n)]
-        rates = np.linspace(0, self.drop_path, len(names)).tolist()
-        return {name: {"drop_path": rate} for name, rate in zip(names, rates, strict=True)}
-
-    @property
-    def layers(self) -> tuple[tuple[str, ...], ...]:
-        """See `Backbone.layers`; the downsampling of a stage is a part of its first block."""
-        downsampling = {
-            f"stages{stage}_0": (f"downsample{stage}_norm", f"downsample{stage}_conv")
-            for stage in range(1, len(self.depths))
-        }
-        return (self.STEM, *((*downsampling.get(name, ()), name) for name in self.blocks))
+    DOWNSAMPLE = ("norm", "conv")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

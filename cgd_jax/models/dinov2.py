@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cgd_jax.models.family import HuggingFace, Scheme, rename
-from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_of
+from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, from_hugging_face, size_of
 from cgd_jax.preprocess import IMAGENET
 
 __all__ = ["BACKBONES", "FAMILY"]
@@ -40,20 +40,7 @@ def _without_mask(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    rules = {
-        # Of the files; in transformers ≥ 5 the network has the names that they become here.
-        r"attention\.attention\.([qkv])[a-z]+\.": r"attention.\1_proj.",
-        r"attention\.output\.dense": "attention.o_proj",
-        r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
-        r"^embeddings\.position_embeddings": "pos_embed",
-        r"^embeddings\.": "",
-        r"^encoder\.layer\.": "blocks.",
-        r"attention\.o_proj": "attn.proj",
-        r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
-        r"^layernorm\.": "norm.",
-    }
-    parts = tuple(f"attention.{part}_proj" for part in "qkv")
-    return _without_mask(fuse(rename(arrays, rules), parts, "attn.qkv"))
+    return _without_mask(from_hugging_face(arrays))
 
 
 _COMPUTED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LayerScale",
+    "StagedNet",
     "conv_norm",
     "drop_path",
     "is_ampere",
@@ -86,6 +88,35 @@ class ConvNet(Backbone, kw_only=True):
             nn.BatchNorm, not train, momentum=momentum, epsilon=epsilon, dtype=self.dtype
         )
         return partial(conv_norm, conv, norm, **common)
+
+
+class StagedNet(ConvNet, kw_only=True):
+    """One of stages0_0, stages0_1, …, with a downsampling in front of stages1_0 and of those above.
+
+    The downsampling of a stage is a part of its first block.
+    """
+
+    DOWNSAMPLE: ClassVar[tuple[str, ...]] = ()  # the ends of names such as downsample1_norm
+
+    depths: tuple[int, ...]  # blocks in each of the stages
+    # Probability with which training leaves the last block out; linearly less from the first on.
+    drop_path: float = 0.0
+
+    @property
+    def blocks(self) -> dict[str, dict[str, float]]:
+        """See `Backbone.blocks`."""
+        names = [f"stages{stage}_{i}" for stage, n in enumerate(self.depths) for i in range(n)]
+        rates = np.linspace(0, self.drop_path, len(names)).tolist()
+        return {name: {"drop_path": rate} for name, rate in zip(names, rates, strict=True)}
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """See `Backbone.layers`."""
+        below = {
+            f"stages{stage}_0": tuple(f"downsample{stage}_{part}" for part in self.DOWNSAMPLE)
+            for stage in range(1, len(self.depths))
+        }
+        return (self.STEM, *((*below.get(name, ()), name) for name in self.blocks))
 
 
 def conv_norm(

@@ -128,7 +128,7 @@ def convert_state_dict(
     dropped = sorted(name for name in arrays if name.startswith(scheme.classifier))
     if dropped:
         shapes = ", ".join(f"{name} {list(arrays.pop(name).shape)}" for name in dropped[::-1])
-        log.info("Left out the ImageNet classifier: %s.", shapes)
+        log.info("Left out what stands behind the features: %s.", shapes)
     arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
     arrays = scheme.prepare(arrays)
     named = names(scheme, variables)
@@ -136,7 +136,8 @@ def convert_state_dict(
     converted = {}
     for name, array in arrays.items():
         path = paths.get(name, (name,))
-        converted[path] = _from_torch(path, array)
+        axes = np.argsort(_axes(path, array.ndim))
+        converted[path] = np.asarray(np.transpose(array, axes), np.float32)
     _check_fit(converted, flatten_dict(variables), f"The weights ({scheme.title} names) do", named)
     return unflatten_dict(converted)
 
@@ -150,8 +151,9 @@ def to_torchvision(variables: Variables, backbone: str) -> dict[str, np.ndarray]
     """
     variables = backbone_of(variables)
     flat, scheme = flatten_dict(variables), BACKBONES[backbone].schemes[0]
-    named = names(scheme, variables)
-    return scheme.restore({name: _to_torch(path, flat[path]) for path, name in named.items()})
+    turned = lambda path: np.transpose(flat[path], _axes(path, flat[path].ndim))
+    named = names(scheme, variables).items()
+    return scheme.restore({n: np.ascontiguousarray(turned(p), np.float32) for p, n in named})
 
 
 def names(scheme: Scheme, variables: Variables) -> dict[ArrayPath, str]:
@@ -170,7 +172,8 @@ def _recognize(
     arrays: Mapping[str, np.ndarray], backbone: str
 ) -> tuple[Scheme, dict[str, np.ndarray]]:
     """Recognizes by whom the weights of a backbone were named, and which of them are its."""
-    for scheme in BACKBONES[backbone].schemes:
+    # The last first: blocks of leftthomas/CGD's list have torchvision's names too.
+    for scheme in reversed(BACKBONES[backbone].schemes):
         prefix = _find_prefix(arrays, scheme)
         if prefix is None:
             continue
@@ -225,14 +228,6 @@ def _axes(path: ArrayPath, dimensions: int) -> tuple[int, ...]:
     """Returns which of our axes torch has first, second, …; only kernels are turned."""
     turned = {2: (1, 0), 4: (3, 2, 0, 1)} if path[-1] == "kernel" else {}
     return turned.get(dimensions, tuple(range(dimensions)))
-
-
-def _to_torch(path: ArrayPath, array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.transpose(array, _axes(path, array.ndim)), np.float32)
-
-
-def _from_torch(path: ArrayPath, array: np.ndarray) -> np.ndarray:
-    return np.asarray(np.transpose(array, np.argsort(_axes(path, array.ndim))), np.float32)
 
 
 def _check_fit(

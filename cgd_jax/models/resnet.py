@@ -128,6 +128,12 @@ _TORCHVISION = {
     "downsample_bn": "downsample.1",
     r"^layer(\d)_": r"layer\1.",
 }
+_LEFTTHOMAS = {  # the children in a list, with an activation and a pooling behind the first two
+    **_TORCHVISION,
+    "^conv1$": "features.0",
+    "^bn1$": "features.1",
+    **{f"^layer{i + 1}": f"features.{i + 4}" for i in range(4)},
+}
 _HUGGING_FACE = {
     "^(conv|bn)1$": r"embedder.embedder.\1",
     **{f"^layer{i + 1}_": f"encoder.stages.{i}.layers." for i in range(4)},
@@ -161,6 +167,12 @@ FAMILY = Family(
     members=BACKBONES,
     schemes=(
         Scheme("torchvision or timm ResNet", "conv1.weight", "fc.", _TORCHVISION),
+        Scheme(
+            "leftthomas/CGD",
+            "features.0.weight",
+            ("main_modules.", "auxiliary_module."),
+            _LEFTTHOMAS,
+        ),
         Scheme(
             "Hugging Face ResNet",
             "embedder.embedder.convolution.weight",

@@ -1,7 +1,7 @@
 """Vision transformers that end in a feature map of patch tokens, and the class token beside it.
 
-One module for all families (Dosovitskiy et al., https://arxiv.org/abs/2010.11929): dinov2.py,
-dinov3.py and clip.py say what their networks have of what is optional here. Modules and
+One module for all families (Dosovitskiy et al., https://arxiv.org/abs/2010.11929): plain_vit.py,
+dinov2.py, dinov3.py and clip.py say what their networks have of what is optional here. Modules and
 parameters are cut, and mostly named, as in timm.
 """
 
@@ -14,10 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Features
+from cgd_jax.models.family import Family, Features, rename
 from cgd_jax.models.layers import Backbone, LayerNorm, LayerScale, drop_path, is_ampere
 
-__all__ = ["ACTIVATIONS", "SIZES", "TIMM", "ViT", "ViTFamily", "fuse", "size_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "SIZES",
+    "TIMM",
+    "ViT",
+    "ViTFamily",
+    "from_hugging_face",
+    "fuse",
+    "size_of",
+]
 
 # A family of vision transformers, but for what is its own.
 ViTFamily = partial(
@@ -289,6 +298,30 @@ def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -
         if found and all(part in arrays for part in names):
             fused[f"{stem}{whole}.{leaf}"] = np.concatenate([fused.pop(part) for part in names])
     return fused
+
+
+def from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Brings the names of Hugging Face's ViT and DINOv2 to those of timm."""
+    rules = {
+        "mask_token$": None,
+        # Of the files; in transformers ≥ 5 networks have the names that they become here.
+        r"attention\.attention\.([qkv])[a-z]+\.": r"attention.\1_proj.",
+        r"attention\.output\.dense": "attention.o_proj",
+        r"intermediate\.dense": "mlp.fc1",
+        r"output\.dense": "mlp.fc2",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+        r"^embeddings\.position_embeddings": "pos_embed",
+        r"^embeddings\.": "",
+        r"^(encoder\.layer|layers)\.": "blocks.",
+        r"attention\.o_proj": "attn.proj",
+        r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+        r"^layernorm\.": "norm.",
+    }
+    return fuse(
+        rename(arrays, rules), tuple(f"attention.{part}_proj" for part in "qkv"), "attn.qkv"
+    )
 
 
 def size_of(config: Mapping[str, Any], default: str = "base") -> str | None:

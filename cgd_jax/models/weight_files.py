@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from cgd_jax.models import mxnet
 from cgd_jax.models.backbones import FAMILIES, listed, published
-from cgd_jax.preprocess import Normalization
+from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 
@@ -35,7 +36,7 @@ PACKAGES = {source: package for family in FAMILIES for source, package in family
 _PUBLISHED = {"model.safetensors": (), "model.safetensors.index.json": ("model-*.safetensors",)}
 # What declares mean and std there, and as what.
 _CONFIGS = {"config.json": ("mean", "std"), "preprocessor_config.json": ("image_mean", "image_std")}
-_ENDINGS = (".safetensors", ".npz")
+_ENDINGS = (".safetensors", ".npz", ".params")
 _OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 _INDEX = ".index.json"
 # What a person with torch does to a file of torch.save; docs/backbones.md says the same.
@@ -63,7 +64,8 @@ def find(source: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        for name in (*_PUBLISHED, "pytorch_model.bin"):  # of which `read` says how to convert it
+        # Of the last two `read` says how to convert them.
+        for name in (*_PUBLISHED, "pytorch_model.bin", "pytorch_model.bin.index.json"):
             if (path / name).is_file():
                 return path / name
         raise NoSource(
@@ -112,7 +114,7 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a .safetensors, an .npz, or all that an index lists, executing nothing.
+    """Reads a .safetensors, .npz or MXNet's .params, or all that an index lists, executing nothing.
 
     Returns arrays by name, and the metadata, which only .safetensors have. Raises InputError if it
     is damaged, or no file of weights.
@@ -141,6 +143,13 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return arrays, metadata
         if path.suffix in _OF_TORCH:
             return _read_packaged(path), {}
+        if path.suffix == ".params":
+            arrays, model = mxnet.read_network(path)
+            size = {"image_size": 224, "resize": 224}  # to which naver/cgd resizes, whatever shape
+            config = {"model": model, "data": size, "eval": {"center_crop": False}}
+            normalization = {name: a.tolist() for name, a in IMAGENET._asdict().items()}
+            texts = {"config": config, "normalization": normalization}
+            return arrays, {name: json.dumps(text) for name, text in texts.items()}
         with np.load(path, allow_pickle=False) as archive:
             unpacked = sum(entry.file_size for entry in archive.zip.infolist())
             # Weights are like noise: what shrinks more than that is made to fill the memory.
@@ -175,9 +184,9 @@ def _read_packaged(path: Path) -> dict[str, np.ndarray]:
         first, second = _CONVERT.format(path.name, f"{path.stem}.safetensors").splitlines()
         raise InputError(
             f"{path} is a file of torch.save, which may hold programs, and is not opened. Where "
-            f"torch and safetensors are installed, two lines make a file of it that can be passed "
-            f"instead: {first} and {second} If it is a checkpoint with more in it, save its dict "
-            f"of tensors, such as weights['state_dict']."
+            f"torch and safetensors are installed, after import torch, safetensors.torch two lines "
+            f"make a file of it that can be passed instead: {first} and {second}. If it is a "
+            f"checkpoint with more in it, save its dict of tensors, such as weights['state_dict']."
         )
     file = io.BytesIO(content)
     *_, tensors, keys = (_Unpickler(file).load() for _ in range(5))
@@ -196,7 +205,8 @@ def _read_listed(index: Path) -> dict[str, np.ndarray]:
     """Reads the files of a network too large for one, which lie beside their index."""
     with _read_config(index) as content:
         parts = sorted(set(content["weight_map"].values()))
-        if any(Path(part).name != part or Path(part).suffix not in _ENDINGS for part in parts):
+        known = _ENDINGS + _OF_TORCH
+        if any(Path(part).name != part or Path(part).suffix not in known for part in parts):
             raise ValueError("it lists what is no file of weights beside it")
     arrays: dict[str, np.ndarray] = {}
     for part in parts:

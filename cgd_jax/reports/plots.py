@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image, ImageOps
 
 from cgd_jax.data import Dataset
+from cgd_jax.geography import apart
 from cgd_jax.preprocess import Normalization
 from cgd_jax.reports.names import literal, shorten
 from cgd_jax.reports.tables import metric_name
@@ -204,7 +205,7 @@ def plot_retrievals(
     of their neighbours in the gallery (among the queries, if there is none).
     """
     gallery = dataset.query if dataset.gallery is None else dataset.gallery
-    right = gallery.labels[nearest] == dataset.query.labels[rows, None]
+    right = dataset.is_match(rows, nearest)
     failing = 8 + np.flatnonzero(~right[8:, 0])[:4]
     places = []
     for i in [*range(min(8, len(rows))), *failing]:
@@ -218,8 +219,46 @@ def plot_retrievals(
     said = "Queries drawn at random, with their nearest neighbours"
     if len(failing):
         said += f"; in the last {len(failing)} rows those with a wrong first neighbour"
-    with figure_of(path, contact_sheet(tiles, 1 + nearest.shape[1], 8), heading=70) as drawn:
+    columns, gap = 1 + nearest.shape[1], 8
+    sheet = contact_sheet(tiles, columns, gap)
+    with figure_of(path, sheet, heading=70) as drawn:
         drawn.suptitle(f"{literal(title)}\n{said}", fontsize=10)
+        for i, text in enumerate(_distances(dataset, places, columns)):
+            left = gap + 8 + i % columns * (tiles[0].width + gap)
+            bottom = sheet.height - (1 + i // columns) * (tiles[0].height + gap) + 8
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            drawn.text(left, bottom, text, fontsize=7, bbox=box, transform=None)
+
+
+def _distances(dataset: Dataset, places: Sequence[tuple], columns: int) -> list[str]:
+    """Says how far each image of a row was taken from its first one, where that is known."""
+    truth = dataset.query.truth
+    if truth is None or truth.positions is None:
+        return []
+    asked, searched = truth.positions
+    unit = " m" if asked.shape[1] > 1 else " frames"
+    return [
+        f"{apart(asked[places[i - i % columns][1]], searched[j]):,.0f}{unit}" if i % columns else ""
+        for i, (_, j, _) in enumerate(places)
+    ]
+
+
+def plot_radius(path: str | Path, distances: np.ndarray, radius: float, title: str) -> None:
+    """Draws the share of queries whose nearest neighbour was taken within a radius, over it.
+
+    `distances` [Q] are those of the nearest neighbours, in metres.
+    """
+    radii = np.geomspace(1, 1000, 200)
+    shares = np.searchsorted(np.sort(distances), radii, "right") / len(distances)
+    with figure(path, 6, 4) as drawn:
+        axes = drawn.subplots()
+        axes.plot(radii, 100 * shares)
+        axes.axvline(radius, linestyle="--", color=GRAY, linewidth=1)
+        axes.set(xscale="log", xlim=(1, 1000), ylim=(0, 100), title=literal(title))
+        axes.set(xlabel="metres", ylabel="nearest neighbours within, per cent")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def contact_sheet(tiles: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:

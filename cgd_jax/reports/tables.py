@@ -16,7 +16,7 @@ from cgd_jax.runtime import console, files
 def metric_name(key: str) -> str:
     """Returns how people write a metric: recall@1 is R@1."""
     names = {"map@r": "MAP@R", "r_precision": "R-precision"}
-    return names.get(key, key.replace("recall@", "R@"))
+    return names.get(key, key.replace("recall@", "R@").replace("map", "mAP").replace("_", " "))
 
 
 def describe_classes(tested: int, trained_on: int) -> str:
@@ -77,9 +77,10 @@ def _parts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[in
 
 
 def metrics_table(rows: dict[str, dict[str, float]], style: str = "simple") -> str:
-    """Shows Recall@K and MAP@R in per cent, one row for each way of embedding."""
-    first = next(iter(rows.values()))
-    keys = [key for key in first if key.startswith("recall@")] + ["map@r"]
+    """Shows Recall@K and MAP@R, or a protocol's mean AP, in per cent, a row for each embedding."""
+    named = list(dict.fromkeys(key for values in rows.values() for key in values))
+    keys = [key for key in named if key.startswith("recall@")]
+    keys += ["map@r"] if "map@r" in named else [key for key in named if key.startswith("map")]
     cells = [
         [name, *(f"{100 * values[key]:.2f}" if key in values else "" for key in keys)]
         for name, values in rows.items()

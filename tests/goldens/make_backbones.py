@@ -131,6 +131,16 @@ NETWORKS = {
         hugging_face("Dinov2", **VIT, patch_size=14, image_size=70),
         lambda model, x: tokens_of(model(x).last_hidden_state, 3),
     ),
+    "vit_base_patch16_224": Network(
+        hugging_face("ViT", **VIT, intermediate_size=64, patch_size=16, image_size=80),
+        lambda model, x: tokens_of(model(x, interpolate_pos_encoding=True).last_hidden_state, 3),
+    ),
+    "swin_tiny": Network(
+        hugging_face(
+            "Swin", embed_dim=8, depths=(2, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=3
+        ),
+        lambda model, x: (model(x).last_hidden_state.unflatten(1, (3, 3)), None),
+    ),
     "dinov2_small_reg": Network(
         hugging_face("Dinov2WithRegisters", **VIT, patch_size=14, image_size=70),
         lambda model, x: tokens_of(model(x).last_hidden_state, 3, front=5),

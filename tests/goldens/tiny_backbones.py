@@ -19,6 +19,14 @@ OPTIONS = {
     "bninception": {"divisor": 16, "last_stride": 2},
     "clip_base_patch32_224": {**VIT, "grid": 5, "published_patch": 16},
     "siglip_base_patch16_224": {**VIT, "grid": 5},
+    "vit_base_patch16_224": {**VIT, "grid": 5},
+    "swin_tiny": {
+        "depths": (2, 2, 1, 1),
+        "heads": (1, 2, 2, 4),
+        "width": 8,
+        "window": 3,
+        "last_stride": 2,
+    },
 }
 # Of the images, in pixels: all positions are interpolated.
 SIZES = {
@@ -32,4 +40,6 @@ SIZES = {
     "bninception": 64,
     "clip_base_patch32_224": 48,
     "siglip_base_patch16_224": 48,
+    "vit_base_patch16_224": 48,
+    "swin_tiny": 86,  # maps of 22, 11, 6 and 3, the first two shifted and padded to windows
 }
