@@ -518,6 +518,20 @@ def test_back_returns_to_the_same_place(opened, large):
     until(lambda: page.evaluate("() => scrollY") == top)
 
 
+def test_what_was_left_before_it_came_is_asked_for_again(page):
+    page.goto("/")
+    held = []
+    page.route("**/search**", lambda route: held.append(route))
+    page.locator("#grid a").first.click()
+    until(lambda: held)
+    page.go_back()
+    page.locator("#status", has_text="65 images").wait_for()
+    page.unroute("**/search**")
+    page.go_forward()
+    page.locator("#status", has_text="searched in").wait_for()
+    page.locator("#grid .alike").first.wait_for()
+
+
 def test_what_is_wrong_is_said(page, tmp_path, photos):
     page.goto("/")
     (tmp_path / "a.jpg").write_bytes(b"<html>")

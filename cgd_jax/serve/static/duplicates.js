@@ -15,11 +15,10 @@ export async function find(wanted) {
   groups = found.groups.map((group) => Object.assign(group.copies, { size: group.size }));
   chosen = new Set(groups.flatMap((group) => group.filter((one) => !one.best).map((one) => one.id)));
   const more = found.total > groups.length ? ` The first ${groups.length} are shown.` : "";
-  $("status").textContent = groups.length
-    ? `${count(found.total, "group")} of images that are nearly the same.${more}`
-    : "No two images are as similar as that.";
   $("groups").replaceChildren(tools(wanted), element("div", {}));
   grow();
+  if (!groups.length) return "No two images are as similar as that.";
+  return `${count(found.total, "group")} of images that are nearly the same.${more}`;
 }
 
 function tools(wanted) {

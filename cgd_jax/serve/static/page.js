@@ -13,12 +13,14 @@ const KEPT = 20; // pages that Back finds as they were
 const kept = new Map(); // by the key of the history: what the grid held
 let wanted = {};
 let shown = null; // the address, but for what is only looked at
+let filled = null; // the address whose images the grid holds
 let now = null; // the key of the history
 let inside = {}; // folders
 
 const core = ({ view, why, ...rest }) => address(rest);
 
 function leaving() {
+  if (filled !== shown) return; // it was still on its way
   kept.delete(now);
   kept.set(now, { ...grid.contents(), status: $("status").textContent, folders: inside, top: scrollY });
   if (kept.size > KEPT) kept.delete(kept.keys().next().value);
@@ -41,6 +43,7 @@ show.leaving = leaving;
 async function load(answer) {
   const before = kept.get(key());
   const mine = (shown = core(wanted));
+  filled = null;
   const asks = Boolean(wanted.id);
   if (root.classList.contains("asked") !== asks) scrollTo({ top: 0 }); // the grid becomes another
   root.classList.toggle("asked", asks);
@@ -64,7 +67,9 @@ async function load(answer) {
       grid.fill(empty, { items: [], total: 0 }, BLOCK);
       filters.folders(wanted);
       $("status").textContent = "Comparing all with all…";
-      await duplicates.find(wanted);
+      const found = await duplicates.find(wanted);
+      if (mine !== shown) return;
+      $("status").textContent = found;
     } else {
       const first = before ?? (await source.load(0, answer));
       if (mine !== shown) return;
@@ -73,6 +78,7 @@ async function load(answer) {
       $("status").textContent = first.status;
       if (!first.total) nothing();
     }
+    filled = shown;
     const top = before ? before.top : answer ? 0 : sessionStorage.getItem(`top ${key()}`) ?? 0;
     scrollTo({ top });
     if (asks) name();
