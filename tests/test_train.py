@@ -76,7 +76,9 @@ def test_a_network_whose_training_was_interrupted_is_the_same(
     output = capsys.readouterr().out
     assert "Stopped at step 2 of 8; the same command goes on from " in output
     assert f"from the checkpoint of step 2 in {parts}" in output
-    assert train.train_and_evaluate(tiny_config, parts) == results
+    resumed = train.train_and_evaluate(tiny_config, parts)
+    resumed["costs"]["embed_seconds"] = results["costs"]["embed_seconds"]  # another time
+    assert resumed == results
     assert "Resumed from the checkpoint of step 2." in capsys.readouterr().out
     state = state_of(tiny_config, whole, 8)
     assert_same(state, state_of(tiny_config, parts, 8))
