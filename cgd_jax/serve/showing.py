@@ -17,8 +17,12 @@ from cgd_jax.serve.uploads import PREFIX
 __all__ = ["Details", "details_of", "router"]
 
 SIDES = {"small": 192, "medium": 384, "large": 1024}  # pixels, the longer side of what is shown
-AN_IMAGE = {200: {"content": {"image/jpeg": {}}, "description": "a JPEG"}}
-A_FILE = {200: {"content": {"image/*": {}}, "description": "the file as it is"}}
+AN_IMAGE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/jpeg": {}}, "description": "a JPEG"}
+}
+A_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/*": {}}, "description": "the file as it is"}
+}
 # What browsers show; anything else they are told to save, and not to guess what it is.
 KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 router = APIRouter(tags=["images"])
