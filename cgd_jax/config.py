@@ -14,8 +14,8 @@ __all__ = ["complete", "complete_flat", "differences", "flatten", "from_dict", "
 
 # What may differ when a run is continued: none of it changes what is trained.
 FREE_TO_CHANGE = (
-    "data.dir data.source data.cache profile_steps train.log_every train.checkpoint_every "
-    "train.keep train.tracker eval"
+    "data.dir data.source data.aspect data.cache profile_steps train.log_every "
+    "train.checkpoint_every train.keep train.tracker eval"
 ).split()
 
 # All that is known of work folders of older versions: names that a key had, and what was done

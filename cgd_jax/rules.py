@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import combination, config_files, data, losses, pooling, retrieval
 from cgd_jax.config import flatten
+from cgd_jax.data import shapes
 from cgd_jax.models import backbones, cgd, resnet
 from cgd_jax.runtime.errors import ConfigError
 
@@ -60,6 +61,7 @@ RULES: dict[str, Rule] = {
         re.compile(r"([1-9]\d*:[1-9]\d*)?").fullmatch, "must be two steps such as 10:15, or empty"
     ),
     "data.name": one_of(data.NAMES),
+    "data.aspect": one_of(shapes.ASPECTS),
     "data.cache": one_of(("disk", "none")),
     "data.max_bad_fraction": Rule(lambda share: 0 <= share <= 1, "must be a share, 0 to 1"),
     "data.test_fraction": Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),

@@ -27,6 +27,8 @@ import numpy as np
 
 from cgd_jax.data.dataset import Images, Split, printable
 from cgd_jax.data.decode import decode
+from cgd_jax.data.images import extent
+from cgd_jax.data.shapes import Shape, as_shape, nearest
 from cgd_jax.runtime.console import progress, quantity
 from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
@@ -94,18 +96,50 @@ def decoded(source: Any, size: int, crop: bool = True) -> Split:
         for numbers in _chunks(range(len(source)), CHUNK):
             rows += [_describe(example, crop) for example in source.__getitems__(numbers)]
             bar.update(len(numbers))
-    images = Images(_decoder(source, size, crop), np.arange(len(source)), size)
+    images = Images(_decoder(source.__getitems__, size, crop), np.arange(len(source)), size)
     return _split(images, rows)
 
 
-def _decoder(source: Any, size: int, crop: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns what decodes the images with some numbers [B] to [B, size, size, 3], on all cores."""
+def encoded(source: Any, crop: bool = True) -> Images:
+    """Opens the examples of a split themselves, without their boxes unless they are cut out."""
+
+    def read(numbers: np.ndarray) -> list[dict[str, Any]]:
+        examples = source.__getitems__(numbers.tolist())
+        return examples if crop else [{**example, "bbox": None} for example in examples]
+
+    return Images(read, np.arange(len(source)), 0)
+
+
+def by_shape(encoded: Images, shapes: tuple[Shape, ...]) -> list[tuple[np.ndarray, Images]]:
+    """Sorts examples by the nearest shape: rows [n] and images [n, H, W, 3] of each."""
+
+    def examples(numbers: list[int]) -> list[dict[str, Any]]:
+        return encoded[np.array(numbers)]
+
+    def work(numbers: list[int]) -> list[Shape]:
+        parts = ((example["image"], example.get("bbox")) for example in examples(numbers))
+        return [nearest(shapes, *extent(*part)) for part in parts]
+
+    found = [
+        shape for some in parallel(work, _chunks(range(len(encoded)), CHUNK)) for shape in some
+    ]
+    rows = {shape: np.flatnonzero([shape == other for other in found]) for shape in set(found)}
+    return [
+        (rows[shape], Images(_decoder(examples, shape), rows[shape], shape))
+        for shape in sorted(rows)
+    ]
+
+
+def _decoder(
+    examples: Callable[[list[int]], list], size: int | Shape, crop: bool = True
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns what decodes examples with some numbers [B] to [B, H, W, 3], on all cores."""
 
     def work(numbers: list[int]) -> np.ndarray:
-        return pixels(source.__getitems__(numbers), size, crop)
+        return pixels(examples(numbers), size, crop)
 
     def read(numbers: np.ndarray) -> np.ndarray:
-        none = np.empty((0, size, size, 3), np.uint8)
+        none = np.empty((0, *as_shape(size), 3), np.uint8)
         return np.concatenate([none, *parallel(work, _chunks(numbers.tolist(), 4))])
 
     return read
@@ -135,9 +169,9 @@ def _checked(
     return read
 
 
-def pixels(examples: list[dict[str, Any]], size: int, crop: bool) -> np.ndarray:
-    """Decodes examples to uint8 [B, size, size, 3], cropped to their boxes if they have any."""
-    images = np.empty((len(examples), size, size, 3), np.uint8)
+def pixels(examples: list[dict[str, Any]], size: int | Shape, crop: bool) -> np.ndarray:
+    """Decodes examples to uint8 [B, H, W, 3], cropped to their boxes if they have any."""
+    images = np.empty((len(examples), *as_shape(size), 3), np.uint8)
     for image, example in zip(images, examples, strict=True):
         try:
             image[:] = decode(example["image"], example.get("bbox") if crop else None, size)
@@ -177,7 +211,7 @@ def _open(folder: Path, key: str, source: Any, size: int, crop: bool) -> Split:
         raise ValueError(f"it holds {len(rows)} images of {stored['key']}")
     pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(rows), size, size, 3))
     checksums = np.array([row[4] for row in rows])
-    read = _checked(pixels, checksums, _decoder(source, size, crop))
+    read = _checked(pixels, checksums, _decoder(source.__getitems__, size, crop))
     return _split(Images(read, np.arange(len(rows)), size), rows)
 
 

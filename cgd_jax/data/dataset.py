@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cgd_jax.data.shapes import Shape, as_shape
 from cgd_jax.runtime.errors import InputError
 
 # With Unicode's line and paragraph separators, and halves of surrogate pairs.
@@ -16,11 +17,11 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Images:
-    """Images [N, S, S, 3] uint8 that are read when they are asked for, indexed as an array is."""
+    """Images [N, H, W, 3] uint8 that are read when they are asked for, indexed as an array is."""
 
-    def __init__(self, read: Callable[[np.ndarray], np.ndarray], numbers: np.ndarray, size: int):
-        self._read, self._numbers = read, numbers  # `read` makes [B, S, S, 3] of numbers [B]
-        self.shape = (len(numbers), size, size, 3)
+    def __init__(self, read: Callable[[np.ndarray], Any], numbers: np.ndarray, size: int | Shape):
+        self._read, self._numbers = read, numbers  # `read` makes [B, H, W, 3] of numbers [B]
+        self.shape = (len(numbers), *as_shape(size), 3)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -41,6 +42,7 @@ class Split(NamedTuple):
     skipped: int = 0  # files that could not be used
     contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
     cache: Path | None = None  # the folder of caches, where resized images are kept
+    encoded: Images | None = None  # of examples, see `cache.encoded`; to keep their aspect
 
 
 def rows_of(split: Split, chosen: np.ndarray) -> Split:
@@ -48,8 +50,13 @@ def rows_of(split: Split, chosen: np.ndarray) -> Split:
     if chosen.all():
         return split
     rows = np.flatnonzero(chosen)
+    images, encoded = (
+        None if part is None else Images(part.__getitem__, rows, part.shape[1])
+        for part in (split.images, split.encoded)
+    )
     return split._replace(
-        images=Images(split.images.__getitem__, rows, split.images.shape[1]),
+        images=images,
+        encoded=encoded,
         labels=split.labels[rows],
         ids=[split.ids[i] for i in rows],
         contents=None if split.contents is None else np.asarray(split.contents)[rows],

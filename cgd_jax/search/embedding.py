@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 def read_and_embed(
     items: Sequence[Item],
     read: Callable[[Item], tuple[np.ndarray, dict[str, Any]] | str | None],
-    embed: Callable[[np.ndarray], np.ndarray],
+    embed: Callable[[Sequence[np.ndarray]], np.ndarray],
     what: str | None = None,
 ) -> Iterator[tuple[Item, Any, np.ndarray | None]]:
     """Reads images ahead in threads, while the device embeds those that could be read.
@@ -26,7 +26,7 @@ def read_and_embed(
     Args:
       items: to read.
       read: returns what `images.read` does, or anything else where there is nothing to embed.
-      embed: [B, side, side, 3] uint8 → [B, D].
+      embed: images, a list of [H, W, 3] uint8 → [B, D].
       what: is being done, for a progress bar; None for none.
 
     Yields:
@@ -51,7 +51,7 @@ def read_and_embed(
             yield from _embedded(waiting, embed)
 
 
-def _embedded(waiting: list, embed: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple]:
-    vectors = embed(np.stack([pixels for _, (pixels, _) in waiting]))
+def _embedded(waiting: list, embed: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Iterator:
+    vectors = embed([pixels for _, (pixels, _) in waiting])
     for (item, (_, fields)), vector in zip(waiting, vectors, strict=True):
         yield item, fields, vector

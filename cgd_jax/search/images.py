@@ -11,8 +11,9 @@ import numpy as np
 import simplejpeg
 
 from cgd_jax.data import archives, image_list
-from cgd_jax.data.decode import dimensions, looks_like_image
-from cgd_jax.data.images import Box, clip, cut, load, naming
+from cgd_jax.data.decode import looks_like_image
+from cgd_jax.data.images import Box, cut, extent, load, naming
+from cgd_jax.data.shapes import Size
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search.stores import Record, composed
 
@@ -42,39 +43,38 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def read(image: Any, side: int, crop: Box | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+def read(image: Any, size: Size, crop: Box | None = None) -> tuple[np.ndarray, dict[str, Any]]:
     """Reads an image, as `data.images.load` takes it.
 
     Args:
       image: to read.
-      side: of the pixels that are returned.
+      size: of the pixels that are returned.
       crop: the part of the image to read.
 
     Returns:
-      The pixels, [side, side, 3] uint8, and the fields of `Record` that follow from the content.
+      The pixels, as `data.images.cut` makes them, and the fields of `Record` that follow from the
+      content.
 
     Raises:
       As `data.images.read_image`; ValueError also for an empty crop.
     """
     with naming(image):
         content = load(image)
-        size = dimensions(content) if isinstance(content, bytes) else content.shape[:2]
-        x0, y0, x1, y1 = clip(crop, *size)
-        pixels = cut(content, side, crop)
-        small = pixels if side >= THUMBNAIL else cut(content, THUMBNAIL, crop)
+        height, width = extent(content, crop)
+        pixels = cut(content, size, crop)
+        small = pixels if max(pixels.shape) >= THUMBNAIL else cut(content, THUMBNAIL, crop)
     if isinstance(content, np.ndarray):
         content = f"{content.shape}".encode() + content.tobytes()
-    width, height = x1 - x0, y1 - y0
     thumbnail = as_jpeg(small, width, height)
     digest = hash_of(content)
     return pixels, {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
 
 
-def as_jpeg(square: np.ndarray, width: int, height: int, side: int = THUMBNAIL) -> bytes:
-    """Gives an image that was resized to a square its shape again, as a JPEG of at most `side`."""
+def as_jpeg(pixels: np.ndarray, width: int, height: int, side: int = THUMBNAIL) -> bytes:
+    """Gives an image that was resized its own shape again, as a JPEG of at most `side`."""
     scale = min(1.0, side / max(width, height))
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    small = cv2.resize(square, size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 from cgd_jax import network as networks
 from cgd_jax import rerank, retrieval
 from cgd_jax.data.images import is_one, listed
+from cgd_jax.data.shapes import Size
 from cgd_jax.network import Network
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import images as reading
@@ -58,6 +59,14 @@ class IndexInfo(NamedTuple):
     precision: str  # of the vectors in the index: float32 or float16
     whitened_from: int | None  # dimension of the network's vectors, where these are whitened
     created: str  # ISO 8601
+    # With the aspect kept: the shapes that images are resized to; see `data.shapes`.
+    shapes: list[list[int]] = []
+    scales: list[float] = [1.0]  # see `network.open_network`
+
+    @property
+    def size(self) -> Size:
+        """What images are resized to."""
+        return tuple((height, width) for height, width in self.shapes) or self.resize
 
 
 class Index:
@@ -170,7 +179,13 @@ class Index:
         if not isinstance(self._network, Network):
             source = self._network or self.info.network
             try:
-                network = networks.open_network(source, self.info.vector)
+                network = networks.open_network(
+                    source,
+                    self.info.vector,
+                    aspect="keep" if self.info.shapes else "square",
+                    image_size=self.info.image_size,
+                    scales=self.info.scales,
+                )
             except FileNotFoundError as error:
                 raise InputError(
                     f"The index {self.store.address} was made with the network {source}, which is "
@@ -208,8 +223,8 @@ class Index:
         """Returns the vectors of images, [B, D] float32 of unit length; see `Network.embed`."""
         return self._whitened(self.network.embed(images))
 
-    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns the vectors of [B, resize, resize, 3] uint8 as `embed` does."""
+    def embed_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the vectors of pixels of `info.size` as `embed` does."""
         return self._whitened(self.network.embed_pixels(pixels))
 
     def _whitened(self, vectors: np.ndarray) -> np.ndarray:
@@ -385,11 +400,11 @@ class Index:
           ValueError: one is no image; nothing is added then.
           BusyError: somebody else writes to the index.
         """
-        images, side = listed(images), self.info.resize
+        images = listed(images)
         labels = [None] * len(images) if labels is None else labels
         ids, rows = [], {}
         for image, label in zip(images, labels, strict=True):
-            pixels, content = reading.read(image, side)
+            pixels, content = reading.read(image, self.info.size)
             record = Record(content["hash"][:20], label=stores.composed(label))
             if isinstance(image, str | Path):
                 path = Path(image).absolute()
@@ -398,7 +413,7 @@ class Index:
             # An image that is given twice would be two rows to insert.
             rows[record.id] = record._replace(**content), pixels
         if rows:
-            vectors = self.embed_pixels(np.stack([pixels for _, pixels in rows.values()]))
+            vectors = self.embed_pixels([pixels for _, pixels in rows.values()])
             with writing(self.store.address):
                 self.write([record for record, _ in rows.values()], vectors)
         return ids
@@ -442,6 +457,8 @@ def _remembered_of(network: Network) -> dict[str, Any]:
         "vector": network.vector,
         "image_size": network.image_size,
         "resize": network.resize,
+        "shapes": [] if isinstance(network.size, int) else list(map(list, network.size)),
+        "scales": list(network.scales),
         "normalization": {name: np.asarray(value).tolist() for name, value in scale.items()},
     }
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from cgd_jax import rerank
 from cgd_jax.data.decode import read_file
+from cgd_jax.data.shapes import Size
 from cgd_jax.network import Network, open_network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import files, processes
@@ -152,7 +153,7 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> 
             f"({network.dimension}) and the number of images ({len(listed):,})."
         )
     chosen = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))[:SAMPLE]]
-    read = partial(_read, known={}, side=network.resize)
+    read = partial(_read, known={}, size=network.size)
     outcomes = embedding.read_and_embed(
         chosen, read, network.embed_pixels, "learning the whitening"
     )
@@ -176,7 +177,7 @@ def _update(index: Index, wanted: dict[str, Listed], share: tuple[int, int]) -> 
     gone = [id for id in mine if id not in wanted and known[id].source in sources]
     skipped, touched, added, changed = [], [], 0, 0
     records, vectors, written = [], [], time.monotonic()
-    read = partial(_read, known=known, side=index.info.resize)
+    read = partial(_read, known=known, size=index.info.size)
     outcomes = embedding.read_and_embed(todo, read, index.embed_pixels, "indexing")
     for (record, _), found, vector in outcomes:
         if vector is not None:
@@ -207,7 +208,7 @@ def _traits(record: Record) -> tuple:
 
 
 def _read(
-    listed: Listed, known: dict[str, Record], side: int
+    listed: Listed, known: dict[str, Record], size: Size
 ) -> tuple[np.ndarray, dict[str, Any]] | str | None:
     """Reads a file: what `images.read` returns, or why not; None if the index has its content."""
     record, file = listed
@@ -215,7 +216,7 @@ def _read(
         data = read_file(file)
         if record.id in known and images.hash_of(data) == known[record.id].hash:
             return None
-        return images.read(data, side)
+        return images.read(data, size)
     except (OSError, ValueError) as error:  # it may have vanished meanwhile
         return images.reason_of(error)
 

@@ -90,7 +90,7 @@ def ask(
 
     def read(path: Path) -> tuple[np.ndarray, dict[str, Any]] | str:
         try:
-            return images.read(read_file(path), index.info.resize, crop)
+            return images.read(read_file(path), index.info.size, crop)
         except (OSError, ValueError) as error:
             return images.reason_of(error)
 

@@ -81,5 +81,6 @@ def listen(host: str, port: int) -> socket.socket:
 def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
     side = index.info.resize
-    for size in network.batch_sizes():
-        index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))
+    for shape in index.info.shapes or [(side, side)]:
+        for size in network.batch_sizes():
+            index.embed_pixels(np.zeros((size, *shape, 3), np.uint8))
