@@ -232,6 +232,9 @@ def open_network(
     data["aspect"] = aspect or data["aspect"]
     if data["aspect"] not in ASPECTS:
         raise InputError(f"aspect={aspect!r}: it must be one of {', '.join(ASPECTS)}.")
+    scales = tuple(scales)
+    if not all(scale > 0 for scale in scales):
+        raise InputError(f"scales={scales}: factors must be above 0, such as (0.7, 1, 1.4).")
     described = SimpleNamespace(**config["model"])
     model = create_model(described, 1) if published else create_model_of(described, weights)
     size = data["image_size"]
@@ -247,9 +250,8 @@ def open_network(
     vector = vector or known[0]
     if vector not in known:
         raise InputError(f"vector={vector}: {name} has no such vector, but {', '.join(known)}.")
-    known_by = (name, found.hash, vector)
-    net = (model, variables, found.normalization)
-    return Network(*known_by, *net, config, found.step, tuple(scales))
+    of_weights = (model, variables, found.normalization)
+    return Network(name, found.hash, vector, *of_weights, config, found.step, scales)
 
 
 def identify(source: str | Path | None) -> tuple[str, str]:

@@ -66,16 +66,13 @@ def learn_pair_whitening(
     kept. Learn it on other images than those that are searched.
 
     Args:
-      embeddings: [N, D], L2-normalized here.
-      pairs: [P, 2] integers, rows of `embeddings`: a query and what matches it. Fewer pairs than D
-        leave directions without a difference, which are given a small one.
-      dim: number of leading components that are kept; None for all D.
+      embeddings: [N, D].
+      pairs: [P, 2] integers: the rows of a query and of what matches it. Directions in which no
+        pair differs, as where P is below D, count as if they differed a little.
+      dim: number of leading components that are kept; None for all D. ValueError if it is larger.
 
     Returns:
       (mean [D] of the queries, projection [D, dim]), float32, for `whiten`.
-
-    Raises:
-      ValueError: dim is not from 1 to D, or pairs are no rows.
 
     >>> mean, projection = learn_pair_whitening([[1, 0], [0, 1], [1, 1]], [[0, 2], [1, 2]], dim=1)
     >>> mean.shape, projection.shape
@@ -83,12 +80,10 @@ def learn_pair_whitening(
     """
     x, pairs = _unit("embeddings", embeddings).astype(np.float64), np.asarray(pairs)
     size = x.shape[1]
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu" or not len(pairs):
+    if pairs.shape != (len(pairs), 2) or pairs.dtype.kind not in "iu" or not len(pairs):
         raise ValueError(f"pairs must be integers [P, 2]; got {pairs.dtype} {pairs.shape}")
-    if pairs.min() < 0 or pairs.max() >= len(x):
-        raise ValueError(
-            f"pairs must be rows from 0 to {len(x) - 1}, got {pairs.min()} to {pairs.max()}"
-        )
+    if not 0 <= pairs.min() <= pairs.max() < len(x):
+        raise ValueError(f"pairs must be rows below {len(x)}; got {pairs.min()} to {pairs.max()}")
     dim = size if dim is None else dim
     if not 1 <= dim <= size:
         raise ValueError(f"dim must be from 1 to {size}, the length of the embeddings; got {dim}")

@@ -1,6 +1,5 @@
 """The commands of search: index, search, serve."""
 
-import math
 from typing import Any
 
 from absl import flags
@@ -89,7 +88,7 @@ FLAGS = {
         kind=flags.DEFINE_list,
     ),
     "queries": Flag("A folder of images.", "FOLDER"),
-    "database": Flag("Another, in which the most similar ones are found.", "FOLDER"),
+    "database": Flag("Another, in which those most like them are found.", "FOLDER"),
     "out": Flag("The text file of pairs; else pairs.txt.", "FILE", default="pairs.txt"),
     "features": Flag(
         "Where to write the vectors too: FILE.h5 as hloc has it, else a folder of kapture.", "FILE"
@@ -147,10 +146,9 @@ def run(name: str, given: flags.FlagValues) -> None:
         from cgd_jax.search.pairs import write_pairs
 
         network = open_network(model, given.vector, **_seen(given))
-        write_pairs(
-            given.queries, given.database, network, given.k, out=given.out, features=given.features
+        return write_pairs(
+            given.queries, given.database, network, given.k, given.out, given.features
         )
-        return
     address = given.index or commands.default_address(given.workdir)
     if name == "index":
         if seen := _seen(given):
@@ -189,15 +187,11 @@ def run(name: str, given: flags.FlagValues) -> None:
 
 def _seen(given: flags.FlagValues) -> dict[str, Any]:
     """Returns how a network is to see images, as `network.open_network` takes it."""
-    seen = {name: given[name].value for name in ("aspect", "image_size", "scales")}
-    if given.scales:
-        try:
-            seen["scales"] = [float(scale) for scale in given.scales]
-        except ValueError:
-            seen["scales"] = [0.0]
-        if not all(0 < scale < math.inf for scale in seen["scales"]):
-            given_as = ",".join(given.scales)
-            raise flags.Error(f"--scales={given_as}: give factors above 0 such as 0.7071,1,1.4142.")
+    try:
+        scales = [float(scale) for scale in given.scales or ()]
+    except ValueError:
+        raise flags.Error(f"--scales={','.join(given.scales)}: give numbers, 0.7,1,1.4.") from None
+    seen = {"aspect": given.aspect, "image_size": given.image_size, "scales": scales}
     return {name: value for name, value in seen.items() if value}
 
 

@@ -93,7 +93,7 @@ def test_pair_whitening_of_few_pairs_and_of_what_is_wrong():
     mean, projection = rerank.learn_pair_whitening(x, [[0, 1], [2, 3]])
     assert projection.shape == (5, 5) and np.isfinite(projection).all()
     for pairs, dim, message in (
-        ([[0, 10]], None, "rows from 0 to 9, got 0 to 10"),
+        ([[0, 10]], None, "rows below 10; got 0 to 10"),
         ([[0.0, 1.0]], None, "integers"),
         ([0, 1], None, "integers"),
         (np.zeros((0, 2), int), None, "integers"),

@@ -184,7 +184,7 @@ def test_another_network_is_refused_with_both_named(filled, changes, named, monk
     with pytest.raises(InputError, match=message):
         Index.open(index.store.address, other)
     # It is known only when the network is opened.
-    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: other)
+    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector, **seen: other)
     with pytest.raises(InputError, match=message):
         Index.open(index.store.address).embed([Image.new("RGB", (8, 8))])
 

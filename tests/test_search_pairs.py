@@ -61,6 +61,16 @@ def test_a_folder_is_paired_with_itself(photos, tmp_path):
     assert {name for pair in pairs for name in pair} == {f"{i // 3}/{i}.jpg" for i in range(7)}
 
 
+def test_fewer_images_than_are_asked_for(photos, tmp_path):
+    """All of them; a database may hold the queries, which then do not find themselves."""
+    images, out = photos / "images", tmp_path / "pairs.txt"
+    for database, found in ((images / "database", 7), (images, 9)):
+        write_pairs(images / "queries", database, cgd_jax.open(photos / "model"), 50, out)
+        pairs = read_pairs(out)
+        assert len(pairs) == len(set(map(tuple, pairs))) == 3 * found
+        assert all(query != other for query, other in pairs)
+
+
 def test_the_file_of_hloc(photos, tmp_path):
     """Datasets below groups: hloc takes the name of a dataset's group for that of the image."""
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
@@ -108,8 +118,8 @@ def test_what_cannot_be_paired(photos, tmp_path):
     for arguments, message in (
         (("pairs",), "give two folders of images"),
         (("pairs", str(folder), "/nowhere", model), "/nowhere: there is no such folder of images."),
-        ((*pairs, "--scales=1,x"), "--scales=1,x: give factors above 0 such as"),
-        ((*pairs, "--scales=1,-2"), "--scales=1,-2: give factors above 0 such as"),
+        ((*pairs, "--scales=1,x"), "--scales=1,x: give numbers"),
+        ((*pairs, "--scales=1,-2"), "scales=(1.0, -2.0): factors must be above 0"),
         (pairs, "hold no two images that can be read"),
     ):
         status, _, errors = run_here(*arguments)

@@ -19,6 +19,7 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 from PIL.PngImagePlugin import PngImageFile  # noqa: E402
 
 from cgd_jax.data.decode import decode, dimensions  # noqa: E402
+from cgd_jax.data.images import cut  # noqa: E402
 from cgd_jax.runtime.threads import CORES  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.serve import connections, service, uploads  # noqa: E402
@@ -320,7 +321,7 @@ def test_an_upload_is_decoded_once(index, monkeypatch):
     allowed = len(loads)
     loads.clear()
     calls = []
-    monkeypatch.setattr(service, "decode", lambda *args: calls.append(1) or decode(*args))
+    monkeypatch.setattr(service, "cut", lambda *args: calls.append(1) or cut(*args))
     assert upload(index, data).status_code == 200
     assert len(loads) <= allowed and len(calls) == 1
 

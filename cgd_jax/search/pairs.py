@@ -6,7 +6,7 @@ hloc (https://github.com/cvg/Hierarchical-Localization) and kapture
 
 import logging
 import os
-from collections.abc import Sequence
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,82 +37,66 @@ def write_pairs(
     """Writes the k nearest images of a folder for every image of another, as hloc reads them.
 
     A line is "query database", the most similar first. Images are named by their paths below the
-    folder that holds both, which hloc calls image_dir. No image is its own neighbour.
+    folder that holds both, which hloc calls image_dir. No image is its own neighbour. `features`
+    is where to write the vectors: FILE.h5 as hloc has it, else a folder of kapture.
 
-    Args:
-      queries: a folder.
-      database: a folder, perhaps the same.
-      network: whose vectors are compared.
-      k: as many, or all.
-      out: a text file.
-      features: where to write the vectors: FILE.h5 as hloc has it, else a folder of kapture.
-
-    Raises:
-      InputError: a folder is missing or holds no image, or a name has a space, at which hloc would
-        split it.
-      ModuleNotFoundError: h5py is needed and missing.
+    Raises InputError: a folder is missing or holds no image, or names have spaces.
     """
-    if features and str(features).endswith(".h5"):
+    as_hloc = str(features or "").endswith(".h5")
+    if as_hloc:
         packages.require("--features=FILE.h5", "localization", "h5py")
-    listed = [_images_below(Path(folder)) for folder in (queries, database)]
-    root = Path(os.path.commonpath([os.path.abspath(folder) for folder in (queries, database)]))
-    vectors = _embed(sorted({*listed[0], *listed[1]}), root, network)
-    asked, searched = ([f for f in some if f in vectors] for some in listed)
-    place = {file: row for row, file in enumerate(searched)}
-    own = np.array([place.get(file, -1) for file in asked])
-    k = min(k, len(searched) - int((own >= 0).any()))
+    folders = [Path(os.path.abspath(folder)) for folder in (queries, database)]
+    root = Path(os.path.commonpath(folders))
+    asked, searched = (_images_below(folder, root) for folder in folders)
+    vectors = _embed(root, sorted({*asked, *searched}), network)
+    asked, searched = ([name for name in some if name in vectors] for some in (asked, searched))
+    place = {name: row for row, name in enumerate(searched)}
+    own = np.array([place.get(name, -1) for name in asked]) if {*asked} & {*searched} else None
+    k = min(k, len(searched) - (own is not None))
     if not asked or k < 1:
         raise InputError(f"{queries} and {database} hold no two images that can be read.")
-    query, gallery = (np.stack([vectors[file] for file in some]) for some in (asked, searched))
+    query, gallery = (np.stack([vectors[name] for name in some]) for some in (asked, searched))
     _, nearest = retrieval.top_k(query, gallery, k, exclude=own)
-    name = {file: file.relative_to(root).as_posix() for file in vectors}
-    lines = [
-        f"{name[file]} {name[searched[row]]}\n"
-        for file, rows in zip(asked, nearest, strict=True)
-        for row in rows
-    ]
-    files.write_atomically(out, "".join(lines))
+    pairs = zip(np.repeat(asked, k), np.array(searched)[nearest].ravel(), strict=True)
+    files.write_atomically(out, "".join(f"{one} {other}\n" for one, other in pairs))
     if features:
-        write = _write_hloc if str(features).endswith(".h5") else _write_kapture
-        write(Path(features), {name[file]: vector for file, vector in vectors.items()})
+        (_write_hloc if as_hloc else _write_kapture)(Path(features), vectors)
     console.log(
         f"{out}: {k} of {len(searched):,} images for each of {len(asked):,}, by their paths below "
         f"{root}{f'; their vectors are in {features}' if features else ''}."
     )
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path, root: Path) -> list[str]:
+    """Returns the names of the images of a folder, which are their paths below another one."""
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder of images.")
-    absolute = Path(os.path.abspath(folder))
-    found = list(filter(looks_like_image, archives.files_below(absolute)))
-    if not found:
-        raise InputError(f"{folder} holds no image.")
-    return found
-
-
-def _embed(paths: Sequence[Path], root: Path, network: Network) -> dict[Path, np.ndarray]:
-    """Embeds files; those that cannot be read are left out, and named."""
-    if odd := [path for path in paths if len(f"_{path.relative_to(root)}_".split()) > 1]:
+    found = filter(looks_like_image, archives.files_below(folder))
+    names = [file.relative_to(root).as_posix() for file in found]
+    if odd := [name for name in names if re.search(r"\s", name)]:
         raise InputError(
-            f"{literal(str(odd[0]))} has a space in its name, at which hloc would split it, and so "
-            f"have {len(odd) - 1:,} others. Rename them."
+            f"{literal(root / odd[0])} has a space in its name, at which hloc would split it, and "
+            f"so have {len(odd) - 1:,} others. Rename them."
         )
+    return names
 
-    def read(path: Path) -> tuple[np.ndarray, dict] | str:
+
+def _embed(root: Path, names: list[str], network: Network) -> dict[str, np.ndarray]:
+    """Embeds files; those that cannot be read are left out, and named."""
+
+    def read(name: str) -> tuple[np.ndarray, dict] | str:
         try:
-            return read_image(path, network.size), {}
+            return read_image(root / name, network.size), {}
         except (OSError, ValueError) as error:
             return str(error)
 
     vectors = {}
-    for path, reason, vector in embedding.read_and_embed(
-        paths, read, network.embed_pixels, "embedding"
-    ):
+    embedded = embedding.read_and_embed(names, read, network.embed_pixels, "embedding")
+    for name, reason, vector in embedded:
         if vector is None:
             log.warning("Left out: %s", literal(reason))
         else:
-            vectors[path] = vector
+            vectors[name] = vector
     return vectors
 
 
