@@ -28,10 +28,6 @@ __all__ = [
 ]
 
 
-# Images of a shape are embedded by so many, whatever the size of other batches: one program each.
-SHAPED = 16
-
-
 class Embeddings(NamedTuple):
     """Vectors of the test images, aligned with the splits of the data set."""
 
@@ -68,10 +64,12 @@ def embed_split(
     """
     if shapes is None or split.encoded is None:
         return embed_images(embed, split.images, batch_size, sharding, title)
-    found, rows = [], []
+    found, rows, batch_size = [], [], 16  # one size and one program a shape, in every split
     for some, images in cache.by_shape(split.encoded, shapes):
         height, width = images.shape[1:3]
-        found.append(embed_images(embed, images, SHAPED, sharding, f"{title} {width} × {height}"))
+        found.append(
+            embed_images(embed, images, batch_size, sharding, f"{title} {width} × {height}")
+        )
         rows.append(some)
     return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 

@@ -152,13 +152,10 @@ class Network:
           reference: [D], such as the mean vector of many images; see `contributions` there.
 
         Raises:
-          InputError: as `embed`; or there is no map for a descriptor, or of images that are no
-            squares.
+          InputError: as `embed`; or there is no map for a descriptor, or the aspect is kept.
         """
         if self.keeps_aspect:
-            raise InputError(
-                "explain has maps of squares only: open the network with aspect=square."
-            )
+            raise InputError("Maps are of squares: open the network with aspect='square'.")
         return explain_pair(
             self.model,
             self.variables,
@@ -205,12 +202,10 @@ def open_network(
         what was trained: the embedding, or of a published backbone the class token or else GeM.
       step: of a run's checkpoint; None for the chosen one, see `checkpoint.save`.
       revision: of a repository: a branch, a tag or a commit; None for its main branch.
-      aspect: "square" resizes images to squares; "keep" to about a dozen shapes of as many pixels,
-        of which an image takes the one whose aspect is nearest to its own: it is neither padded nor
-        cut, and seen as it would be alone. None is as config.data.aspect of the run.
+      aspect: "square" resizes images to squares, "keep" to the nearest of about a dozen shapes of
+        as many pixels, see `data.shapes`. None is as config.data.aspect of the run.
       image_size: pixels, the side of the squares; None is what was trained.
-      scales: factors of the sides; the vectors of all of them are added. Landmarks are often
-        searched by (1 / 2**0.5, 1, 2**0.5).
+      scales: factors of the sides, such as (0.71, 1, 1.41); vectors of all of them are added.
 
     Raises:
       FileNotFoundError: there is no such source, checkpoint or package, or Hugging Face cannot be

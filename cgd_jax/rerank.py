@@ -61,14 +61,13 @@ def learn_pair_whitening(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Learns a whitening from pairs of matching images (https://arxiv.org/abs/1711.02512, 3.4).
 
-    What differs within pairs becomes white, by the inverse Cholesky factor of its covariance
-    (Mikolajczyk and Matas, ICCV 2007); the directions in which the embeddings then vary most are
-    kept. Learn it on other images than those that are searched.
+    What differs within pairs becomes white, by the inverse Cholesky factor of its covariance; then
+    the directions in which embeddings vary most are kept. Learn it on other images.
 
     Args:
       embeddings: [N, D].
-      pairs: [P, 2] integers: the rows of a query and of what matches it. Directions in which no
-        pair differs, as where P is below D, count as if they differed a little.
+      pairs: [P, 2] integers: the rows of a query and of what matches it. Fewer than D leave
+        directions in which none differs; these count as if they differed a little.
       dim: number of leading components that are kept; None for all D. ValueError if it is larger.
 
     Returns:

@@ -79,11 +79,9 @@ FLAGS = {
         kind=flags.DEFINE_enum,
         options=shapes.ASPECTS,
     ),
-    "image_size": Flag(
-        "Pixels, the side of that square; else as trained.", "NUMBER", options=(1, 4096)
-    ),
+    "image_size": Flag("Pixels, the side of that square; else as trained.", "NUMBER", options=(1,)),
     "scales": Flag(
-        "Factors of the sides, of which the vectors are added, such as 0.7071,1,1.4142; else 1.",
+        "Factors of the sides, such as 0.7071,1,1.4142, of which the vectors are added; else 1.",
         "NUMBER,NUMBER",
         kind=flags.DEFINE_list,
     ),
@@ -141,20 +139,18 @@ def run(name: str, given: flags.FlagValues) -> None:
     from cgd_jax.search import commands
 
     model = given.model or given.workdir
-    if name == "pairs":
+    seen = _seen(given) if "aspect" in given else {}
+    if seen or name == "pairs":
         from cgd_jax.network import open_network
+
+        model = open_network(model, given.vector, **seen)
+    if name == "pairs":
         from cgd_jax.search.pairs import write_pairs
 
-        network = open_network(model, given.vector, **_seen(given))
-        return write_pairs(
-            given.queries, given.database, network, given.k, given.out, given.features
-        )
+        write_pairs(given.queries, given.database, model, given.k, given.out, given.features)
+        return
     address = given.index or commands.default_address(given.workdir)
     if name == "index":
-        if seen := _seen(given):
-            from cgd_jax.network import open_network
-
-            model = open_network(model, given.vector, **seen)
         commands.fill_index(
             address,
             given.images,

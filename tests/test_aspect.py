@@ -135,7 +135,7 @@ def test_another_size_and_what_is_refused(network):
     assert larger.embed(draw(20, 30)).shape == (1, network.dimension)
     with pytest.raises(InputError, match="aspect='kept': it must be one of square, keep"):
         cgd_jax.open(network.name, aspect="kept")
-    with pytest.raises(InputError, match="maps of squares only"):
+    with pytest.raises(InputError, match="Maps are of squares"):
         network.explain(draw(8, 8), draw(8, 8))
 
 

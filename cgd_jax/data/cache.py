@@ -96,7 +96,7 @@ def decoded(source: Any, size: int, crop: bool = True) -> Split:
         for numbers in _chunks(range(len(source)), CHUNK):
             rows += [_describe(example, crop) for example in source.__getitems__(numbers)]
             bar.update(len(numbers))
-    images = Images(_decoder(source.__getitems__, size, crop), np.arange(len(source)), size)
+    images = Images(_decoder(encoded(source, crop), size), np.arange(len(source)), size)
     return _split(images, rows)
 
 
@@ -110,33 +110,27 @@ def encoded(source: Any, crop: bool = True) -> Images:
     return Images(read, np.arange(len(source)), 0)
 
 
-def by_shape(encoded: Images, shapes: tuple[Shape, ...]) -> list[tuple[np.ndarray, Images]]:
+def by_shape(examples: Images, shapes: tuple[Shape, ...]) -> list[tuple[np.ndarray, Images]]:
     """Sorts examples by the nearest shape: rows [n] and images [n, H, W, 3] of each."""
 
-    def examples(numbers: list[int]) -> list[dict[str, Any]]:
-        return encoded[np.array(numbers)]
+    def work(number: int) -> Shape:
+        example = examples[number]
+        return nearest(shapes, *extent(example["image"], example.get("bbox")))
 
-    def work(numbers: list[int]) -> list[Shape]:
-        parts = ((example["image"], example.get("bbox")) for example in examples(numbers))
-        return [nearest(shapes, *extent(*part)) for part in parts]
-
-    found = [
-        shape for some in parallel(work, _chunks(range(len(encoded)), CHUNK)) for shape in some
-    ]
-    rows = {shape: np.flatnonzero([shape == other for other in found]) for shape in set(found)}
+    rows: dict[Shape, list[int]] = {}
+    for number, shape in enumerate(parallel(work, range(len(examples)))):
+        rows.setdefault(shape, []).append(number)
     return [
-        (rows[shape], Images(_decoder(examples, shape), rows[shape], shape))
-        for shape in sorted(rows)
+        (np.array(some), Images(_decoder(examples, shape), np.array(some), shape))
+        for shape, some in sorted(rows.items())
     ]
 
 
-def _decoder(
-    examples: Callable[[list[int]], list], size: int | Shape, crop: bool = True
-) -> Callable[[np.ndarray], np.ndarray]:
+def _decoder(examples: Images, size: int | Shape) -> Callable[[np.ndarray], np.ndarray]:
     """Returns what decodes examples with some numbers [B] to [B, H, W, 3], on all cores."""
 
     def work(numbers: list[int]) -> np.ndarray:
-        return pixels(examples(numbers), size, crop)
+        return pixels(examples[np.array(numbers)], size)
 
     def read(numbers: np.ndarray) -> np.ndarray:
         none = np.empty((0, *as_shape(size), 3), np.uint8)
@@ -169,12 +163,12 @@ def _checked(
     return read
 
 
-def pixels(examples: list[dict[str, Any]], size: int | Shape, crop: bool) -> np.ndarray:
+def pixels(examples: list[dict[str, Any]], size: int | Shape) -> np.ndarray:
     """Decodes examples to uint8 [B, H, W, 3], cropped to their boxes if they have any."""
     images = np.empty((len(examples), *as_shape(size), 3), np.uint8)
     for image, example in zip(images, examples, strict=True):
         try:
-            image[:] = decode(example["image"], example.get("bbox") if crop else None, size)
+            image[:] = decode(example["image"], example.get("bbox"), size)
         except ValueError as error:
             raise ValueError(f"Image {_text(example['id'])}: {error}.") from error
     return images
@@ -211,7 +205,7 @@ def _open(folder: Path, key: str, source: Any, size: int, crop: bool) -> Split:
         raise ValueError(f"it holds {len(rows)} images of {stored['key']}")
     pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(rows), size, size, 3))
     checksums = np.array([row[4] for row in rows])
-    read = _checked(pixels, checksums, _decoder(source.__getitems__, size, crop))
+    read = _checked(pixels, checksums, _decoder(encoded(source, crop), size))
     return _split(Images(read, np.arange(len(rows)), size), rows)
 
 
@@ -230,8 +224,8 @@ def _build(source: Any, folder: Path, key: str, size: int, crop: bool) -> None:
     rows: list[tuple] = []
 
     def work(numbers: list[int]) -> tuple[np.ndarray, list[tuple]]:
-        examples = source.__getitems__(numbers)
-        images = pixels(examples, size, crop)
+        examples = encoded(source, crop)[np.array(numbers)]
+        images = pixels(examples, size)
         pairs = zip(examples, images, strict=True)
         return images, [(*_describe(example, crop), zlib.crc32(image)) for example, image in pairs]
 

@@ -11,30 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cgd_jax.data.decode import (
-    Box,
-    Decoded,
-    clip,
-    decode_at_least,
-    dimensions,
-    read_file,
-    resize,
-    to_rgb,
-)
+from cgd_jax.data.decode import Box, clip, decode, dimensions, read_file, resize, to_rgb
 from cgd_jax.data.shapes import Shape, Size, nearest
 from cgd_jax.runtime.errors import InputError
 
-__all__ = [
-    "Box",
-    "at_least",
-    "cut",
-    "extent",
-    "is_one",
-    "listed",
-    "load",
-    "naming",
-    "read_image",
-]
+__all__ = ["Box", "cut", "extent", "is_one", "listed", "load", "naming", "read_image"]
 
 AN_IMAGE = (
     "An image is a file, an image of Pillow, or an array [H, W, 3] of whole numbers from 0 to 255; "
@@ -103,19 +84,13 @@ def load(image: Any) -> bytes | np.ndarray:
     raise InputError(f"Got {found}. {AN_IMAGE}{hint}")
 
 
-def at_least(content: bytes | np.ndarray, size: int | Shape, box: Box | None = None) -> Decoded:
-    """Decodes and cuts what `load` returned once, as `decode_at_least` does."""
-    if isinstance(content, bytes):
-        return decode_at_least(content, size, box)
-    height, width = content.shape[:2]
-    x0, y0, x1, y1 = clip(box, height, width)
-    return Decoded(content[y0:y1, x0:x1], height, width)
-
-
 def cut(content: bytes | np.ndarray, size: Size, box: Box | None = None) -> np.ndarray:
     """Cuts a box out of what `load` returned, and resizes it as `read_image` does."""
     shape = size if isinstance(size, int) else nearest(size, *extent(content, box))
-    return resize(at_least(content, shape, box).pixels, shape)
+    if isinstance(content, bytes):
+        return decode(content, box, shape)
+    x0, y0, x1, y1 = clip(box, *content.shape[:2])
+    return resize(content[y0:y1, x0:x1], shape)
 
 
 def extent(content: bytes | np.ndarray, box: Box | None = None) -> Shape:

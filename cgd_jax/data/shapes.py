@@ -11,7 +11,6 @@ from functools import lru_cache
 __all__ = ["ASPECTS", "RATIOS", "Shape", "Size", "as_shape", "nearest", "shapes_around"]
 
 ASPECTS = ("square", "keep")  # what may become of the aspect of images
-
 Shape = tuple[int, int]  # height, width in pixels
 Size = int | tuple[Shape, ...]  # the side of a square, or shapes of which an image takes one
 
@@ -42,9 +41,5 @@ def as_shape(size: int | Shape) -> Shape:
 
 
 def nearest(shapes: tuple[Shape, ...], height: int, width: int) -> Shape:
-    """Returns the shape whose aspect is nearest to that of an image.
-
-    >>> nearest(((2, 2), (2, 4)), 300, 500)
-    (2, 4)
-    """
+    """Returns the shape whose aspect is nearest to that of an image."""
     return min(shapes, key=lambda shape: abs(math.log(shape[1] * height / shape[0] / width)))

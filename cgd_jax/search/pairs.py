@@ -1,7 +1,6 @@
-"""Pairs of images for localization: of every query the nearest of a database, and their vectors.
+"""Pairs of images for localization, in files of hloc and of kapture.
 
-hloc (https://github.com/cvg/Hierarchical-Localization) and kapture
-(https://github.com/naver/kapture) take them as files, which `write_pairs` writes.
+https://github.com/cvg/Hierarchical-Localization, https://github.com/naver/kapture
 """
 
 import logging
@@ -73,10 +72,10 @@ def _images_below(folder: Path, root: Path) -> list[str]:
         raise InputError(f"{folder}: there is no such folder of images.")
     found = filter(looks_like_image, archives.files_below(folder))
     names = [file.relative_to(root).as_posix() for file in found]
-    if odd := [name for name in names if re.search(r"\s", name)]:
+    if odd := [name for name in names if re.search(r"[\s\ud800-\udfff]", name)]:
         raise InputError(
-            f"{literal(root / odd[0])} has a space in its name, at which hloc would split it, and "
-            f"so have {len(odd) - 1:,} others. Rename them."
+            f"{literal(root / odd[0])} has a space in its name, at which hloc would split it, or "
+            f"is not valid UTF-8; {len(odd) - 1:,} others are alike. Rename them."
         )
     return names
 
@@ -90,14 +89,11 @@ def _embed(root: Path, names: list[str], network: Network) -> dict[str, np.ndarr
         except (OSError, ValueError) as error:
             return str(error)
 
-    vectors = {}
-    embedded = embedding.read_and_embed(names, read, network.embed_pixels, "embedding")
-    for name, reason, vector in embedded:
+    embedded = list(embedding.read_and_embed(names, read, network.embed_pixels, "embedding"))
+    for _, reason, vector in embedded:
         if vector is None:
             log.warning("Left out: %s", literal(reason))
-        else:
-            vectors[name] = vector
-    return vectors
+    return {name: vector for name, _, vector in embedded if vector is not None}
 
 
 def _write_hloc(path: Path, vectors: dict[str, np.ndarray]) -> None:
