@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgd_jax.data import Dataset
+from cgd_jax.data import Dataset, Split, cache
 from cgd_jax.data.batches import prefetch
+from cgd_jax.data.dataset import Images
+from cgd_jax.data.shapes import Shape
 from cgd_jax.labels import own_index
 from cgd_jax.runtime import console, files, processes
 
@@ -19,6 +21,7 @@ __all__ = [
     "embed_images",
     "embed_pixels",
     "embed_raw_pixels",
+    "embed_split",
     "nearest",
     "own_rows",
     "ranking_inputs",
@@ -38,18 +41,43 @@ def embed_dataset(
     dataset: Dataset,
     batch_size: int,
     sharding: jax.sharding.NamedSharding,
+    shapes: tuple[Shape, ...] | None = None,
 ) -> Embeddings:
-    """Embeds the test images of a data set. Arguments as for `embed_images`."""
-    query = embed_images(embed, dataset.query.images, batch_size, sharding, "embedding queries")
+    """Embeds the test images of a data set. Arguments as for `embed_split`."""
+    how = (batch_size, sharding, shapes)
+    query = embed_split(embed, dataset.query, "embedding queries", *how)
     if dataset.gallery is None:
         return Embeddings(query, None)
-    gallery = embed_images(embed, dataset.gallery.images, batch_size, sharding, "embedding gallery")
-    return Embeddings(query, gallery)
+    return Embeddings(query, embed_split(embed, dataset.gallery, "embedding gallery", *how))
+
+
+def embed_split(
+    embed: Callable[[jax.Array], jax.Array],
+    split: Split,
+    title: str,
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding,
+    shapes: tuple[Shape, ...] | None = None,
+) -> np.ndarray:
+    """Embeds the images of a split as squares, or, given shapes, each at the nearest of these.
+
+    Other arguments as for `embed_images`. Returns [N, D] float32.
+    """
+    if shapes is None or split.encoded is None:
+        return embed_images(embed, split.images, batch_size, sharding, title)
+    found, rows, batch_size = [], [], 16  # one size and one program a shape, in every split
+    for some, images in cache.by_shape(split.encoded, shapes):
+        height, width = images.shape[1:3]
+        found.append(
+            embed_images(embed, images, batch_size, sharding, f"{title} {width} × {height}")
+        )
+        rows.append(some)
+    return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 
 
 def embed_images(
     embed: Callable[[jax.Array], jax.Array],
-    images: np.ndarray,
+    images: np.ndarray | Images,
     batch_size: int,
     sharding: jax.sharding.NamedSharding,
     title: str = "embedding",

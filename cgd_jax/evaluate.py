@@ -20,8 +20,8 @@ from cgd_jax.data import Dataset, cache, fingerprint
 from cgd_jax.embed import (
     Embeddings,
     embed_dataset,
-    embed_images,
     embed_raw_pixels,
+    embed_split,
     nearest,
     own_rows,
     ranking_inputs,
@@ -226,22 +226,24 @@ def count_parameters(state: State) -> int:
 
 
 def embed_function(run: Run, state: State, **augmentation):
-    """Returns [B, S, S, 3] uint8 → [B, D] with the weights of a state; see `cgd.embed_model`."""
-    size, variables = run.config.data.image_size, state.variables()
+    """Returns [B, H, W, 3] uint8 → [B, D] with the weights of a state; see `cgd.embed_model`."""
+    size = None if run.shapes else run.config.data.image_size
+    variables = state.variables()
     return cgd.embed_model(run.model, variables, state.normalization, size, **augmentation)
 
 
 def embed_test(run: Run, state: State, **augmentation) -> Embeddings:
     """Embeds all test images; `augmentation` as for `cgd.embed_model`."""
     embed = embed_function(run, state, **augmentation)
-    return embed_dataset(embed, run.dataset, run.config.eval.batch_size, run.batch_sharding)
+    batch_size = run.config.eval.batch_size
+    return embed_dataset(embed, run.dataset, batch_size, run.batch_sharding, run.shapes)
 
 
 def embed_training(run: Run, state: State, **augmentation) -> np.ndarray:
     """Embeds the training images: [N, D] float32."""
-    embed, images = embed_function(run, state, **augmentation), run.dataset.train.images
+    embed, split = embed_function(run, state, **augmentation), run.dataset.train
     batch_size, title = run.config.eval.batch_size, "embedding training images"
-    return embed_images(embed, images, batch_size, run.batch_sharding, title)
+    return embed_split(embed, split, title, batch_size, run.batch_sharding, run.shapes)
 
 
 def postprocess(

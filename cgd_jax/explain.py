@@ -55,9 +55,9 @@ def explain_run(
     config = read_config(workdir)
     if reason := why_no_map(config.model.descriptors):
         raise ConfigError(f"model.descriptors={config.model.descriptors!r}: {reason}")
-    network = open_network(workdir, step=step)
+    network = open_network(workdir, step=step, aspect="square")
     given = [Path(file) for file in (query, match) if file]
-    pixels = network.to_pixels(given) if given else None
+    pixels = np.stack(network.to_pixels(given)) if given else None
 
     setup = run.create_run(config, workdir)
     dataset, batch, embed_batch = setup.dataset, config.eval.batch_size, network.embed_batch

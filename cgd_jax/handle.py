@@ -1,7 +1,7 @@
 """What `cgd_jax.open` returns: a network that also makes an index of images to search."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cgd_jax import network
 
@@ -33,6 +33,7 @@ def open(
     vector: str | None = None,
     step: int | None = None,
     revision: str | None = None,
+    **options: Any,
 ) -> Network:
     """Opens a trained network, see `network.open_network`."""
-    return Network(**vars(network.open_network(source, vector, step, revision)))
+    return Network(**vars(network.open_network(source, vector, step, revision, **options)))

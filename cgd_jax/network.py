@@ -9,7 +9,7 @@ network.index("photos").search("a.jpg")
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cgd_jax.attribution import Explanation, explain_pair
 from cgd_jax.config import complete
 from cgd_jax.data.images import is_one, listed, read_image
+from cgd_jax.data.shapes import ASPECTS, Size, shapes_around
 from cgd_jax.models import backbones, pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, create_model_of, embed_model, vectors_of
 from cgd_jax.preprocess import Normalization
@@ -35,9 +36,12 @@ __all__ = ["PACKAGED", "Network", "batch_sizes", "enough", "identify", "is_run",
 # Without a network of one's own: EfficientNet-Lite0 as ImageNet trained it, pooled by GeM.
 PACKAGED = "efficientnet_lite0"
 PUBLISHED_SIZE = 224  # pixels that published backbones are given
+LARGEST = 2048  # pixels that may be asked for: an index of a stranger asks as well
 # An accelerator embeds batches of these sizes, each of which is compiled once; any number is a sum
 # of them. On a CPU every core embeds one image at a time: in a batch, an image takes longer.
 BATCHES = (1, 16, 128)
+# Of a shape, see `data.shapes`, it embeds batches of this size alone, the last one filled up.
+FILLED = 8
 
 
 @dataclass(eq=False)
@@ -55,6 +59,12 @@ class Network:
     normalization: Normalization = field(repr=False)  # of the pixels
     config: dict[str, Any] = field(repr=False)  # of the run; of a published backbone, its part
     step: int | None = None  # of the checkpoint
+    scales: tuple[float, ...] = field(default=(1.0,), repr=False)  # see `cgd.embed_model`
+
+    @property
+    def keeps_aspect(self) -> bool:
+        """Whether images keep their aspect, about, see `data.shapes`; else they become squares."""
+        return self.config["data"].get("aspect") == "keep"
 
     @property
     def image_size(self) -> int:
@@ -64,14 +74,22 @@ class Network:
     @property
     def resize(self) -> int:
         """The side in pixels that images are resized to; the network sees the center."""
-        crops = self.config["eval"]["center_crop"]
+        crops = self.config["eval"]["center_crop"] and not self.keeps_aspect
         return self.config["data"]["resize"] if crops else self.image_size
+
+    @property
+    def size(self) -> Size:
+        """What images are resized to: squares of a side, or the nearest of several shapes."""
+        if not self.keeps_aspect:
+            return self.resize
+        return shapes_around(self.image_size, getattr(self.model.backbone, "patch", 1))
 
     @cached_property
     def embed_batch(self) -> Callable[[Any], Any]:
-        """The jitted function: [B, resize, resize, 3] uint8 → [B, D] float32, unit length."""
-        size = self.image_size
-        return embed_model(self.model, self.variables, self.normalization, size, self.vector)
+        """The jitted function: [B, H, W, 3] uint8 of `size` → [B, D] float32, unit length."""
+        seen = None if self.keeps_aspect else self.image_size
+        weights = self.model, self.variables, self.normalization
+        return embed_model(*weights, seen, self.vector, scales=self.scales)
 
     @cached_property
     def dimension(self) -> int:
@@ -92,20 +110,34 @@ class Network:
             vectors.append(self.embed_pixels(self.to_pixels(images[at : at + BATCHES[-1]])))
         return np.concatenate(vectors)
 
-    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeds any number of [B, resize, resize, 3] uint8: [B, D] float32, unit length."""
-        sizes, batches, at = batch_sizes(), [], 0
-        while at < len(pixels):
-            size = max(size for size in sizes if size <= len(pixels) - at)
-            batches.append(pixels[at : at + size])
-            at += size
-        each = map if _on_accelerator() else parallel
-        embedded = each(lambda batch: np.asarray(self.embed_batch(batch), np.float32), batches)
-        return np.concatenate(list(embedded))
+    def embed_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Embeds any number of [H, W, 3] uint8 of `size`: [B, D] float32, unit length."""
+        rows: dict[tuple, list[int]] = {}
+        for row, image in enumerate(pixels):
+            rows.setdefault(image.shape, []).append(row)
+        batches = [batch for same in rows.values() for batch in self._batches(same)]
 
-    def to_pixels(self, images: Any) -> np.ndarray:
+        def embed(batch: np.ndarray) -> np.ndarray:
+            images = np.stack([pixels[row] for row in batch])
+            return np.asarray(self.embed_batch(images), np.float32)
+
+        vectors = np.empty((len(pixels), self.dimension), np.float32)
+        each = map if _on_accelerator() else parallel
+        for batch, found in zip(batches, each(embed, batches), strict=True):
+            vectors[batch] = found
+        return vectors
+
+    def _batches(self, rows: list[int]) -> Iterator[np.ndarray]:
+        """Divides rows of one shape into batches; some rows may be in the last one twice."""
+        sizes = (min(FILLED, batch_sizes()[-1]),) if self.keeps_aspect else batch_sizes()
+        while rows:
+            size = max((size for size in sizes if size <= len(rows)), default=sizes[0])
+            yield np.resize(rows[:size], size)
+            rows = rows[size:]
+
+    def to_pixels(self, images: Any) -> list[np.ndarray]:
         """Brings images into the form that `embed_pixels` takes; raises as `embed`."""
-        return np.stack(list(parallel(partial(read_image, size=self.resize), listed(images))))
+        return list(parallel(partial(read_image, size=self.size), listed(images)))
 
     def similarity(self, a: Any, b: Any) -> float | np.ndarray:
         """Compares images: the cosine of two; of lists or batches, all cosines [A, B]."""
@@ -121,13 +153,15 @@ class Network:
           reference: [D], such as the mean vector of many images; see `contributions` there.
 
         Raises:
-          InputError: as `embed`; or there is no map for a descriptor.
+          InputError: as `embed`; or there is no map for a descriptor, or the aspect is kept.
         """
+        if self.keeps_aspect:
+            raise InputError("Maps are of squares: open the network with aspect='square'.")
         return explain_pair(
             self.model,
             self.variables,
             self.normalization,
-            self.to_pixels([a, b]),
+            np.stack(self.to_pixels([a, b])),
             self.image_size,
             reference,
             self.vector,
@@ -153,6 +187,10 @@ def open_network(
     vector: str | None = None,
     step: int | None = None,
     revision: str | None = None,
+    *,
+    aspect: str | None = None,
+    image_size: int | None = None,
+    scales: Sequence[float] = (1.0,),
 ) -> Network:
     """Opens a trained network. Nothing else of a run is needed, and no data set.
 
@@ -165,6 +203,10 @@ def open_network(
         what was trained: the embedding, or of a published backbone the class token or else GeM.
       step: of a run's checkpoint; None for the chosen one, see `checkpoint.save`.
       revision: of a repository: a branch, a tag or a commit; None for its main branch.
+      aspect: "square" resizes images to squares, "keep" to the nearest of about a dozen shapes of
+        as many pixels, see `data.shapes`. None is as config.data.aspect of the run.
+      image_size: pixels, the side of the squares; None is what was trained.
+      scales: factors of the sides, such as (0.71, 1, 1.41); vectors of all of them are added.
 
     Raises:
       FileNotFoundError: there is no such source, checkpoint or package, or Hugging Face cannot be
@@ -179,9 +221,21 @@ def open_network(
         name = f"{name}@{revision}"
     found = _read(name, step)
     weights, config, published = found.weights, found.config, "params" not in found.weights
+    data = config["data"]
+    if image_size is not None and not 0 < image_size <= LARGEST:
+        raise InputError(f"image_size={image_size}: it must be from 1 to {LARGEST} pixels.")
+    if image_size:
+        scaled = round(data["resize"] * image_size / data["image_size"])
+        data |= {"image_size": image_size, "resize": scaled}
+    data["aspect"] = aspect or data["aspect"]
+    if data["aspect"] not in ASPECTS:
+        raise InputError(f"aspect={aspect!r}: it must be one of {', '.join(ASPECTS)}.")
+    scales = tuple(scales)
+    if not (0 < len(scales) <= 8 and all(0 < scale <= 4 for scale in scales)):
+        raise InputError(f"scales={scales}: give 1 to 8 factors up to 4, such as (0.7, 1, 1.4).")
     described = SimpleNamespace(**config["model"])
     model = create_model(described, 1) if published else create_model_of(described, weights)
-    size = config["data"]["image_size"]
+    size = data["image_size"]
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -194,9 +248,8 @@ def open_network(
     vector = vector or known[0]
     if vector not in known:
         raise InputError(f"vector={vector}: {name} has no such vector, but {', '.join(known)}.")
-    return Network(
-        name, found.hash, vector, model, variables, found.normalization, config, found.step
-    )
+    of_weights = (model, variables, found.normalization)
+    return Network(name, found.hash, vector, *of_weights, config, found.step, scales)
 
 
 def identify(source: str | Path | None) -> tuple[str, str]:
@@ -270,7 +323,7 @@ def _published(
         "freeze_batch_norm": family.batch_norm,
     }
     model = complete({"model": described})["model"]
-    data = {"image_size": PUBLISHED_SIZE, "resize": PUBLISHED_SIZE}
+    data = {"image_size": PUBLISHED_SIZE, "resize": PUBLISHED_SIZE, "aspect": ASPECTS[0]}
     config = {"model": model, "data": data, "eval": {"center_crop": False}}
     if name == PACKAGED:  # without the classifier, else every search would log that it is left out
         arrays = {key: array for key, array in arrays.items() if not key.startswith("_fc.")}

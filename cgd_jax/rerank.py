@@ -16,7 +16,14 @@ from scipy import sparse
 from cgd_jax.ranking import normalize
 from cgd_jax.retrieval import check_matrix, check_rows, top_k
 
-__all__ = ["augment_database", "expand_queries", "k_reciprocal", "learn_whitening", "whiten"]
+__all__ = [
+    "augment_database",
+    "expand_queries",
+    "k_reciprocal",
+    "learn_pair_whitening",
+    "learn_whitening",
+    "whiten",
+]
 
 
 def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +54,47 @@ def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.n
         raise ValueError(f"dim must be from 1 to {spanned}, which these embeddings span; got {dim}")
     projection = axes[:, :dim] / np.sqrt(variance[:dim])
     return mean.astype(np.float32), projection.astype(np.float32)
+
+
+def learn_pair_whitening(
+    embeddings: ArrayLike, pairs: ArrayLike, dim: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Learns a whitening from pairs of matching images (https://arxiv.org/abs/1711.02512, 3.4).
+
+    What differs within pairs becomes white, by the inverse Cholesky factor of its covariance; then
+    the directions in which embeddings vary most are kept. Learn it on other images.
+
+    Args:
+      embeddings: [N, D].
+      pairs: [P, 2] integers: the rows of a query and of what matches it. Fewer than D leave
+        directions in which none differs; these count as if they differed a little.
+      dim: number of leading components that are kept; None for all D. ValueError if it is larger.
+
+    Returns:
+      (mean [D] of the queries, projection [D, dim]), float32, for `whiten`.
+
+    >>> mean, projection = learn_pair_whitening([[1, 0], [0, 1], [1, 1]], [[0, 2], [1, 2]], dim=1)
+    >>> mean.shape, projection.shape
+    ((2,), (2, 1))
+    """
+    x, pairs = _unit("embeddings", embeddings).astype(np.float64), np.asarray(pairs)
+    size = x.shape[1]
+    if pairs.shape != (len(pairs), 2) or pairs.dtype.kind not in "iu" or not len(pairs):
+        raise ValueError(f"pairs must be integers [P, 2]; got {pairs.dtype} {pairs.shape}")
+    if not 0 <= pairs.min() <= pairs.max() < len(x):
+        raise ValueError(f"pairs must be rows below {len(x)}; got {pairs.min()} to {pairs.max()}")
+    dim = size if dim is None else dim
+    if not 1 <= dim <= size:
+        raise ValueError(f"dim must be from 1 to {size}, the length of the embeddings; got {dim}")
+    mean = x[pairs[:, 0]].mean(0)
+    difference = x[pairs[:, 0]] - x[pairs[:, 1]]
+    covariance, jitter = difference.T @ difference / len(pairs), 0.0
+    while np.linalg.eigvalsh(covariance + jitter * np.eye(size))[0] <= 1e-12:
+        jitter = max(10 * jitter, 1e-10)
+    within = np.linalg.inv(np.linalg.cholesky(covariance + jitter * np.eye(size)))
+    white = (x - mean) @ within.T
+    axes = np.linalg.eigh(white.T @ white)[1][:, ::-1]
+    return mean.astype(np.float32), (within.T @ axes[:, :dim]).astype(np.float32)
 
 
 def whiten(embeddings: ArrayLike, mean: np.ndarray, projection: np.ndarray) -> np.ndarray:

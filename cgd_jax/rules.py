@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import combination, config_files, data, losses, pooling, retrieval
 from cgd_jax.config import flatten
+from cgd_jax.data import shapes
 from cgd_jax.models import backbones, cgd, resnet
 from cgd_jax.runtime.errors import ConfigError
 
@@ -62,6 +63,7 @@ RULES: dict[str, Rule] = {
     "data.name": one_of(data.NAMES),
     "data.test_name": one_of(("", *data.NAMES)),
     "data.radius": _above_0,
+    "data.aspect": one_of(shapes.ASPECTS),
     "data.cache": one_of(("disk", "none")),
     "data.max_bad_fraction": Rule(lambda share: 0 <= share <= 1, "must be a share, 0 to 1"),
     "data.test_fraction": Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from cgd_jax import checkpoint
 from cgd_jax.data import Dataset
 from cgd_jax.data.load import load_dataset
+from cgd_jax.data.shapes import Shape, shapes_around
 from cgd_jax.data.validation import hold_out
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, network_params
@@ -50,6 +51,14 @@ class Run(NamedTuple):
         mesh = self.batch_sharding.mesh
         assert isinstance(mesh, jax.sharding.Mesh)  # an abstract one has no devices
         return mesh
+
+    @property
+    def shapes(self) -> tuple[Shape, ...] | None:
+        """What test images are resized to that keep their aspect; None where they are squares."""
+        if self.config.data.aspect == "square":
+            return None
+        patch = getattr(self.model.backbone, "patch", 1)
+        return shapes_around(self.config.data.image_size, patch)
 
     def create_state(self) -> State:
         """Returns the state at step 0 with random weights; the same config gives the same."""

@@ -1,7 +1,10 @@
 """The commands of search: index, search, serve."""
 
+from typing import Any
+
 from absl import flags
 
+from cgd_jax.data import shapes
 from cgd_jax.flags import Command, Flag
 
 __all__ = ["COMMANDS", "FLAGS", "check", "run"]
@@ -10,7 +13,7 @@ COMMANDS = {
     "index": Command(
         "embeds your own images into an index, or brings it up to date",
         "IMAGES",
-        "index model images vector precision whiten prune",
+        "index model images vector precision whiten aspect image_size scales prune",
         "images",
         "search",
     ),
@@ -19,6 +22,13 @@ COMMANDS = {
         "A.jpg",
         "index model query k where exact crop duplicates similarity json picture",
         "query",
+        "search",
+    ),
+    "pairs": Command(
+        "writes which images of a database are most like each query, for hloc and kapture",
+        "QUERIES DATABASE --k=50",
+        "model queries database k out features vector aspect image_size scales",
+        "queries database",
         "search",
     ),
     "serve": Command(
@@ -65,6 +75,27 @@ FLAGS = {
     "prune": Flag(
         "Also removes images whose folders are gone, empty or cannot be read: a disk may be away."
     ),
+    "aspect": Flag(
+        "What images are resized to: a square, or about a dozen shapes of as many pixels (keep), "
+        "of which each takes the nearest; else as the network was trained.",
+        "NAME",
+        kind=flags.DEFINE_enum,
+        options=shapes.ASPECTS,
+    ),
+    "image_size": Flag(
+        "Pixels, the side of that square; else as trained.", "NUMBER", options=(1, 2048)
+    ),
+    "scales": Flag(
+        "Factors of the sides, such as 0.7071,1,1.4142, of which the vectors are added; else 1.",
+        "NUMBER,NUMBER",
+        kind=flags.DEFINE_list,
+    ),
+    "queries": Flag("A folder of images.", "FOLDER"),
+    "database": Flag("Another, in which those most like them are found.", "FOLDER"),
+    "out": Flag("The text file of pairs; else pairs.txt.", "FILE", default="pairs.txt"),
+    "features": Flag(
+        "Where to write the vectors too: FILE.h5 as hloc has it, else a folder of kapture.", "FILE"
+    ),
     "k": Flag("How many images; else 20.", "NUMBER", default=20, options=(1,)),
     "where": Flag("Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"),
     "exact": Flag("Compares with every image."),
@@ -96,6 +127,8 @@ def check(name: str, given: flags.FlagValues) -> None:
         raise flags.Error("--workdir and --model both name a network; give one of them.")
     if name == "index" and not given.images:
         raise flags.Error("say what to index: --images=IMAGES, a folder, an archive or a CSV.")
+    if name == "pairs" and not (given.queries and given.database):
+        raise flags.Error("give two folders of images: those to find pairs for, and a database.")
     if name != "search":
         return
     if bool(given.query) == given.duplicates:
@@ -110,8 +143,18 @@ def run(name: str, given: flags.FlagValues) -> None:
     """Does what a command says."""
     from cgd_jax.search import commands
 
-    address = given.index or commands.default_address(given.workdir)
     model = given.model or given.workdir
+    seen = _seen(given) if "aspect" in given else {}
+    if seen or name == "pairs":
+        from cgd_jax.network import open_network
+
+        model = open_network(model, given.vector, **seen)
+    if name == "pairs":
+        from cgd_jax.search.pairs import write_pairs
+
+        write_pairs(given.queries, given.database, model, given.k, given.out, given.features)
+        return
+    address = given.index or commands.default_address(given.workdir)
     if name == "index":
         commands.fill_index(
             address,
@@ -142,6 +185,16 @@ def run(name: str, given: flags.FlagValues) -> None:
         if given.images:
             commands.fill_index(address, given.images, model)
         serve(address, model, host=given.host, port=given.port, show_paths=given.show_paths)
+
+
+def _seen(given: flags.FlagValues) -> dict[str, Any]:
+    """Returns how a network is to see images, as `network.open_network` takes it."""
+    try:
+        scales = [float(scale) for scale in given.scales or ()]
+    except ValueError:
+        raise flags.Error(f"--scales={','.join(given.scales)}: give numbers, 0.7,1,1.4.") from None
+    seen = {"aspect": given.aspect, "image_size": given.image_size, "scales": scales}
+    return {name: value for name, value in seen.items() if value}
 
 
 def share_of_files(given: flags.FlagValues) -> tuple[int, int]:

@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     data.dir = ""  # where data sets and caches are built; "": where TFDS puts them
     data.resize = 252  # pixels: training images are resized to this square, ratio not kept
     data.image_size = 224  # pixels the network sees, a square
+    # "keep": embeds test images in about a dozen shapes of image_size² pixels, of which each takes
+    # the nearest; training crops squares all the same.
+    data.aspect = "square"
     data.bbox_crop = True  # cuts out the bounding box first, where there is one (CUB, CARS)
     data.cache = "disk"  # "none": decode as needed, for sets larger than the disk
     data.allow_incomplete = False  # goes on though counts differ from the published ones

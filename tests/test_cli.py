@@ -96,7 +96,7 @@ def test_a_study_brings_its_config(tmp_path, monkeypatch):
     [
         (["train", "--steps=3"], "there is no flag --steps; did you mean --train.steps=?"),
         (["search", "a.jpg", "--k=abc"], "flag --k=abc: it must be a whole number."),
-        (["eval", "--k=3"], "--k goes with `search`, not with `eval`."),
+        (["eval", "--k=3"], "--k goes with `search` and `pairs`, not with `eval`."),
         (["index", "a", "--nothing"], "there is no flag --nothing; `index --help` lists"),
         (["study"], "say which study: auxiliary, "),
         (["index"], "say what to index"),

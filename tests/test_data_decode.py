@@ -157,8 +157,8 @@ def test_orientation_of_dimensions_crops_boxes_thumbnails_and_pixels(kind):
         for content in (data, turned, whole):  # as a network or a search crops them
             part = images.cut(images.load(content), 8, (4, 8, 28, 24))
             assert np.abs(part - resize(whole[8:24, 4:28], 8).astype(int)).mean() < 8
-            found = images.at_least(images.load(content), 8, (4, 8, 28, 24))
-            assert found[1:] == (height, width)
+            assert images.extent(images.load(content)) == (height, width)
+            assert images.extent(images.load(content), (4, 8, 28, 24)) == (16, 24)
         box = decode(data, bbox=(4, 8, 30, 28))
         assert np.abs(box - upright[8:28, 4:30]).mean() < 8
         small = decode(data, size=8)  # a JPEG is decoded reduced, and turned then

@@ -34,6 +34,7 @@ NOT_RUN = {
 # What stands in for what the pages speak of, in a folder where the first words lie.
 STAND_INS = {
     r"\b(PHOTOS|IMAGES|photos)\b": "images",
+    r"\bSTREETS\b": "streets",
     r"\bruns/(x|photos|[smg])(?=\s)": "runs/glyphs",
     r"validation_fraction=0\.2": "validation_fraction=0.34",
     r"--config=(configs/)?(glyphs|cub200|sop)(\.py)?(?=[:\s])": f"--config={ROOT}/tests/tiny.py",
@@ -50,6 +51,8 @@ def folder(finished_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     for label, i in itertools.product(range(8), range(4)):
         photograph(folder / f"images/class {label}/{i}.png", seed=4 * label + i)
+    for i in range(4):
+        photograph(folder / "streets" / ("queries", "database")[i % 2] / f"{i}.jpg", i)
     for name in ("a.jpg", "b.jpg", "A.jpg", "B.jpg", "A.png", "B.png"):
         photograph(folder / name, len(name))
     network = str(write_network(folder / "network"))
@@ -91,7 +94,7 @@ def test_a_command_of_the_pages(text, folder, finished_run, monkeypatch):
         shutil.rmtree(folder / "runs/tiny", ignore_errors=True)
         if command != "train":
             shutil.copytree(folder / "evaluated", folder / "runs/tiny")
-    elif command in ("index", "search", "serve") and "--workdir" not in text:
+    elif command in ("index", "search", "serve", "pairs") and "--workdir" not in text:
         words += ["--model=network"]
     elif "image_folder" in text:
         words += [f"--data.dir={folder}/data", *TINY, "--model.frozen_blocks=1"]

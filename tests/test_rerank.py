@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+from scipy import linalg
 
 from cgd_jax import metrics, rerank
 
 
 def unit(rng, rows, dim=5):
     x = rng.normal(size=(rows, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def unit_rows(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
@@ -42,6 +47,60 @@ def test_whitening_keeps_what_the_embeddings_span():
             rerank.learn_whitening(x, dim)
     with pytest.raises(ValueError, match="7 dimensions"):
         rerank.whiten(np.ones((2, 3)), *rerank.learn_whitening(flat))
+
+
+def test_pair_whitening_equals_its_definition():
+    """Radenović et al., section 3.4, by generalized eigenvectors in place of Cholesky's factor."""
+    rng = np.random.default_rng(5)
+    places = rng.normal(size=(60, 8)) * np.linspace(0.3, 2, 8)
+    x = unit_rows(np.repeat(places, 3, 0) + rng.normal(size=(180, 8)) * np.linspace(0.5, 0.1, 8))
+    pairs = np.array([(3 * i, 3 * i + j) for i in range(60) for j in (1, 2)])
+    mean, projection = rerank.learn_pair_whitening(4 * x, pairs, 5)
+    np.testing.assert_allclose(mean, x[::3].mean(0), atol=1e-6)
+    within = np.mean([np.outer(x[a] - x[b], x[a] - x[b]) for a, b in pairs], 0)
+    # Whatever factor of the covariance is inverted, the kept directions solve the same problem:
+    # the spread over the differences within pairs, largest first.
+    spread = (x - mean).T @ (x - mean)
+    values, vectors = linalg.eigh(spread, within)
+    np.testing.assert_allclose(projection.T @ within @ projection, np.eye(5), atol=1e-4)
+    kept = projection.T @ spread @ projection
+    np.testing.assert_allclose(kept, np.diag(values[::-1][:5]), atol=1e-3 * values[-1])
+    ours = projection / np.linalg.norm(projection, axis=0)
+    theirs = vectors[:, ::-1][:, :5] / np.linalg.norm(vectors[:, ::-1][:, :5], axis=0)
+    np.testing.assert_allclose(np.abs(np.sum(ours * theirs, 0)), 1, atol=1e-4)
+    found = rerank.whiten(x, mean, projection)
+    np.testing.assert_allclose(found, unit_rows((x - mean) @ projection), atol=1e-5)
+
+
+def test_pair_whitening_finds_what_tells_places_apart():
+    """Half of the directions say where, half when, which whitening by pairs turns down."""
+    rng = np.random.default_rng(6)
+    draw = lambda where: np.concatenate([where, 3 * rng.normal(size=where.shape)], 1)
+    where = rng.normal(size=(200, 6))
+    learned = np.concatenate([draw(where), draw(where)])
+    pairs = np.stack([np.arange(200), np.arange(200) + 200], 1)
+    whitening = rerank.learn_pair_whitening(learned, pairs)
+    other = rng.normal(size=(200, 6))
+    query, gallery = draw(other), draw(other)
+    recall = lambda a, b: metrics.recall_at_k(a, np.arange(200), b, np.arange(200), ks=(1,))[1]
+    plain = recall(query, gallery)
+    by_pairs = recall(rerank.whiten(query, *whitening), rerank.whiten(gallery, *whitening))
+    assert by_pairs > plain + 0.5
+
+
+def test_pair_whitening_of_few_pairs_and_of_what_is_wrong():
+    x = unit(np.random.default_rng(7), 10)
+    mean, projection = rerank.learn_pair_whitening(x, [[0, 1], [2, 3]])
+    assert projection.shape == (5, 5) and np.isfinite(projection).all()
+    for pairs, dim, message in (
+        ([[0, 10]], None, "rows below 10; got 0 to 10"),
+        ([[0.0, 1.0]], None, "integers"),
+        ([0, 1], None, "integers"),
+        (np.zeros((0, 2), int), None, "integers"),
+        ([[0, 1]], 6, "dim must be from 1 to 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rerank.learn_pair_whitening(x, pairs, dim)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])

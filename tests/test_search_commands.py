@@ -29,7 +29,7 @@ def filled(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch):
     """The stand-in is found by its name."""
-    monkeypatch.setattr(networks, "open_network", lambda source, vector=None: stand_in())
+    monkeypatch.setattr(networks, "open_network", lambda source, vector=None, **seen: stand_in())
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
 
 
@@ -101,7 +101,7 @@ def test_a_part_of_the_query(filled):
     "arguments, message",
     [
         (["--mode=index"], "say what to index: --images=IMAGES"),
-        (["--mode=index", "--images=a", "--k=3"], "--k goes with `search`, not with `index`"),
+        (["--mode=index", "--images=a", "--k=3"], "--k goes with `search` and `pairs`, not"),
         (["--mode=search", "--query=a", "--images=a"], "--images goes with `index` and `serve`"),
         (["--mode=search"], "say what to search by, --query=a.jpg, or look for --duplicates."),
         (["--mode=search", "--query=a", "--duplicates"], "or look for --duplicates."),

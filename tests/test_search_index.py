@@ -189,7 +189,7 @@ def test_another_network_is_refused_with_both_named(filled, changes, named, monk
         with pytest.raises(InputError, match=message):
             make(index.address, other)
     # It is known only when the network is opened.
-    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: other)
+    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector, **seen: other)
     with pytest.raises(InputError, match=message):
         Index.open(index.address).embed([Image.new("RGB", (8, 8))])
 
@@ -250,7 +250,7 @@ def test_a_strangers_index_makes_nobody_ask_the_hub(tmp_path, name, monkeypatch)
     photograph(tmp_path / "a.png", 1)
     Index.create(tmp_path / "index", stand_in(name)).add([tmp_path / "a.png"])
     asked = []
-    open_network = lambda source, vector: asked.append(source) or stand_in(source)
+    open_network = lambda source, vector, **seen: asked.append(source) or stand_in(source)
     monkeypatch.setattr(indexes.networks, "open_network", open_network)
     monkeypatch.chdir(tmp_path)
     index = Index.open("index")
@@ -295,7 +295,7 @@ def test_what_a_strangers_index_says_is_compared_before_it_is_used(
     with contextlib.suppress(InputError, StoreError):
         Index.create(tmp_path / "index", stand_in())
     monkeypatch.undo()
-    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: stand_in())
+    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector, **seen: stand_in())
     address, photos = str(tmp_path / "index"), tmp_path / "photos"
     for use in (
         lambda: queries.ask(Index.open(address), [str(photos)]),
@@ -313,7 +313,7 @@ def test_a_whitening_of_another_network_is_refused(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     whitening = rng.normal(size=12), rng.normal(size=(12, 5))
     Index.create(tmp_path / "index", stand_in(dimension=12), whitening=whitening)
-    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector: stand_in())
+    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector, **seen: stand_in())
     with pytest.raises(InputError, match="whitened_from 12, here 16"):
         Index.open(tmp_path / "index").search(Image.new("RGB", (8, 8)))
 

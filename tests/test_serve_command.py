@@ -41,7 +41,7 @@ def started(monkeypatch):
         seen.status = seen.client.get("/about").status_code
 
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    monkeypatch.setattr(networks, "open_network", lambda source, vector=None: stand_in())
+    monkeypatch.setattr(networks, "open_network", lambda source, vector=None, **seen: stand_in())
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.delenv("CGD_JAX_TOKEN", raising=False)
     return seen

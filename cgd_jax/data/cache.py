@@ -27,6 +27,8 @@ import numpy as np
 
 from cgd_jax.data.dataset import Images, Split, printable
 from cgd_jax.data.decode import decode
+from cgd_jax.data.images import extent
+from cgd_jax.data.shapes import Shape, as_shape, nearest
 from cgd_jax.runtime.console import progress, quantity
 from cgd_jax.runtime.locks import one_at_a_time
 from cgd_jax.runtime.threads import parallel
@@ -94,18 +96,44 @@ def decoded(source: Any, size: int, crop: bool = True) -> Split:
         for numbers in _chunks(range(len(source)), CHUNK):
             rows += [_describe(example, crop) for example in source.__getitems__(numbers)]
             bar.update(len(numbers))
-    images = Images(_decoder(source, size, crop), np.arange(len(source)), size)
+    images = Images(_decoder(encoded(source, crop), size), np.arange(len(source)), size)
     return _split(images, rows)
 
 
-def _decoder(source: Any, size: int, crop: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns what decodes the images with some numbers [B] to [B, size, size, 3], on all cores."""
+def encoded(source: Any, crop: bool = True) -> Images:
+    """Opens the examples of a split themselves, without their boxes unless they are cut out."""
+
+    def read(numbers: np.ndarray) -> list[dict[str, Any]]:
+        examples = source.__getitems__(numbers.tolist())
+        return examples if crop else [{**example, "bbox": None} for example in examples]
+
+    return Images(read, np.arange(len(source)), 0)
+
+
+def by_shape(examples: Images, shapes: tuple[Shape, ...]) -> list[tuple[np.ndarray, Images]]:
+    """Sorts examples by the nearest shape: rows [n] and images [n, H, W, 3] of each."""
+
+    def work(number: int) -> Shape:
+        example = examples[number]
+        return nearest(shapes, *extent(example["image"], example.get("bbox")))
+
+    rows: dict[Shape, list[int]] = {}
+    for number, shape in enumerate(parallel(work, range(len(examples)))):
+        rows.setdefault(shape, []).append(number)
+    return [
+        (np.array(some), Images(_decoder(examples, shape), np.array(some), shape))
+        for shape, some in sorted(rows.items())
+    ]
+
+
+def _decoder(examples: Images, size: int | Shape) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns what decodes examples with some numbers [B] to [B, H, W, 3], on all cores."""
 
     def work(numbers: list[int]) -> np.ndarray:
-        return pixels(source.__getitems__(numbers), size, crop)
+        return pixels(examples[np.array(numbers)], size)
 
     def read(numbers: np.ndarray) -> np.ndarray:
-        none = np.empty((0, size, size, 3), np.uint8)
+        none = np.empty((0, *as_shape(size), 3), np.uint8)
         return np.concatenate([none, *parallel(work, _chunks(numbers.tolist(), 4))])
 
     return read
@@ -135,12 +163,12 @@ def _checked(
     return read
 
 
-def pixels(examples: list[dict[str, Any]], size: int, crop: bool) -> np.ndarray:
-    """Decodes examples to uint8 [B, size, size, 3], cropped to their boxes if they have any."""
-    images = np.empty((len(examples), size, size, 3), np.uint8)
+def pixels(examples: list[dict[str, Any]], size: int | Shape) -> np.ndarray:
+    """Decodes examples to uint8 [B, H, W, 3], cropped to their boxes if they have any."""
+    images = np.empty((len(examples), *as_shape(size), 3), np.uint8)
     for image, example in zip(images, examples, strict=True):
         try:
-            image[:] = decode(example["image"], example.get("bbox") if crop else None, size)
+            image[:] = decode(example["image"], example.get("bbox"), size)
         except ValueError as error:
             raise ValueError(f"Image {_text(example['id'])}: {error}.") from error
     return images
@@ -177,7 +205,7 @@ def _open(folder: Path, key: str, source: Any, size: int, crop: bool) -> Split:
         raise ValueError(f"it holds {len(rows)} images of {stored['key']}")
     pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(rows), size, size, 3))
     checksums = np.array([row[4] for row in rows])
-    read = _checked(pixels, checksums, _decoder(source, size, crop))
+    read = _checked(pixels, checksums, _decoder(encoded(source, crop), size))
     return _split(Images(read, np.arange(len(rows)), size), rows)
 
 
@@ -196,8 +224,8 @@ def _build(source: Any, folder: Path, key: str, size: int, crop: bool) -> None:
     rows: list[tuple] = []
 
     def work(numbers: list[int]) -> tuple[np.ndarray, list[tuple]]:
-        examples = source.__getitems__(numbers)
-        images = pixels(examples, size, crop)
+        examples = encoded(source, crop)[np.array(numbers)]
+        images = pixels(examples, size)
         pairs = zip(examples, images, strict=True)
         return images, [(*_describe(example, crop), zlib.crc32(image)) for example, image in pairs]
 

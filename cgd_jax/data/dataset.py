@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cgd_jax.data.shapes import Shape, as_shape
 from cgd_jax.runtime.errors import InputError
 
 if TYPE_CHECKING:  # networks are opened without it
@@ -19,16 +20,16 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Images:
-    """Images [N, S, S, 3] uint8 that are read when they are asked for, indexed as an array is."""
+    """Images [N, H, W, 3] uint8 that are read when they are asked for, indexed as an array is."""
 
-    def __init__(self, read: Callable[[np.ndarray], np.ndarray], numbers: np.ndarray, size: int):
-        self._read, self._numbers = read, numbers  # `read` makes [B, S, S, 3] of numbers [B]
-        self.shape = (len(numbers), size, size, 3)
+    def __init__(self, read: Callable[[np.ndarray], Any], numbers: np.ndarray, size: int | Shape):
+        self._read, self._numbers = read, numbers  # `read` makes [B, H, W, 3] of numbers [B]
+        self.shape = (len(numbers), *as_shape(size), 3)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, indices) -> np.ndarray:
+    def __getitem__(self, indices) -> Any:
         chosen = self._numbers[indices]
         images = self._read(np.atleast_1d(chosen))
         return images if chosen.ndim else images[0]
@@ -43,10 +44,10 @@ class Split(NamedTuple):
     class_names: dict[int, str]  # class number → name
     skipped: int = 0  # files that could not be used
     contents: np.ndarray | None = None  # [N] int64, equal where the files of images are
-    truth: "Truth | None" = (
-        None  # of queries: what they find in the gallery, where no class says it
-    )
+    # Of queries: what they find in the gallery, where no class says it.
+    truth: "Truth | None" = None
     cache: Path | None = None  # the folder of caches, where resized images are kept
+    encoded: Images | None = None  # of examples, see `cache.encoded`; to keep their aspect
 
 
 def rows_of(split: Split, chosen: np.ndarray) -> Split:
@@ -54,8 +55,13 @@ def rows_of(split: Split, chosen: np.ndarray) -> Split:
     if chosen.all():
         return split
     rows = np.flatnonzero(chosen)
+    images, encoded = (
+        None if part is None else Images(part.__getitem__, rows, part.shape[1])
+        for part in (split.images, split.encoded)
+    )
     return split._replace(
-        images=Images(split.images.__getitem__, rows, split.images.shape[1]),
+        images=images,
+        encoded=encoded,
         labels=split.labels[rows],
         ids=[split.ids[i] for i in rows],
         contents=None if split.contents is None else np.asarray(split.contents)[rows],

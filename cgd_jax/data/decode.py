@@ -6,7 +6,7 @@ other formats) through Pillow. OpenCV resizes. All three release the GIL, so tha
 cores. Colors of another profile than sRGB become those of sRGB.
 
 Resizing averages when it shrinks (every source pixel counts, nothing aliases) and
-interpolates linearly when it enlarges; the aspect ratio is not kept. Pillow's bilinear
+interpolates linearly when it enlarges, to a square unless a shape is given. Pillow's bilinear
 filter, which followers of the paper use, averages a somewhat wider window:
 `benchmarks/decoding.py` measures the difference, in the mean one grey level of 255 or less
 on most photos and two on very detailed ones.
@@ -31,6 +31,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from cgd_jax.data.shapes import Shape, as_shape
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import describe_impostor, read_regular
 
@@ -99,8 +100,8 @@ PLAIN = 3
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image as displayed
 
 
-def decode(data: bytes, bbox: Box | None = None, size: int | None = None) -> np.ndarray:
-    """Decodes an image, cuts out a box and resizes it: uint8 [size, size, 3] of sRGB, or [H, W, 3].
+def decode(data: bytes, bbox: Box | None = None, size: int | Shape | None = None) -> np.ndarray:
+    """Decodes an image, cuts out a box and resizes it: uint8 [H, W, 3] of sRGB; see `resize`.
 
     The box is clipped to the image and widened to whole pixels. Transparency is laid on white, 16
     bits are scaled to 8, the first frame stands for an animation. Raises ValueError, whose message
@@ -118,16 +119,19 @@ class Decoded(NamedTuple):
     width: int
 
 
-def decode_at_least(data: bytes, side: int | None = None, box: Box | None = None) -> Decoded:
-    """Decodes and cuts an image once, for `resize` to make every size up to `side` of it.
+def decode_at_least(
+    data: bytes, size: int | Shape | None = None, box: Box | None = None
+) -> Decoded:
+    """Decodes and cuts an image once, for `resize` to make every size up to `size` of it.
 
-    A JPEG is reduced as far as no side falls below `side`, so that `resize` to `side` gives what
-    `decode` does; without a side, and in other formats, nothing is reduced. Raises as `decode`.
+    A JPEG is reduced as far as no side falls below `size`, so that `resize` to `size` gives what
+    `decode` does; without a size, and in other formats, nothing is reduced. Raises as `decode`.
     """
     with _opened(data) as image:
         height, width = _size(image)
         x0, y0, x1, y1 = clip(box, height, width)
-        largest = 1 if side is None else max(min(y1 - y0, x1 - x0) / side, 1)
+        tall, wide = as_shape(size or (y1 - y0, x1 - x0))
+        largest = max(min((y1 - y0) / tall, (x1 - x0) / wide), 1)
         pixels = _read(image, data, max(r for r in REDUCTIONS if r <= largest))
     if box is not None:
         down, across = pixels.shape[0] / height, pixels.shape[1] / width
@@ -147,14 +151,15 @@ def clip(box: Box | None, height: int, width: int) -> tuple[int, int, int, int]:
     return math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] to [size, size, 3] without aliasing."""
-    factor = max(image.shape[:2]) / size
+def resize(image: np.ndarray, size: int | Shape) -> np.ndarray:
+    """Resizes uint8 [H, W, 3] to [size, size, 3], or to a shape, without aliasing."""
+    height, width = as_shape(size)
+    factor = max(image.shape[0] / height, image.shape[1] / width)
     if factor <= 4 / 3:  # Enlarged, or so little smaller that every pixel still counts.
-        return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     if factor <= 4:  # Twice too large, then 2x2 means: exact areas take two to three times as long.
-        image = cv2.resize(image, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def check(data: bytes) -> tuple[int, int, bool]:

@@ -11,10 +11,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cgd_jax.data.decode import Box, Decoded, clip, decode_at_least, read_file, resize, to_rgb
+from cgd_jax.data.decode import (
+    Box,
+    Decoded,
+    clip,
+    decode_at_least,
+    dimensions,
+    read_file,
+    resize,
+    to_rgb,
+)
+from cgd_jax.data.shapes import Shape, Size, nearest
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["Box", "at_least", "clip", "cut", "is_one", "listed", "load", "naming", "read_image"]
+__all__ = ["Box", "at_least", "cut", "extent", "is_one", "listed", "load", "naming", "read_image"]
 
 AN_IMAGE = (
     "An image is a file, an image of Pillow, or an array [H, W, 3] of whole numbers from 0 to 255; "
@@ -38,11 +48,11 @@ def listed(images: Any) -> list | np.ndarray:
     return array if array.ndim == 4 else [array]
 
 
-def read_image(image: Any, size: int) -> np.ndarray:
+def read_image(image: Any, size: Size) -> np.ndarray:
     """Reads one image, and resizes it as those of the data sets are.
 
     Returns:
-      [size, size, 3] uint8.
+      [size, size, 3] uint8, or [H, W, 3] of the nearest of several shapes.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -83,18 +93,26 @@ def load(image: Any) -> bytes | np.ndarray:
     raise InputError(f"Got {found}. {AN_IMAGE}{hint}")
 
 
-def at_least(content: bytes | np.ndarray, side: int, box: Box | None = None) -> Decoded:
+def at_least(content: bytes | np.ndarray, size: int | Shape, box: Box | None = None) -> Decoded:
     """Decodes and cuts what `load` returned once, as `decode_at_least` does."""
     if isinstance(content, bytes):
-        return decode_at_least(content, side, box)
+        return decode_at_least(content, size, box)
     height, width = content.shape[:2]
     x0, y0, x1, y1 = clip(box, height, width)
     return Decoded(content[y0:y1, x0:x1], height, width)
 
 
-def cut(content: bytes | np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
-    """Cuts a box out of what `load` returned, and resizes it: [size, size, 3] uint8."""
-    return resize(at_least(content, size, box).pixels, size)
+def cut(content: bytes | np.ndarray, size: Size, box: Box | None = None) -> np.ndarray:
+    """Cuts a box out of what `load` returned, and resizes it as `read_image` does."""
+    shape = size if isinstance(size, int) else nearest(size, *extent(content, box))
+    return resize(at_least(content, shape, box).pixels, shape)
+
+
+def extent(content: bytes | np.ndarray, box: Box | None = None) -> Shape:
+    """Returns height and width of what `load` returned as displayed, or of a box in it."""
+    size = dimensions(content) if isinstance(content, bytes) else content.shape[:2]
+    x0, y0, x1, y1 = clip(box, *size)
+    return y1 - y0, x1 - x0
 
 
 @contextlib.contextmanager

@@ -142,6 +142,8 @@ def _open_split(
         key = {"data set": builder.info.full_name, "split": name}
         folder = Path(builder.data_dir, "cache")
         split = cache.cached(source, folder, key, size, config.bbox_crop)._replace(cache=folder)
+    if config.aspect == "keep":
+        split = split._replace(encoded=cache.encoded(source, config.bbox_crop))
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
     return split._replace(skipped=sum(row["split"] == name for row in skipped))
 

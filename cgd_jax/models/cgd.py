@@ -232,15 +232,16 @@ def embed_model(
     model: CGD,
     variables: dict,
     normalization: Normalization,
-    image_size: int,
+    image_size: int | None,
     vector: str = "embedding",
     flip: bool = False,
     scales: tuple[float, ...] = (1.0,),
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns the network as a function: [B, S, S, 3] uint8 → [B, D], of unit length.
+    """Returns the network as a function: [B, H, W, 3] uint8 → [B, D], of unit length.
 
-    The network sees the center of images, `image_size` wide; `vector` is of `select_vector`. With
-    `flip` the vector of the mirrored image is added, and those of all `scales` of the image are.
+    The network sees the center of images, `image_size` wide, or all of them if that is None;
+    `vector` is of `select_vector`. With `flip` the vector of the mirrored image is added, and those
+    of all `scales` of the image are, whose sides are rounded to whole patches.
     """
     return lambda images: _embed(
         model, variables, normalization, images, image_size, vector, flip, scales
@@ -249,12 +250,12 @@ def embed_model(
 
 @partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales"))
 def _embed(model, variables, normalization, images, image_size, vector, flip, scales):
-    images = normalize(center_crop(images, image_size), normalization)
-    views = []
+    images = normalize(center_crop(images, image_size) if image_size else images, normalization)
+    patch, views = getattr(model.backbone, "patch", 1), []
     for scale in scales:
-        side = round(scale * image_size)
-        shape = (images.shape[0], side, side, 3)
-        view = images if side == image_size else jax.image.resize(images, shape, "linear")
+        sides = [max(round(scale * side / patch), 1) * patch for side in images.shape[1:3]]
+        shape = (images.shape[0], *sides, 3)
+        view = images if scale == 1 else jax.image.resize(images, shape, "linear")
         views += [view, view[:, :, ::-1]] if flip else [view]
 
     def embed(view):

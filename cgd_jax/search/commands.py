@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cgd_jax.network import Network
 from cgd_jax.runtime import console
 from cgd_jax.search import indexing, queries, report
 from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
@@ -20,7 +21,7 @@ def default_address(workdir: str | None) -> str:
 def fill_index(
     address: str,
     sources: Sequence[str],
-    model: str | None = None,
+    model: Network | str | None = None,
     *,
     share: tuple[int, int] = (0, 1),
     **options,

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 def read_and_embed(
     items: Sequence[Item],
     read: Callable[[Item], Any],
-    embed: Callable[[np.ndarray], np.ndarray],
+    embed: Callable[[Sequence[np.ndarray]], np.ndarray],
     what: str | None = None,
 ) -> Iterator[tuple[Item, Any, np.ndarray | None]]:
     """Reads images ahead in threads, while the device embeds those that could be read.
@@ -45,7 +45,7 @@ def read_and_embed(
             yield from _embedded(waiting, embed)
 
 
-def _embedded(waiting: list, embed: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple]:
-    vectors = embed(np.stack([pixels for _, (pixels, _) in waiting]))
+def _embedded(waiting: list, embed: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Iterator:
+    vectors = embed([pixels for _, (pixels, _) in waiting])
     for (item, (_, fields)), vector in zip(waiting, vectors, strict=True):
         yield item, fields, vector

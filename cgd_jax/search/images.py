@@ -16,7 +16,8 @@ from PIL import Image
 
 from cgd_jax.data import archives, image_list
 from cgd_jax.data.decode import FORMATS, PNG, looks_like_image, resize
-from cgd_jax.data.images import Box, at_least, clip, load, naming
+from cgd_jax.data.images import Box, at_least, clip, extent, load, naming
+from cgd_jax.data.shapes import Size, as_shape, nearest
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import SOFTWARE
 from cgd_jax.search.stores import Record, composed
@@ -49,21 +50,22 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def read(image: Any, side: int, crop: Box | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+def read(image: Any, size: Size, crop: Box | None = None) -> tuple[np.ndarray, dict[str, Any]]:
     """Reads an image that `data.images.load` takes, or a part of it; decodes it once.
 
-    Returns pixels, [side, side, 3] uint8, and the fields of `Record` that follow from the content.
-    Raises as `data.images.read_image`; ValueError also for an empty crop.
+    Returns pixels of the size, as `data.images.cut` makes them, and the fields of `Record` that
+    follow from the content. Raises as `data.images.read_image`; ValueError also for an empty crop.
     """
     with naming(image):
         content = load(image)
-        found = at_least(content, side, crop)
+        shape = as_shape(size if isinstance(size, int) else nearest(size, *extent(content, crop)))
+        found = at_least(content, shape, crop)
         x0, y0, x1, y1 = clip(crop, found.height, found.width)
     date = taken(content) if isinstance(content, bytes) else 0
     if isinstance(content, np.ndarray):
         content = f"{content.shape}".encode() + content.tobytes()
-    pixels, width, height = resize(found.pixels, side), x1 - x0, y1 - y0
-    small = pixels if side >= THUMBNAIL else resize(found.pixels, THUMBNAIL)
+    pixels, width, height = resize(found.pixels, shape), x1 - x0, y1 - y0
+    small = pixels if max(shape) >= THUMBNAIL else resize(found.pixels, THUMBNAIL)
     thumbnail, digest = as_jpeg(small, width, height), hash_of(content)
     fields = {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
     return pixels, {**fields, "taken": date}
@@ -79,11 +81,11 @@ def taken(data: bytes) -> int:
     return 0
 
 
-def as_jpeg(square: np.ndarray, width: int, height: int, side: int = THUMBNAIL) -> bytes:
-    """Gives an image that was resized to a square its shape again, as a JPEG of at most `side`."""
+def as_jpeg(pixels: np.ndarray, width: int, height: int, side: int = THUMBNAIL) -> bytes:
+    """Gives an image that was resized its own shape again, as a JPEG of at most `side`."""
     scale = min(1.0, side / max(width, height))
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    small = cv2.resize(square, size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)
 
 

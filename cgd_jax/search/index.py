@@ -60,6 +60,9 @@ class IndexInfo(NamedTuple):
     precision: str  # of the vectors in the index: float32 or float16
     whitened_from: int | None  # dimension of the network's vectors, where these are whitened
     created: str  # ISO 8601, to the microsecond, which tells indexes of one network apart
+    # With the aspect kept: the shapes that images are resized to; see `data.shapes`.
+    shapes: list[list[int]] = []
+    scales: list[float] = [1.0]  # see `network.open_network`
 
 
 class Index:
@@ -169,7 +172,13 @@ class Index:
                     f"the one that you want, say --model={literal(source)}."
                 )
             try:
-                network = networks.open_network(source, self.info.vector)
+                network = networks.open_network(
+                    source,
+                    self.info.vector,
+                    aspect="keep" if self.info.shapes else "square",
+                    image_size=self.info.image_size,
+                    scales=self.info.scales,
+                )
             except FileNotFoundError as error:
                 raise InputError(
                     f"The index {self.address} was made with the network {literal(source)}, which "
@@ -215,8 +224,8 @@ class Index:
         """Returns the vectors of images, [B, D] float32 of unit length; see `Network.embed`."""
         return self._whitened(self.network.embed(images))
 
-    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns the vectors of [B, resize, resize, 3] uint8 as `embed` does."""
+    def embed_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the vectors of pixels of `network.size` as `embed` does."""
         return self._whitened(self.network.embed_pixels(pixels))
 
     def _whitened(self, vectors: np.ndarray) -> np.ndarray:
@@ -376,11 +385,11 @@ class Index:
         and adds none; BusyError if somebody else writes to the index.
         """
         images = listed(images)
-        side = self.network.resize if images else 0
+        size = self.network.size if images else 0
         labels = [None] * len(images) if labels is None else labels
         ids, rows = [], {}
         for image, label in zip(images, labels, strict=True):
-            pixels, content = reading.read(image, side)
+            pixels, content = reading.read(image, size)
             record = Record(content["hash"][:20], label=stores.composed(label))
             if isinstance(image, str | Path):
                 path = Path(image).absolute()
@@ -389,7 +398,7 @@ class Index:
             # An image that is given twice would be two rows to insert.
             rows[record.id] = record._replace(**content), pixels
         if rows:
-            vectors = self.embed_pixels(np.stack([pixels for _, pixels in rows.values()]))
+            vectors = self.embed_pixels([pixels for _, pixels in rows.values()])
             with writing(self.address):
                 self.write([record for record, _ in rows.values()], vectors)
         return ids
@@ -429,6 +438,8 @@ def _remembered_of(network: Network) -> dict[str, Any]:
         "vector": network.vector,
         "image_size": network.image_size,
         "resize": network.resize,
+        "shapes": [] if isinstance(network.size, int) else list(map(list, network.size)),
+        "scales": list(network.scales),
         "normalization": {name: np.asarray(value).tolist() for name, value in scale.items()},
     }
 

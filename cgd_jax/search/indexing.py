@@ -24,6 +24,7 @@ import numpy as np
 
 from cgd_jax import rerank
 from cgd_jax.data.decode import read_file
+from cgd_jax.data.shapes import Size
 from cgd_jax.network import Network, open_network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import files, processes
@@ -173,7 +174,7 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> 
             f"({network.dimension}) and the number of images ({len(listed):,})."
         )
     chosen = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))[:SAMPLE]]
-    read = partial(_read, known={}, origins={}, side=lambda: network.resize)
+    read = partial(_read, known={}, origins={}, size=lambda: network.size)
     outcomes = embedding.read_and_embed(
         chosen, read, network.embed_pixels, "learning the whitening"
     )
@@ -255,9 +256,11 @@ def _update(
         id: listed
         for id, listed in wanted.items()
         if id in mine
-        and (id not in known or _traits(known[id]) != _traits(listed[0]))
-        or id in mine
-        and known[id].taken == stores.UNKNOWN
+        and (
+            id not in known
+            or _traits(known[id]) != _traits(listed[0])
+            or known[id].taken == stores.UNKNOWN
+        )
     }
     # Images that stay as they are until the end, by their content: others may take their vectors.
     origins = {known[id].hash: id for id in mine & known.keys() if id not in todo}
@@ -265,11 +268,11 @@ def _update(
     records, vectors, written = [], [], time.monotonic()
     opening = Lock()
 
-    def side() -> int:
+    def size() -> Size:
         with opening:  # by one thread, and only if there is something to embed
-            return index.network.resize
+            return index.network.size
 
-    read = partial(_read, known=known, origins=origins, side=side)
+    read = partial(_read, known=known, origins=origins, size=size)
     outcomes = embedding.read_and_embed(list(todo.values()), read, index.embed_pixels, "indexing")
     for done, ((record, _), found, vector) in enumerate(outcomes, 1):
         if watch:
@@ -315,7 +318,7 @@ def _traits(record: Record) -> tuple:
 
 
 def _read(
-    listed: Listed, known: dict[str, Record], origins: dict[str, str], side: Callable[[], int]
+    listed: Listed, known: dict[str, Record], origins: dict[str, str], size: Callable[[], Size]
 ) -> tuple[np.ndarray, dict[str, Any]] | Copy | Exception:
     """Reads a file: what `images.read` returns, what has its content, or why not."""
     record, file = listed
@@ -329,9 +332,9 @@ def _read(
             raise ValueError("a picture that this program drew")
     except (OSError, ValueError) as error:  # it may have vanished meanwhile
         return error
-    resize = side()  # an index of another network is no matter of the file
+    shape = size()  # an index of another network is no matter of the file
     try:
-        return images.read(data, resize)
+        return images.read(data, shape)
     except ValueError as error:
         return error
 

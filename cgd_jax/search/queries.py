@@ -75,11 +75,11 @@ def ask(
             skipped += unreadable
         else:
             paths.append(path)
-    side = index.network.resize  # which a stranger's index may say is any size
+    size = index.network.size  # which a stranger's index may say is any size
 
     def read(path: Path) -> tuple[np.ndarray, dict[str, Any]] | str:
         try:
-            return images.read(read_file(path), side, crop)
+            return images.read(read_file(path), size, crop)
         except (OSError, ValueError) as error:
             return images.reason_of(error)
 

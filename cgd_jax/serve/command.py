@@ -80,6 +80,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
-    side = index.network.resize
-    for size in network.batch_sizes():
-        index.embed_pixels(np.zeros((size, side, side, 3), np.uint8))
+    size = index.network.size
+    for shape in [(size, size)] if isinstance(size, int) else size:
+        for count in network.batch_sizes():
+            index.embed_pixels([np.zeros((*shape, 3), np.uint8)] * count)

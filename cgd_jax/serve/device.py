@@ -55,14 +55,14 @@ class Device(Threads):
     What arrives while the device is busy makes up the next batch; nothing waits for company.
     """
 
-    def __init__(self, embed: Callable[[np.ndarray], np.ndarray], batch_size: int):
+    def __init__(self, embed: Callable[[list], np.ndarray], batch_size: int):
         super().__init__(1, "device")
         self._embed, self._batch_size = embed, batch_size
         self._waiting: list[tuple[np.ndarray, asyncio.Future]] = []
         self._busy: asyncio.Task | None = None
 
     async def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns the vector [D] of an image [S, S, 3] uint8."""
+        """Returns the vector [D] of an image [H, W, 3] uint8."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((pixels, future))
         if self._busy is None:
@@ -75,7 +75,7 @@ class Device(Threads):
             while waiting := [one for one in self._waiting if not one[1].done()]:
                 batch, self._waiting = waiting[: self._batch_size], waiting[self._batch_size :]
                 try:
-                    vectors = await self.run(self._embed, np.stack([pixels for pixels, _ in batch]))
+                    vectors = await self.run(self._embed, [pixels for pixels, _ in batch])
                 except Exception as error:
                     for _, future in batch:
                         if not future.done():

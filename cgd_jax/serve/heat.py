@@ -24,6 +24,7 @@ class Heat:
         self.possible = (
             network.model is not None
             and info.whitened_from is None
+            and not info.shapes
             and not attribution.why_no_map(network.model.descriptors, info.vector)
         )
         self._reference: np.ndarray | None = None

@@ -14,8 +14,9 @@ import pyarrow as pa
 from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, Field
 
-from cgd_jax.data.decode import MAX_PIXELS, decode, dimensions
-from cgd_jax.data.images import Box
+from cgd_jax.data.decode import MAX_PIXELS, dimensions
+from cgd_jax.data.images import Box, cut
+from cgd_jax.data.shapes import Size
 from cgd_jax.search import Hit, Index, collection
 from cgd_jax.search.images import as_jpeg, hash_of
 from cgd_jax.search.stores import Record
@@ -122,15 +123,15 @@ class Service:
 
     def pixels(self, id: str, crop: str | None = None) -> np.ndarray:
         """Decodes an image, or a part of it, to what is embedded; in a thread of the decoder."""
-        return self._decoded(id, crop, self.index.network.resize)[0]
+        return self._decoded(id, crop, self.index.network.size)[0]
 
     def drawn(self, id: str, side: int) -> bytes:
         """Returns an image as a JPEG whose longer side has at most `side` pixels; likewise."""
-        square, height, width = self._decoded(id, None, side)
-        return as_jpeg(square, width, height, side)
+        pixels, height, width = self._decoded(id, None, side)
+        return as_jpeg(pixels, width, height, side)
 
-    def _decoded(self, id: str, crop: str | None, side: int) -> tuple[np.ndarray, int, int]:
-        """Decodes an image once: [side, side, 3], and the height and width of the whole."""
+    def _decoded(self, id: str, crop: str | None, size: Size) -> tuple[np.ndarray, int, int]:
+        """Decodes an image once: pixels of a size, and the height and width of the whole."""
         upload = id.startswith(uploads.PREFIX)
         if upload:
             data = self.uploads.get(id)
@@ -143,7 +144,7 @@ class Service:
             if upload:
                 uploads.check_scans(data, height * width)
             with self.decoder.holding(height * width):
-                return decode(data, box, side), height, width
+                return cut(data, size, box), height, width
         except ValueError as error:
             status = 413 if "decompression bomb" in str(error) else 415
             raise HTTPException(status, f"The image cannot be read: {error}.") from error
