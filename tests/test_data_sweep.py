@@ -86,9 +86,10 @@ def data_config(config, source, folder):
 def check(dataset, extra, missing):
     expected = {*map(printable, GOOD | COPIES)} | extra
     expected -= {"GALLERY/[a] [0-9]/copy.jpg"} | missing
-    ids = [id for split in dataset for id in split.ids]
+    splits = (dataset.train, dataset.query, dataset.gallery)
+    ids = [id for split in splits for id in split.ids]
     assert len(ids) == len(set(ids)) and set(ids) == expected
-    for split in dataset:
+    for split in splits:
         assert split.images[np.arange(len(split.ids))].std((1, 2, 3)).min() >= 0
         names = {unicodedata.normalize("NFC", printable(id.split("/")[1])).strip() for id in GOOD}
         assert {name.strip() for name in split.class_names.values()} <= names
@@ -123,11 +124,11 @@ def test_everything_at_once_is_built(tmp_path, form, caplog):
     config = data_config(image_folder.get_config().data, source, folder)
     dataset = load_dataset(config)
     check(dataset, extra, missing)
-    assert sum(split.skipped for split in dataset) == len(BAD) + 2 * bool(extra)
+    assert sum(split.skipped for split in filter(None, dataset)) == len(BAD) + 2 * bool(extra)
     assert "black.png" in caplog.text
     config.cache = "none"
     again = load_dataset(config)
-    for split, other in zip(dataset, again, strict=True):
+    for split, other in zip(dataset[:3], again[:3], strict=True):
         some = np.arange(0, len(split.ids), 7)
         np.testing.assert_array_equal(split.images[some], other.images[some])
         assert split.ids == other.ids and split.class_names == other.class_names

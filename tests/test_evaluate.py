@@ -189,6 +189,7 @@ def test_raw_pixels_are_measured_once_a_data_set(finished_run, tmp_path, monkeyp
         assert kept.read_text() == before
     other = begun.dataset.query._replace(contents=begun.dataset.query.contents + 1)
     evaluate.measure_raw_pixels(begun._replace(dataset=begun.dataset._replace(query=other)))
+    begun = begun._replace(config=begun.config.copy_and_resolve_references())
     begun.config.eval.ks = (1, 3)
     assert "recall@3" in evaluate.measure_raw_pixels(begun) and len(measured) == 2
     decoded = begun.dataset.query._replace(cache=None)

@@ -18,6 +18,7 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 
 from PIL.PngImagePlugin import PngImageFile  # noqa: E402
 
+from cgd_jax.data import decode as decoding  # noqa: E402
 from cgd_jax.runtime.threads import CORES  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.serve import connections, service, uploads  # noqa: E402
@@ -290,22 +291,11 @@ def test_a_jpeg_of_too_many_scans_is_refused(index, monkeypatch):
         assert answer.status_code == status, scans
         assert status == 200 or f"{scans} scans" in answer.text
     # The larger the image, the fewer; but one scan is always allowed.
-    monkeypatch.setattr(uploads, "SCANNED_PIXELS", 64 * 64 * 12)
+    monkeypatch.setattr(decoding, "SCANNED_PIXELS", 64 * 64 * 12)
     assert upload(index, progressive(12)).status_code == 200
     assert upload(index, progressive(13)).status_code == 413
-    monkeypatch.setattr(uploads, "SCANNED_PIXELS", 10)
+    monkeypatch.setattr(decoding, "SCANNED_PIXELS", 10)
     assert upload(index, picture()).status_code == 200
-
-
-def test_scans_are_counted_as_a_decoder_does():
-    fake = b"\xff\xda\0\4\0\0" * 200
-    data = progressive(20)
-    segment = b"\xff\xee" + (len(fake) + 2).to_bytes(2) + fake
-    assert uploads.scans_of(data[:2] + segment + data[2:]) == 20
-    assert uploads.scans_of(data + fake) == 20  # a film behind the image
-    assert uploads.scans_of(data[:2] + b"\0\xff\x01 \xff\xff" + data[2:]) == 20
-    assert uploads.scans_of(picture()) == 1
-    assert uploads.scans_of(b"\xff\xd8\xff\xe0") == uploads.scans_of(b"\xff\xd8") == 0
 
 
 def test_an_upload_is_decoded_once(index, monkeypatch):

@@ -132,8 +132,7 @@ class Service:
 
     def _decoded(self, id: str, crop: str | None, size: Size) -> tuple[np.ndarray, int, int]:
         """Decodes an image once: pixels of a size, and the height and width of the whole."""
-        upload = id.startswith(uploads.PREFIX)
-        if upload:
+        if id.startswith(uploads.PREFIX):
             data = self.uploads.get(id)
         else:
             record = self.record(id)
@@ -141,8 +140,6 @@ class Service:
         try:
             height, width = dimensions(data)
             box = box_of(crop, height, width)
-            if upload:
-                uploads.check_scans(data, height * width)
             with self.decoder.holding(height * width):
                 return cut(data, size, box), height, width
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import re
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from threading import Lock
@@ -12,25 +11,26 @@ from starlette.requests import ClientDisconnect
 
 from cgd_jax.search.images import hash_of
 
-__all__ = ["PREFIX", "Uploads", "check_scans"]
+__all__ = ["PREFIX", "Uploads"]
 
 MAX_BYTES = 20_000_000  # of an upload
 PATIENCE = 30  # seconds that an upload may take
 KEPT_BYTES = 256_000_000  # of all uploads that are remembered
 ARRIVING_BYTES = KEPT_BYTES // 2  # of those that are received, or searched by for the first time
 PREFIX = "upload-"  # of their ids; those of an index have no such prefix
-# A scan of a progressive JPEG costs time for every pixel, and hardly a byte. Cameras and programs
-# write about ten; with this many pixels in all of them, decoding takes five seconds.
-MAX_SCANS, SCANNED_PIXELS = 100, 4_000_000_000
 # How files of the formats begin that browsers and telephones send. Of those that can be decoded
 # beside them, none is worth what its decoder may have of errors.
-JPEG = b"\xff\xd8\xff"
-BEGINNINGS = (JPEG, b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
+BEGINNINGS = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+)
 BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 FORMATS = "This is not an image that can be read: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC."
-# Of a JPEG: all but those without a length, which are stuffed or restart a scan.
-MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
-SCAN, END = 0xDA, 0xD9
 
 
 class Uploads:
@@ -99,20 +99,3 @@ class Uploads:
             raise HTTPException(408, f"The upload took over {PATIENCE} seconds.") from None
         if not data:
             raise HTTPException(400, "There is no image: send its bytes, or give an id.")
-
-
-def check_scans(data: bytes, pixels: int) -> None:
-    """HTTPException 413: a JPEG of so many pixels has too many scans."""
-    scans = scans_of(data) if data.startswith(JPEG) else 1
-    if scans > min(MAX_SCANS, max(SCANNED_PIXELS // pixels, 1)):
-        text = f"The JPEG has {scans} scans, too many for its size. Save it anew, not progressive."
-        raise HTTPException(413, text)
-
-
-def scans_of(data: bytes) -> int:
-    """Counts the scans of a JPEG, skipping segments as a decoder does."""
-    at, scans = 2, 0
-    while (found := MARKER.search(data, at)) and found[1][0] != END:
-        scans += found[1][0] == SCAN
-        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-    return scans
