@@ -112,7 +112,7 @@ def data(tmp_path_factory):
         ),
         (
             ["--config=configs/glyphs.py", "--mode=tain"],
-            "should be one of <train|eval|data|explain|export|study|index|search|serve|pairs>",
+            "should be one of <train|eval|data|explain|export|study|index|search|pairs|serve>",
         ),
         (
             ["--config=configs/glyphs.py", "--config.train.steps=many"],
