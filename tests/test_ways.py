@@ -126,11 +126,15 @@ def test_way(number, shared, tmp_path):
     row, name = ROWS[number], CONFIGS[number % len(CONFIGS)]
     flags = [f"--config=configs/{name}.py", *TINY, f"--data.dir={shared / 'data'}"]
     flags += [f"--model.{key}={row[key]}" for key in MODEL]
+    if "--loss.ranking_weight=0" not in row["loss"]:
+        flags += ["--loss.ranking_weight=1"]
     flags += " ".join(v for k, v in row.items() if k not in (*MODEL, "eval")).split()
     if name == "image_folder":
         flags += [f"--data.source={shared / 'own'}", "--train.classes_per_batch=0"]
     else:
         flags += ["--data.name=blobs", "--train.classes_per_batch=4"]
+        # What a config says of data and losses that the row says otherwise.
+        flags += ["--data.test_name=", "--data.fold=", "--data.cache=disk"]
     if "lite0" in name or name in ("grocery", "image_folder"):
         flags += ["--model.frozen_blocks=1"]
     run, images = tmp_path / "run", sorted((shared / "images").rglob("*.png"))
