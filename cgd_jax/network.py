@@ -153,10 +153,13 @@ class Network:
           reference: [D], such as the mean vector of many images; see `contributions` there.
 
         Raises:
-          InputError: as `embed`; or there is no map for a descriptor, or the aspect is kept.
+          InputError: as `embed`; or there is no map for a descriptor, the aspect is kept, or
+            vectors are of several scales.
         """
         if self.keeps_aspect:
             raise InputError("Maps are of squares: open the network with aspect='square'.")
+        if self.scales != (1.0,):
+            raise InputError("Maps are of images at one scale: open the network without scales.")
         return explain_pair(
             self.model,
             self.variables,

@@ -137,6 +137,8 @@ def test_another_size_and_what_is_refused(network):
         cgd_jax.open(network.name, aspect="kept")
     with pytest.raises(InputError, match="Maps are of squares"):
         network.explain(draw(8, 8), draw(8, 8))
+    with pytest.raises(InputError, match="at one scale"):
+        cgd_jax.open(network.name, aspect="square", scales=(0.5, 1)).explain(draw(8, 8), draw(8, 8))
 
 
 def test_an_index_remembers_how_its_images_were_seen(network, tmp_path):

@@ -237,6 +237,17 @@ def test_an_index_that_is_replaced_is_not_used_with_what_is_known_of_the_old(
     assert other.count() == 1 and other.search(files[0])[0].similarity == 1
 
 
+def test_an_index_of_a_version_that_knew_no_shapes(tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "index", stand_in())
+    index.add([photograph(tmp_path / "a.png", 1)])
+    said = json.loads(index.store.about("info"))
+    older = {key: value for key, value in said.items() if key not in ("shapes", "scales")}
+    assert len(older) == len(said) - 2
+    monkeypatch.setattr(type(index.store), "about", lambda store, name: json.dumps(older))
+    again = Index.open(tmp_path / "index", stand_in())
+    assert again.count() == 1 and again.search(tmp_path / "a.png")[0].similarity == 1
+
+
 def test_a_network_that_is_not_there(filled):
     index, *_ = filled
     with pytest.raises(InputError, match="vector embedding, here branch_S"):

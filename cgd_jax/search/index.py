@@ -195,7 +195,9 @@ class Index:
         One that came in its place may have the same number for a version.
         """
         digests.check(self.address)
-        if json.loads(self._store.about("info") or "null") != self.info._asdict():
+        said = json.loads(self._store.about("info") or "{}")
+        # Indexes of older versions do not say what has a default.
+        if IndexInfo._field_defaults | said != self.info._asdict():
             raise stores.StoreError(
                 f"The index {self.address} was replaced by another one after it had been opened. "
                 f"Open it again; if it is served, start the server again."

@@ -44,16 +44,8 @@ WRITE_EVERY = 1024
 WRITE_AFTER = 15.0
 SAMPLE = 5000  # images that a whitening is learned from, at most
 LISTED = 20  # files that were left out, in the log; skipped.csv in the index has them all
-KNOWN = (
-    "id",
-    "path",
-    "label",
-    "size",
-    "hash",
-    "source",
-    "modified",
-    "taken",
-)  # what tells of changes
+# What tells of changes.
+KNOWN = ("id", "path", "label", "size", "hash", "source", "modified", "taken")
 
 
 @dataclass(frozen=True)

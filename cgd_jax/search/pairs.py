@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from cgd_jax import retrieval
-from cgd_jax.data import archives
 from cgd_jax.data.decode import looks_like_image
 from cgd_jax.data.images import read_image
 from cgd_jax.network import Network
@@ -19,6 +18,7 @@ from cgd_jax.reports.names import literal
 from cgd_jax.runtime import console, files, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding
+from cgd_jax.search.images import files_of
 
 __all__ = ["write_pairs"]
 
@@ -70,8 +70,10 @@ def _images_below(folder: Path, root: Path) -> list[str]:
     """Returns the names of the images of a folder, which are their paths below another one."""
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder of images.")
-    found = filter(looks_like_image, archives.files_below(folder))
-    names = [file.relative_to(root).as_posix() for file in found]
+    found, left_out = files_of(folder)
+    for path, reason in left_out:
+        log.warning("Left out: %s: %s.", literal(path), reason)
+    names = [file.relative_to(root).as_posix() for file in filter(looks_like_image, found)]
     if odd := [name for name in names if re.search(r"[\s\ud800-\udfff]", name)]:
         raise InputError(
             f"{literal(root / odd[0])} has a space in its name, at which hloc would split it, or "

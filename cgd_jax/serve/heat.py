@@ -25,6 +25,7 @@ class Heat:
             network.model is not None
             and info.whitened_from is None
             and not info.shapes
+            and info.scales == [1.0]
             and not attribution.why_no_map(network.model.descriptors, info.vector)
         )
         self._reference: np.ndarray | None = None
