@@ -44,7 +44,7 @@ def trainer(keep: bool, size: int, batch: int):
         replicated, divided = train_step.shardings(mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         step = train_step.make_train_step(config, model, optimizer, mesh)
-        state = train_step.create_state(model, optimizer, 0, size, replicated)
+        state = train_step.create_state(config, model, optimizer, replicated)
         shape = (batch, size + 24, size + 24, 3)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         labels = np.arange(batch, dtype=np.int32) // 4

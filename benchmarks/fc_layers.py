@@ -3,7 +3,7 @@
     python benchmarks/fc_layers.py runs/cars196_lite0
     python benchmarks/fc_layers.py runs/cars196_lite0 --steps=400 --rates=1e-5,1e-4
 
-Takes the descriptors of all images out of the run's best checkpoint, centers them, and trains new
+Takes the descriptors of all images out of the run's chosen checkpoint, centers them, and trains new
 FC layers alone by the batch-hard triplet loss, for seconds each: by how many numbers, how they
 begin, how fast they learn. R@1 on the test images, whose classes the layers have not seen, and the
 loss of the last batches; "start" is before the first step.
@@ -21,14 +21,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax.from_config import set_up
-
-from cgd_jax import checkpoint, evaluate, metrics
+from cgd_jax import evaluate, metrics
 from cgd_jax.combination import combine, kernel_shapes
+from cgd_jax.embed import embed_images
 from cgd_jax.losses import batch_hard_triplet_loss
 from cgd_jax.models.cgd import FC_INITS
 from cgd_jax.preprocess import center_crop
-from cgd_jax.workdir import keep_compiled, read_config
+from cgd_jax.run import open_run
 
 MARGIN = 0.1
 CLASSES, IMAGES = 24, 4  # of a batch
@@ -36,20 +35,19 @@ CLASSES, IMAGES = 24, 4  # of a batch
 
 def describe(workdir: str) -> tuple[list, np.ndarray, list, np.ndarray]:
     """Returns n descriptors [N, C] and labels [N] of the training, then of the test images."""
-    config = read_config(workdir)
-    keep_compiled(workdir)
-    setup = set_up(config)
-    with checkpoint.manager(workdir) as checkpoints:
-        state = checkpoint.restore(checkpoints, setup.state)
-    embed = evaluate.embed_state(config, setup, state, vector="descriptors")
+    run, state = open_run(workdir)
+    embed = evaluate.embed_function(run, state, vector="descriptors")
     # Training images are larger, for random crops.
-    cropped = lambda images: embed(center_crop(images, config.data.image_size))
+    cropped = lambda images: embed(center_crop(images, run.config.data.image_size))
     found = []
-    for split, network in ((setup.dataset.train, cropped), (setup.dataset.query, embed)):
-        together = evaluate.embed_images(
-            network, split.images, config.eval.batch_size, setup.batch_sharding
+    for split, network in ((run.dataset.train, cropped), (run.dataset.query, embed)):
+        together = embed_images(
+            network, split.images, run.config.eval.batch_size, run.batch_sharding
         )
-        found += [np.split(together, len(config.model.descriptors), 1), np.asarray(split.labels)]
+        found += [
+            np.split(together, len(run.config.model.descriptors), 1),
+            np.asarray(split.labels),
+        ]
     return tuple(found)
 
 

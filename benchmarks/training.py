@@ -57,7 +57,7 @@ def ours(config, batch, training=True, queued=1):
     model = create_model(config.model, CLASSES)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     size = config.data.image_size
-    state = train_step.create_state(model, optimizer, 0, size, replicated)
+    state = train_step.create_state(config, model, optimizer, replicated)
     flops = (3 if training else 1) * batch
     flops *= throughput.flops_per_image(model, state.variables(), state.normalization, size)
     side = config.data.resize if training else size

@@ -1,26 +1,22 @@
 """Evaluation: embed the test images, rank, measure, report.
 
 `evaluate_step` is called while training, `evaluate_state` at its end and by `evaluate_run`, which
-is `--mode=eval`; `measure_baselines` for what the table compares with. Below them, in the order
-in which they are needed, stand the functions that they are made of.
+is `cgd_jax eval`. Below them, in the order in which they are needed, stand the functions that they
+are made of.
 """
 
 import contextlib
-import hashlib
-import json
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from cgd_jax import complementarity, geometry, metrics, rerank, retrieval
-from cgd_jax.data import Dataset, cache, fingerprint
+from cgd_jax.data import Dataset
 from cgd_jax.embed import (
     Embeddings,
     embed_dataset,
-    embed_raw_pixels,
     embed_split,
     nearest,
     own_rows,
@@ -31,12 +27,12 @@ from cgd_jax.geography import apart
 from cgd_jax.models import cgd
 from cgd_jax.reports import plots, projection, tables
 from cgd_jax.reports.summary import log_results
-from cgd_jax.run import Run, initial_state, open_run
+from cgd_jax.run import Run, open_run
 from cgd_jax.runtime import console, files, interrupts
 from cgd_jax.train_step import State
 from cgd_jax.workdir import count_classes
 
-__all__ = ["evaluate_run", "evaluate_state", "evaluate_step", "measure_baselines"]
+__all__ = ["evaluate_run", "evaluate_state", "evaluate_step"]
 
 
 def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
@@ -129,54 +125,6 @@ def evaluate_step(run: Run, state: State, stopped_by: list[int]) -> dict[str, fl
         )
         return {f"recall@{k}": value for k, value in recalls.items()}
     return {}
-
-
-def measure_baselines(run: Run) -> dict:
-    """Measures raw pixels and the network before training; baselines.json keeps it for the run."""
-    path = Path(run.workdir, "baselines.json")
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    state, embeddings = initial_state(run), {}
-    if run.config.model.pretrained:
-        # The FC layers are new: what was pretrained is compared as it comes out of the pooling.
-        for letter in run.config.model.descriptors:
-            found = embed_test(run, state, vector=f"descriptor_{letter}")
-            embeddings[f"pretrained {letter}"] = found
-    else:
-        embeddings["untrained network"] = embed_test(run, state)
-    baselines = {"raw pixels": measure_raw_pixels(run)}
-    baselines |= {name: measure(run, found) for name, found in embeddings.items()}
-    files.write_json(run.folder / path.name, baselines)
-    return baselines
-
-
-def measure_raw_pixels(run: Run) -> dict:
-    """Measures the pixels of the test images, once a data set: it is kept beside their cache."""
-    dataset, wanted = run.dataset, run.config.eval
-    of = {name: part for name, part in fingerprint(dataset).items() if name != "train"}
-    of |= {"side": dataset.query.images.shape[1], "format": cache.FORMAT}
-    of |= {"ks": wanted.ks, "precision": wanted.matmul_precision}
-    if dataset.query.truth is not None:
-        positives = str([row.tolist() for row in dataset.query.truth.positives])
-        of["positives"] = hashlib.sha256(positives.encode()).hexdigest()[:16]
-
-    def digest(measured: dict | None = None) -> str:
-        text = json.dumps([of, measured], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    path = None
-    # Of several processes, each with a disk of its own, some might find it and some not.
-    if dataset.query.cache is not None and jax.process_count() == 1:
-        path = dataset.query.cache / f"raw-pixels-{digest()}.json"
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["digest"] == digest(kept["metrics"]):  # else it is damaged
-                return kept["metrics"]
-    measured = measure(run, embed_raw_pixels(dataset, wanted.batch_size, run.batch_sharding))
-    if path is not None:
-        with contextlib.suppress(OSError):  # of others, who let it only be read
-            files.write_json(path, {"digest": digest(measured), "of": of, "metrics": measured})
-    return measured
 
 
 def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[str, dict]:

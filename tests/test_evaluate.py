@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import embed, evaluate, metrics, run
+from cgd_jax import baselines, embed, evaluate, metrics, run
 from cgd_jax.data import Dataset, Split
 from cgd_jax.embed import Embeddings
 from cgd_jax.models import cgd
@@ -172,28 +172,28 @@ def test_raw_pixels_are_measured_once_a_data_set(finished_run, tmp_path, monkeyp
     (kept,) = begun.dataset.query.cache.glob("raw-pixels-*.json")
     before = kept.read_text()
     expected = results["baselines"]["raw pixels"]
-    real = evaluate.embed_raw_pixels
+    real = baselines.embed_raw_pixels
     measured = []
 
     def embed_raw_pixels(dataset, *rest):
         measured.append(dataset)
         return real(dataset, *rest)
 
-    monkeypatch.setattr(evaluate, "embed_raw_pixels", embed_raw_pixels)
-    assert evaluate.measure_raw_pixels(begun) == expected and not measured
+    monkeypatch.setattr(baselines, "embed_raw_pixels", embed_raw_pixels)
+    assert baselines.measure_raw_pixels(begun) == expected and not measured
     # A damaged file is no answer, nor is that of other test images or of other Ks.
     digit = before.index("0.") + 2
     for content in ("", "{}", before[:digit] + str((int(before[digit]) + 1) % 10)):
         kept.write_text(content + before[len(content) :] * (len(content) > 2))
-        assert evaluate.measure_raw_pixels(begun) == expected and measured.pop()
+        assert baselines.measure_raw_pixels(begun) == expected and measured.pop()
         assert kept.read_text() == before
     other = begun.dataset.query._replace(contents=begun.dataset.query.contents + 1)
-    evaluate.measure_raw_pixels(begun._replace(dataset=begun.dataset._replace(query=other)))
+    baselines.measure_raw_pixels(begun._replace(dataset=begun.dataset._replace(query=other)))
     begun = begun._replace(config=begun.config.copy_and_resolve_references())
     begun.config.eval.ks = (1, 3)
-    assert "recall@3" in evaluate.measure_raw_pixels(begun) and len(measured) == 2
+    assert "recall@3" in baselines.measure_raw_pixels(begun) and len(measured) == 2
     decoded = begun.dataset.query._replace(cache=None)
-    evaluate.measure_raw_pixels(begun._replace(dataset=begun.dataset._replace(query=decoded)))
+    baselines.measure_raw_pixels(begun._replace(dataset=begun.dataset._replace(query=decoded)))
     assert len(measured) == 3
 
 
