@@ -159,6 +159,7 @@ def test_an_index_remembers_how_its_images_were_seen(network, tmp_path):
         Index.open(tmp_path / "index", cgd_jax.open(network.name))
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_data_set(finished_run):
     """Of squares, which blobs are, it measures what it did."""
     config, workdir, result = finished_run

@@ -209,6 +209,7 @@ def build(tmp_path, source, barrier, results):
     results.put(len(everything(prepared(tmp_path, source))))
 
 
+@pytest.mark.slow
 def test_processes_at_once_build_one_good_data_set(tmp_path):
     source = folder_of(tmp_path / "in")
     barrier, results = SPAWN.Barrier(3), SPAWN.Queue()

@@ -249,6 +249,7 @@ def build(folder, locks, barrier, results):
     results.put((source.read, int(images.images[np.arange(40)].astype(np.int64).sum())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locks", [True, False])
 def test_processes_at_once_all_get_a_good_cache(tmp_path, locks):
     barrier, results = SPAWN.Barrier(3), SPAWN.Queue()

@@ -134,6 +134,7 @@ def test_everything_at_once_is_built(tmp_path, form, caplog):
         assert split.ids == other.ids and split.class_names == other.class_names
 
 
+@pytest.mark.slow
 def test_everything_at_once_is_trained_on_and_taken_away(tmp_path):
     config = tiny.get_config()
     config.data = image_folder.get_config().data
@@ -211,6 +212,7 @@ def odd_files():
                     yield kind, mode, profile, orientation, data
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Tag data larger", "ignore:Truncated File Read")
 def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
     """Every file is decoded as it is to be seen, or left out of training with a reason."""
@@ -251,6 +253,7 @@ def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
     print(f"{tried}; of {len(files)} different ones training left out {refused}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["folders", "a CSV with queries in the gallery"])
 def test_noise_from_files_scores_at_chance(tmp_path, form):
     """Trained on, evaluated again, exported: nothing finds itself or tells its class."""

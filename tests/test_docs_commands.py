@@ -107,6 +107,7 @@ def test_a_command_of_the_pages(text, folder, finished_run, monkeypatch):
     assert output
 
 
+@pytest.mark.slow
 def test_the_page_in_ten_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jpg", "b.jpg", "photos/1.jpg", "photos/2.jpg"):

@@ -21,6 +21,7 @@ def test_the_similarity_of_joined_embeddings_is_the_mean_of_the_similarities():
     assert ensemble.join([part._replace(gallery=None) for part in parts]).gallery is None
 
 
+@pytest.mark.slow
 def test_two_runs_together(finished_run, tmp_path):
     config, finished, result = finished_run
     other = config.copy_and_resolve_references()

@@ -50,6 +50,7 @@ def titles_of(figure):
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
 
+@pytest.mark.slow
 def test_pairs_of_a_run(run, drawn):
     pictures = explain.explain_run(str(run))
     assert pictures and set(pictures) <= {run / "explain-right.png", run / "explain-wrong.png"}

@@ -133,6 +133,7 @@ def test_a_network_comes_back(tmp_path, options):
     assert len(arrays) == len(flat)
 
 
+@pytest.mark.slow
 def test_it_is_opened_and_starts_a_training(tmp_path):
     model, variables = network()
     write_network(model, variables, tmp_path, bias=np.float32([0.5, -0.5]))

@@ -83,6 +83,7 @@ main()
     assert run.stderr.startswith("error: The command line needs the package absl")
 
 
+@pytest.mark.slow
 def test_serve_explains_without_the_packages_that_train(tmp_path):
     """What `serve` brings is enough for what `/about` offers: nothing draws, trains, reads TFDS."""
     brought_by_train = requirements_of("train").keys() - requirements_of("serve").keys()

@@ -35,6 +35,7 @@ def texts(figure):
     return [text.get_text() for text in figure.texts]
 
 
+@pytest.mark.slow
 def test_a_run_on_streets(small_streets, config, tmp_path, drawn):
     config.train.steps = 6
     config.train.eval_every = 6
@@ -81,6 +82,7 @@ def test_a_network_of_one_set_is_measured_on_another(config, tmp_path):
         train.train_and_evaluate(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_revisited_oxford_is_measured_after_any_training(config, tmp_path):
     config.data.name = "blobs"
     config.data.test_name = "roxford5k"

@@ -309,6 +309,7 @@ indexing.update(address, [photos], slow)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_while_it_serves_and_indexes(tmp_path):
     """What was there is answered as before, and the next run writes the rest."""

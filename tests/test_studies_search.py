@@ -76,6 +76,7 @@ class Trial:
         return self.prune
 
 
+@pytest.mark.slow
 def test_a_trial_is_worth_its_best_step_and_may_be_pruned(validating, tmp_path):
     config, _ = validating
     trial = Trial(prune=False)

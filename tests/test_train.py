@@ -49,6 +49,7 @@ def poison(monkeypatch, step):
     monkeypatch.setattr(train_step, "augment", broken)
 
 
+@pytest.mark.slow
 def test_a_network_whose_training_was_interrupted_is_the_same(
     tiny_config, tmp_path, monkeypatch, capsys, fully_optimized
 ):
@@ -203,6 +204,7 @@ def test_inference_options_are_measured_beside_the_plain_embedding(
         evaluate.evaluate_run(str(folder), config=config)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_weights_batches_and_augmentation(tiny_config, tmp_path):
     kernels, positions, keys = [], [], []
     for seed in (0, 0, 1):

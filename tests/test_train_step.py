@@ -23,6 +23,7 @@ from tests import tiny  # noqa: F401, the backbone resnet6
 from tests.variables import assert_same
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_computes_the_same(tmp_path):
     """Trains, ranks and searches; resumes what other numbers began. See on_eight_devices.py."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

@@ -118,6 +118,7 @@ def test_a_run_is_chosen_by_validation_classes(tiny_config, tmp_path, monkeypatc
     assert evaluate.evaluate_run(str(tmp_path))["metrics"] == results["metrics"]
 
 
+@pytest.mark.slow
 def test_the_best_step_on_the_test_classes_if_asked_for(tiny_config, tmp_path, monkeypatch, capsys):
     tiny_config.train.best_of_test = True
     tiny_config.eval.baselines = False
