@@ -25,6 +25,7 @@ CONFIG = (
 MANY = ("query", "images", "together", "values")  # flags that may be given several times
 PARTS = "data|augment|model|loss|optimizer|train|eval"
 OF_ALL = ["mode", "workdir", "distributed", "coordinator", "num_processes", "process_id"]
+DIVIDED = ("train", "eval", "index")  # several processes share the work; --help of others is short
 
 
 class Command(NamedTuple):
@@ -222,7 +223,7 @@ def help_text(
     command = commands[name]
     lines = wrapped(f"{name}: ", command.what)
     lines += ["", f"  {program} {name} {command.usage}", "", "Flags:"]
-    for flag in command.takes.split() + OF_ALL[1:]:
+    for flag in command.takes.split() + OF_ALL[1 : None if name in DIVIDED else 2]:
         what, value = (CONFIG, "NAME") if flag == "config" else known[flag][:2]
         lines += [f"  --{flag}{'=' * bool(value)}{value}", *wrapped(" " * 8, what)]
     return "\n".join(lines)
