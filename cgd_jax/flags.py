@@ -1,5 +1,6 @@
 """How a command line is read: commands, their flags, the words that stand for flags, --help."""
 
+import difflib
 import re
 import sys
 import textwrap
@@ -59,6 +60,8 @@ def parse(
     argv, name = list(argv), ""
     if len(argv) > 1 and argv[1] in commands:
         name = argv.pop(1)
+    elif len(argv) > 1 and argv[1][:1] != "-" and not any("mode" in word for word in argv):
+        sys.exit(f"error: there is no command {argv[1]!r}, but {', '.join(commands)}.")
     if any(re.fullmatch("-h|--?help(full|short)?", argument) for argument in argv[1:]):
         print(help_text(program(argv), commands, known, name))
         sys.exit()
@@ -181,9 +184,12 @@ def unknown_flag(flag: str, name: str, commands: Mapping[str, Command]) -> str:
     takers = [f"`{other}`" for other, command in commands.items() if flag in command.takes.split()]
     if takers:
         return f"--{flag} goes with {' and '.join(takers)}, not with `{name}`."
-    keys = flatten(config_files.base_config().to_dict())
-    alike = [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
-    if alike and "config" in commands[name].takes.split():
+    takes = commands[name].takes.split()
+    alike = [f"--{other}=" for other in difflib.get_close_matches(flag, takes + OF_ALL, cutoff=0.8)]
+    if "config" in takes:
+        keys = flatten(config_files.base_config().to_dict())
+        alike += [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
+    if alike:
         return f"there is no flag --{flag}; did you mean {' or '.join(alike)}?"
     return f"there is no flag --{flag}; `{name} --help` lists those that there are."
 
