@@ -5,13 +5,12 @@ of a cross-batch memory, if there is one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpy.typing import ArrayLike
 
 from cgd_jax.combination import l2_normalize, to_float32
 
@@ -178,9 +177,7 @@ def soft_sum(values: Array, mask: Array, axis: int = 1) -> Array:
     return jax.nn.softplus(masked_logsumexp(values, mask, axis))
 
 
-def checked(
-    values: ArrayLike, labels: ArrayLike, name: str = "embeddings"
-) -> tuple[Array, Array | np.ndarray]:
+def checked(values: Any, labels: Any, name: str = "embeddings") -> tuple[Array, Array]:
     """Returns values in float32, and labels; raises ValueError for wrong ranks, lengths, dtypes."""
     values = jnp.asarray(values)
     if not isinstance(labels, Array):  # which holds 32 bits, and would cut longer ids off
