@@ -64,7 +64,10 @@ FLAGS = {
         default="train",
         options=tuple(COMMANDS),
     ),
-    "workdir": Flag("The folder of the run; else runs/CONFIG, or runs/studies/CONFIG.", "FOLDER"),
+    "workdir": Flag(
+        "The folder of a run; a new one is runs/CONFIG, or runs/studies/CONFIG.",
+        "FOLDER",
+    ),
     "together": Flag(
         "Other runs, evaluated with the first as one ensemble.",
         "RUN",

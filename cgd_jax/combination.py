@@ -49,7 +49,7 @@ def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
     >>> l2_normalize(jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist()
     [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
-    floor = EPS**0.5
+    floor, x = EPS**0.5, jnp.asarray(x)
     x32 = to_float32(x)
     # Squared only when the largest coordinate is 1, since 1e20 squared is infinite.
     largest = jnp.abs(jax.lax.stop_gradient(x32)).max(axis, keepdims=True)
@@ -62,6 +62,7 @@ def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
 
 def to_float32(x: jax.Array) -> jax.Array:
     """Casts to float32; a gradient that goes back to float16 is clipped to its range."""
+    x = jnp.asarray(x)
     return _float16_to_float32(x) if x.dtype == jnp.float16 else x.astype(jnp.float32)
 
 
@@ -142,6 +143,7 @@ def combine(
     Array([[0.71, 0.  , 0.  , 0.71]], dtype=float32)
     """
     _check_combination(combination)
+    descriptors, kernels = (list(map(jnp.asarray, arrays)) for arrays in (descriptors, kernels))
     if combination == "raw":
         descriptors = [jnp.concatenate(descriptors, -1)]
     if len(kernels) != len(descriptors) or any(

@@ -1,5 +1,6 @@
 """How a command line is read: commands, their flags, the words that stand for flags, --help."""
 
+import difflib
 import re
 import sys
 import textwrap
@@ -25,6 +26,7 @@ CONFIG = (
 MANY = ("query", "images", "together", "values")  # flags that may be given several times
 PARTS = "data|augment|model|loss|optimizer|train|eval"
 OF_ALL = ["mode", "workdir", "distributed", "coordinator", "num_processes", "process_id"]
+DIVIDED = ("train", "eval", "index")  # several processes share the work; --help of others is short
 
 
 class Command(NamedTuple):
@@ -58,6 +60,8 @@ def parse(
     argv, name = list(argv), ""
     if len(argv) > 1 and argv[1] in commands:
         name = argv.pop(1)
+    elif len(argv) > 1 and argv[1][:1] != "-" and not any("mode" in word for word in argv):
+        sys.exit(f"error: there is no command {argv[1]!r}, but {', '.join(commands)}.")
     if any(re.fullmatch("-h|--?help(full|short)?", argument) for argument in argv[1:]):
         print(help_text(program(argv), commands, known, name))
         sys.exit()
@@ -180,9 +184,12 @@ def unknown_flag(flag: str, name: str, commands: Mapping[str, Command]) -> str:
     takers = [f"`{other}`" for other, command in commands.items() if flag in command.takes.split()]
     if takers:
         return f"--{flag} goes with {' and '.join(takers)}, not with `{name}`."
-    keys = flatten(config_files.base_config().to_dict())
-    alike = [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
-    if alike and "config" in commands[name].takes.split():
+    takes = commands[name].takes.split()
+    alike = [f"--{other}=" for other in difflib.get_close_matches(flag, takes + OF_ALL, cutoff=0.8)]
+    if "config" in takes:
+        keys = flatten(config_files.base_config().to_dict())
+        alike += [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
+    if alike:
         return f"there is no flag --{flag}; did you mean {' or '.join(alike)}?"
     return f"there is no flag --{flag}; `{name} --help` lists those that there are."
 
@@ -222,7 +229,7 @@ def help_text(
     command = commands[name]
     lines = wrapped(f"{name}: ", command.what)
     lines += ["", f"  {program} {name} {command.usage}", "", "Flags:"]
-    for flag in command.takes.split() + OF_ALL[1:]:
+    for flag in command.takes.split() + OF_ALL[1 : None if name in DIVIDED else 2]:
         what, value = (CONFIG, "NAME") if flag == "config" else known[flag][:2]
         lines += [f"  --{flag}{'=' * bool(value)}{value}", *wrapped(" " * 8, what)]
     return "\n".join(lines)

@@ -44,6 +44,7 @@ def describe_batch(
       image of their class, to the nearest of another.
       mean_embedding_norm: length of the mean vector, 1 if all lie in one point.
     """
+    embeddings, labels = jnp.asarray(embeddings), jnp.asarray(labels)
     distances = pairwise_distances(embeddings)
     same = labels[:, None] == labels
     positive, negative = same & ~jnp.eye(len(labels), dtype=bool), ~same
@@ -66,7 +67,7 @@ def describe_set(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> d
     does but active_triplets. Of the distances of pairs it is the root mean square; the hardest are
     means over 256 queries drawn at random.
     """
-    unit = embeddings.astype(np.float32)
+    unit = np.array(embeddings, np.float32)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-6)
     mean = unit.mean(0, dtype=np.float64)
     # Within a collapsed embedding all cosines are 1 but for rounding; seen from the mean

@@ -4,6 +4,9 @@ Every function maps ``features [..., H, W, C]`` to ``[..., C]``, accumulates in
 float32 whatever the input's precision, and returns the input's dtype. This file
 needs nothing but JAX and is meant to be taken into other projects as it is.
 
+Channels stand last. Of a map [B, C, H, W] as PyTorch has it, pool ``features.permute(0, 2, 3, 1)``;
+here and elsewhere its tensors are taken as arrays, without gradients.
+
 >>> features = jnp.ones((8, 14, 14, 256))
 >>> gem(features).shape
 (8, 256)
@@ -11,6 +14,7 @@ needs nothing but JAX and is meant to be taken into other projects as it is.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 __all__ = [
     "CLASS_TOKEN",
@@ -48,7 +52,7 @@ def spoc(features: jax.Array) -> jax.Array:
     >>> spoc(jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])).tolist()
     [3.0]
     """
-    _check_features(features)
+    features = _checked(features)
     return features.astype(jnp.float32).mean((-3, -2)).astype(features.dtype)
 
 
@@ -70,7 +74,7 @@ def mac(features: jax.Array) -> jax.Array:
     >>> mac(jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])).tolist()
     [6.0]
     """
-    _check_features(features)
+    features = _checked(features)
     return _maximum(features)
 
 
@@ -102,7 +106,7 @@ def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = EPS) -> ja
     >>> gem(features, p=jnp.array([1.0, 100.0])).round(2)  # one exponent a channel
     Array([3.  , 5.92], dtype=float32)
     """
-    _check_features(features)
+    features = _checked(features)
     if not eps > 0:
         raise ValueError(f"gem: eps must be positive, got {eps}.")
     if isinstance(p, int | float) and p == 0:
@@ -140,7 +144,7 @@ def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
     >>> rmac(jnp.ones((4, 4, 1)))  # 1 + 4 + 9 regions, each a vector of length 1
     Array([14.], dtype=float32)
     """
-    _check_features(features)
+    features = _checked(features)
     height, width = features.shape[-3:-1]
     total = jnp.zeros((*features.shape[:-3], features.shape[-1]), jnp.float32)
     for top, left, side in rmac_regions(height, width, levels):
@@ -191,13 +195,15 @@ def _starts(length: int, side: int, count: int) -> list[int]:
     return [i * (length - side) // (count - 1) for i in range(count)]
 
 
-def _check_features(features: jax.Array) -> None:
+def _checked(features: ArrayLike) -> jax.Array:
+    features = jnp.asarray(features)
     if features.ndim < 3 or 0 in features.shape[-3:]:
         raise ValueError(
             f"features must have shape [..., H, W, C] with H, W, C > 0; got {features.shape}."
         )
     if not jnp.issubdtype(features.dtype, jnp.floating):
         raise ValueError(f"features must be floating point; got {features.dtype}.")
+    return features
 
 
 # The letters that name descriptors in a config: "SG" is SPoC, then GeM.

@@ -253,13 +253,13 @@ def fit_to_data(
     least = 2 if config.loss.ranking_weight else 1
     if batch < least or batch > classes:
         remedy = (
-            f"give --train.classes_per_batch={classes // 2 * 2} or less"
+            f"give --train.classes_per_batch={classes} or less, or 0 for as many as suit"
             if classes >= 2 * least
             else "give more folders, or search with the pretrained network: `cgd_jax serve IMAGES`"
         )
         raise ConfigError(
-            f"{config.data.name} has {classes} classes to train on, and a batch needs "
-            f"{max(batch, least)}: {remedy}."
+            f"{config.data.name} has {classes} class{'es' * (classes != 1)} to train on, and a "
+            f"batch needs {max(batch, least)}: {remedy}."
         )
     if not train.steps:
         epochs = 15 * len(labels) / (batch * train.images_per_class)

@@ -95,6 +95,12 @@ def test_a_study_brings_its_config(tmp_path, monkeypatch):
     "arguments,message",
     [
         (["train", "--steps=3"], "there is no flag --steps; did you mean --train.steps=?"),
+        (
+            ["eval", "--steps=3"],
+            "there is no flag --steps; did you mean --step= or --train.steps=?",
+        ),
+        (["serve", "--workdri=x"], "there is no flag --workdri; did you mean --workdir=?"),
+        (["glyphs"], "there is no command 'glyphs', but train, eval, "),
         (["search", "a.jpg", "--k=abc"], "flag --k=abc: it must be a whole number."),
         (["eval", "--k=3"], "--k goes with `search` and `pairs`, not with `eval`."),
         (["index", "a", "--nothing"], "there is no flag --nothing; `index --help` lists"),

@@ -178,7 +178,7 @@ def test_a_pipe_is_no_source(tmp_path):
 
 @pytest.mark.parametrize("files", [{"readme.txt": b""}, {"a/1.jpg": picture()}, {"1.jpg": b""}])
 def test_too_little(tmp_path, files):
-    with pytest.raises(ValueError, match="found [01] classes.*at least two"):
+    with pytest.raises(ValueError, match="found (no|1) class with.*at least two"):
         built(tmp_path, write(tmp_path / "in", files))
 
 
@@ -288,7 +288,7 @@ def test_folders_around_the_classes(tmp_path, form, above):
 
 
 def test_a_single_class_is_no_folder_around_classes(tmp_path):
-    with pytest.raises(ValueError, match="found 1 classes"):
+    with pytest.raises(ValueError, match="found 1 class with"):
         built(tmp_path, write(tmp_path / "in", {f"cat/{i}.jpg": picture(i) for i in range(2)}))
 
 

@@ -108,10 +108,12 @@ def test_classes_that_change_what_the_numbers_mean_are_reported(config, tmp_path
     photographs(tmp_path / "in" / "train", "abc", 2)
     photographs(tmp_path / "in" / "test", "bcde", 2)
     (tmp_path / "in" / "test" / "d" / "1.jpg").unlink()
+    (tmp_path / "in" / "train" / "a" / "1.jpg").unlink()
     load_dataset(config)
     for _ in range(2):  # in every run
         assert "1 of 4 test classes have no second image to find" in caplog.text
         assert "2 of 4 test classes are trained on too: they are not unseen: b, c" in caplog.text
+        assert "1 of 3 training classes have a single image, which is repeated" in caplog.text
         caplog.clear()
         load_dataset(config)
     (tmp_path / "in" / "test").rename(tmp_path / "in" / "query")

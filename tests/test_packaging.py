@@ -44,6 +44,11 @@ def test_all_is_all_and_an_extra_says_the_same_as_another():
     assert requirements_of("all").keys() == {name.lower() for name in stated}
 
 
+def test_whoever_opens_a_network_keeps_its_programs():
+    """JAX bounds its cache only where filelock is installed, and warns at every program if not."""
+    assert {"platformdirs", "filelock"} <= requirements_of("models").keys()
+
+
 def test_every_package_of_the_clone_is_installed():
     listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
     folders = {path.parent for path in (ROOT / "cgd_jax").rglob("*.py")}

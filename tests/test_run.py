@@ -80,11 +80,13 @@ def test_batch_and_steps_that_suit_the_images(classes, devices, images, batch, s
     assert config.train.steps == 0
 
 
-@pytest.mark.parametrize("classes,remedy", [(1, "give more folders, or search"), (6, "batch=6 or")])
+@pytest.mark.parametrize(
+    "classes,remedy", [(1, "give more folders, or search"), (6, "batch=6 or less, or 0")]
+)
 def test_too_few_classes(classes, remedy):
     config = glyphs.get_config()
     config.train.classes_per_batch = 0 if classes == 1 else 7
-    with pytest.raises(ConfigError, match=f"glyphs has {classes} classes to train on.*{remedy}"):
+    with pytest.raises(ConfigError, match=f"glyphs has {classes} class(es)? to train.*{remedy}"):
         fit_to_data(config, np.repeat(np.arange(classes), 5), 1)
 
 

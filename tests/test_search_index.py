@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,7 +70,7 @@ def test_a_query_may_be_a_file_an_image_pixels_a_vector_or_several(filled):
     index, files, ids, vectors = filled
     image = Image.open(files[4])
     queries = [files[4], str(files[4]), files[4].read_bytes(), image, np.asarray(image)]
-    for query in (*queries, 3 * vectors[4]):
+    for query in (*queries, 3 * vectors[4], jnp.asarray(vectors[4])):
         hits = index.search(query, 3)
         assert hits[0].id == ids[4] and hits[0].similarity == pytest.approx(1, abs=1e-5)
     found = index.search([*queries, files[5]], 1)

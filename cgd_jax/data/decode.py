@@ -62,7 +62,9 @@ cv2.setNumThreads(1)
 REDUCTIONS = (1, 2, 4, 8)
 # The limit of every image, also of uploads. Decoding takes 7 to 12 bytes of memory a pixel.
 MAX_PIXELS = max_pixels(os.environ.get("CGD_JAX_MAX_PIXELS", "200_000_000"))
-TOO_MANY = f"more than {MAX_PIXELS:,} pixels (a decompression bomb? see CGD_JAX_MAX_PIXELS)"
+TOO_MANY = (
+    f"more than {MAX_PIXELS:,} pixels (unless it is a decompression bomb, set CGD_JAX_MAX_PIXELS)"
+)
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
 # A scan of a JPEG costs time for every pixel, and hardly a byte. Cameras and programs write about
 # ten; with this many pixels in all of them, decoding takes five seconds.
@@ -365,4 +367,5 @@ def _reason(error: Exception, data: bytes) -> str:
         return "not an image, or damaged at its beginning"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has {TOO_MANY}"
-    return f"{error}" or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"a damaged HEIC image: {text}" if text.startswith("Invalid input") else text

@@ -100,7 +100,8 @@ class ImageFolder(ImageBuilder):
             reasons = Counter(row["reason"] for row in self._notes["left_out"]).most_common(3)
             also = "".join(f"; {count:,} files are left out: {why}" for why, count in reasons)
             raise InputError(
-                f"image_folder: found {len(names)} classes with images in {self._source}{also}. "
+                f"image_folder: found {len(names) or 'no'} class with images in "
+                f"{self._source}{also}. "
                 f"Training and testing on different classes takes at least two. {self.HOW_TO_GET}"
             )
         number = {name: i for i, name in enumerate(names)}

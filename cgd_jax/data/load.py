@@ -65,7 +65,8 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
         dataset = dataset._replace(validation=splits["val"])
     for purpose, part in (("trains on", dataset.train), ("tests on", dataset.query)):
         names = [part.class_names[label] for label in np.unique(part.labels).tolist()]
-        log.info("%s %s %s classes: %s", config.name, purpose, f"{len(names):,}", listed(names))
+        count = f"{len(names):,} class{'es' * (len(names) != 1)}"
+        log.info("%s %s %s: %s", config.name, purpose, count, listed(names))
     return dataset
 
 
@@ -188,12 +189,16 @@ def _warn_of_classes(dataset: Dataset) -> None:
     """Reports what is allowed but changes what the numbers mean."""
     train, query, gallery, _ = dataset
     tested, counts = np.unique(query.labels, return_counts=True)
+    trained, images = np.unique(train.labels, return_counts=True)
     alone = tested[counts == 1] if gallery is None else np.setdiff1d(tested, gallery.labels)
-    kinds = {
-        "have no second image to find, so that their queries count as misses or not at all": alone,
-        "are trained on too: they are not unseen": np.intersect1d(tested, train.labels),
-    }
-    for text, classes in kinds.items():
+    lonely = "have no second image to find, so that their queries count as misses or not at all"
+    seen = "are trained on too: they are not unseen"
+    repeated = "have a single image, which is repeated; add others"
+    for classes, every, split, text in (
+        (alone, tested, query, f"test classes {lonely}"),
+        (np.intersect1d(tested, trained), tested, query, f"test classes {seen}"),
+        (trained[images == 1], trained, train, f"training classes {repeated}"),
+    ):
         if len(classes):
-            names = listed([query.class_names[label] for label in classes.tolist()])
-            log.warning("%d of %d test classes %s: %s", len(classes), len(tested), text, names)
+            names = listed([split.class_names[label] for label in classes.tolist()])
+            log.warning("%d of %d %s: %s", len(classes), len(every), text, names)

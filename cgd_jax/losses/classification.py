@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cgd_jax.losses.pairs import batch_mean, checked, safe_root, similarities, soft_sum
@@ -151,11 +152,11 @@ def soft_triple_loss(
     similarity, true = cosines_to(proxies, embeddings, labels)
     relaxed = (jax.nn.softmax(similarity / gamma, 2) * similarity).sum(2)
     loss = cross_entropy(scale * (relaxed - margin * true), true, embeddings)
-    classes, count, _ = proxies.shape
+    classes, count, _ = np.shape(proxies)
     if count == 1 or not regularization:
         return loss
     first, second = jnp.triu_indices(count, 1)
-    cosines = jax.vmap(similarities)(proxies)[:, first, second]
+    cosines = jax.vmap(similarities)(jnp.asarray(proxies))[:, first, second]
     # Rounding makes 1 - cos of equal centers anything below 1e-6, and the root steep there.
     squared = 2 - 2 * cosines
     apart = safe_root(jnp.where(squared > 1e-5, squared, 0.0)).sum()
@@ -176,7 +177,7 @@ def smoothed_cross_entropy(
     >>> print(f"{loss:.4f}")  # softmax of [4, 0] against the target [0.95, 0.05]
     0.2181
     """
-    logits = checked(logits, labels, "logits")
+    logits, labels = checked(logits, labels, "logits")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive; got {temperature}.")
     if not 0 <= smoothing < 1:
@@ -198,7 +199,7 @@ def class_similarities(embeddings: Array, centers: Array) -> Array:
 
 def cosines_to(vectors: Array, embeddings: Array, labels: Array) -> tuple[Array, Array]:
     """[B, M, S] cosines to the vectors of classes; [B, M] whether the image is of that class."""
-    embeddings = checked(embeddings, labels)
+    (embeddings, labels), vectors = checked(embeddings, labels), jnp.asarray(vectors)
     if vectors.ndim != 3 or vectors.shape[2] != embeddings.shape[1]:
         raise ValueError(
             f"proxies or centers must have shape [M, S, D] with the embeddings' D; got "

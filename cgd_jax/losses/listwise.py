@@ -29,7 +29,8 @@ def n_pair_loss(embeddings: Array, labels: Array, scale: float = 16.0) -> Array:
     >>> print(f"{n_pair_loss(x, labels, scale=1.0):.4f}")  # log(1 + 1 / e)
     0.3133
     """
-    x = jnp.clip(checked(embeddings, labels), -LIMIT, LIMIT)
+    x, labels = checked(embeddings, labels)
+    x = jnp.clip(x, -LIMIT, LIMIT)
     same = labels[:, None] == labels[None, :]
     earlier = jnp.tril(same, -1).sum(1)  # images of the class before this one
     anchor, second = earlier == 0, earlier == 1
@@ -87,7 +88,8 @@ def recall_at_k_loss(
     >>> print(f"{recall_at_k_loss(x, labels, ks=(1, 2), k_temperature=0.01):.4f}")  # σ(0), σ(1)
     0.2500
     """
-    unit = l2_normalize(checked(embeddings, labels))
+    x, labels = checked(embeddings, labels)
+    unit = l2_normalize(x)
     real = jnp.ones(len(labels), bool)
     if mixup:
         if key is None:

@@ -5,10 +5,11 @@ of a cross-batch memory, if there is one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cgd_jax.combination import l2_normalize, to_float32
@@ -127,10 +128,10 @@ def push(memory: Memory, embeddings: Array, labels: Array) -> Memory:
     [7, 8, -1]
     """
     size = len(memory.labels)
-    stored = jax.lax.stop_gradient(embeddings.astype(jnp.float32))
+    stored = jax.lax.stop_gradient(jnp.asarray(embeddings, jnp.float32))
     return Memory(
         jnp.concatenate([stored, memory.vectors])[:size],
-        jnp.concatenate([labels.astype(jnp.int32), memory.labels])[:size],
+        jnp.concatenate([jnp.asarray(labels, jnp.int32), memory.labels])[:size],
     )
 
 
@@ -138,7 +139,7 @@ def pairs_of(
     embeddings: Array, labels: Array, memory: Memory | None = None, miner: Miner | None = None
 ) -> Pairs:
     """Finds the pairs of a batch, and of its images with a memory, that a miner keeps."""
-    embeddings = checked(embeddings, labels)
+    embeddings, labels = checked(embeddings, labels)
     references, columns = embeddings, labels
     if memory is not None:
         references = jnp.concatenate([references, jax.lax.stop_gradient(memory.vectors)])
@@ -163,7 +164,7 @@ def batch_mean(values: Array, mask: Array, embeddings: Array) -> Array:
 
 
 def nan_unless_finite(embeddings: Array, loss: Array) -> Array:
-    return jnp.where(jnp.isfinite(embeddings).all(), loss, jnp.nan)
+    return jnp.where(jnp.isfinite(jnp.asarray(embeddings)).all(), loss, jnp.nan)
 
 
 def masked_logsumexp(values: Array, mask: Array, axis: int = 1) -> Array:
@@ -176,8 +177,11 @@ def soft_sum(values: Array, mask: Array, axis: int = 1) -> Array:
     return jax.nn.softplus(masked_logsumexp(values, mask, axis))
 
 
-def checked(values: Array, labels: Array, name: str = "embeddings") -> Array:
-    """Returns `values` as float32; raises ValueError for wrong ranks, lengths or dtypes."""
+def checked(values: Any, labels: Any, name: str = "embeddings") -> tuple[Array, Array]:
+    """Returns values in float32, and labels; raises ValueError for wrong ranks, lengths, dtypes."""
+    values = jnp.asarray(values)
+    if not isinstance(labels, Array):  # which holds 32 bits, and would cut longer ids off
+        labels = np.asarray(labels)
     if values.ndim != 2 or labels.shape != values.shape[:1]:
         raise ValueError(
             f"{name} must have shape [B, ...] of rank 2 and labels [B]; got {name} "
@@ -187,4 +191,4 @@ def checked(values: Array, labels: Array, name: str = "embeddings") -> Array:
         raise ValueError(f"{name} must be floating point; got {values.dtype}.")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers; got {labels.dtype}.")
-    return to_float32(values)
+    return to_float32(values), labels

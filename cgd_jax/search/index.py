@@ -259,8 +259,8 @@ class Index:
           FileNotFoundError, InputError: something is no image, or `where` is not understood.
           StoreError: the index cannot be read.
         """
-        if isinstance(query, np.ndarray) and query.ndim == 1:
-            return self.search_vectors(query[None], k, where, exact)[0]
+        if getattr(query, "ndim", 0) == 1:
+            return self.search_vectors(np.asarray(query)[None], k, where, exact)[0]
         found = self.search_vectors(self.embed(query), k, where, exact)
         return found[0] if is_one(query) else found
 

@@ -13,10 +13,10 @@ from cgd_jax.search.images import hash_of
 
 __all__ = ["PREFIX", "Uploads"]
 
-MAX_BYTES = 20_000_000  # of an upload
 PATIENCE = 30  # seconds that an upload may take
 KEPT_BYTES = 256_000_000  # of all uploads that are remembered
 ARRIVING_BYTES = KEPT_BYTES // 2  # of those that are received, or searched by for the first time
+MAX_BYTES = ARRIVING_BYTES // 2  # of an upload: telephones write 200 megapixels in 50 MB
 PREFIX = "upload-"  # of their ids; those of an index have no such prefix
 # How files of the formats begin that browsers and telephones send. Of those that can be decoded
 # beside them, none is worth what its decoder may have of errors.
