@@ -598,20 +598,20 @@ for path in sys.argv[1:]:
     _, status, used = os.wait4(child, 0)
     print(used.ru_maxrss * 1024 if status == 0 else "failed")
 """
-P3 = color_profiles.profile(color_profiles.DISPLAY_P3, 2.2)
 LARGE = {
     **{f"PNG {mode}": ("PNG", mode, {}) for mode in ("L", "P", "LA", "RGB", "RGBA", "I;16")},
     **{f"JPEG {mode}": ("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")},
     **{f"TIFF {mode}": ("TIFF", mode, {}) for mode in ("RGBA", "CMYK", "I;16")},
     **{f"WEBP {mode}": ("WEBP", mode, {}) for mode in ("RGB", "RGBA")},
     "GIF": ("GIF", "P", {}),
-    "PNG with a profile": ("PNG", "RGBA", {"icc_profile": P3}),
+    "PNG with a profile": ("PNG", "RGBA", {"icc_profile": color_profiles.profile(*P3)}),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
 def test_decoding_takes_as_much_memory_as_is_said(tmp_path):
-    """At most 12 bytes a pixel, whatever the file says, by which the server lets images in."""
+    """Whatever the file says; the server lets images in by their pixels."""
     width, height = 4000, 3000
     for name, (kind, mode, options) in {"none": ("PNG", "L", {}), **LARGE}.items():
         image = Image.new("L", (width, height) if name in LARGE else (9, 9))
@@ -631,7 +631,10 @@ def test_decoding_takes_as_much_memory_as_is_said(tmp_path):
     peaks = dict(zip(names, map(int, done.stdout.split()), strict=True))
     of_pixel = {name: (peak - peaks["1 none"]) / (width * height) for name, peak in peaks.items()}
     print({name: round(taken, 1) for name, taken in of_pixel.items()})
-    assert max(of_pixel.values()) < 12.5 and of_pixel["1 PNG RGBA"] > 3
+    for name, taken in of_pixel.items():
+        most = 13 if "WEBP" not in name else 16 if name.startswith("1") else 20
+        assert taken < most + 1, name
+    assert of_pixel["1 PNG RGBA"] > 4 and of_pixel["1 JPEG RGB"] < 1
 
 
 def test_pipes_and_devices_are_no_images_for_a_network_either(tmp_path):
