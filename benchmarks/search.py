@@ -5,6 +5,7 @@
     python benchmarks/search.py searching                  # 1,000,000 x 128, beside faiss
     python benchmarks/search.py queries                    # 100,000 x 512
     python benchmarks/search.py compression                # what smaller vectors cost in recall
+    python benchmarks/search.py digests                    # what it costs to notice wrong bits
 
 Every measurement that names a memory runs in a process of its own, whose peak is reported.
 `indexing` draws photographs of 320 pixels if it is given none. faiss is an optional package
@@ -335,6 +336,56 @@ def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
     return vectors.query, finished.dataset.query.labels
 
 
+def digests(count: int) -> None:
+    """Opens an index, saves and restores a ResNet-50, each with digests and without."""
+    from benchmarks.serving import make_index
+
+    with tempfile.TemporaryDirectory() as scratch:
+        address = Path(scratch, "index")
+        make_index(str(address), count, 512)
+        size = sum(file.stat().st_size for file in address.rglob("*") if file.is_file())
+        print(f"an index of {count:,} x 512 with thumbnails, {size / 1e6:,.0f} MB")
+        for what in ("with", "without") * 3:
+            print(f"{what:8}", in_process("digest", what, address).strip(), flush=True)
+
+
+def digest(what: str, address: str) -> None:
+    import jax
+    import optax
+
+    from cgd_jax import checkpoint, train_step
+    from cgd_jax.preprocess import IMAGENET
+    from cgd_jax.search import Index, digests
+
+    if what == "with":
+        digests.record(address)
+        digests._read.cache_clear()  # as in a new process
+    else:
+        Path(address, digests.LIST).unlink(missing_ok=True)
+        checkpoint._digest = lambda fields: np.zeros(8, np.uint8)
+    begin = time.perf_counter()
+    Index.open(address)
+    print(f"open {1e3 * (time.perf_counter() - begin):.0f} ms", end=", ")
+    # As many numbers as a ResNet-50 and Adam's moments.
+    numbers = np.random.default_rng(0).standard_normal((160, 160_000), np.float32)
+    weights = {f"{i:03}": jax.numpy.asarray(row) for i, row in enumerate(numbers)}
+    moments = optax.ScaleByAdamState(jax.numpy.int32(0), weights, weights)
+    normalization = jax.tree.map(jax.numpy.asarray, IMAGENET)
+    fields = jax.numpy.int32(1), weights, {}, moments, normalization, None, jax.numpy.int32(0)
+    names = "step params batch_stats opt_state normalization average skipped".split()
+    state = train_step.State(**dict(zip(names, fields, strict=True)))
+    with checkpoint.manager(Path(address).parent / what, keep=1) as checkpoints:
+        for name, work in {
+            "save": lambda: checkpoint.save(checkpoints, state),
+            "written": lambda: checkpoint.finish(checkpoints),
+            "restore": lambda: checkpoint.restore(checkpoints, state),
+        }.items():
+            begin = time.perf_counter()
+            work()
+            print(f"{name} {time.perf_counter() - begin:.2f} s", end=", ")
+    shutil.rmtree(Path(address).parent / what)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what")
@@ -354,6 +405,10 @@ def main() -> None:
             searching(given.count or 100_000, 512)
         case "compression":
             compression(given.images, given.count or 1000)
+        case "digests":
+            digests(given.count or 100_000)
+        case "digest":
+            digest(*given.arguments)
         case "embed-alone":
             embed_alone(int(given.arguments[0]))
         case "index":

@@ -193,9 +193,9 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         ours = (error.name or "cgd_jax").startswith("cgd_jax") or "pip install" in str(error)
         known = error if ours else packages.missing(f"`{name}`", COMMANDS[name].extra, error.name)
-        sys.exit(f"error: {known}")
+        console.end(known)
     except (UserError, ImportError, OSError, flags.Error) as error:
-        sys.exit(f"error: {console.escaped(str(error))}")
+        console.end(error)
     except KeyboardInterrupt:
         goes_on = name in ("train", "index")
         again = "; the same command goes on from where it was" * goes_on

@@ -6,6 +6,7 @@ network = cgd_jax.open("runs/glyphs/export")
 vectors = network.embed(["a.jpg", "b.jpg"])  # [2, D]
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cgd_jax.workdir import read_config
 __all__ = ["export_run", "push_to_hub", "write_program"]
 
 FOLDER = "export"
+WRITTEN = ("model.safetensors", "backbone.safetensors", "embed.stablehlo")
 # What `write_program` compiles for.
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -35,7 +37,7 @@ def export_run(workdir: str | Path, step: int | None = None) -> Path:
     measured metrics in the metadata; backbone.safetensors the backbone under the names of
     torchvision (of efficientnet-lite-pytorch for an EfficientNet-Lite); embed.stablehlo the
     compiled function, see `write_program`; README.md says what was trained on what, how well
-    it retrieves, and how to use each file.
+    it retrieves, and how to use each file; digests.txt has their SHA-256.
 
     Takes the checkpoint that was chosen, see `checkpoint.save`, or that of a step. Raises
     FileNotFoundError if there is no such run or checkpoint, or if it was not evaluated.
@@ -57,6 +59,9 @@ def export_run(workdir: str | Path, step: int | None = None) -> Path:
     save(folder / "backbone.safetensors", backbone, network.normalization)
     write_program(folder / "embed.stablehlo", network)
     files.write_atomically(folder / "README.md", model_card(network, result))
+    contents = {name: (folder / name).read_bytes() for name in WRITTEN}
+    lines = (f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items())
+    files.write_atomically(folder / "digests.txt", "".join(lines))
     return folder
 
 

@@ -55,7 +55,7 @@ def parse(
     """Parses a command line: a command is its first word, or the value of --mode.
 
     Returns the name of the command; its flags, of which `config` is a `ConfigDict` or None. Raises
-    SystemExit: --help was shown, or a line says what is wrong.
+    SystemExit after --help was shown; flags.Error says what is wrong.
     """
     argv, name = list(argv), ""
     if len(argv) > 1 and argv[1] in commands:
@@ -73,10 +73,10 @@ def parse(
             name = only_mode.mode
         return name, parse_command(name, commands[name], known, argv)
     except flags.UnrecognizedFlagError as error:
-        sys.exit(f"error: {unknown_flag(error.flagname, name, commands)}")
+        raise flags.Error(unknown_flag(error.flagname, name, commands)) from error
     except flags.Error as error:
         text = re.sub(r"invalid literal for int.*", "it must be a whole number.", str(error))
-        sys.exit(f"error: {text}")
+        raise flags.Error(text) from error
 
 
 def parse_command(
@@ -125,7 +125,7 @@ def parse_config(
     except (flags.Error, UserError, OSError):
         raise
     except Exception as error:  # whatever the user's file raises
-        sys.exit(f"error: {explained_config(error, argv)}")
+        raise flags.Error(explained_config(error, argv)) from error
 
 
 def fill(given: flags.FlagValues, names: list[str], words: list[str]) -> None:

@@ -61,7 +61,7 @@ def read_config(workdir: str | Path) -> ConfigDict:
 def _reading(path: Path) -> Iterator[Any]:
     """Yields what a JSON file holds; whatever goes wrong with it is a ConfigError with its name."""
     try:
-        yield json.loads(path.read_text(encoding="utf-8"))
+        yield json.loads(files.read_regular(path))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ConfigError(
             f"{path} is damaged: {str(error).rstrip('.')}. Restore it from a backup, or train in "

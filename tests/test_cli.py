@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
+from absl.flags import Error
 
 from cgd_jax import cli, config_files, flags
 from cgd_jax.config import to_dict
-from cgd_jax.runtime import files
+from cgd_jax.runtime import console, files
 from configs import glyphs
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def test_a_config_of_ones_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["glyph", "configs/glyph.py", "", ":SG", "configs", "../glyphs"])
 def test_a_config_that_does_not_exist(name):
-    with pytest.raises(SystemExit, match="no such config or file; there are base, .*glyphs, "):
+    with pytest.raises(Error, match="no such config or file; there are base, .*glyphs, "):
         parse(f"--config={name}")
 
 
@@ -69,7 +70,7 @@ def test_words_stand_for_flags(tmp_path):
     assert parse("search", "a.jpg", "--k=3", "b.jpg").query == ["a.jpg", "b.jpg"]
     assert parse("index", "photos").images == parse("serve", "photos").images == ["photos"]
     assert parse("serve").images is None
-    with pytest.raises(SystemExit, match="'c.png' is one word too many"):
+    with pytest.raises(Error, match="'c.png' is one word too many"):
         parse("explain", str(tmp_path), "a.png", "b.png", "c.png")
 
 
@@ -113,6 +114,40 @@ def test_mistakes_name_the_remedy(arguments, message):
     with pytest.raises(SystemExit) as end:
         cli.main(["cgd_jax", *arguments])
     assert str(end.value).startswith(f"error: {message}") and "\n" not in str(end.value)
+
+
+HIDDEN = "a\x1b]0;b\x07\x9bc\r"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [f"--{HIDDEN}=1"],
+        [f"--config={HIDDEN}"],
+        [f"--mode={HIDDEN}"],
+        ["train", "--config=glyphs", f"--train.steps={HIDDEN}"],
+        ["train", "--config=glyphs", f"--train.{HIDDEN}=1"],
+        ["train", "--config=glyphs", f"--model.descriptors={HIDDEN}"],
+        ["data", "--config=image_folder", f"--data.source={HIDDEN}"],
+        ["eval", HIDDEN],
+        ["study", HIDDEN],
+        ["study", "descriptors", f"--seeds={HIDDEN}"],
+        ["explain", "a", "b", "c", HIDDEN],
+        ["search", HIDDEN, f"--index={HIDDEN}"],
+        ["search", "a", f"--k={HIDDEN}"],
+        ["search", "a", f"--crop={HIDDEN}"],
+        ["index", HIDDEN, f"--index={HIDDEN}"],
+        ["index", "a", f"--model={HIDDEN}", "--aspect=keep"],
+        ["pairs", HIDDEN, HIDDEN],
+        ["serve", f"--host={HIDDEN}"],
+    ],
+    ids=" ".join,
+)
+def test_no_control_character_of_an_argument_reaches_the_terminal(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["cgd_jax", *arguments])
+    assert str(end.value).startswith("error: ") and not console.CONTROL.search(str(end.value))
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "-help", "--helpfull"])

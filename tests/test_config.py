@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,8 +14,9 @@ from cgd_jax import config as config_module
 from cgd_jax import workdir
 from cgd_jax.config import differences, from_dict, to_dict
 from cgd_jax.data import Dataset, Split
+from cgd_jax.models import weight_files
 from cgd_jax.rules import RULES, validate
-from cgd_jax.runtime.errors import ConfigError
+from cgd_jax.runtime.errors import ConfigError, InputError
 from cgd_jax.workdir import default_workdir
 from configs import base, glyphs
 from tests.test_checkpoint import as_owner
@@ -242,6 +244,14 @@ def test_a_config_that_is_no_json(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match="config.json is damaged"):
         workdir.read_config(tmp_path)
+
+
+def test_a_config_that_never_ends(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="config.json is damaged: not a file"):
+        workdir.read_config(tmp_path)
+    with pytest.raises(InputError, match="config.json, beside the weights, is damaged: not a file"):
+        weight_files.declared_normalization(tmp_path)
 
 
 def test_the_config_of_a_run_on_data_that_only_its_config_file_made_known(tmp_path):

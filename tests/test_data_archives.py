@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cgd_jax.data import archives
+from cgd_jax.data import archives, cars196, image_list, roxford5k
 from cgd_jax.runtime.errors import InputError
 from tests.dataset_samples import pack, write
 
@@ -386,6 +386,32 @@ def test_a_list_that_is_something_else_is_named(tmp_path):
         ["1", "a.jpg"],
         ["2", "b\x85c.jpg"],
     ]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [archives.read_text, image_list.read, cars196._load, roxford5k.read_plain],
+    ids=["txt", "csv", "mat", "pkl"],
+)
+def test_lists_that_never_end_or_are_too_much_are_refused(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 40)
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(InputError, match=f"{path} is no list of images: not a file"):
+            read(path)
+    with pytest.raises(InputError, match="is no list of images: larger than"):
+        read(tmp_path / "sparse")
+
+
+@pytest.mark.parametrize("ending", archives.ARCHIVE_ENDINGS)
+def test_archives_that_never_end_are_refused(tmp_path, ending):
+    os.mkfifo(tmp_path / f"pipe{ending}")
+    (tmp_path / f"zero{ending}").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(InputError, match=f"{name}{ending} is no archive: not a file"):
+            with archives.unpacked(tmp_path / f"{name}{ending}", tmp_path / "scratch"):
+                pass
 
 
 def test_find_prefers_what_is_nearest(tmp_path):

@@ -593,6 +593,56 @@ def test_what_never_ends_or_is_too_much_is_refused_in_little_memory(tmp_path):
         assert reason in line, (name, line)
 
 
+PEAKS = """
+import os, sys
+from cgd_jax.data import decode
+for path in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        decode.decode(decode.read_file(path), size=224)
+        os._exit(0)
+    _, status, used = os.wait4(child, 0)
+    print(used.ru_maxrss * 1024 if status == 0 else "failed")
+"""
+LARGE = {
+    **{f"PNG {mode}": ("PNG", mode, {}) for mode in ("L", "P", "LA", "RGB", "RGBA", "I;16")},
+    **{f"JPEG {mode}": ("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")},
+    **{f"TIFF {mode}": ("TIFF", mode, {}) for mode in ("RGBA", "CMYK", "I;16")},
+    **{f"WEBP {mode}": ("WEBP", mode, {}) for mode in ("RGB", "RGBA")},
+    "GIF": ("GIF", "P", {}),
+    "PNG with a profile": ("PNG", "RGBA", {"icc_profile": color_profiles.profile(*P3)}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory otherwise")
+def test_decoding_takes_as_much_memory_as_is_said(tmp_path):
+    """Whatever the file says; the server lets images in by their pixels."""
+    width, height = 4000, 3000
+    for name, (kind, mode, options) in {"none": ("PNG", "L", {}), **LARGE}.items():
+        image = Image.new("L", (width, height) if name in LARGE else (9, 9))
+        image = Image.new(mode, image.size) if mode == "I;16" else image.convert(mode)
+        for turned in (1, 6):
+            exif = Image.Exif()
+            exif[0x0112] = turned
+            options = options | ({"exif": exif} if kind != "GIF" else {})
+            write(tmp_path, {f"{turned} {name}": encoded(image, kind, **options)})
+    names = [f"{turned} {name}" for turned in (1, 6) for name in ("none", *LARGE)]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, *(str(tmp_path / name) for name in names)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peaks = dict(zip(names, map(int, done.stdout.split()), strict=True))
+    of_pixel = {name: (peak - peaks["1 none"]) / (width * height) for name, peak in peaks.items()}
+    print({name: round(taken, 1) for name, taken in of_pixel.items()})
+    for name, taken in of_pixel.items():
+        most = 13 if "WEBP" not in name else 16 if name.startswith("1") else 20
+        assert taken < most + 1, name
+    assert of_pixel["1 PNG RGBA"] > 4 and of_pixel["1 JPEG RGB"] < 1
+
+
 def test_pipes_and_devices_are_no_images_for_a_network_either(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):

@@ -87,9 +87,13 @@ def test_a_ground_truth_that_would_run_something_is_refused(tmp_path):
     path.write_bytes(pickle.dumps([1, 2])[:-3])
     with pytest.raises(InputError, match="damaged"):
         read_plain(path)
-    files = revisited_files("roxford5k") | {"roxford5k/gnd_roxford5k.pkl": pickle.dumps({"a": 1})}
-    with pytest.raises(InputError, match="not the ground truth of roxford5k"):
-        prepared(Roxford5k, tmp_path, files)
+    deep = "a"
+    for _ in range(60):  # whose text would have 2**60 letters
+        deep = deep, deep
+    for i, content in enumerate([{"a": 1}, {"qimlist": [deep], "imlist": [], "gnd": []}]):
+        written = {"roxford5k/gnd_roxford5k.pkl": pickle.dumps(content)}
+        with pytest.raises(InputError, match="not the ground truth of roxford5k"):
+            prepared(Roxford5k, tmp_path, revisited_files("roxford5k") | written, f"in {i}")
 
 
 def landmark_files():
@@ -233,13 +237,17 @@ def test_places_by_the_gps_of_photographs(tmp_path):
         "database/without.jpg": picture(2),
         "queries/c.jpg": photo(3, -33.8569, 151.2154),
     }
+    (tmp_path / "in/database").mkdir(parents=True)
+    os.mkfifo(tmp_path / "in/database/pipe.jpg")  # reading it would wait for ever
     builder = prepared(Places, tmp_path, files)
     found, _, gallery = truth_of(builder)
     assert gallery == ["database/a.jpg", "database/b.jpg"]
     assert found.positives[0].tolist() == [0]
-    assert [row["reason"] for row in builder.report("left_out")] == [
-        "no coordinates in its name or EXIF"
-    ]
+    reasons = {row["id"]: row["reason"] for row in builder.report("left_out")}
+    assert reasons == {
+        "database/pipe.jpg": "not a file",
+        "database/without.jpg": "no coordinates in its name or EXIF",
+    }
     bare = {name: picture(i) for i, name in enumerate(files)}
     with pytest.raises(InputError, match="no photograph says where it was taken"):
         prepared(Places, tmp_path, bare, "bare")

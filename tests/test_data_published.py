@@ -8,6 +8,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
+from cgd_jax.data import cars196
 from cgd_jax.data.cars196 import Cars196
 from cgd_jax.data.cub200 import Cub200
 from cgd_jax.data.grocery import Grocery
@@ -351,6 +352,16 @@ def test_a_missing_source_says_what_to_get(cls, tmp_path):
     with pytest.raises(ValueError, match="neither a folder nor one of"):
         cls(data_dir=tmp_path, source=tmp_path / "x.rar")
     assert not (tmp_path / cls.name).exists()
+
+
+def test_annotations_that_fill_the_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cars196, "MOST_UNPACKED", 1_000_000)
+    scipy.io.savemat(tmp_path / "a.mat", {"a": np.zeros(10**6)}, do_compression=True)
+    assert (tmp_path / "a.mat").stat().st_size < 20_000
+    with pytest.raises(InputError, match="a.mat is damaged .a part of it unpacks to over 1 MB"):
+        cars196._load(tmp_path / "a.mat")
+    scipy.io.savemat(tmp_path / "b.mat", {"a": np.zeros(10**5)}, do_compression=True)
+    assert cars196._load(tmp_path / "b.mat")["a"].shape == (10**5,)
 
 
 def test_damaged_annotations_are_named(tmp_path):

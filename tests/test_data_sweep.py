@@ -1,9 +1,12 @@
 """One of each odd thing at once: names, formats, damage, copies; from files to an export."""
 
+import contextlib
 import csv
+import functools
 import io
 import os
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from cgd_jax.data.load import load_dataset
 from configs import image_folder
 from tests import color_profiles, tiny
 from tests.dataset_samples import TURNS, encoded, pack, picture, write
+from tests.search_samples import stand_in
 
 # What shells, globs, templates, markup languages, spreadsheets and drawing libraries read.
 NAMES = [
@@ -212,6 +216,18 @@ def odd_files():
                     yield kind, mode, profile, orientation, data
 
 
+@functools.cache
+def swept():
+    """Returns odd files by name, with profile and orientation; and damaged ones."""
+    good, damaged = {}, {}
+    for kind, mode, profile, orientation, data in odd_files():
+        name = f"{kind} {mode.replace(';', '')} {profile} {orientation}"
+        good[name] = data, profile, orientation
+        if orientation in (1, 6):
+            damaged |= {f"{name} {how}": change(data) for how, change in DAMAGE.items()}
+    return good, damaged
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Tag data larger", "ignore:Truncated File Read")
 def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
@@ -221,9 +237,8 @@ def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
         return np.asarray(Image.fromarray(decode.resize(pixels, 6)).convert("L")).astype(int)
 
     original = luminance(decode.decode(picture(3, 48, 24, "PNG")))
-    good, damaged = {}, {}
-    for kind, mode, profile, orientation, data in odd_files():
-        name = f"{kind} {mode.replace(';', '')} {profile} {orientation}"
+    good, damaged = swept()
+    for name, (data, profile, orientation) in good.items():
         height, width = (48, 24) if orientation >= 5 else (24, 48)
         assert decode.dimensions(data) == (height, width), name
         pixels = decode.decode(data)
@@ -232,16 +247,14 @@ def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
             if not profile:
                 assert np.abs(luminance(pixels) - original).mean() < 8, name
         assert np.abs(pixels - TURNS[orientation](upright)).mean() < 4, name
-        good[name] = data
-        if orientation in (1, 6):
-            damaged |= {f"{name} {how}": change(data) for how, change in DAMAGE.items()}
     for name, data in damaged.items():
         try:
             assert decode.decode(data, size=8).shape == (8, 8, 3), name
         except ValueError as error:
             assert str(error), name
     # Some formats write the same for two modes; training would leave copies out.
-    files = {data: name for name, data in [*damaged.items(), *good.items()]}
+    files = {data: name for name, data in damaged.items()}
+    files |= {data: name for name, (data, *_) in good.items()}
     write(tmp_path / "in", {f"{i % 2}/{n}.jpg": data for i, (data, n) in enumerate(files.items())})
     config = data_config(image_folder.get_config().data, tmp_path / "in", tmp_path / "data")
     dataset = load_dataset(config)
@@ -251,6 +264,48 @@ def test_a_sweep_of_formats_depths_profiles_orientations_and_damage(tmp_path):
     assert len(seen) + refused == len(files) and refused > len(damaged) / 3
     tried = f"{len(good)} odd files and {len(damaged)} damaged ones were decoded"
     print(f"{tried}; of {len(files)} different ones training left out {refused}")
+
+
+UPLOADED = ("JPEG ", "PNG ", "TIFF ", "WEBP ", "AVIF ", "HEIF ", "MPO ", "GIF ", "BMP ")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Tag data larger", "ignore:Truncated File Read")
+def test_the_sweep_through_an_index_and_uploads(tmp_path):
+    """Index and server take and refuse what decoding does, and see the same in it."""
+    pytest.importorskip("lancedb", reason="lancedb is not installed")
+    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
+    from cgd_jax.search import Index, images, indexing
+    from cgd_jax.serve.app import create_app
+
+    good, damaged = swept()
+    files = {name: data for name, (data, *_) in good.items()} | damaged
+    pixels = {}
+    for name, data in files.items():
+        with contextlib.suppress(ValueError):
+            pixels[name] = decode.decode(data, size=8)
+    write(tmp_path / "in", {f"{name}.jpg": data for name, data in files.items()})
+    changes = indexing.update(str(tmp_path / "index"), [tmp_path / "in"], stand_in())
+    refused = {os.path.basename(path)[:-4]: reason for path, reason in changes.skipped}
+    assert refused.keys() == files.keys() - pixels.keys() and all(refused.values())
+    index = Index.open(tmp_path / "index", stand_in())
+    ids = {name: images.id_of(str(tmp_path / "in" / f"{name}.jpg")) for name in pixels}
+    vectors = dict(zip(*index.vectors(), strict=True))
+    expected = stand_in().embed_pixels(list(pixels.values()))
+    np.testing.assert_allclose([vectors[id] for id in ids.values()], expected, atol=1e-5)
+    client = testclient.TestClient(create_app(index), base_url="http://127.0.0.1:8000")
+    statuses = Counter()
+    for name, data in files.items():
+        answer = client.post("/search?k=1", content=data)
+        statuses[answer.status_code] += 1
+        if answer.status_code == 200:
+            (hit,) = answer.json()["hits"]
+            assert name in pixels and hit["similarity"] > 0.9999, name
+        else:
+            assert answer.status_code == 415 and answer.json()["detail"], name
+            assert name not in pixels or name in damaged or not name.startswith(UPLOADED), name
+    assert statuses[200] > 0.9 * len(good)
+    print(f"{len(files)} odd files: the index left out {len(refused)}; uploads: {dict(statuses)}")
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """A trained network taken away: the file opens without the run, and computes the same."""
 
+import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +127,7 @@ def test_the_program_runs_without_this_package(finished_run, tmp_path):
     _, workdir, _ = finished_run
     folder = export.export_run(str(workdir))
     (code,) = re.findall(
-        r"```python\n(from jax import .*?)```", (folder / "README.md").read_text(), re.S
+        r"```python\n([^`]*from jax import .*?)```", (folder / "README.md").read_text(), re.S
     )
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
@@ -135,7 +138,8 @@ def test_the_program_runs_without_this_package(finished_run, tmp_path):
         "numpy.savez('vectors', all=vectors, one=one)\n"
         "print('cgd_jax' in sys.modules, 'flax' in sys.modules)\n"
     )
-    (tmp_path / "embed.stablehlo").write_bytes((folder / "embed.stablehlo").read_bytes())
+    for name in ("embed.stablehlo", "digests.txt"):
+        shutil.copy(folder / name, tmp_path)
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -146,6 +150,47 @@ def test_the_program_runs_without_this_package(finished_run, tmp_path):
     np.testing.assert_allclose(found["one"], expected[:1], atol=1e-5)
     program = jax.export.deserialize(bytearray((folder / "embed.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu") and program.in_avals[0].dtype == np.uint8
+
+
+def test_no_flipped_bit_of_an_export_is_used_in_silence(finished_run, tmp_path):
+    """Whether this package reads a file or the card's lines do, of JAX or of PyTorch."""
+    folder = shutil.copytree(export.export_run(str(finished_run[1])), tmp_path / "export")
+    card = (folder / "README.md").read_text()
+    reads = {}
+    for i, lines in enumerate(re.findall(r"\ndef read\(name\):\n(?: .*\n)+", card)):
+        exec("from hashlib import sha256\n" + lines, names := {})
+        reads[f"the card's {i}"] = names["read"]
+    assert len(reads) == 2
+    reads["this package"] = lambda name: weight_files.read(folder / name)
+    rng, found = np.random.default_rng(0), Counter()
+    for name in export.WRITTEN:
+        before = (folder / name).read_bytes()
+        for at in rng.integers(len(before), size=20):
+            content = bytearray(before)
+            content[at] ^= 1 << rng.integers(8)
+            (folder / name).write_bytes(content)
+            for reader, read in reads.items():
+                if reader == "this package" and not name.endswith(".safetensors"):
+                    continue
+                with (
+                    contextlib.chdir(folder),
+                    pytest.raises((AssertionError, InputError), match="damaged|no readable"),
+                ):
+                    read(name)
+            found[name] += 1
+        (folder / name).write_bytes(before)
+        with contextlib.chdir(folder):
+            assert reads["the card's 0"](name) == before
+    with pytest.raises(InputError, match="by its digest"):
+        (folder / "model.safetensors").write_bytes(_with_another_bit(folder / "model.safetensors"))
+        cgd_jax.open(folder)
+    print(f"{found.total()} flipped bits of an export, all refused: {dict(found)}")
+
+
+def _with_another_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    return content
 
 
 def test_the_metadata_that_hugging_face_reads(finished_run):

@@ -87,6 +87,14 @@ def test_equals_a_brute_force_loop(kind, searched, either_way, few):
     assert recall == pytest.approx({k: expected[f"recall@{k}"] for k in recall}, abs=1e-6)
 
 
+def test_k_may_be_beyond_the_gallery():
+    """Then every query with a true match finds it."""
+    arrays, _ = golden(KINDS[0], SEARCHED[0])
+    ks = (1, 10**6)
+    assert metrics.evaluate(*arrays, ks=ks) == pytest.approx(brute_force(*arrays, ks=ks), abs=1e-6)
+    assert metrics.recall_at_k(*arrays, ks=ks)[10**6] == 1
+
+
 def ranks_by_loop(query, gallery, positives, ignored):
     """Per query, the ranks of its positives that are not ignored, ascending; in float64."""
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)

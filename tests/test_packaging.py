@@ -1,5 +1,6 @@
 """What pip installs, and what is said where something is missing."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -35,6 +36,20 @@ def test_base_and_train_are_the_complete_set():
     complete = sorted(str(Requirement(line)) for line in complete if line)
     installed = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
     assert sorted(map(str, [*installed, *requirements_of("train").values()])) == complete
+
+
+def test_what_is_tested_is_pinned():
+    """Actions by commit, packages by hash; every one that the clone asks for is among them."""
+    for workflow in (ROOT / ".github/workflows").glob("*.yml"):
+        used = re.findall(r"uses: *(\S+)", workflow.read_text(encoding="utf-8"))
+        assert used and [u for u in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", u)] == []
+    lock = (ROOT / ".ci/requirements.lock").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line for line in lock.splitlines() if line and not line.startswith("#")]
+    assert all(re.match(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", line) for line in lines)
+    pinned = {line.partition("==")[0] for line in lines}
+    text = "".join((ROOT / f"requirements{of}.txt").read_text() for of in ("", "-dev"))
+    wanted = re.findall(r"^[a-z0-9][\w.-]*", text, re.MULTILINE | re.IGNORECASE)
+    assert {name.lower().replace("_", "-") for name in wanted} <= pinned
 
 
 def test_all_is_all_and_an_extra_says_the_same_as_another():

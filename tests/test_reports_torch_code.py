@@ -1,6 +1,7 @@
 """The PyTorch code of a model card computes what the network computes."""
 
 import contextlib
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,8 @@ def test_pytorch_computes_the_same_embedding(name, tmp_path):
     pretrained.save(tmp_path / "model.safetensors", variables, normalization)
     backbone = pretrained.to_torchvision(variables, config.model.backbone)
     pretrained.save(tmp_path / "backbone.safetensors", backbone, normalization)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()]
+    (tmp_path / "digests.txt").write_text("\n".join(digests))
     pixels = rng.integers(0, 256, (3, side, side, 3), dtype=np.uint8)
     network = Network("", "", "embedding", model, variables, normalization, config.to_dict())
     expected = network.embed_pixels(pixels)

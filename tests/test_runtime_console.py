@@ -67,6 +67,8 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(caplog):
                 bar.update(10)
         with console.progress(50, "reading labels", log_every=1000) as bar:
             bar.update(50)
+        with console.progress(1, "unpacking a\x1b[2J.zip", log_every=0) as bar:
+            assert bar.desc == "unpacking a\\x1b[2J.zip"
     lines = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("resizing images: 20 of 50 in 00:00, ") for line in lines)
     assert [line.partition(" in ")[0] for line in lines if "labels" in line] == [

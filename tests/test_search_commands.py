@@ -130,6 +130,17 @@ def test_mistakes_are_answered_in_one_line(arguments, message, filled, tmp_path)
     assert len(errors.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("asked", [["--duplicates"], ["--query=PHOTO"]])
+def test_a_picture_that_cannot_be_written_costs_no_answer(asked, filled, tmp_path):
+    (tmp_path / "file").write_text("")
+    asked = [flag.replace("PHOTO", f"{filled}/photos/hats/000.png") for flag in asked]
+    flags = ["search", f"--index={filled}/index", f"--picture={tmp_path}/file/a.png"]
+    status, output, errors = run_here(*flags, *asked)
+    assert status == 1 and "copy.png" in output
+    assert f"--picture={tmp_path}/file/a.png cannot be written" in errors
+    assert "incomplete." not in errors and len(errors.strip().splitlines()) == 1
+
+
 def test_where_an_index_lies():
     assert commands.default_address("runs/x") == "runs/x/index"
     assert commands.default_address(None) == "runs/index"

@@ -1,7 +1,11 @@
 """Wrong bits in an index are noticed."""
 
+import os
 import random
 import shutil
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,47 +16,97 @@ from tests.search_samples import folder_of_photographs, photograph, stand_in
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Several parts, a deleted image, a whitening."""
-    folder = tmp_path_factory.mktemp("digests")
-    photos = folder_of_photographs(folder / "photos", 30)
-    address = folder / "index"
+def filled(folder, name="index"):
+    """Makes an index of several parts, with a deleted image, and a whitening."""
+    photos, address = folder_of_photographs(folder / "photos", 30), folder / name
     indexing.update(str(address), [photos], stand_in(), whiten=5)
     photograph(photos / "new.png", 99)
     (photos / "hats/000.png").unlink()
     indexing.update(str(address), [photos], stand_in())
+    closed(address)
     return address
 
 
-def answers(address):
+def closed(address):
+    """Does what the end of a process does to an index in milvus-lite."""
+    if address.suffix:
+        from cgd_jax.search.milvus_store import seal
+
+        seal(str(address))
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    return filled(tmp_path_factory.mktemp("digests"))
+
+
+def answers(address, query):
     """All that can be asked of an index."""
     index = Index.open(address, stand_in())
     ids, vectors = index.vectors()
     queries = np.random.default_rng(0).normal(size=(5, 5))
-    found = index.search_vectors(queries, 10), index.search(photograph(address / "q.png", 7), 40)
+    found = index.search_vectors(queries, 10), index.search(query, 40)
     return sorted((index.get(id), *map(float, v)) for id, v in zip(ids, vectors)), found  # noqa: B905
 
 
-def test_no_flipped_bit_changes_an_answer_in_silence(address, tmp_path):
-    whole, rng, reported = answers(address), random.Random(0), 0
+@pytest.mark.parametrize("name", ["index", "index.db"])
+def test_no_flipped_bit_changes_an_answer_in_silence(tmp_path, name):
+    pytest.importorskip("milvus_lite" if name.endswith(".db") else "lancedb")
+    address, query = filled(tmp_path, name), photograph(tmp_path / "q.png", 7)
+    whole = answers(shutil.copytree(address, tmp_path / "whole" / name), query)
+    rng, reported = random.Random(0), Counter()
     files = sorted(file for file in address.rglob("*") if file.is_file() and file.stat().st_size)
     for i in range(50):
         # Every file at least once, and then the larger the more often.
         sizes = [file.stat().st_size for file in files]
         file = files[i] if i < len(files) else rng.choices(files, sizes)[0]
-        copy = tmp_path / str(i)
-        shutil.copytree(address, copy)
+        copy = shutil.copytree(address, tmp_path / str(i) / name)
         data = bytearray(file.read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         (copy / file.relative_to(address)).write_bytes(data)
         try:
-            assert answers(copy) == whole, file
+            assert answers(copy, query) == whole, file
+            reported["changed nothing"] += 1
         except StoreError as error:
             assert "is damaged" in str(error) and str(copy) in str(error)
-            reported += 1
+            reported["refused"] += 1
+        closed(copy)
         shutil.rmtree(copy)
-    assert reported > 25
+    assert reported["refused"] > 25
+    print(f"50 flipped bits of {name}: {dict(reported)}")
+
+
+def test_a_file_of_milvus_lite_has_digests_when_its_process_has_ended(tmp_path):
+    pytest.importorskip("milvus_lite")
+    address = filled(tmp_path, "index.db")
+    program = "import sys; from cgd_jax.search import Index; print(Index.open(sys.argv[1]).count())"
+    for _ in range(2):  # what it changed at its end is what the next one finds
+        run = [sys.executable, "-c", program, str(address)]
+        done = subprocess.run(run, capture_output=True, text=True, check=True)
+        assert done.stdout == "30\n" and (address / digests.LIST).exists()
+    index = Index.open(address, stand_in())
+    assert not (address / digests.LIST).exists()  # a process that is killed leaves none
+    file = max(address.rglob("*.parquet"), key=lambda file: file.stat().st_size)
+    data, status = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does it
+    assert index.count() == 30
+    closed(address)
+    digests._read.cache_clear()  # as in a new process
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"{file.name} is not what was written. Delete"):
+            Index.open(address, stand_in())
+
+
+@pytest.mark.parametrize("odd", ["pipe", "/dev/zero"])
+def test_a_list_that_names_what_never_ends(address, tmp_path, odd):
+    copy = shutil.copytree(address, tmp_path / "index")
+    os.mkfifo(copy / "pipe")
+    with open(copy / digests.LIST, "a") as file:
+        file.write(f"{'0' * 64}  {odd}\n")
+    with pytest.raises(StoreError, match=f"{odd} is not what was written"):
+        Index.open(copy)
 
 
 def test_writing_blesses_no_damage(address, tmp_path):

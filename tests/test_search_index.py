@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 from functools import partial
 
@@ -379,6 +380,26 @@ def test_duplicates_are_chained_into_groups(tmp_path):
     assert find_duplicates(index, 1.0, "width > 100") == []
     with pytest.raises(ValueError, match="--similarity=0: must be above 0"):
         find_duplicates(index, 0)
+
+
+def test_names_of_one_file_are_no_duplicates(tmp_path):
+    """Links in one source count once; those in sources of their own are never a pair."""
+    photos = folder_of_photographs(tmp_path / "photos", 4)
+    first = photos / "hats/000.png"
+    (photos / "hats/soft.png").symlink_to(first)
+    os.link(first, photos / "hats/hard.png")
+    (tmp_path / "linked").symlink_to(photos)
+    index = Index.create(tmp_path / "index", stand_in())
+    assert index.update(photos).added == 4 and find_duplicates(index, 0.999) == []
+    index.update(tmp_path / "linked")
+    (tmp_path / "list.csv").write_text(f"path,label\nphotos/hats/hard.png,x\n{first},x\n")
+    index.update(tmp_path / "list.csv")
+    assert index.count() == 4 + 4 + 1 and find_duplicates(index, 0.999) == []
+    shutil.copy(first, photos / "copy.png")
+    index.update(photos, tmp_path / "linked")
+    (group,) = find_duplicates(index, 0.999)
+    files = {os.stat(hit.path).st_ino for hit in group.members}
+    assert len(group.members) == len(files) == 2 and group.similarity == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])

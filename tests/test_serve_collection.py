@@ -4,6 +4,7 @@ import datetime
 import itertools
 import os
 import time
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from cgd_jax.search.indexing import update  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from tests.search_samples import photograph, stand_in  # noqa: E402
 from tests.test_data_decode import picture  # noqa: E402
+from tests.test_search_stores import CONTROLS  # noqa: E402
 
 # Names that mean something to SQL, to LIKE, to a shell, to the order of paths.
 FOLDERS = ["a", "a/b", "a/b%", "a b", "a\\b", "it's", "Ü", "a0"]
@@ -372,6 +374,11 @@ def test_filters_mean_the_same_in_milvus(client, photos, tmp_path):
             asked = filters | {"order": order}
             expected = client.get("/collection", params=asked).json()
             assert expected["total"] and other.get("/collection", params=asked).json() == expected
+    for letter in CONTROLS:  # of what nothing is called
+        for one in (client, other):
+            assert one.get("/collection", params={"label": f"a{letter}"}).json()["total"] == 0
+            assert one.post("/search", params={"id": f"a{letter}"}).status_code == 404
+            assert one.get(f"/image/{quote(f'a{letter}')}").status_code == 404
     id = expected["images"][0]["id"]
     params = {"id": id, "others": True, "similarity": -0.5, "orientation": "landscape"}
     found, wanted = (one.post("/search", params=params).json()["hits"] for one in (other, client))

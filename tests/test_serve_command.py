@@ -82,6 +82,7 @@ def test_to_others_with_a_token(address, started, monkeypatch):
         (["--query=a"], "--query goes with `explain` and `search`"),
         (["--push_to_hub=a"], "--push_to_hub goes with `export`"),
         (["--host=203.0.113.7"], "--host=203.0.113.7 --port=8000 cannot be listened at: "),
+        (["--host=\x9b"], "--port=8000 cannot be listened at: no machine is called that. Give"),
         (["--index=/nowhere", "--port=0"], "--index=/nowhere: there is no index."),
     ],
 )

@@ -30,7 +30,7 @@ from typing import IO, Any
 from cgd_jax.data.dataset import listed
 from cgd_jax.runtime.console import progress, quantity
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.runtime.files import describe_impostor
+from cgd_jax.runtime.files import describe_impostor, read_regular
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,8 @@ def unpacked(source: Path, scratch: Path) -> Iterator[Path]:
 
 def extract(archive: Path, folder: Path) -> None:
     """Unpacks an archive below `folder`; raises as `unpacked` does."""
+    if not archive.is_file():  # but a pipe or a device, which never ends
+        raise InputError(f"{archive} is no archive: not a file.")
     size, free = archive.stat().st_size, shutil.disk_usage(folder).free
     if size > free:  # Images hardly compress, so this is nearly what it unpacks to.
         raise _no_room(archive, size, folder)
@@ -316,12 +318,20 @@ def is_litter(name: str) -> bool:
     return LITTER.fullmatch(name) is not None
 
 
-def read_text(path: Path) -> str:
-    """Reads a list of a data set; bytes that are not UTF-8 become surrogates."""
-    data = path.read_bytes()
+def read_list(path: Path) -> bytes:
+    """Reads a file that says which image is what; InputError if it cannot be one."""
+    try:
+        data = read_regular(path)
+    except ValueError as error:
+        raise InputError(f"{path} is no list of images: {error}.") from error
     if impostor := describe_impostor(data):
         raise InputError(f"{path} is {impostor}, not a list of images.")
-    return data.decode("utf-8-sig", "surrogateescape")
+    return data
+
+
+def read_text(path: Path) -> str:
+    """Reads a list of a data set; bytes that are not UTF-8 become surrogates."""
+    return read_list(path).decode("utf-8-sig", "surrogateescape")
 
 
 def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
@@ -341,9 +351,12 @@ def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Reads a table whose first line names its columns, of which some are needed."""
-    csv.field_size_limit(1 << 27)  # lists of images in a cell
     lines = read_text(path).splitlines()
-    rows = list(csv.DictReader(lines, skipinitialspace=True, restval=""))
+    most = csv.field_size_limit(1 << 27)  # lists of images in a cell
+    try:
+        rows = list(csv.DictReader(lines, skipinitialspace=True, restval=""))
+    finally:
+        csv.field_size_limit(most)
     names = list(rows[0]) if rows else lines[:1]
     if not rows or not set(columns) <= set(names):
         raise InputError(

@@ -53,6 +53,7 @@ def cached(
     """
     key = {**key, "size": size, "crop": crop, "images": len(source), "format": FORMAT}
     text = json.dumps(key, sort_keys=True)
+    said: set[str] = set()
     target = Path(folder, f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
 
     def opened() -> Split | None:
@@ -61,7 +62,9 @@ def cached(
         try:
             return _open(target, text, source, size, crop)
         except Exception as error:  # damaged files raise nearly anything
-            log.warning("The cache %s cannot be used and is built again: %s.", target, error)
+            if str(error) not in said:
+                log.warning("The cache %s cannot be used and is built again: %s.", target, error)
+            said.add(str(error))
             return None
 
     if split := opened():

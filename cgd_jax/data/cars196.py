@@ -6,7 +6,10 @@ Krause, Stark, Deng and Fei-Fei, "3D Object Representations for Fine-Grained Cat
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,9 +20,9 @@ import scipy.io
 from cgd_jax.data import archives
 from cgd_jax.data.builder import ImageBuilder, ImageFile
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.runtime.files import describe_impostor
 
 TRAIN_CLASSES = 98  # The first half of the models trains, the second is retrieved.
+COMPRESSED, MOST_UNPACKED = 15, 100_000_000  # of MATLAB's parts: the type, bytes
 
 
 class Cars196(ImageBuilder):
@@ -119,9 +122,21 @@ def _class_names(path: Path | None) -> list[str]:
 
 
 def _load(path: Path) -> dict:
+    data = archives.read_list(path)
     try:
-        return scipy.io.loadmat(path, squeeze_me=True)
+        _check_unpacked(data)
+        return scipy.io.loadmat(io.BytesIO(data), squeeze_me=True)
     except Exception as error:  # scipy raises nearly anything on a damaged file.
-        found = describe_impostor(path.read_bytes()[:512])
-        cause = f"it is {found}" if found else error
-        raise InputError(f"{path} is damaged ({cause}). Get it again.") from error
+        raise InputError(f"{path} is damaged ({error}). Get it again.") from error
+
+
+def _check_unpacked(data: bytes) -> None:
+    """Refuses a file of MATLAB of which a part unpacks to more than annotations of cars would."""
+    order, at = "<>"[data[126:128] == b"MI"], 128
+    while at + 8 <= len(data):
+        kind, length = struct.unpack_from(f"{order}II", data, at)
+        at += 8 + length
+        if kind == COMPRESSED:
+            part = zlib.decompressobj().decompress(data[at - length : at], MOST_UNPACKED)
+            if len(part) == MOST_UNPACKED:
+                raise ValueError(f"a part of it unpacks to over {MOST_UNPACKED / 1e6:g} MB")

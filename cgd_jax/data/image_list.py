@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from cgd_jax.data import archives
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.runtime.files import describe_impostor
 
 
 class Row(NamedTuple):
@@ -36,9 +36,7 @@ def read(path: Path) -> list[Row]:
 
     A path that leads nowhere stays as it was written. Raises InputError with file, line and remedy.
     """
-    data = path.read_bytes()
-    if impostor := describe_impostor(data):
-        raise InputError(f"{path} is {impostor}, not a CSV.")
+    data = archives.read_list(path)
     encoding = json.detect_encoding(data)  # which tells UTF-8, UTF-16 and UTF-32 apart
     try:
         return _rows(path, data.decode(encoding))

@@ -6,6 +6,7 @@ coordinates; lists of coordinates; or one's own photographs with GPS.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def _of_name(name: str) -> Where:
 
 
 def _of_exif(path: Path) -> Where:
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(decode.read_file(path)), formats=decode.FORMATS) as image:
         found = image.getexif().get_ifd(GPS)
     try:
         degrees = []

@@ -6,13 +6,14 @@ Retrieval Benchmarking", CVPR 2018, https://github.com/filipradenovic/revisitop.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cgd_jax import protocols
-from cgd_jax.data import truth
+from cgd_jax.data import archives, truth
 from cgd_jax.data.builder import ImageBuilder, ImageFile
 from cgd_jax.runtime.errors import InputError
 
@@ -39,6 +40,8 @@ class Roxford5k(ImageBuilder):
         try:
             found = read_plain(path)
             queries, images = found["qimlist"], found["imlist"]
+            if not all(isinstance(name, str) for name in (*queries, *images)):
+                raise TypeError("names of images are texts")  # a few bytes make lists of any depth
             rows = [
                 {k: list(map(int, g[k])) for k in ("easy", "hard", "junk")} for g in found["gnd"]
             ]
@@ -72,8 +75,7 @@ class Roxford5k(ImageBuilder):
 def read_plain(path: Path) -> Any:
     """Reads a pickle of plain values and NumPy arrays; one that would run anything is refused."""
     try:
-        with open(path, "rb") as file:
-            return _PlainUnpickler(file, encoding="latin1").load()
+        return _PlainUnpickler(io.BytesIO(archives.read_list(path)), encoding="latin1").load()
     except InputError:
         raise
     except Exception as error:  # whatever a damaged pickle makes of its values

@@ -286,6 +286,6 @@ def _backbone_in(folder: Path) -> str | None:
 def _read_config(path: Path) -> Iterator[Any]:
     """Yields the content of a config, and reports what goes wrong with it under its name."""
     try:
-        yield json.loads(path.read_text(encoding="utf-8"))
+        yield json.loads(files.read_regular(path))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise InputError(f"{path}, beside the weights, is damaged: {error}.") from error

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from cgd_jax.models import backbones
 from cgd_jax.reports import tables
 from cgd_jax.reports.names import markdown
-from cgd_jax.reports.torch_code import reads_backbone, torch_code
+from cgd_jax.reports.torch_code import READ, reads_backbone, torch_code
 
 if TYPE_CHECKING:
     from cgd_jax.network import Network
@@ -71,9 +71,14 @@ embed.stablehlo is the same function with its weights, in float32, for the CPU, 
 needs the packages jax and flatbuffers.
 
 ```python
+from hashlib import sha256
+
 from jax import export
 
-embed = export.deserialize(bytearray(open("embed.stablehlo", "rb").read())).call
+
+{READ}
+
+embed = export.deserialize(bytearray(read("embed.stablehlo"))).call
 vectors = embed(images)  # [B, {side}, {side}, 3] uint8 → [B, {model.embedding_dim}]
 ```
 

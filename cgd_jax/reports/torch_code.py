@@ -13,17 +13,29 @@ from cgd_jax.models import resnet
 if TYPE_CHECKING:
     from cgd_jax.network import Network
 
-__all__ = ["reads_backbone", "torch_code"]
+__all__ = ["READ", "reads_backbone", "torch_code"]
 
-_START = """\
+# Reads a file of an export, of which no bit is wrong.
+READ = """\
+def read(name):
+    content = open(name, "rb").read()
+    assert sha256(content).hexdigest() in open("digests.txt").read(), f"{name} is damaged"
+    return content
+"""
+_START = f"""\
+from hashlib import sha256
+
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load
 
-weights = load_file("model.safetensors")
+
+{READ}
+
+weights = load(read("model.safetensors"))
 """
 _RESNET = """\
-body = load_file("backbone.safetensors")
+body = load(read("backbone.safetensors"))
 
 
 def conv(x, name, stride=1):

@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -36,6 +36,11 @@ def log(text: str) -> None:
             return
     encoding = sys.stdout.encoding or "utf-8"
     tqdm.write(escaped(text).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def end(error: object) -> NoReturn:
+    """Ends the program with a paragraph that says what is wrong, whatever names it holds."""
+    sys.exit(f"error: {escaped(str(error))}")
 
 
 def duration(seconds: float) -> str:
@@ -121,7 +126,7 @@ def progress(
     seconds, None for no lines.
     """
     options: dict[str, Any]
-    options = {"total": total or None, "desc": what, "initial": initial}
+    options = {"total": total or None, "desc": escaped(what), "initial": initial}
     options |= {"unit": unit, "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
     if sys.stderr.isatty() or log_every is None:
         # "disable": where there is no terminal.

@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cgd_jax.network import Network
 from cgd_jax.runtime import console
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import indexing, queries, report
 from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
 from cgd_jax.search.index import Index
+from cgd_jax.search.stores import StoreError
 
 __all__ = ["default_address", "fill_index", "search_index"]
 
@@ -63,15 +66,23 @@ def search_index(
         if not groups and not as_json:
             print(f"No two images have a similarity of {similarity:g} or more.")
             return
-        print(report.groups_as_json(groups) if as_json else report.groups_as_text(groups))
-        if not as_json:
-            report.draw_groups(Path(figure), index, groups)
+        text = report.groups_as_json(groups) if as_json else report.groups_as_text(groups)
+        print(console.escaped(text))
+        draw = partial(report.draw_groups, Path(figure), index, groups)
     else:
         found = queries.ask(index, asked, k, where, exact, box)
-        print(report.as_json(found) if as_json else report.as_text(found))
+        print(console.escaped(report.as_json(found) if as_json else report.as_text(found)))
         if not any(answer.hits for answer in found.answers):
             return
-        if not as_json:
-            report.draw(Path(figure), index, found.answers)
-    if not as_json:
-        console.log(f"Look at {figure}.")
+        draw = partial(report.draw, Path(figure), index, found.answers)
+    if as_json:
+        return
+    try:
+        draw()
+    except StoreError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"--picture={figure} cannot be written ({error.strerror}). Give another file."
+        ) from error
+    console.log(f"Look at {figure}.")

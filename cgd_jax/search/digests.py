@@ -1,10 +1,14 @@
-"""Digests of the files of an index in a folder: LanceDB itself does not notice wrong bits.
+"""Digests of the files of an index in a folder: no database notices wrong bits by itself.
 
-Its files are never changed, only added and deleted. They are listed as `sha256sum` lists them.
+LanceDB's files are never changed, only added and deleted; those of milvus-lite have digests while
+no process has them open. They are listed as `sha256sum` lists them.
 """
 
 import contextlib
 import hashlib
+import os
+import stat
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,12 +22,13 @@ LIST = "digests.txt"
 HINT = "latest_version_hint.json"  # the only file that changes; LanceDB finds versions without it
 
 
-def record(address: str) -> None:
+def record(address: str, each: Callable = parallel) -> None:
     """Lists the files of an index; what is listed already, and may be damaged, stays as it is."""
-    known, tables = dict(_listed(address)), Path(address).glob("*.lance")
+    known, pattern = dict(_listed(address)), "*" if address.endswith(".db") else "*.lance"
+    tables = Path(address).glob(pattern)
     files = (file for table in tables for file in table.rglob("*") if file.is_file())
     names = sorted(file.relative_to(address).as_posix() for file in files if file.name != HINT)
-    digests = parallel(lambda name: known.get(name) or _digest(address, name), names)
+    digests = each(lambda name: known.get(name) or _digest(address, name), names)
     lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True) if digest]
     write_atomically(Path(address, LIST), "".join(lines))
 
@@ -55,9 +60,11 @@ def _listed(address: str) -> list[tuple[str, str]]:
 
 def _digest(address: str, name: str) -> str | None:
     """Returns the digest of a file; None if it was tidied away with an older version."""
-    path = Path(address, name)
+    path = Path(os.path.abspath(address), name)
     with contextlib.suppress(FileNotFoundError):
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a stranger's list may name what never ends
+            return ""
         return _read(path, status.st_mtime_ns, status.st_size)
     return None
 

@@ -1,5 +1,7 @@
 """Groups of images that are nearly the same."""
 
+import contextlib
+import os
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -31,28 +33,26 @@ def find_duplicates(
 ) -> list[Group]:
     """Finds groups of images that are chained together by high similarities.
 
-    All that `where` selects are compared with all in memory, which takes the square of their
-    number. `similarity` is the cosine from which two count as nearly the same, which depends on the
-    network. Returns the groups, the most similar first, then the largest. Raises InputError for a
-    similarity outside of (0, 1].
+    Names of one file, links to it, are no duplicates: the first counts. All that `where` selects
+    are compared with all in memory, which takes the square of their number. `similarity` is the
+    cosine from which two count as nearly the same, which depends on the network. Returns the
+    groups, the most similar first, then the largest. Raises InputError for a similarity outside of
+    (0, 1].
     """
     if not 0 < similarity <= 1:
         raise InputError(f"--similarity={similarity}: must be above 0 and at most 1.")
-    ids, vectors = index.vectors(where)
-    if len(ids) < 2:
-        return []
-    k = min(NEIGHBOURS, len(ids) - 1)
-    values, neighbours = retrieval.top_k(vectors, vectors, k, exclude=np.arange(len(ids)))
-    # By rounding, two equal images may be below 1.
-    near = values >= similarity - 1e-5
-    rows, columns = np.nonzero(near)[0], neighbours[near]
-    nearest = np.zeros(len(ids))
-    np.maximum.at(nearest, rows, values[near])
-    np.maximum.at(nearest, columns, values[near])
-    graph = coo_array((values[near], (rows, columns)), (len(ids), len(ids)))
-    group_of = connected_components(graph, directed=False)[1]
-    members = np.flatnonzero(nearest)
-    hits = index.hits(ids[i] for i in members)
+    names, vectors = index.vectors(where)
+    ids, links, hits = np.array(names), np.zeros(0, int), {}
+    while True:  # until there are no links
+        ids, vectors = np.delete(ids, links), np.delete(vectors, links, 0)
+        if len(ids) < 2:
+            return []
+        nearest, group_of = _chained(vectors, similarity)
+        members = np.flatnonzero(nearest)
+        hits |= index.hits(set(ids[members].tolist()) - hits.keys())
+        links = _links(members, [hits[id].path if id in hits else "" for id in ids[members]])
+        if not links.size:
+            break
     groups = defaultdict(list)
     for i in members:
         if ids[i] in hits:  # it may have gone meanwhile
@@ -63,3 +63,30 @@ def find_duplicates(
         group.sort(key=lambda hit: (-hit.similarity, hit.path))
         found.append(Group(group[-1].similarity, group))
     return sorted(found, key=lambda group: (-group.similarity, -len(group.members)))
+
+
+def _chained(vectors: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of [N, D] vectors the similarity to the nearest, 0 if below, and the group [N]."""
+    count = len(vectors)
+    k = min(NEIGHBOURS, count - 1)
+    values, neighbours = retrieval.top_k(vectors, vectors, k, exclude=np.arange(count))
+    # By rounding, two equal images may be below 1.
+    near = values >= similarity - 1e-5
+    rows, columns = np.nonzero(near)[0], neighbours[near]
+    nearest = np.zeros(count)
+    np.maximum.at(nearest, rows, values[near])
+    np.maximum.at(nearest, columns, values[near])
+    graph = coo_array((values[near], (rows, columns)), (count, count))
+    return nearest, connected_components(graph, directed=False)[1]
+
+
+def _links(rows: np.ndarray, paths: list[str]) -> np.ndarray:
+    """Returns the rows of which the file is that of another path, which stands before it."""
+    seen, links = set(), []
+    for path, row in sorted(zip(paths, rows.tolist(), strict=True)):
+        with contextlib.suppress(OSError, ValueError):  # gone, or never a file
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:
+                links.append(row)
+            seen.add((status.st_dev, status.st_ino))
+    return np.array(links, int)

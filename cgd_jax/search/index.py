@@ -107,7 +107,6 @@ class Index:
           StoreError: it is damaged, or cannot be reached or read.
           ImportError: the package of the database is missing.
         """
-        digests.check(str(address))
         try:
             store = open_store(str(address))
         except stores.NoIndexError:

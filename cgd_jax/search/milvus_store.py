@@ -4,6 +4,7 @@ The address is that of a server, http://HOST:19530, or a file that ends in .db, 
 keeps without a server. What Milvus has no type for is written as text: thumbnails in base64.
 """
 
+import atexit
 import base64
 import contextlib
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from cgd_jax.runtime.errors import InputError, UserError
-from cgd_jax.search import stores
+from cgd_jax.search import digests, stores
 from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, StoreError
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is raised as well
@@ -59,7 +60,11 @@ class MilvusStore:
         self.address = address
         with self._failures("opened"):
             options = NO_PINGS if stores.is_local(address) else {}
+            if stores.is_local(address):  # its files change from now on, even if nobody writes
+                Path(address, digests.LIST).unlink(missing_ok=True)
             self._client = MilvusClient(address, grpc_options=options)
+            if stores.is_local(address):
+                atexit.register(seal, os.path.abspath(address))
             if not self._client.has_collection(IMAGES):
                 if about is None:
                     self._client.close()
@@ -198,6 +203,15 @@ class MilvusStore:
                 f"is kept; mend what is named here (is the server running? does another process "
                 f"use the file?) and repeat the command."
             ) from error
+
+
+def seal(address: str) -> None:
+    """Closes an index in milvus-lite, which nobody here can use any more; takes its digests."""
+    from milvus_lite.server_manager import server_manager_instance  # servers do without
+
+    server_manager_instance.release_server(address)
+    with contextlib.suppress(OSError):  # it was deleted, or there is no room
+        digests.record(address, map)  # at its end, Python starts no more threads
 
 
 def translate(where: str | None) -> str:

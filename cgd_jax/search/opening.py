@@ -18,6 +18,7 @@ def open_store(address: str, about: dict[str, str] | None = None, dimension: int
     http://HOST:PORT, or a file that ends in .db, for Milvus. Raises NoIndexError, ImportError for
     the package of the database, or StoreError: it cannot be reached, or the index is damaged.
     """
+    digests.check(address)
     if address.startswith(("http://", "https://", "tcp://")) or address.endswith(".db"):
         from cgd_jax.search.milvus_store import MilvusStore
 

@@ -71,10 +71,11 @@ def listen(host: str, port: int) -> socket.socket:
     dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
         return socket.create_server((host, port), family=family, dualstack_ipv6=dual)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # for what no name can be
+        reason = getattr(error, "strerror", "no machine is called that")
         raise InputError(
-            f"--host={host} --port={port} cannot be listened at: {error.strerror}. Give another "
-            f"with --port= or --host=; --port=0 takes a free port."
+            f"--host={host} --port={port} cannot be listened at: {reason}. Give another with "
+            f"--port= or --host=; --port=0 takes a free port."
         ) from error
 
 
