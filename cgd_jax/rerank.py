@@ -1,8 +1,8 @@
 """What can be done to embeddings, or to a ranking, after the network and before the metrics.
 
-Pure functions, applied in this order: PCA-whitening, database-side augmentation, α-query
-expansion, k-reciprocal re-ranking. The first three give embeddings that `metrics` measures
-like any others; the last gives, per query, a new order of its nearest gallery items.
+Pure functions, applied in this order: whitening, database-side augmentation, α-query expansion,
+k-reciprocal re-ranking. The first three give embeddings that `metrics` measures like any others;
+the last gives, per query, a new order of its nearest gallery items.
 
 Embeddings are of any real dtype and are L2-normalized here. `exclude` and `mesh` are as for
 `retrieval.top_k`, whose ValueErrors all functions raise.
@@ -22,8 +22,11 @@ __all__ = [
     "k_reciprocal",
     "learn_pair_whitening",
     "learn_whitening",
+    "matching_pairs",
     "whiten",
 ]
+
+WHITENINGS = ("pca", "pairs")  # learned by `learn_whitening`, by `learn_pair_whitening`
 
 
 def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -97,8 +100,25 @@ def learn_pair_whitening(
     return mean.astype(np.float32), (within.T @ axes[:, :dim]).astype(np.float32)
 
 
+def matching_pairs(labels: ArrayLike) -> np.ndarray:
+    """Pairs [P, 2] for `learn_pair_whitening`: each of the labels [N] with the next of its equals.
+
+    >>> matching_pairs(["a", "b", "a", "c", "b", "a"])
+    array([[0, 2],
+           [2, 5],
+           [5, 0],
+           [1, 4],
+           [4, 1]])
+    """
+    _, code, count = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    order, last = np.argsort(code, kind="stable"), np.cumsum(count) - 1
+    following = np.roll(order, -1)
+    following[last] = order[last - count + 1]
+    return np.stack([order, following], 1)[order != following]
+
+
 def whiten(embeddings: ArrayLike, mean: np.ndarray, projection: np.ndarray) -> np.ndarray:
-    """Applies `learn_whitening`: [N, D] → [N, dim] float32, L2-normalized before and after.
+    """Applies what was learned: [N, D] → [N, dim] float32, L2-normalized before and after.
 
     >>> whiten([[3.0, 4.0]], np.array([0.6, 0.0]), np.array([[1.0], [0.5]]))
     array([[1.]], dtype=float32)

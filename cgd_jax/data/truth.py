@@ -46,7 +46,7 @@ def of_lists(measure, stored, query, gallery, right, **more) -> Truth:
     return Truth(positives, partial(measure, **lists, **more))
 
 
-def of_positions(stored, query, gallery, radius, turn, lost=0.0) -> Truth:
+def of_positions(stored, query, gallery, radius=25.0, turn=180.0, lost=0.0) -> Truth:
     """Makes a truth of {name: [heading, position…]}; radius and turn are those of `near`."""
     asked, searched = (np.array([stored[n] for n in names], float) for names in (query, gallery))
     headings = asked[:, 0], searched[:, 0]
