@@ -70,7 +70,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
     embeddings, labels = embed_test(run, state), dataset.query.labels
     seconds = time.monotonic() - begin
     measured = measure(run, embeddings, per_class=True, bootstrap=wanted.bootstrap, seed=seed)
-    if wanted.clustering:
+    if wanted.clustering and dataset.query.truth is None:
         measured |= geometry.cluster_agreement(embeddings.query, labels, seed)
     names = dataset.query.class_names
     rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
