@@ -55,7 +55,9 @@ print(f"{cgd._embed._cache_size() - before} programs for all")
 some = random.Random(1).sample(files, min(args.timed, len(files)))
 alone = np.concatenate([kept.embed(file) for file in some[:50]])
 together = kept.embed(some)[: len(alone)]
-print(f"embedded alone and together: numbers differ by {np.abs(alone - together).max():.1e} at most")
+print(
+    f"embedded alone and together: numbers differ by {np.abs(alone - together).max():.1e} at most"
+)
 for opened in (kept, square) * 3:
     images = opened.to_pixels(some)
     opened.embed_pixels(images)  # compiles

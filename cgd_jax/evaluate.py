@@ -305,8 +305,11 @@ def reranked_recall(
     k1 = min(20, everything - 1)
     k2, exclude = min(6, k1), None if gallery is None else own
     _, index = rerank.k_reciprocal(query, gallery, k, k1=k1, k2=k2, exclude=exclude, mesh=mesh)
-    if dataset.query.truth is not None:
+    if (truth := dataset.query.truth) is not None:
+        if truth.ignores:
+            raise ValueError("its protocol ignores images, each setup others")
         hit = dataset.is_match(np.arange(len(query)), index)
+        hit = hit[[len(row) > 0 or truth.lost == 0 for row in truth.positives]]
         return {f"recall@{n}": float(np.mean(hit[:, :n].any(1))) for n in ks if n <= k}
     labels = (dataset.query if dataset.gallery is None else dataset.gallery).labels
     itself = False if own is None else own >= 0
