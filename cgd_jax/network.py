@@ -89,9 +89,8 @@ class Network:
     def embed_batch(self) -> Callable[[Any], Any]:
         """The jitted function: [B, H, W, 3] uint8 of `size` → [B, D] float32, unit length."""
         seen = None if self.keeps_aspect else self.image_size
-        weights = self.model, self.variables, self.normalization
-        of_scales = {"scales": self.scales, "scales_p": self.scales_p}
-        return embed_model(*weights, seen, self.vector, **of_scales)
+        how = seen, self.vector, False, self.scales, self.scales_p
+        return embed_model(self.model, self.variables, self.normalization, *how)
 
     @cached_property
     def dimension(self) -> int:
@@ -240,8 +239,8 @@ def open_network(
     scales = tuple(scales)
     if not (0 < len(scales) <= 8 and all(0 < scale <= 4 for scale in scales)):
         raise InputError(f"scales={scales}: give 1 to 8 factors up to 4, such as (0.7, 1, 1.4).")
-    if not 0 < scales_p <= 100:
-        raise InputError(f"scales_p={scales_p}: it must be above 0 and at most 100, such as 3.")
+    if not 0 < scales_p <= 10:
+        raise InputError(f"scales_p={scales_p}: it must be above 0 and at most 10, such as 3.")
     described = SimpleNamespace(**config["model"])
     model = create_model(described, 1) if published else create_model_of(described, weights)
     size = data["image_size"]

@@ -64,8 +64,8 @@ def learn_pair_whitening(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Learns a whitening from pairs of matching images (https://arxiv.org/abs/1711.02512, 3.4).
 
-    What differs within pairs becomes white, by the inverse Cholesky factor of its covariance; then
-    the directions in which embeddings vary most are kept. Learn it on other images.
+    What differs within pairs becomes white, by an inverse root of its covariance; then the
+    directions in which embeddings vary most are kept. Learn it on other images.
 
     Args:
       embeddings: [N, D].
@@ -91,13 +91,11 @@ def learn_pair_whitening(
         raise ValueError(f"dim must be from 1 to {size}, the length of the embeddings; got {dim}")
     mean = x[pairs[:, 0]].mean(0)
     difference = x[pairs[:, 0]] - x[pairs[:, 1]]
-    covariance, jitter = difference.T @ difference / len(pairs), 0.0
-    while np.linalg.eigvalsh(covariance + jitter * np.eye(size))[0] <= 1e-12:
-        jitter = max(10 * jitter, 1e-10)
-    within = np.linalg.inv(np.linalg.cholesky(covariance + jitter * np.eye(size)))
-    white = (x - mean) @ within.T
+    variance, axes = np.linalg.eigh(difference.T @ difference / len(pairs))
+    within = axes / np.sqrt(np.maximum(variance, 1e-10))
+    white = (x - mean) @ within
     axes = np.linalg.eigh(white.T @ white)[1][:, ::-1]
-    return mean.astype(np.float32), (within.T @ axes[:, :dim]).astype(np.float32)
+    return mean.astype(np.float32), (within @ axes[:, :dim]).astype(np.float32)
 
 
 def matching_pairs(labels: ArrayLike) -> np.ndarray:

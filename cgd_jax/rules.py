@@ -106,6 +106,7 @@ RULES: dict[str, Rule] = {
         "must be positive whole numbers with 1 among them (steps are compared by R@1)",
     ),
     "eval.matmul_precision": one_of(retrieval.PRECISIONS),
+    "eval.scales_p": Rule(lambda p: 0 < p <= 10, "must be above 0 and at most 10"),
     "eval.whitening": one_of(rerank.WHITENINGS),
     "eval.projection": one_of(("pca", "umap", "")),
     "eval.scales": Rule(
@@ -119,7 +120,7 @@ for rule, keys in (
     (_below_1, "data.validation_fraction model.drop_path loss.smoothing optimizer.momentum"),
     (_below_1, "optimizer.ema_decay"),
     (_above_0, "model.gem_p loss.distance_weighted.nonzero_cutoff loss.*temperature loss.*scale"),
-    (_above_0, "loss.*alpha loss.*beta loss.*gamma eval.scales_p"),
+    (_above_0, "loss.*alpha loss.*beta loss.*gamma"),
     (_above_0, "optimizer.*learning_rate optimizer.decay_factor"),
     (at_least(1), "data.resize data.image_size model.width model.embedding_dim loss.*centers"),
     (at_least(1), "train.*_every train.keep train.images_per_class eval.batch_size eval.bootstrap"),

@@ -116,8 +116,7 @@ def _of_exif(path: Path) -> Where:
     try:
         degrees = []
         for sign, value in (LATITUDE, LONGITUDE):
-            whole, minutes, seconds = map(float, found[value])
-            angle = whole + minutes / 60 + seconds / 3600
+            angle = sum(float(part) / 60**i for i, part in enumerate(found[value]))
             degrees.append(-angle if found[sign] in ("S", "W") else angle)
         heading = float(found.get(DIRECTION, math.nan))
         on_globe(*degrees)

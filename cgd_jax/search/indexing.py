@@ -117,13 +117,8 @@ def update(
             network = model if isinstance(model, Network) else open_network(model, vector)
             by, listed = whitening or "pca", list(wanted.values())
             learned = _learn_whitening(network, listed, whiten, by) if whiten else None
-            index = Index.create(
-                address,
-                network,
-                precision=precision or "float32",
-                whitening=learned,
-                whitened_by=by,
-            )
+            kept = {"precision": precision or "float32", "whitening": learned, "whitened_by": by}
+            index = Index.create(address, network, **kept)
         _meet(share, "there is an index")
         if index is None:
             index = Index.open(address, model, vector=vector)
