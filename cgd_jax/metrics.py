@@ -251,7 +251,7 @@ def _same_label(query_labels, gallery_labels, own):
     itself = own >= 0
     return Relevance(
         positives=[by_class[c] for c in code],
-        ignored=[place[place >= 0] for place in own[:, None]],
+        ignored=[own[q : q + known] for q, known in enumerate(itself.tolist())],
         matches=members[code] - (itself & (gallery_code[own] == code)),
     )
 

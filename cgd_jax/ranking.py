@@ -180,9 +180,10 @@ def _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh):
 def _side_by_side(lists, queries, fill):
     """The lists of some queries as [B, W] int32, filled up; W is a power of two."""
     some = [lists[q] for q in queries]
-    places = np.full((len(some), 2 ** (max(1, *map(len, some)) - 1).bit_length()), fill, np.int32)
-    for row, items in zip(places, some, strict=True):
-        row[: len(items)] = items
+    count = np.array([len(items) for items in some])
+    width = 2 ** int(np.ceil(np.log2(max(1, count.max()))))
+    places = np.full((len(some), width), fill, np.int32)
+    places[np.arange(width) < count[:, None]] = np.concatenate(some)
     return places
 
 
