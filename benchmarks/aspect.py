@@ -2,8 +2,9 @@
 
     python benchmarks/aspect.py --images=PHOTOS --count=5000
 
-Embeds photographs with their aspect kept and counts the compiled programs, then embeds some of them
-in turns so and as squares of as many pixels. What is timed is the network alone, of decoded images.
+Embeds photographs with their aspect kept and counts the compiled programs, compares the vectors of
+some alone with those of a batch, then embeds these in turns so and as squares of as many pixels.
+What is timed is the network alone, of decoded images.
 """
 
 import argparse
@@ -52,6 +53,11 @@ kept.embed(files)
 print(f"{cgd._embed._cache_size() - before} programs for all")
 
 some = random.Random(1).sample(files, min(args.timed, len(files)))
+alone = np.concatenate([kept.embed(file) for file in some[:50]])
+together = kept.embed(some)[: len(alone)]
+print(
+    f"embedded alone and together: numbers differ by {np.abs(alone - together).max():.1e} at most"
+)
 for opened in (kept, square) * 3:
     images = opened.to_pixels(some)
     opened.embed_pixels(images)  # compiles

@@ -9,14 +9,13 @@ Nothing here grows with queries × gallery: `retrieval.top_k` and `metrics` stre
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Unpack
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cgd_jax import metrics, retrieval
 from cgd_jax.labels import as_labels, own_index
-from cgd_jax.metrics import RankingOptions
 from cgd_jax.ranking import normalize
 
 __all__ = ["measure"]
@@ -32,7 +31,7 @@ def measure(
     k: int = 10,
     bootstrap: int = 1000,
     seed: int = 0,
-    **options: Unpack[RankingOptions],
+    **options: Any,
 ) -> dict:
     """Measures how the branches of an embedding agree, err, and gain from being combined.
 
@@ -46,7 +45,7 @@ def measure(
       k: neighbours to compare; as many as there are if there are fewer.
       bootstrap: resamplings of the classes for the 95 % interval of the gain.
       seed: of the resampling.
-      **options: see `metrics.RankingOptions`.
+      **options: those of `metrics`.
 
     Returns:
       dict of plain numbers, over the queries that have a true match:

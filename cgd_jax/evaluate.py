@@ -65,8 +65,9 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
     begin = time.monotonic()
     embeddings, labels = embed_test(run, state), dataset.query.labels
     seconds = time.monotonic() - begin
-    options = {"bootstrap": wanted.bootstrap, "clustering": wanted.clustering, "seed": seed}
-    measured = measure(run, embeddings, per_class=True, **options)
+    measured = measure(run, embeddings, per_class=True, bootstrap=wanted.bootstrap, seed=seed)
+    if wanted.clustering and dataset.query.truth is None:
+        measured |= geometry.cluster_agreement(embeddings.query, labels, seed)
     names = dataset.query.class_names
     rows = [{"name": names[row["class"]], **row} for row in measured.pop("per_class")]
     tables.write_csv(folder / "per_class.csv", rows)
@@ -114,16 +115,8 @@ def evaluate_step(run: Run, state: State, stopped_by: list[int]) -> dict[str, fl
     droppable = interrupts.stop_at_once(stopped_by) if alone else contextlib.nullcontext()
     with contextlib.suppress(interrupts.Stopped), droppable:
         run = run._replace(dataset=run.validation or run.dataset)
-        if run.dataset.query.truth is not None:
-            measured = measure(run, embed_test(run, state))
-            return {name: value for name, value in measured.items() if name.startswith("recall@")}
-        recalls = metrics.recall_at_k(
-            **ranking_inputs(embed_test(run, state), run.dataset),
-            ks=run.config.eval.ks,
-            precision=run.config.eval.matmul_precision,
-            mesh=run.mesh,
-        )
-        return {f"recall@{k}": value for k, value in recalls.items()}
+        measured = measure(run, embed_test(run, state))
+        return {name: value for name, value in measured.items() if name.startswith("recall@")}
     return {}
 
 
@@ -137,24 +130,28 @@ def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[st
       What was done → metrics; without those that failed, of which a message tells.
     """
     wanted, dataset, measured = run.config.eval, run.dataset, {}
-    augmentation = {"vector": wanted.vector, "flip": wanted.flip, "scales": wanted.scales}
-    if augmentation != {"vector": "embedding", "flip": False, "scales": (1.0,)}:
+    augmentation = {key: wanted[key] for key in ("vector", "flip", "scales", "scales_p")}
+    if wanted.flip or wanted.vector != "embedding" or wanted.scales != (1.0,):
         embeddings = embed_test(run, state, **augmentation)
         name = f"{wanted.vector}{', flip' * wanted.flip}"
         if wanted.scales != (1.0,):
             name += f", scales {' '.join(f'{scale:g}' for scale in wanted.scales)}"
+        if wanted.scales_p != 1:
+            name += f", p {wanted.scales_p:g}"
         measured[name] = measure(run, embeddings)
     if wanted.save_embeddings:
         save_embeddings(run.folder / "embeddings.npz", embeddings, dataset)
 
     done = {
-        "whitened to": wanted.whitening_dim,
+        f"whitened{' by pairs' * (wanted.whitening == 'pairs')} to": wanted.whitening_dim,
         "database augmented by": wanted.database_augmentation,
         "queries expanded by": wanted.query_expansion,
     }
     if any(done.values()):
         name = ", ".join(f"{what} {number}" for what, number in done.items() if number)
-        training = embed_training(run, state, **augmentation) if wanted.whitening_dim else None
+        training = None
+        if wanted.whitening_dim:
+            training = embed_training(run, state, **augmentation), dataset.train.labels
         try:
             embeddings = postprocess(wanted, embeddings, training, own_rows(dataset), run.mesh)
             measured[name] = measure(run, embeddings)
@@ -197,19 +194,24 @@ def embed_training(run: Run, state: State, **augmentation) -> np.ndarray:
 def postprocess(
     config: ConfigDict,
     embeddings: Embeddings,
-    training: np.ndarray | None,
+    training: tuple[np.ndarray, np.ndarray] | None,
     own: np.ndarray | None,
     mesh: jax.sharding.Mesh | None,
 ) -> Embeddings:
     """Does the whitening, database augmentation and query expansion that a config's `eval` wants.
 
-    `training` is [N, D] of the training images, for whitening; `own` is from `own_rows`.
+    `training` are embeddings [N, D] and labels [N] to learn whitening from; `own` is of `own_rows`.
     """
     query, gallery = embeddings
-    if config.whitening_dim and training is not None:
-        mean, projection = rerank.learn_whitening(training, config.whitening_dim)
-        query = rerank.whiten(query, mean, projection)
-        gallery = None if gallery is None else rerank.whiten(gallery, mean, projection)
+    if training is not None:
+        vectors, labels = training
+        if config.whitening == "pairs":
+            pairs = rerank.matching_pairs(labels)
+            learned = rerank.learn_pair_whitening(vectors, pairs, config.whitening_dim)
+        else:
+            learned = rerank.learn_whitening(vectors, config.whitening_dim)
+        query = rerank.whiten(query, *learned)
+        gallery = None if gallery is None else rerank.whiten(gallery, *learned)
     k, alpha = config.database_augmentation, config.query_expansion_alpha
     if k and gallery is not None:
         gallery = rerank.augment_database(gallery, k, alpha, mesh=mesh)
@@ -230,18 +232,12 @@ def measure(run: Run, embeddings: Embeddings, **options) -> dict:
     Where no classes say what is right, it has the metrics of the data set's own protocol.
     """
     truth, wanted = run.dataset.query.truth, run.config.eval
-    if truth is not None:
-        ranking = {"precision": wanted.matmul_precision, "mesh": run.mesh}
-        measured = truth.measure(*embeddings, ks=wanted.ks, **ranking)
-        options.pop("clustering", None)
-        return metrics.summarize(measured, run.dataset.query.labels, **options)
-    return metrics.evaluate(
-        **ranking_inputs(embeddings, run.dataset),
-        ks=run.config.eval.ks,
-        precision=run.config.eval.matmul_precision,
-        mesh=run.mesh,
-        **options,
-    )
+    ranking = {"ks": wanted.ks, "precision": wanted.matmul_precision, "mesh": run.mesh}
+    if truth is None:
+        inputs = ranking_inputs(embeddings, run.dataset) | ranking | options
+        return metrics.evaluate(**inputs)
+    measured = truth.measure(*embeddings, **ranking)
+    return metrics.summarize(measured, run.dataset.query.labels, **options)
 
 
 def reranked_recall(
@@ -257,8 +253,11 @@ def reranked_recall(
     k1 = min(20, everything - 1)
     k2, exclude = min(6, k1), None if gallery is None else own
     _, index = rerank.k_reciprocal(query, gallery, k, k1=k1, k2=k2, exclude=exclude, mesh=mesh)
-    if dataset.query.truth is not None:
+    if (truth := dataset.query.truth) is not None:
+        if truth.ignores:
+            raise ValueError("its protocol ignores images, each setup others")
         hit = dataset.is_match(np.arange(len(query)), index)
+        hit = hit[[len(row) > 0 or truth.lost == 0 for row in truth.positives]]
         return {f"recall@{n}": float(np.mean(hit[:, :n].any(1))) for n in ks if n <= k}
     labels = (dataset.query if dataset.gallery is None else dataset.gallery).labels
     itself = False if own is None else own >= 0

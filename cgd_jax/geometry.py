@@ -17,11 +17,15 @@ mean_embedding_norm 0.50
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
+from cgd_jax.labels import as_labels
 from cgd_jax.losses import pairwise_distances
 from cgd_jax.losses.miners import hardest
+from cgd_jax.ranking import normalize
+from cgd_jax.retrieval import check_rows
 
-__all__ = ["describe_batch", "describe_set"]
+__all__ = ["cluster_agreement", "describe_batch", "describe_set"]
 
 QUERIES = 256  # of a test set, whose farthest positive and nearest negative are looked for
 
@@ -103,3 +107,27 @@ def describe_set(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> d
         "hardest_negative": mean_root(np.concatenate(nearest)),
         "mean_embedding_norm": float(np.linalg.norm(mean)),
     }
+
+
+def cluster_agreement(embeddings: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str, float]:
+    """Agreement of k-means clusters, as many as classes, with the labels [N] of embeddings [N, D].
+
+    Returns {"nmi": …, "ami": …}, normalized (arithmetic mean) and adjusted mutual information; both
+    1 for identical partitions. Takes hours for ten thousand classes: k-means computes all distances
+    to all centers many times over. Raises ImportError without scikit-learn.
+
+    >>> cluster_agreement([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], ["a", "a", "b", "b"])
+    {'nmi': 1.0, 'ami': 1.0}
+    """
+    try:
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+    except ImportError as error:
+        raise ImportError("NMI and AMI need scikit-learn: pip install scikit-learn") from error
+    labels, shape = as_labels("labels", labels), np.shape(embeddings)
+    if labels.shape != shape[:1]:
+        raise ValueError(f"labels must be one per row: embeddings {shape}, labels {labels.shape}")
+    means = KMeans(len(np.unique(labels)), n_init=1, random_state=seed)
+    found = means.fit_predict(np.asarray(normalize(check_rows("embeddings", embeddings))))
+    scores = {"nmi": normalized_mutual_info_score, "ami": adjusted_mutual_info_score}
+    return {name: float(score(labels, found)) for name, score in scores.items()}

@@ -8,25 +8,28 @@ float32. Labels, [Q] and [G], are integers or strings. Without a gallery the que
 where none finds itself. A ValueError says what is empty, not finite, does not fit, or that no
 query has a true match; queries without one are left out of every mean.
 
+Options are `query_ids` [Q] and `gallery_ids` [G], integers or strings: a gallery item with the
+query's id is the query itself and is not searched (without a gallery the position is the id; with
+one and no ids, nothing is left out; copies under other ids are neighbours like any other). And
+`precision` of the product, as for `retrieval.top_k`; `mesh`, whose devices share the queries, and
+whose processes all make the same call.
+
 Ties: a gallery item of another class within `ranking.TIE` of a true match's cosine ranks before
 it, so that a model that maps everything to one point scores 0.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TypedDict, Unpack
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from cgd_jax.labels import as_labels, own_index, shared_codes
-from cgd_jax.ranking import Places, Relevance, measure_ranks, normalize
-from cgd_jax.retrieval import check_pair, check_rows
+from cgd_jax.ranking import Relevance, check_matches, measure_ranks
+from cgd_jax.retrieval import check_pair
 
 __all__ = [
-    "RankingOptions",
-    "cluster_agreement",
     "confidence_intervals",
     "evaluate",
     "first_ranks",
@@ -36,27 +39,13 @@ __all__ = [
 ]
 
 
-class RankingOptions(TypedDict, total=False):
-    """How the gallery is ranked, for all metrics of embeddings.
-
-    A gallery item with the query's id is the query itself and is not searched. Without a gallery
-    the position is the id; with one and no ids, nothing is left out. Copies under other ids are
-    neighbours like any other.
-    """
-
-    query_ids: ArrayLike | None  # [Q], integers or strings
-    gallery_ids: ArrayLike | None  # [G]
-    precision: str  # of the product, as for `retrieval.top_k`
-    mesh: Mesh | None  # whose devices share the queries; all its processes make the same call
-
-
 def recall_at_k(
     query: ArrayLike,
     query_labels: ArrayLike,
     gallery: ArrayLike | None = None,
     gallery_labels: ArrayLike | None = None,
     ks: Sequence[int] = (1, 2, 4, 8),
-    **options: Unpack[RankingOptions],
+    **options: Any,
 ) -> dict[int, float]:
     """Share of the queries with a true match that find one among the k nearest, {k: share}.
 
@@ -76,7 +65,7 @@ def first_ranks(
     query_labels: ArrayLike,
     gallery: ArrayLike | None = None,
     gallery_labels: ArrayLike | None = None,
-    **options: Unpack[RankingOptions],
+    **options: Any,
 ) -> np.ndarray:
     """The rank of every query's first true match: [Q] float64, from 1; NaN where there is none.
 
@@ -96,9 +85,8 @@ def evaluate(
     ks: Sequence[int] = (1, 2, 4, 8),
     bootstrap: int = 0,
     per_class: bool = False,
-    clustering: bool = False,
     seed: int = 0,
-    **options: Unpack[RankingOptions],
+    **options: Any,
 ) -> dict:
     """Every metric of a ranking, with its uncertainty.
 
@@ -107,9 +95,8 @@ def evaluate(
       ks: the values of k.
       bootstrap: resamplings of the classes, see `confidence_intervals`; 0 for none.
       per_class: True adds the means over the queries of each class.
-      clustering: True adds `cluster_agreement` of the queries.
-      seed: of the resampling and of k-means.
-      **options: see `RankingOptions`.
+      seed: of the resampling.
+      **options: as above.
 
     Returns:
       dict of plain numbers. With R the number of the query's true matches, means of:
@@ -121,7 +108,7 @@ def evaluate(
         mrr: 1 / rank of the first true match.
       And: queries, the number measured; excluded, the number without a true match;
       confidence, {metric: [low, high]}; per_class, one dict per class, worst classes
-      first; nmi and ami.
+      first.
 
     >>> found = evaluate([[1.0, 0], [1, 0.1], [0, 1], [0.9, 0.3]], [0, 0, 1, 1], ks=(1,))
     >>> {name: round(value, 3) for name, value in found.items()}  # doctest: +NORMALIZE_WHITESPACE
@@ -130,10 +117,7 @@ def evaluate(
     """
     measure = partial(_measure, ks=_check_ks(ks))
     measured = _per_query(measure, query, query_labels, gallery, gallery_labels, **options)
-    result = summarize(measured, query_labels, bootstrap, per_class, seed)
-    if clustering:
-        result |= cluster_agreement(query, query_labels, seed)
-    return result
+    return summarize(measured, query_labels, bootstrap, per_class, seed)
 
 
 def summarize(
@@ -148,13 +132,12 @@ def summarize(
     >>> summarize({"map": np.array([1, 0.5, np.nan])}, ["a", "a", "b"])
     {'map': 0.75, 'queries': 2, 'excluded': 1}
     """
-    labels, counts = as_labels("labels", labels), ~np.isnan(list(measured.values()))
-    rows = counts.any(0)
+    labels, values = as_labels("labels", labels), np.array(list(measured.values()))
+    rows = ~np.isnan(values).all(0)
     classes, code, queries = np.unique(labels[rows], return_inverse=True, return_counts=True)
     per_label = lambda values: np.stack([np.bincount(code, column) for column in values], 1)
-    sums = per_label([np.nan_to_num(column[rows]) for column in measured.values()])
-    count = per_label(counts[:, rows])
-
+    sums = per_label(np.nan_to_num(values[:, rows]))
+    count = per_label(~np.isnan(values[:, rows]))
     named = lambda values: dict(zip(measured, values.tolist(), strict=True))
     result = named(sums.sum(0) / count.sum(0))
     result |= {"queries": len(code), "excluded": len(labels) - len(code)}
@@ -213,7 +196,7 @@ def recall_of_ranking(
             f"{index.shape} and {code.shape}"
         )
     matches = np.bincount(gallery_code, minlength=code.max() + 1)[code] - np.asarray(itself)
-    _check_matches(matches, len(gallery_code))
+    check_matches(matches, len(gallery_code))
     hit = gallery_code[index[matches > 0]] == code[matches > 0, None]
     return {k: float(np.mean(hit[:, :k].any(1))) for k in ks}
 
@@ -240,78 +223,44 @@ def confidence_intervals(
     return np.nanquantile(means, [0.025, 0.975], axis=0)
 
 
-def cluster_agreement(embeddings: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str, float]:
-    """Agreement of k-means clusters, as many as classes, with the labels [N] of embeddings [N, D].
-
-    Returns {"nmi": …, "ami": …}, normalized (arithmetic mean) and adjusted mutual information; both
-    1 for identical partitions. Takes hours for ten thousand classes: k-means computes all distances
-    to all centers many times over. Raises ImportError without scikit-learn.
-
-    >>> cluster_agreement([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], ["a", "a", "b", "b"])
-    {'nmi': 1.0, 'ami': 1.0}
-    """
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
-    except ImportError as error:
-        raise ImportError("NMI and AMI need scikit-learn: pip install scikit-learn") from error
-    embeddings, labels = _check("embeddings", embeddings, labels)
-    means = KMeans(len(np.unique(labels)), n_init=1, random_state=seed)
-    found = means.fit_predict(np.asarray(normalize(embeddings)))
-    scores = {"nmi": normalized_mutual_info_score, "ami": adjusted_mutual_info_score}
-    return {name: float(score(labels, found)) for name, score in scores.items()}
-
-
-def _per_query(measure, *searched, query_ids=None, gallery_ids=None, mesh=None, **options):
+def _per_query(measure, *searched, query_ids=None, gallery_ids=None, **options):
     """What `measure` makes of each query's ranks: {name: [Q]}, NaN without a true match."""
     query, query_labels, gallery, gallery_labels = searched
-    alone = gallery is None
-    if alone != (gallery_labels is None):
+    if (gallery is None) != (gallery_labels is None):
         raise ValueError("give both gallery and gallery_labels, or neither")
-    precision = options.get("precision", "highest")
-    query, gallery = check_pair(query, query if alone else gallery, precision)
-    query, query_labels = _check("query", query, query_labels)
-    if alone:
+    check_pair(query, query if gallery is None else gallery, options.get("precision", "highest"))
+    if gallery is None:
         gallery, gallery_labels = query, query_labels
         if gallery_ids is None:
             query_ids = gallery_ids = np.arange(len(query)) if query_ids is None else query_ids
-    else:
-        gallery, gallery_labels = _check("gallery", gallery, gallery_labels)
     if (query_ids is None) != (gallery_ids is None):
         raise ValueError("give both query_ids and gallery_ids, or neither")
+    query_labels = _check_labels("query", query, query_labels)
+    gallery_labels = _check_labels("gallery", gallery, gallery_labels)
     own = np.full(len(query), -1)  # where the query itself is, -1 for nowhere
     if query_ids is not None:
         own = own_index(query_ids, gallery_ids, len(query), len(gallery))
     relevance = _same_label(query_labels, gallery_labels, own)
-    _check_matches(relevance.matches, len(gallery))
-    return measure_ranks(measure, query, gallery, relevance, mesh=mesh, **options)
+    return measure_ranks(measure, query, gallery, relevance, **options)
 
 
 def _same_label(query_labels, gallery_labels, own):
     code, gallery_code = shared_codes("labels", query_labels, gallery_labels)
     members = np.bincount(gallery_code, minlength=code.max() + 1)
-    end = np.cumsum(members)[code]
-    positives = Places(np.argsort(gallery_code, kind="stable"), end - members[code], end)
-    at = np.arange(len(own))
-    ignored = Places(own, at, at + (own >= 0))
-    matches = members[code] - ((own >= 0) & (gallery_code[own] == code))
-    return Relevance(positives, ignored, matches)
+    by_class = np.split(np.argsort(gallery_code, kind="stable"), np.cumsum(members)[:-1])
+    itself = own >= 0
+    return Relevance(
+        positives=[by_class[c] for c in code],
+        ignored=[own[q : q + known] for q, known in enumerate(itself.tolist())],
+        matches=members[code] - (itself & (gallery_code[own] == code)),
+    )
 
 
-def _check_matches(matches, items):
-    if not (matches > 0).any():
-        found = (
-            f"none of the {len(matches)} queries has a true match among the {items} gallery items"
-        )
-        raise ValueError(f"{found}: check that both are labelled alike")
-
-
-def _check(name, embeddings, labels):
-    """Both as NumPy arrays, embeddings in float32; ValueError for what cannot be ranked."""
+def _check_labels(name, embeddings, labels):
     labels, shape = as_labels("labels", labels), np.shape(embeddings)
     if labels.shape != shape[:1]:
         raise ValueError(f"labels must be one per row: {name} {shape}, labels {labels.shape}")
-    return np.asarray(check_rows(name, embeddings)), labels
+    return labels
 
 
 def _check_ks(ks):

@@ -60,6 +60,7 @@ class Network:
     config: dict[str, Any] = field(repr=False)  # of the run; of a published backbone, its part
     step: int | None = None  # of the checkpoint
     scales: tuple[float, ...] = field(default=(1.0,), repr=False)  # see `cgd.embed_model`
+    scales_p: float = field(default=1.0, repr=False)
 
     @property
     def keeps_aspect(self) -> bool:
@@ -88,8 +89,8 @@ class Network:
     def embed_batch(self) -> Callable[[Any], Any]:
         """The jitted function: [B, H, W, 3] uint8 of `size` → [B, D] float32, unit length."""
         seen = None if self.keeps_aspect else self.image_size
-        weights = self.model, self.variables, self.normalization
-        return embed_model(*weights, seen, self.vector, scales=self.scales)
+        how = seen, self.vector, False, self.scales, self.scales_p
+        return embed_model(self.model, self.variables, self.normalization, *how)
 
     @cached_property
     def dimension(self) -> int:
@@ -194,6 +195,7 @@ def open_network(
     aspect: str | None = None,
     image_size: int | None = None,
     scales: Sequence[float] = (1.0,),
+    scales_p: float = 1.0,
 ) -> Network:
     """Opens a trained network. Nothing else of a run is needed, and no data set.
 
@@ -210,6 +212,7 @@ def open_network(
         as many pixels, see `data.shapes`. None is as config.data.aspect of the run.
       image_size: pixels, the side of the squares; None is what was trained.
       scales: factors of the sides, such as (0.71, 1, 1.41); vectors of all of them are added.
+      scales_p: the exponent of their generalized mean, as GeM's, in place of a sum.
 
     Raises:
       FileNotFoundError: there is no such source, checkpoint or package, or Hugging Face cannot be
@@ -236,6 +239,8 @@ def open_network(
     scales = tuple(scales)
     if not (0 < len(scales) <= 8 and all(0 < scale <= 4 for scale in scales)):
         raise InputError(f"scales={scales}: give 1 to 8 factors up to 4, such as (0.7, 1, 1.4).")
+    if not 0 < scales_p <= 10:
+        raise InputError(f"scales_p={scales_p}: it must be above 0 and at most 10, such as 3.")
     described = SimpleNamespace(**config["model"])
     model = create_model(described, 1) if published else create_model_of(described, weights)
     size = data["image_size"]
@@ -252,7 +257,7 @@ def open_network(
     if vector not in known:
         raise InputError(f"vector={vector}: {name} has no such vector, but {', '.join(known)}.")
     of_weights = (model, variables, found.normalization)
-    return Network(name, found.hash, vector, *of_weights, config, found.step, scales)
+    return Network(name, found.hash, vector, *of_weights, config, found.step, scales, scales_p)
 
 
 def identify(source: str | Path | None) -> tuple[str, str]:

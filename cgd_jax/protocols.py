@@ -7,7 +7,7 @@ stand, ignored items taken out; see `ranking`. Similarity is cosine.
 All metrics take embeddings, `query` [Q, D] and `gallery` [G, D] of any real dtype and length, and
 lists of positions in the gallery, one for every query. They return {metric: [Q]}, a number for
 every query, NaN for one that the benchmark does not count; its `means` are what is published.
-Options are `precision` and `mesh` of `metrics.RankingOptions`. ValueError is raised for embeddings
+Options are `precision` and `mesh`, as of `metrics`. ValueError is raised for embeddings
 or lists that do not fit, or if no query has a positive.
 
 >>> query, gallery = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.1], [0.1, 1.0], [1.0, 0.3]]
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cgd_jax.ranking import Places, Relevance, measure_ranks
-from cgd_jax.retrieval import check_pair, check_rows
+from cgd_jax.ranking import Relevance, measure_ranks
+from cgd_jax.retrieval import check_pair
 
 __all__ = ["landmarks", "means", "ndcg", "places", "relevance", "revisited"]
 
@@ -202,7 +202,7 @@ def means(values: Metrics) -> dict[str, float]:
 
 
 def relevance(positives: Lists, items: int, ignored: Lists | None = None) -> Relevance:
-    """Makes what `ranking.ranks_of_positives` takes of lists of positions in a gallery of `items`.
+    """Makes what `ranking.measure_ranks` takes of lists of positions in a gallery of `items`.
 
     >>> relevance([[2, 0], []], items=3, ignored=[[0], [1]]).matches
     array([1, 0])
@@ -210,12 +210,12 @@ def relevance(positives: Lists, items: int, ignored: Lists | None = None) -> Rel
     ignored = [()] * len(positives) if ignored is None else ignored
     if len(ignored) != len(positives):
         raise ValueError(f"{len(positives)} lists of positives, but {len(ignored)} of ignored")
-    right, left_out = _places("positives", positives, items), _places("ignored", ignored, items)
-    found = (np.setdiff1d(p, i) for p, i in zip(positives, ignored, strict=True))
-    return Relevance(right, left_out, np.array([len(row) for row in found], int))
+    right, out = _places("positives", positives, items), _places("ignored", ignored, items)
+    left = [len(np.setdiff1d(p, i)) for p, i in zip(right, out, strict=True)]
+    return Relevance(right, out, np.array(left, int))
 
 
-def _places(name: str, lists: Lists, items: int) -> Places:
+def _places(name: str, lists: Lists, items: int) -> list[np.ndarray]:
     rows = [np.unique(np.asarray(row)) for row in lists]
     for query, row in enumerate(rows):
         if row.size and (row.dtype.kind not in "iu" or row[0] < 0 or row[-1] >= items):
@@ -223,10 +223,7 @@ def _places(name: str, lists: Lists, items: int) -> Places:
                 f"{name} of query {query} must be whole numbers from 0 to {items - 1}, positions "
                 f"in the gallery; got {row.min()} to {row.max()} of {row.dtype}"
             )
-    end = np.cumsum([len(row) for row in rows], dtype=int)
-    # One more item, which no query has: arrays to choose from are never empty.
-    flat = np.concatenate([*rows, [0]]).astype(int)
-    return Places(flat, end - [len(row) for row in rows], end)
+    return [row.astype(int) for row in rows]
 
 
 def _recalls(ks, ranks):
@@ -246,9 +243,4 @@ def _measure(
     if len(query) != len(positives):
         raise ValueError(f"{len(query)} queries, but {len(positives)} lists of positives")
     wanted = relevance(positives, len(gallery), ignored)
-    if not wanted.matches.any():
-        raise ValueError(f"none of the {len(query)} queries has a positive in the gallery")
-    query, gallery = (
-        np.asarray(check_rows(name, x)) for name, x in (("query", query), ("gallery", gallery))
-    )
     return measure_ranks(measure, query, gallery, wanted, **options)

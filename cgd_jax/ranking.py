@@ -10,7 +10,7 @@ On a CPU, NumPy counts in threads; on other devices the program that made the pr
 that no row leaves the device, whose memory must hold the gallery.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,10 +20,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
 
+from cgd_jax.retrieval import check_rows
 from cgd_jax.runtime import processes, threads
 
-__all__ = ["TIE", "Places", "Relevance", "normalize", "ranks_of_positives"]
+__all__ = ["TIE", "Relevance", "measure_ranks", "normalize"]
 
 # Two float32 cosines closer than this count as equal: the order of summation alone, which
 # differs between kernels, moves them as much.
@@ -36,91 +38,75 @@ PART = 2**12
 FEW = 64
 
 
-class Places(NamedTuple):
-    """For every query some places in the gallery: query q's are items[start[q] : end[q]].
-
-    Several queries may share their places. A place stands there once.
-    """
-
-    items: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-
-    def of(self, query: int) -> np.ndarray:
-        """Returns the places of one query."""
-        return self.items[self.start[query] : self.end[query]]
-
-    def padded(self, queries: np.ndarray, fill: int) -> np.ndarray:
-        """Returns the places of some queries, [B, W] int32; W is a power of two."""
-        start, end = self.start[queries, None], self.end[queries, None]
-        at = start + np.arange(2 ** int(np.ceil(np.log2(max(1, (end - start).max())))))
-        places = self.items[np.minimum(at, len(self.items) - 1)]
-        return np.where(at < end, places, fill).astype(np.int32)
-
-
 class Relevance(NamedTuple):
-    """What the gallery holds for every query."""
+    """What the gallery holds for every query: places in it, each once in a list."""
 
-    positives: Places  # its true matches
-    ignored: Places  # what is not searched, such as the query itself; also if it is a positive
+    positives: Sequence[np.ndarray]  # Q arrays: its true matches
+    # Q arrays of what is not searched, such as the query itself; also if it is a positive.
+    ignored: Sequence[np.ndarray]
     matches: np.ndarray  # [Q], the number of its positives that are not ignored
 
 
-def ranks_of_positives(
-    query: np.ndarray,
-    gallery: np.ndarray,
+def measure_ranks(
+    measure: Callable[[np.ndarray], dict[str, np.ndarray]],
+    query: ArrayLike,
+    gallery: ArrayLike,
     relevance: Relevance,
     *,
     first: bool = False,
     precision: str = "highest",
     mesh: Mesh | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ranks all positives of every query that has any.
+) -> dict[str, np.ndarray]:
+    """Measures the ranks at which the positives of every query stand.
 
     Args:
-      query: [Q, D] float32, finite, of any length.
+      measure: makes {name: [B]} of ranks [B, M] float64, in ascending order from 1, and infinite
+        beyond a query's last positive.
+      query: [Q, D] of any real dtype and length.
       gallery: [G, D], likewise.
       relevance: of the gallery for the queries.
       first: True ranks only the most similar positive.
       precision: of the product, see `retrieval.top_k`; a CPU knows only "highest".
       mesh: whose devices share the queries; None for one device. Of several processes each
-        ranks its share of the queries.
+        ranks its share of the queries, and all must call.
 
-    Yields:
-      (queries [B], ranks [B, M] float64), in ascending order from 1, and infinite beyond a
-      query's last positive.
+    Returns:
+      {name: [Q] float64}, NaN for queries without a positive.
 
-    >>> positives = Places(items=np.array([2]), start=np.array([0]), end=np.array([1]))
-    >>> ignored = positives._replace(items=np.array([0]))
-    >>> query, gallery = np.float32([[1, 0]]), np.float32([[1, 0], [1, 1], [0, 1]])
-    >>> relevance = Relevance(positives, ignored, matches=np.array([1]))
-    >>> list(ranks_of_positives(query, gallery, relevance))
-    [(array([0]), array([[2.]]))]
+    Raises:
+      ValueError: no query has a positive, or a vector is not finite.
+
+    >>> relevance = Relevance([np.array([2])], ignored=[np.array([0])], matches=np.array([1]))
+    >>> query, gallery = [[1, 0]], [[1, 0], [1, 1], [0, 1]]
+    >>> measure_ranks(lambda ranks: {"first": ranks[:, 0]}, query, gallery, relevance)
+    {'first': array([2.])}
     """
-    mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1]) if mesh is None else mesh
+    check_matches(relevance.matches, len(gallery))
+    asked = np.asarray(check_rows("query", query))
+    items = asked if gallery is query else np.asarray(check_rows("gallery", gallery))
+    if mesh is None:
+        mesh = jax.make_mesh((1,), ("all",), devices=jax.local_devices()[:1])
     # Alike numbers of positives beside each other, as a block is as wide as its widest row.
     rows = np.argsort(relevance.matches, kind="stable")
     rows = rows[relevance.matches[rows] > 0]
     rows = rows[processes.share_of_rows(mesh, len(rows))]
-    mesh = processes.local_mesh(mesh)
-    if _is_cpu(mesh):
-        yield from _ranks_on_cpu(query, gallery, relevance, rows, first)
-    else:
-        yield from _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh)
-
-
-def measure_ranks(measure, query, gallery, relevance, *, mesh=None, **options):
-    """What `measure` makes of each query's ranks, from [B, M] to {name: [B]}, as {name: [Q]}.
-
-    Other arguments are those of `ranks_of_positives`; NaN stands for queries without a positive.
-    """
-    found = {}
-    for rows, ranks in ranks_of_positives(query, gallery, relevance, mesh=mesh, **options):
+    work, mine = (asked, items, relevance, rows, first), processes.local_mesh(mesh)
+    blocks = _ranks_on_cpu(*work) if _is_cpu(mine) else _ranks_on_devices(*work, precision, mine)
+    found: dict[str, np.ndarray] = {}
+    for some, ranks in blocks:
         for name, values in measure(ranks).items():
-            found.setdefault(name, np.full(len(query), -np.inf))[rows] = values
-    if mesh is not None:
-        found = {name: processes.merge_rows(column, mesh) for name, column in found.items()}
+            found.setdefault(name, np.full(len(asked), -np.inf))[some] = values
+    found = {name: processes.merge_rows(column, mesh) for name, column in found.items()}
     return {name: np.where(column > -np.inf, column, np.nan) for name, column in found.items()}
+
+
+def check_matches(matches: np.ndarray, items: int) -> None:
+    """Raises ValueError if none of the queries, which have so many matches, has any."""
+    if not (matches > 0).any():
+        raise ValueError(
+            f"none of the {len(matches)} queries has a true match among the {items} gallery items: "
+            "check that both are labelled alike"
+        )
 
 
 def _is_cpu(mesh):
@@ -139,7 +125,7 @@ def _ranks_on_cpu(query, gallery, relevance, rows, first):
         some, product = part
         ranks = np.full((len(some), 1 if first else relevance.matches[some].max()), np.inf)
         for q, row, place in zip(some, product, ranks, strict=True):
-            found = _ranks_in_row(row, *(places.of(q) for places in relevance[:2]), first)
+            found = _ranks_in_row(row, relevance.positives[q], relevance.ignored[q], first)
             place[: len(found)] = found
         return some, ranks
 
@@ -184,11 +170,21 @@ def _ranks_on_devices(query, gallery, relevance, rows, first, precision, mesh):
     for at in range(0, len(rows), block):
         some = rows[at : at + block]
         repeated = np.resize(some, block)
-        positives, ignored = (p.padded(repeated, len(gallery)) for p in relevance[:2])
-        arrays = jax.device_put((query[repeated], positives, ignored), divided)
+        places = (_side_by_side(lists, repeated, len(gallery)) for lists in relevance[:2])
+        arrays = jax.device_put((query[repeated], *places), divided)
         found = _ranks_in_block(items, *arrays, first=first, precision=precision, mesh=mesh)
         ranks = np.asarray(found)[: len(some)]
         yield some, np.where(ranks > 0, ranks, np.inf)
+
+
+def _side_by_side(lists, queries, fill):
+    """The lists of some queries as [B, W] int32, filled up; W is a power of two."""
+    some = [lists[q] for q in queries]
+    count = np.array([len(items) for items in some])
+    width = 2 ** int(np.ceil(np.log2(max(1, count.max()))))
+    places = np.full((len(some), width), fill, np.int32)
+    places[np.arange(width) < count[:, None]] = np.concatenate(some)
+    return places
 
 
 @partial(jax.jit, static_argnames=("first", "precision", "mesh"))

@@ -1,8 +1,8 @@
 """What can be done to embeddings, or to a ranking, after the network and before the metrics.
 
-Pure functions, applied in this order: PCA-whitening, database-side augmentation, α-query
-expansion, k-reciprocal re-ranking. The first three give embeddings that `metrics` measures
-like any others; the last gives, per query, a new order of its nearest gallery items.
+Pure functions, applied in this order: whitening, database-side augmentation, α-query expansion,
+k-reciprocal re-ranking. The first three give embeddings that `metrics` measures like any others;
+the last gives, per query, a new order of its nearest gallery items.
 
 Embeddings are of any real dtype and are L2-normalized here. `exclude` and `mesh` are as for
 `retrieval.top_k`, whose ValueErrors all functions raise.
@@ -22,8 +22,11 @@ __all__ = [
     "k_reciprocal",
     "learn_pair_whitening",
     "learn_whitening",
+    "matching_pairs",
     "whiten",
 ]
+
+WHITENINGS = ("pca", "pairs")  # learned by `learn_whitening`, by `learn_pair_whitening`
 
 
 def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -61,8 +64,8 @@ def learn_pair_whitening(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Learns a whitening from pairs of matching images (https://arxiv.org/abs/1711.02512, 3.4).
 
-    What differs within pairs becomes white, by the inverse Cholesky factor of its covariance; then
-    the directions in which embeddings vary most are kept. Learn it on other images.
+    What differs within pairs becomes white, by an inverse root of its covariance; then the
+    directions in which embeddings vary most are kept. Learn it on other images.
 
     Args:
       embeddings: [N, D].
@@ -88,17 +91,32 @@ def learn_pair_whitening(
         raise ValueError(f"dim must be from 1 to {size}, the length of the embeddings; got {dim}")
     mean = x[pairs[:, 0]].mean(0)
     difference = x[pairs[:, 0]] - x[pairs[:, 1]]
-    covariance, jitter = difference.T @ difference / len(pairs), 0.0
-    while np.linalg.eigvalsh(covariance + jitter * np.eye(size))[0] <= 1e-12:
-        jitter = max(10 * jitter, 1e-10)
-    within = np.linalg.inv(np.linalg.cholesky(covariance + jitter * np.eye(size)))
-    white = (x - mean) @ within.T
+    variance, axes = np.linalg.eigh(difference.T @ difference / len(pairs))
+    within = axes / np.sqrt(np.maximum(variance, 1e-10))
+    white = (x - mean) @ within
     axes = np.linalg.eigh(white.T @ white)[1][:, ::-1]
-    return mean.astype(np.float32), (within.T @ axes[:, :dim]).astype(np.float32)
+    return mean.astype(np.float32), (within @ axes[:, :dim]).astype(np.float32)
+
+
+def matching_pairs(labels: ArrayLike) -> np.ndarray:
+    """Pairs [P, 2] for `learn_pair_whitening`: each of the labels [N] with the next of its equals.
+
+    >>> matching_pairs(["a", "b", "a", "c", "b", "a"])
+    array([[0, 2],
+           [2, 5],
+           [5, 0],
+           [1, 4],
+           [4, 1]])
+    """
+    _, code, count = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    order, last = np.argsort(code, kind="stable"), np.cumsum(count) - 1
+    following = np.roll(order, -1)
+    following[last] = order[last - count + 1]
+    return np.stack([order, following], 1)[order != following]
 
 
 def whiten(embeddings: ArrayLike, mean: np.ndarray, projection: np.ndarray) -> np.ndarray:
-    """Applies `learn_whitening`: [N, D] → [N, dim] float32, L2-normalized before and after.
+    """Applies what was learned: [N, D] → [N, dim] float32, L2-normalized before and after.
 
     >>> whiten([[3.0, 4.0]], np.array([0.6, 0.0]), np.array([[1.0], [0.5]]))
     array([[1.]], dtype=float32)

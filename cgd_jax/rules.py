@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cgd_jax import combination, config_files, data, losses, pooling, retrieval
+from cgd_jax import combination, config_files, data, losses, pooling, rerank, retrieval
 from cgd_jax.config import flatten
 from cgd_jax.data import shapes
 from cgd_jax.models import backbones, cgd, resnet
@@ -106,6 +106,8 @@ RULES: dict[str, Rule] = {
         "must be positive whole numbers with 1 among them (steps are compared by R@1)",
     ),
     "eval.matmul_precision": one_of(retrieval.PRECISIONS),
+    "eval.scales_p": Rule(lambda p: 0 < p <= 10, "must be above 0 and at most 10"),
+    "eval.whitening": one_of(rerank.WHITENINGS),
     "eval.projection": one_of(("pca", "umap", "")),
     "eval.scales": Rule(
         lambda scales: len(scales) > 0 and all(scale > 0 for scale in scales),

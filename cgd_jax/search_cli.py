@@ -13,7 +13,8 @@ COMMANDS = {
     "index": Command(
         "embeds your own images into an index, or brings it up to date",
         "IMAGES",
-        "index model images vector precision whiten aspect image_size scales prune",
+        "index model images vector precision whiten whitening aspect image_size scales scales_p "
+        "prune",
         "images",
         "search",
     ),
@@ -27,7 +28,7 @@ COMMANDS = {
     "pairs": Command(
         "writes which images of a database are most like each query, for hloc and kapture",
         "QUERIES DATABASE --k=50",
-        "model queries database k out features vector aspect image_size scales",
+        "model queries database k out features vector aspect image_size scales scales_p",
         "queries database",
         "search",
     ),
@@ -69,8 +70,12 @@ FLAGS = {
         kind=flags.DEFINE_enum,
         options=("float32", "float16"),
     ),
-    "whiten": Flag(
-        "Dimensions of PCA-whitened vectors; else all as they are.", "NUMBER", options=(1,)
+    "whiten": Flag("Dimensions of whitened vectors; else all as they are.", "NUMBER", options=(1,)),
+    "whitening": Flag(
+        "What --whiten learns from: all images (pca), or pairs of those with one label; else pca.",
+        "NAME",
+        kind=flags.DEFINE_enum,
+        options=("pca", "pairs"),
     ),
     "prune": Flag(
         "Also removes images whose folders are gone, empty or cannot be read: a disk may be away."
@@ -89,6 +94,11 @@ FLAGS = {
         "Factors of the sides, such as 0.7071,1,1.4142, of which the vectors are added; else 1.",
         "NUMBER,NUMBER",
         kind=flags.DEFINE_list,
+    ),
+    "scales_p": Flag(
+        "The exponent of their generalized mean, as GeM's; else 1, their sum.",
+        "NUMBER",
+        kind=flags.DEFINE_float,
     ),
     "queries": Flag("A folder of images.", "FOLDER"),
     "database": Flag("Another, in which those most like them are found.", "FOLDER"),
@@ -127,6 +137,8 @@ def check(name: str, given: flags.FlagValues) -> None:
         raise flags.Error("--workdir and --model both name a network; give one of them.")
     if name == "index" and not given.images:
         raise flags.Error("say what to index: --images=IMAGES, a folder, an archive or a CSV.")
+    if name == "index" and given.whitening and not given.whiten:
+        raise flags.Error("--whitening goes with --whiten, which says to how many dimensions.")
     if name == "pairs" and not (given.queries and given.database):
         raise flags.Error("give two folders of images: those to find pairs for, and a database.")
     if name != "search":
@@ -163,6 +175,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             vector=given.vector,
             precision=given.precision,
             whiten=given.whiten,
+            whitening=given.whitening,
             prune=given.prune,
             share=share_of_files(given),
         )
@@ -194,6 +207,7 @@ def _seen(given: flags.FlagValues) -> dict[str, Any]:
     except ValueError:
         raise flags.Error(f"--scales={','.join(given.scales)}: give numbers, 0.7,1,1.4.") from None
     seen = {"aspect": given.aspect, "image_size": given.image_size, "scales": scales}
+    seen["scales_p"] = given.scales_p
     return {name: value for name, value in seen.items() if value}
 
 

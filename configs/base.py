@@ -164,7 +164,9 @@ def get_config() -> ConfigDict:
     evaluation.vector = "embedding"  # or descriptors, first_descriptor, descriptor_S, branch_S
     evaluation.flip = False  # adds the vector of the mirrored image
     evaluation.scales = (1.0,)  # adds up vectors at several scales of image_size
-    evaluation.whitening_dim = 0  # PCA-whitening learned on the training images; 0: none
+    evaluation.scales_p = 1.0  # of these and the mirrored: exponent of a generalized mean; 1: added
+    evaluation.whitening_dim = 0  # whitening learned on the training images; 0: none
+    evaluation.whitening = "pca"  # or "pairs": what differs within a class becomes white
     evaluation.database_augmentation = 0  # nearest neighbours added to every gallery item
     evaluation.query_expansion = 0  # nearest gallery items added to every query
     # Of both: a neighbour's weight is its similarity to this power.

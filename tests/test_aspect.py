@@ -116,17 +116,24 @@ def test_a_square_is_seen_as_before(network):
     assert squares.size == squares.resize == 32 and not squares.keeps_aspect
 
 
-def test_scales_are_added_up(network):
+@pytest.mark.parametrize("vector, p", [("embedding", 1.0), ("descriptor_G", 3.0), ("embedding", 3)])
+def test_scales_are_averaged(network, vector, p):
+    """As by cirtorch's `extract_ms`: the mean, or GeM's, of vectors of unit length."""
     scales = (0.5**0.5, 1.0, 2**0.5)
-    several = cgd_jax.open(network.name, aspect="keep", scales=scales)
-    image = draw(24, 32)
-    total = 0
+    several = cgd_jax.open(network.name, vector, aspect="keep", scales=scales, scales_p=p)
+    image, vectors = draw(24, 32), []
     for scale in scales:
         shape = (1, round(24 * scale), round(32 * scale), 3)
         view = jax.image.resize(np.float32(image[None]), shape, "linear")
         normal = (view / 255 - network.normalization.mean) / network.normalization.std
-        total += network.model.apply(network.variables, normal).embedding[0]
-    np.testing.assert_allclose(several.embed(image)[0], total / np.linalg.norm(total), atol=1e-5)
+        output = network.model.apply(network.variables, normal, return_descriptors=True)
+        found = np.asarray(cgd.select_vector(output, network.model.descriptors, vector)[0])
+        vectors.append(found / np.linalg.norm(found))
+    assert (np.min(vectors) < 0) == (vector == "embedding")
+    total = np.mean(np.sign(vectors) * np.abs(vectors) ** p, 0)
+    expected = np.sign(total) * np.abs(total) ** (1 / p)
+    found = several.embed(image)[0]
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=2e-5)
 
 
 def test_another_size_and_what_is_refused(network):
@@ -135,6 +142,8 @@ def test_another_size_and_what_is_refused(network):
     assert larger.embed(draw(20, 30)).shape == (1, network.dimension)
     with pytest.raises(InputError, match="aspect='kept': it must be one of square, keep"):
         cgd_jax.open(network.name, aspect="kept")
+    with pytest.raises(InputError, match="scales_p=0: it must be above 0"):
+        cgd_jax.open(network.name, scales=(1, 2), scales_p=0)
     with pytest.raises(InputError, match="Maps are of squares"):
         network.explain(draw(8, 8), draw(8, 8))
     with pytest.raises(InputError, match="at one scale"):
@@ -146,11 +155,12 @@ def test_an_index_remembers_how_its_images_were_seen(network, tmp_path):
     from cgd_jax.search import Index
 
     files = [photograph(tmp_path / f"{i}.png", i, (64, 24 + 20 * i)) for i in range(4)]
-    several = cgd_jax.open(network.name, aspect="keep", scales=(0.5, 1.0))
+    several = cgd_jax.open(network.name, aspect="keep", scales=(0.5, 1.0), scales_p=3)
     index = Index.open(tmp_path / "index", several, create=True)
     index.add(files)
     again = Index.open(tmp_path / "index")
     assert again.network.size == network.size and again.info.scales == [0.5, 1.0]
+    assert again.info.scales_p == again.network.scales_p == 3
     assert again.search(files[2], 1)[0].similarity == pytest.approx(1, abs=1e-5)
     np.testing.assert_allclose(
         again.vectors("path LIKE '%/3.png'")[1], several.embed(files[3]), atol=1e-6

@@ -30,9 +30,9 @@ def prepared(cls, tmp_path, files, name="in", **options):
     return builder
 
 
-def truth_of(builder):
+def truth_of(builder, **near):
     ids = [[e["id"] for e in examples(builder, split)] for split in ("query", "gallery")]
-    return builder.truth(*ids), *ids
+    return builder.truth(*ids, **near), *ids
 
 
 def revisited_files(name, protocol=2, as_arrays=False):
@@ -157,8 +157,8 @@ def test_places_by_the_names_of_files(tmp_path):
     assert queries[0] == f"queries/{place_name(448_020, 5_411_000)}" and len(gallery) == 2
     assert [row.tolist() for row in found.positives] == [[0], []]
     assert found.measure(np.eye(2), np.eye(2), ks=(1,))["recall@1"].tolist() == [1, 0]
-    wider = prepared(Places, tmp_path, PLACES, radius=30.0)
-    assert [row.tolist() for row in truth_of(wider)[0].positives] == [[0, 1], []]
+    wider, *_ = truth_of(builder, radius=30.0)
+    assert [row.tolist() for row in wider.positives] == [[0, 1], []]
 
 
 def test_of_several_parts_val_is_measured_where_there_is_no_test(tmp_path):
@@ -197,11 +197,11 @@ def test_places_by_lists_and_headings(tmp_path):
         "photos/0.jpg,48.8583,2.2945,10,2019\nphotos/1.jpg,48.8583,2.2946,200,\n"
     )
     files["queries.csv"] = "path, latitude, longitude, heading\nmore/0.jpg,48.8583,2.2944,350\n"
-    found, queries, gallery = truth_of(prepared(Places, tmp_path, files))
+    builder = prepared(Places, tmp_path, files)
+    found, queries, gallery = truth_of(builder)
     assert queries == ["queries/more/0.jpg"] and gallery[1] == "database/photos/1.jpg"
     assert found.positives[0].tolist() == [0, 1]
-    turned = prepared(Places, tmp_path, files, turn=40.0)
-    assert truth_of(turned)[0].positives[0].tolist() == [0]
+    assert truth_of(builder, turn=40.0)[0].positives[0].tolist() == [0]
     files["queries.csv"] = "path,latitude,longitude\nmore/0.jpg,98.8,2.3\n"
     with pytest.raises(InputError, match="queries.csv, line 2.*latitudes must be"):
         prepared(Places, tmp_path, files, "bad")
@@ -214,7 +214,7 @@ def test_places_by_frames(tmp_path):
     files = {f"v/{i}.jpg": picture(i) for i in range(8)}
     files["database.csv"] = "path,frame\n" + "\n".join(f"v/{i}.jpg,{i}" for i in range(6))
     files["queries.csv"] = "path,frame\nv/6.jpg,2\nv/7.jpg,9\n"
-    found, *_ = truth_of(prepared(Places, tmp_path, files, radius=1.0))
+    found, *_ = truth_of(prepared(Places, tmp_path, files), radius=1.0)
     assert [row.tolist() for row in found.positives] == [[1, 2, 3], []]
 
 
@@ -340,9 +340,7 @@ def test_streets_are_a_data_set(tmp_path, monkeypatch):
     builder.download_and_prepare()
     found, queries, _ = truth_of(builder)
     assert len(queries) == 2 * facades.QUERIES and min(map(len, found.positives)) >= 2
-    other = facades.Facades(data_dir=tmp_path, file_format="array_record", turn=90.0)
-    other.download_and_prepare()
-    turned, *_ = truth_of(other)
+    turned, *_ = truth_of(builder, turn=90.0)
     # The other side of the street is as near, and seen by turning around only.
     assert 2 * sum(map(len, turned.positives)) == pytest.approx(
         sum(map(len, found.positives)), rel=0.05

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core.primitives import dot_general_p
 
-from cgd_jax import complementarity, metrics, ranking, retrieval
+from cgd_jax import complementarity, geometry, metrics, ranking, retrieval
 from cgd_jax.labels import own_index
 
 GOLDENS = np.load(Path(__file__).parent / "goldens/metrics.npz")
@@ -106,12 +106,6 @@ def ranks_by_loop(query, gallery, positives, ignored):
     return found
 
 
-def lists_of_places(lists):
-    """`ranking.Places` of lists."""
-    end = np.cumsum([len(places) for places in lists])
-    return ranking.Places(np.concatenate(lists), end - [len(places) for places in lists], end)
-
-
 @pytest.mark.parametrize("held, part", [(2**20, 1000), (300, 7)])
 def test_ranks_of_any_positives_among_any_ignored(held, part, either_way, few, monkeypatch):
     """Lists that are no classes, and however the work is divided."""
@@ -126,14 +120,14 @@ def test_ranks_of_any_positives_among_any_ignored(held, part, either_way, few, m
             for sizes in ((0, 7, 30), (0, 8))
         )
         matches = np.array([len(set(p) - set(i)) for p, i in zip(positives, ignored, strict=True)])
-        relevance = ranking.Relevance(*map(lists_of_places, (positives, ignored)), matches)
+        relevance = ranking.Relevance(positives, ignored, matches)
         expected = ranks_by_loop(query, gallery, positives, ignored)
+        by_place = lambda ranks: {str(place): column for place, column in enumerate(ranks.T)}
         for first in (True, False):
-            found = {}
-            for rows, ranks in ranking.ranks_of_positives(query, gallery, relevance, first=first):
-                found |= {row: r[np.isfinite(r)] for row, r in zip(rows, ranks, strict=True)}
-            assert sorted(found) == np.flatnonzero(matches).tolist()
-            for row, ranks in found.items():
+            found = ranking.measure_ranks(by_place, query, gallery, relevance, first=first)
+            columns = np.stack([found[str(place)] for place in range(len(found))], 1)
+            for row, ranks in enumerate(columns):
+                ranks = ranks[np.isfinite(ranks)]
                 assert ranks.tolist() == expected[row][: 1 if first else None]
 
 
@@ -170,7 +164,7 @@ def test_equals_pytorch_metric_learning(kind, searched):
 def test_cluster_agreement_equals_scikit_learn(kind):
     pytest.importorskip("sklearn")
     arrays, theirs = golden(kind, "itself")
-    ours = metrics.evaluate(*arrays, clustering=True)
+    ours = geometry.cluster_agreement(*arrays[:2])
     assert ours["nmi"] == pytest.approx(float(theirs["nmi"]), abs=1e-6)
     assert ours["ami"] == pytest.approx(float(theirs["ami"]), abs=1e-6)
 
@@ -178,7 +172,14 @@ def test_cluster_agreement_equals_scikit_learn(kind):
 def test_cluster_agreement_without_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
-        metrics.cluster_agreement(np.eye(3), [0, 1, 2])
+        geometry.cluster_agreement(np.eye(3), [0, 1, 2])
+
+
+def test_what_cannot_be_clustered():
+    with pytest.raises(ValueError, match="one per row"):
+        geometry.cluster_agreement(np.eye(3), [0, 1])
+    with pytest.raises(ValueError, match="row 0 of embeddings is NaN"):
+        geometry.cluster_agreement(np.eye(3) * np.nan, [0, 1, 2])
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 
 from cgd_jax import evaluate, train
 from cgd_jax.config import differences, to_dict
-from cgd_jax.data import facades
+from cgd_jax.data import Dataset, Split, facades, truth
 from cgd_jax.data.load import load_dataset
+from cgd_jax.embed import Embeddings
 from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError, InputError
 from configs import facades as facades_config
@@ -93,6 +94,20 @@ def test_revisited_oxford_is_measured_after_any_training(config, tmp_path):
     measured = results["metrics"]
     assert {"map_easy", "map_medium", "map_hard", "mp@1_easy"} <= measured.keys()
     assert measured["queries"] == 2 and measured["recall@1"] == measured["mp@1_medium"]
+    # Junk is not taken out of a list that was re-ranked.
+    assert "re-ranked" not in results["with options"]
+
+
+@pytest.mark.parametrize("lost, recall", [(0.0, 0.5), (np.nan, 1.0)])
+def test_queries_with_nothing_near_them_count_alike_after_reranking(lost, recall):
+    stored = {name: [np.nan, x] for name, x in {"a": 0, "b": 900, "c": 1, "d": 200}.items()}
+    vectors = np.eye(3)[[0, 1, 0, 1]].astype(np.float32) + 0.1
+    query, gallery = (Split(None, np.zeros(2, int), [*names], {}) for names in ("ab", "cd"))
+    query = query._replace(truth=truth.of_positions(stored, "ab", "cd", lost=lost))
+    embeddings = Embeddings(vectors[:2], vectors[2:])
+    dataset = Dataset(None, query, gallery)
+    measured = evaluate.reranked_recall(embeddings, dataset, (1,), None)
+    assert measured == {"recall@1": recall}
 
 
 def test_what_is_missing_is_said(config, tmp_path):

@@ -103,6 +103,15 @@ def test_pair_whitening_of_few_pairs_and_of_what_is_wrong():
             rerank.learn_pair_whitening(x, pairs, dim)
 
 
+def test_matching_pairs_go_around_every_class():
+    labels = np.random.default_rng(8).integers(0, 30, 80)
+    pairs = rerank.matching_pairs(labels)
+    assert (labels[pairs[:, 0]] == labels[pairs[:, 1]]).all() and (pairs[:, 0] != pairs[:, 1]).all()
+    several = np.flatnonzero(np.bincount(labels)[labels] > 1)  # once a query, once what it finds
+    assert sorted(pairs[:, 0]) == sorted(pairs[:, 1]) == several.tolist()
+    assert rerank.matching_pairs(["a", "b"]).shape == (0, 2)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
 def test_query_expansion_equals_a_loop(alpha):
     rng = np.random.default_rng(3)

@@ -372,6 +372,41 @@ def test_whitening_is_learned_and_applied(tmp_path):
     assert numbers(update(address, [photos], network)) == (0, 0, 0, 40, 0)
 
 
+def test_whitening_by_pairs_learns_from_what_shares_a_folder(tmp_path, monkeypatch):
+    from cgd_jax import rerank
+
+    photos, address = folder_of_photographs(tmp_path / "photos", 40), str(tmp_path / "index")
+    network = stand_in()
+    update(address, [photos], network, whiten=5, whitening="pairs")
+    files = sorted(photos.rglob("*.png"))
+    plain = vectors_of(network, files)
+    ids, vectors = Index.open(address, network).vectors()
+    index = Index.open(address, network)
+    found = {index.get(id).path: vector for id, vector in zip(ids, vectors, strict=True)}
+    # What differs within folders is white, whatever pairs of a folder are taken.
+    learned = []
+    monkeypatch.setattr(indexing, "SAMPLE", 20)  # one of both folders
+    keep = rerank.matching_pairs
+    monkeypatch.setattr(rerank, "matching_pairs", lambda x: learned.append(x) or keep(x))
+    update(str(tmp_path / "smaller"), [photos], network, whiten=5, whitening="pairs")
+    assert len(set(learned[0])) == 1 and len(learned[0]) == 20
+    mean, projection = index._whitening
+    expected = rerank.whiten(plain, mean, projection)
+    for file, vector in zip(files, expected, strict=True):
+        np.testing.assert_allclose(found[str(file)], vector, atol=1e-5)
+    labels = np.array([file.parent.name for file in files])
+    within = (plain - np.stack([plain[labels == x].mean(0) for x in labels])) @ projection
+    assert np.linalg.cond(within.T @ within) < np.linalg.cond(np.cov(plain.T)[:5, :5])
+    assert index.info.whitened_by == "pairs"
+    with pytest.raises(InputError, match="whitened by pairs to 5 dimensions, which stays"):
+        update(address, [photos], network, whiten=5, whitening="pca")
+    alone = tmp_path / "alone"
+    for i in range(8):
+        photograph(alone / str(i) / "a.png", i)
+    with pytest.raises(InputError, match="no two images share a label"):
+        update(str(tmp_path / "other"), [alone], network, whiten=5, whitening="pairs")
+
+
 def test_a_pipe_with_the_name_of_an_image_is_left_out(tmp_path):
     """Reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.png")

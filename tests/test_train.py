@@ -151,7 +151,9 @@ def test_inference_options_are_measured_beside_the_plain_embedding(
         vector="descriptor_S",
         flip=True,
         scales=(1.0, 1.5),
+        scales_p=3.0,
         whitening_dim=3,
+        whitening="pairs",
         database_augmentation=1,
         query_expansion=2,
         rerank=True,
@@ -164,8 +166,8 @@ def test_inference_options_are_measured_beside_the_plain_embedding(
     )
     result = evaluate.evaluate_run(str(folder), config=config)
     assert list(result["with options"]) == [
-        "descriptor_S, flip, scales 1 1.5",
-        "whitened to 3, database augmented by 1, queries expanded by 2",
+        "descriptor_S, flip, scales 1 1.5, p 3",
+        "whitened by pairs to 3, database augmented by 1, queries expanded by 2",
         "re-ranked",
     ]
     for values in result["with options"].values():
@@ -196,6 +198,7 @@ def test_inference_options_are_measured_beside_the_plain_embedding(
     assert list(saved["query_ids"][:2]) == ["6-0", "6-1"] and saved["query_labels"][0] == 6
     config.eval.update(projection="", projector=False, complementarity=False, clustering=False)
     config.eval.update(whitening_dim=17, database_augmentation=0, query_expansion=0)
+    config.eval.whitening = "pca"
     again = evaluate.evaluate_run(str(folder), config=config)
     assert list(again["with options"]) == [list(result["with options"])[i] for i in (0, 2)]
     assert "Not measured, whitened to 17: dim must be" in capsys.readouterr().out

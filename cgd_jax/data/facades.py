@@ -43,12 +43,6 @@ class House(NamedTuple):
 class Facades(DrawnBuilder):
     """TFDS builder of the drawn streets: some train, in others queries search a database."""
 
-    CONFIG_KEYS = ("radius", "turn")
-
-    def __init__(self, *, radius: float = 25.0, turn: float = 180.0, **keywords):
-        self._radius, self._turn = radius, turn
-        super().__init__(**keywords)
-
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in ("train", "query", "gallery")}
 
@@ -63,11 +57,11 @@ class Facades(DrawnBuilder):
             example["class_name"] = f"street {street} {'NS'[side]}, {along // 100 * 100:.0f} m"
             yield key, example | {"id": f"{where}@@@@@@.png"}  # named as files of places are
 
-    def truth(self, query, gallery) -> truth.Truth:
-        """Returns what is right, for images with these names."""
+    def truth(self, query, gallery, **near) -> truth.Truth:
+        """Returns what is right, for images with these names; `near` is of `truth.of_positions`."""
         fields = {name: name.split("@") for name in (*query, *gallery)}
         stored = {name: [float(f[9]), float(f[1]), float(f[2])] for name, f in fields.items()}
-        return truth.of_positions(stored, query, gallery, self._radius, self._turn)
+        return truth.of_positions(stored, query, gallery, **near)
 
 
 def positions(split: str) -> list[tuple[int, int, float, int]]:

@@ -50,7 +50,7 @@ class Gldv2(ImageBuilder):
                 yield _image(solution.parent, "test", "query", row["id"], number[name], name)
         truth.write(self, stored)
 
-    def truth(self, query: Sequence[str], gallery: Sequence[str]) -> truth.Truth:
+    def truth(self, query: Sequence[str], gallery: Sequence[str], **_: float) -> truth.Truth:
         """Returns what is right, for images with these names."""
         stored = truth.read(self)
         usage = [stored[image].pop("usage") for image in query]

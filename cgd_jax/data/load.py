@@ -54,7 +54,7 @@ def load_dataset(config: ConfigDict, center_crop: bool = False) -> Dataset:
     query = splits["query"] if "query" in splits else splits["test"]
     dataset = Dataset(splits["train"], query, splits.get("gallery"))
     if hasattr(builder, "truth"):
-        dataset = _with_truth(dataset, builder)
+        dataset = _with_truth(dataset, builder, radius=config.radius, turn=config.turn)
     else:
         # The published numbers are those of the whole sets, copies included.
         dataset = _handle_copies(dataset, bool(getattr(builder, "PUBLISHED", None)))
@@ -102,11 +102,11 @@ def _numbered_from(first: int, split: Split) -> Split:
     return split._replace(labels=first + split.labels, class_names=names)
 
 
-def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder) -> Dataset:
+def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder, **near: float) -> Dataset:
     """Adds what is right for the queries; copies are found or not as the protocol has it."""
     query, gallery = dataset.query, dataset.gallery
     assert gallery is not None  # what a protocol is of has one
-    truth = builder.truth(query.ids, gallery.ids)
+    truth = builder.truth(query.ids, gallery.ids, **near)
     lost = sum(len(row) == 0 for row in truth.positives)
     if lost == len(truth.positives):
         raise InputError(

@@ -36,18 +36,12 @@ class Where(NamedTuple):
 class PlaceBuilder(ImageBuilder):
     """Base of the builders of places to measure on."""
 
-    CONFIG_KEYS = (*ImageBuilder.CONFIG_KEYS, "radius", "turn")
     SPLITS = ("query", "gallery")
     LOST = 0.0  # what a query counts as that has nothing near it
 
-    def __init__(self, *, radius: float = 25.0, turn: float = 180.0, **keywords):
-        self._radius, self._turn = radius, turn
-        super().__init__(**keywords)
-
-    def truth(self, query: Sequence[str], gallery: Sequence[str]) -> truth.Truth:
-        """Returns what is right, for images with these names."""
-        stored = truth.read(self)
-        return truth.of_positions(stored, query, gallery, self._radius, self._turn, self.LOST)
+    def truth(self, query: Sequence[str], gallery: Sequence[str], **near: float) -> truth.Truth:
+        """Returns what is right, for images with these names; `near` is of `truth.of_positions`."""
+        return truth.of_positions(truth.read(self), query, gallery, lost=self.LOST, **near)
 
     def placed(
         self, files: list[tuple[str, str, Path]], headings: Sequence[float], positions: np.ndarray
@@ -123,8 +117,7 @@ def _of_exif(path: Path) -> Where:
     try:
         degrees = []
         for sign, value in (LATITUDE, LONGITUDE):
-            whole, minutes, seconds = map(float, found[value])
-            angle = whole + minutes / 60 + seconds / 3600
+            angle = sum(float(part) / 60**i for i, part in enumerate(found[value]))
             degrees.append(-angle if found[sign] in ("S", "W") else angle)
         heading = float(found.get(DIRECTION, math.nan))
         on_globe(*degrees)

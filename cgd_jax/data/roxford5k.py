@@ -66,7 +66,7 @@ class Roxford5k(ImageBuilder):
             file, name = root / f"{image}.jpg", shows.get(i, OTHERS)
             yield ImageFile("gallery", file.name, file, number[name], name)
 
-    def truth(self, query: Sequence[str], gallery: Sequence[str]) -> truth.Truth:
+    def truth(self, query: Sequence[str], gallery: Sequence[str], **_: float) -> truth.Truth:
         """Returns what is right, for images with these names."""
         stored = truth.read(self)
         return truth.of_lists(protocols.revisited, stored, query, gallery, ("easy", "hard"))

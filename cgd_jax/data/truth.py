@@ -5,6 +5,7 @@ splits lose copies; `load` asks for it by the names that remain.
 """
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ class Truth(NamedTuple):
     measure: Callable[..., dict[str, np.ndarray]]
     # Of queries and of the gallery, [N, C] in metres; None: not of places.
     positions: tuple[np.ndarray, np.ndarray] | None = None
+    lost: float = math.nan  # what a query without positives counts as; NaN: not at all
+    ignores: bool = False  # whether some of the gallery is left out for some queries
 
 
 def of_lists(measure, stored, query, gallery, right, **more) -> Truth:
@@ -43,16 +46,16 @@ def of_lists(measure, stored, query, gallery, right, **more) -> Truth:
         for kind in stored[query[0]]
     }
     positives = [np.concatenate(rows) for rows in zip(*(lists[k] for k in right), strict=True)]
-    return Truth(positives, partial(measure, **lists, **more))
+    return Truth(positives, partial(measure, **lists, **more), ignores="junk" in lists)
 
 
-def of_positions(stored, query, gallery, radius, turn, lost=0.0) -> Truth:
+def of_positions(stored, query, gallery, radius=25.0, turn=180.0, lost=0.0) -> Truth:
     """Makes a truth of {name: [heading, position…]}; radius and turn are those of `near`."""
     asked, searched = (np.array([stored[n] for n in names], float) for names in (query, gallery))
     headings = asked[:, 0], searched[:, 0]
     positives = near(asked[:, 1:], searched[:, 1:], radius, *headings, turn=turn)
     measure = partial(protocols.places, positives=positives, lost=lost)
-    return Truth(positives, measure, (asked[:, 1:], searched[:, 1:]))
+    return Truth(positives, measure, (asked[:, 1:], searched[:, 1:]), lost)
 
 
 def cells(positions: np.ndarray) -> tuple[np.ndarray, list[str]]:

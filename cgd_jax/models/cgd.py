@@ -236,20 +236,22 @@ def embed_model(
     vector: str = "embedding",
     flip: bool = False,
     scales: tuple[float, ...] = (1.0,),
+    scales_p: float = 1.0,
 ) -> Callable[[jax.Array], jax.Array]:
     """Returns the network as a function: [B, H, W, 3] uint8 → [B, D], of unit length.
 
     The network sees the center of images, `image_size` wide, or all of them if that is None;
     `vector` is of `select_vector`. With `flip` the vector of the mirrored image is added, and those
-    of all `scales` of the image are, whose sides are rounded to whole patches.
+    of all `scales` of the image are, whose sides are rounded to whole patches. What is added are
+    their powers to `scales_p`: a generalized mean, as GeM's, of numbers with their signs.
     """
     return lambda images: _embed(
-        model, variables, normalization, images, image_size, vector, flip, scales
+        model, variables, normalization, images, image_size, vector, flip, scales, scales_p
     )
 
 
-@partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales"))
-def _embed(model, variables, normalization, images, image_size, vector, flip, scales):
+@partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales", "scales_p"))
+def _embed(model, variables, normalization, images, image_size, vector, flip, scales, scales_p):
     images = normalize(center_crop(images, image_size) if image_size else images, normalization)
     patch, views = getattr(model.backbone, "patch", 1), []
     for scale in scales:
@@ -260,6 +262,9 @@ def _embed(model, variables, normalization, images, image_size, vector, flip, sc
 
     def embed(view):
         output = model.apply(variables, view, return_descriptors=vector != "embedding")
-        return l2_normalize(select_vector(output, model.descriptors, vector))
+        return power(l2_normalize(select_vector(output, model.descriptors, vector)), scales_p)
 
-    return l2_normalize(sum(map(embed, views)))
+    def power(x, p):
+        return x if p == 1 else jnp.sign(x) * jnp.abs(x) ** p
+
+    return l2_normalize(power(sum(map(embed, views)), 1 / scales_p))

@@ -63,6 +63,8 @@ class IndexInfo(NamedTuple):
     # With the aspect kept: the shapes that images are resized to; see `data.shapes`.
     shapes: list[list[int]] = []
     scales: list[float] = [1.0]  # see `network.open_network`
+    scales_p: float = 1.0
+    whitened_by: str = "pca"  # see `rerank.WHITENINGS`
 
 
 class Index:
@@ -132,11 +134,12 @@ class Index:
         *,
         precision: str = "float32",
         whitening: Whitening | None = None,
+        whitened_by: str = "pca",
     ) -> "Index":
         """Makes an empty index of a network's vectors; one that is there already is opened.
 
-        Their precision is "float32" or "float16"; a whitening of `rerank.learn_whitening` is
-        applied to them. Raises as `open`.
+        Their precision is "float32" or "float16"; a whitening, and what it was learned by, of
+        `rerank.WHITENINGS`, is applied to them. Raises as `open`.
         """
         info = IndexInfo(
             network=network.name,
@@ -144,6 +147,7 @@ class Index:
             precision=precision,
             whitened_from=None if whitening is None else network.dimension,
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
+            whitened_by=whitened_by,
             **_remembered_of(network),
         )
         about = {"info": json.dumps(info._asdict())}
@@ -177,6 +181,7 @@ class Index:
                     aspect="keep" if self.info.shapes else "square",
                     image_size=self.info.image_size,
                     scales=self.info.scales,
+                    scales_p=self.info.scales_p,
                 )
             except FileNotFoundError as error:
                 raise InputError(
@@ -441,6 +446,7 @@ def _remembered_of(network: Network) -> dict[str, Any]:
         "resize": network.resize,
         "shapes": [] if isinstance(network.size, int) else list(map(list, network.size)),
         "scales": list(network.scales),
+        "scales_p": network.scales_p,
         "normalization": {name: np.asarray(value).tolist() for name, value in scale.items()},
     }
 

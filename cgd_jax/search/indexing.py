@@ -74,6 +74,7 @@ def update(
     vector: str | None = None,
     precision: str | None = None,
     whiten: int | None = None,
+    whitening: str | None = None,
     prune: bool = False,
     share: tuple[int, int] = (0, 1),
     watch: Callable[[int, int], None] | None = None,
@@ -81,10 +82,10 @@ def update(
     """Brings an index up to date with folders, archives and CSVs; makes it if there is none.
 
     Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
-    stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`
-    and `whiten`, a dimension, are of a new index. Of n processes that fill an index together,
-    process i calls this with the same sources and `share` (i, n). `watch` is told how many
-    files were read, of how many. Returns what this process did.
+    stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`,
+    `whiten`, a dimension, and `whitening`, of `rerank.WHITENINGS`, are of a new index. Of n
+    processes that fill an index together, process i calls this with the same sources and `share`
+    (i, n). `watch` is told how many files were read, of how many. Returns what this process did.
 
     Raises InputError, and changes nothing: a source is missing or holds no image, or the index is
     another than is asked for. BusyError, StoreError: what was written stays.
@@ -110,14 +111,14 @@ def update(
             wanted |= {record.id: (record, file) for record, file in listed}
             given.add(root)
             skipped += left_out
-        index = _existing(address, model, vector, precision, whiten)
+        index = _existing(address, model, vector, precision, whiten, whitening)
         _meet(share, "everybody has looked whether there is an index")
         if index is None and is_first:
             network = model if isinstance(model, Network) else open_network(model, vector)
-            whitening = _learn_whitening(network, list(wanted.values()), whiten) if whiten else None
-            index = Index.create(
-                address, network, precision=precision or "float32", whitening=whitening
-            )
+            by, listed = whitening or "pca", list(wanted.values())
+            learned = _learn_whitening(network, listed, whiten, by) if whiten else None
+            kept = {"precision": precision or "float32", "whitening": learned, "whitened_by": by}
+            index = Index.create(address, network, **kept)
         _meet(share, "there is an index")
         if index is None:
             index = Index.open(address, model, vector=vector)
@@ -134,7 +135,7 @@ def update(
     return changes
 
 
-def _existing(address, model, vector, precision, whiten) -> Index | None:
+def _existing(address, model, vector, precision, whiten, whitening) -> Index | None:
     """Opens an index, if there is one; InputError if it is another than is asked for."""
     try:
         index = Index.open(address, model, vector=vector)
@@ -142,12 +143,13 @@ def _existing(address, model, vector, precision, whiten) -> Index | None:
         return None
     info = index.info
     whitened = info.dimension if info.whitened_from else None
-    if whiten and whiten != whitened or precision not in (None, info.precision):
+    wanted = precision or info.precision, whiten or whitened, whitening or info.whitened_by
+    if wanted != (info.precision, whitened, info.whitened_by):
+        how = f"whitened by {info.whitened_by} to {whitened} dimensions"
         raise InputError(
             f"The index {address} holds vectors in {info.precision}, "
-            f"{f'whitened to {whitened} dimensions' if whitened else 'not whitened'}, which "
-            f"stays as it is. Leave --precision and --whiten out, or make another index with "
-            f"--index=."
+            f"{how if whitened else 'not whitened'}, which stays as it is. Leave --precision, "
+            f"--whiten and --whitening out, or make another index with --index=."
         )
     return index
 
@@ -158,22 +160,31 @@ def _meet(share: tuple[int, int], where: str) -> None:
         processes.wait_for_all(where)
 
 
-def _learn_whitening(network: Network, listed: list[Listed], dimension: int) -> Whitening:
-    """Learns a PCA-whitening from some of the images; they say what matters among them."""
+def _learn_whitening(network: Network, listed: list[Listed], dimension: int, by: str) -> Whitening:
+    """Learns a whitening from some of the images; they say what matters among them."""
+    listed = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))]
+    if by == "pairs":  # of whole classes, in any order
+        listed = [row for row in listed if row[0].label]
+        listed.sort(key=lambda row: zlib.crc32(row[0].label.encode(errors="replace")))
     if not dimension < min(network.dimension, len(listed)):
         raise InputError(
             f"--whiten={dimension}: must be below the dimension of the vectors "
             f"({network.dimension}) and the number of images ({len(listed):,})."
         )
-    chosen = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))[:SAMPLE]]
     read = partial(_read, known={}, origins={}, size=lambda: network.size)
     outcomes = embedding.read_and_embed(
-        chosen, read, network.embed_pixels, "learning the whitening"
+        listed[:SAMPLE], read, network.embed_pixels, "learning the whitening"
     )
-    found = [vector for _, _, vector in outcomes if vector is not None]
+    found = [(record.label, v) for (record, _), _, v in outcomes if v is not None]
     if len(found) <= dimension:
         raise InputError(f"--whiten={dimension}: only {len(found):,} images can be read.")
-    return rerank.learn_whitening(np.stack(found), dimension)
+    labels, vectors = zip(*found, strict=True)
+    if by == "pca":
+        return rerank.learn_whitening(np.stack(vectors), dimension)
+    pairs = rerank.matching_pairs(labels)
+    if not len(pairs):
+        raise InputError("--whitening=pairs: no two images share a label, by folder or list.")
+    return rerank.learn_pair_whitening(np.stack(vectors), pairs, dimension)
 
 
 def _settle(
