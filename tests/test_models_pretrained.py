@@ -58,7 +58,11 @@ def assert_same(found, expected):
 # Names.
 
 
-@pytest.mark.parametrize("published", NAMES)
+# Of a kind of blocks one network is enough, with ten blocks or more in a stage if there is one.
+SOME = [name for name in NAMES if not name.startswith(("resnet34", "resnet50", "resnet152"))]
+
+
+@pytest.mark.parametrize("published", SOME)
 def test_every_tensor_of_every_publisher_is_accounted_for(published):
     backbone = published.split("/")[0]
     variables = shapes_of(backbone)
@@ -108,9 +112,10 @@ def test_the_classifier_is_dropped_aloud_and_counters_in_silence(small, caplog):
 def test_out_in_torchvision_names_and_back():
     names = {"resnet18": "torchvision", "se_resnet50": "timm", "resnext50_32x4d": "torchvision"}
     names["efficientnet_lite1"] = "efficientnet_lite_pytorch"
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: rng.random(leaf.shape, np.float32)
     for backbone, publisher in names.items():
-        images = np.zeros((1, 32, 32, 3), np.float32)
-        variables = random_variables(BACKBONES[backbone].members[backbone](), images)
+        variables = jax.tree.map(draw, shapes_of(backbone))
         weights = pretrained.to_torchvision(variables, backbone)
         published = {
             name: tuple(shape)
@@ -239,27 +244,6 @@ def test_sources_that_are_none(small, tmp_path):
             pretrained.load(small, str(tmp_path / name), "resnet18")
 
 
-def test_a_network_in_several_files(small, tmp_path, hub):
-    weights = pretrained.to_torchvision(small, "resnet18")
-    listed = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
-    for part in set(listed.values()):
-        save_file({n: a for n, a in weights.items() if listed[n] == part}, tmp_path / part)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": listed}))
-    hub.folder = str(tmp_path)
-    for source in (tmp_path, index, "timm/resnet18"):
-        assert_same(pretrained.load(small, str(source), "resnet18")[0], small)
-    assert hub.asked[-1][2][-2:] == [index.name, "model-*.safetensors"]
-    (tmp_path / part).unlink()
-    with pytest.raises(FileNotFoundError, match=f"lists {part}, which does not lie beside it"):
-        pretrained.load(small, str(tmp_path), "resnet18")
-    outside, itself = {"a": "../b.npz"}, {"a": index.name}
-    for content in ({}, {"weight_map": outside}, {"weight_map": itself}):
-        index.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="index.json.*damaged"):
-            pretrained.load(small, str(tmp_path), "resnet18")
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """A stand-in for the Hugging Face client, which gives `hub.folder` or fails."""
@@ -297,7 +281,7 @@ def test_hugging_face_in_vain(small, tmp_path, hub, monkeypatch):
             pretrained.load(small, "timm/nothing@abc", "resnet18")
         message = str(error.value)
         assert "https://huggingface.co/timm/nothing/tree/abc" in message and "\n" not in message
-        reason = str(hub.failure or "it holds none of model.safetensors, ")
+        reason = str(hub.failure or "it holds no model.safetensors; ")
         assert reason.replace("\n", " ") in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
@@ -343,17 +327,14 @@ class Call:
         return os.system, ("touch executed",)
 
 
-OLD = ["folder/pytorch_model.bin", "folder/pytorch_model-1.bin"]
+OLD = "folder/pytorch_model.bin"
 
 
-@pytest.mark.parametrize("name", ["my weights.pth", "a.pt", "a.pth.tar", "a.ckpt", *OLD])
+@pytest.mark.parametrize("name", ["my weights.pth", "a.pt", "a.pth.tar", "a.ckpt", OLD])
 def test_a_file_of_torch_is_not_opened_and_two_lines_convert_it(small, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()  # as an old repository is downloaded
     (tmp_path / name).write_bytes(pickle.dumps(Call()))
-    if name.endswith("-1.bin"):
-        index = tmp_path / "folder" / "pytorch_model.bin.index.json"
-        index.write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
     for source in dict.fromkeys((name, name.split("/")[0])):
         with pytest.raises(InputError, match="of torch.save.*two lines") as error:
             pretrained.load(small, source, "resnet18")

@@ -16,19 +16,17 @@ from configs import base
 
 NARROW = {"width": 4, "stem": "3x3", "stem_stride": 1}
 NETWORKS = {
-    "all poolings": {"backbone": "resnet10", "descriptors": "SMGR"} | NARROW,
-    "centered": {"backbone": "resnet10", "descriptors": "GM", "center": "mean"} | NARROW,
-    "centered directions": {"backbone": "resnet10", "center": "direction"} | NARROW,
-    "bottleneck, one exponent a channel": {
+    "all poolings": {"backbone": "resnet10", "descriptors": "SMGR", "center": "direction"} | NARROW,
+    "cropped, centered": {"backbone": "resnet10", "descriptors": "GM", "center": "mean"} | NARROW,
+    "bottleneck, one exponent a channel, the stride of layer3": {
         **{"backbone": "resnet50", "width": 2, "descriptors": "G", "learn_p": "channel"},
-        **{"last_stride": 2, "combination": "raw"},
+        **{"stride_removed": "layer3", "combination": "raw"},
     },
     "groups, one learned exponent": {
         **{"backbone": "resnext50_32x4d", "width": 32, "descriptors": "GS", "learn_p": "scalar"},
-        **{"combination": "sum"},
+        **{"last_stride": 2, "combination": "sum"},
     },
-    "the stride of layer3": {"backbone": "resnet50", "width": 2, "stride_removed": "layer3"},
-    "as published": {"backbone": "resnet18", "descriptors": "SG"},
+    "the published stem": {"backbone": "resnet10", "width": 4},
 }
 
 
@@ -38,7 +36,7 @@ def test_pytorch_computes_the_same_embedding(name, tmp_path):
     config = base.get_config()
     config.model.update(NETWORKS[name] | {"embedding_dim": 24, "dtype": "float32"})
     config.data.update(image_size=32, resize=36)
-    config.eval.center_crop = name == "centered"
+    config.eval.center_crop = name.startswith("cropped")
     side = 36 if config.eval.center_crop else 32
     model, normalization = create_model(config.model, 3), Normalization.of((0.4, 0.5, 0.6), 0.25)
     images = jnp.zeros((1, 32, 32, 3))

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["read_network", "read_params"]
-
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")  # by MXNet's numbers
 _STAGES = (3, 4, 6, 3)  # of ResNet-50
 _PASSED = ("BatchNorm", "Activation", "relu")

@@ -21,24 +21,12 @@ from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 
-__all__ = [
-    "NoSource",
-    "check_backbone",
-    "declared_backbone",
-    "declared_normalization",
-    "digest",
-    "find",
-    "read",
-]
-
 PACKAGES = {source: package for family in FAMILIES for source, package in family.packages.items()}
-# The weights of a Hugging Face repository, the first that there is; an index lists several files.
-_PUBLISHED = {"model.safetensors": (), "model.safetensors.index.json": ("model-*.safetensors",)}
+_PUBLISHED = "model.safetensors"  # the weights of a Hugging Face repository
 # What declares mean and std there, and as what.
 _CONFIGS = {"config.json": ("mean", "std"), "preprocessor_config.json": ("image_mean", "image_std")}
 _ENDINGS = (".safetensors", ".npz", ".params")
 _OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
-_INDEX = ".index.json"
 # What a person with torch does to a file of torch.save; docs/backbones.md says the same.
 _CONVERT = """weights = torch.load({!r}, map_location="cpu", weights_only=True)
 safetensors.torch.save_file({{k: v.contiguous().clone() for k, v in weights.items()}}, {!r})"""
@@ -64,13 +52,12 @@ def find(source: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        # Of the last two `read` says how to convert them.
-        for name in (*_PUBLISHED, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        for name in (_PUBLISHED, "pytorch_model.bin"):  # of which `read` says how to convert it
             if (path / name).is_file():
                 return path / name
         raise NoSource(
-            f"{path} holds no weights: neither checkpoints/ of a run nor, of a published network, "
-            f"one of {', '.join(_PUBLISHED)}. Pass the file itself if it is called otherwise."
+            f"{path} holds no weights: neither checkpoints/ of a run nor {_PUBLISHED} of a "
+            f"published network. Pass the file itself if it is called otherwise."
         )
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
     if repository is None or path.suffix in _ENDINGS + _OF_TORCH:
@@ -84,9 +71,9 @@ def find(source: str) -> Path:
 
 def _download(source: str, repository: str, revision: str | None) -> Path:
     """Returns the weights of a Hugging Face repository, in the cache, its configs beside them."""
+    wanted = [*_CONFIGS, _PUBLISHED]
     by_hand = (
-        f"Where there is a network, download model.safetensors, config.json and "
-        f"preprocessor_config.json, as far as they are listed, from "
+        f"Where there is a network, download {', '.join(wanted)}, as far as they are listed, from "
         f"https://huggingface.co/{repository}/tree/{revision or 'main'} into one folder, and pass "
         f"that folder in place of {source!r}."
     )
@@ -98,13 +85,11 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
             f"pip install huggingface_hub. {by_hand}"
         ) from error
     try:
-        for weights, parts in _PUBLISHED.items():
-            # Of the cache, if there is no network.
-            wanted = [*_CONFIGS, weights, *parts]
-            folder = snapshot_download(repository, revision=revision, allow_patterns=wanted)
-            if Path(folder, weights).is_file():
-                return Path(folder, weights)
-        reason = f"it holds none of {', '.join(_PUBLISHED)}; a pytorch_model.bin must be converted."
+        # Of the cache, if there is no network.
+        folder = snapshot_download(repository, revision=revision, allow_patterns=wanted)
+        if Path(folder, _PUBLISHED).is_file():
+            return Path(folder, _PUBLISHED)
+        reason = f"it holds no {_PUBLISHED}; a pytorch_model.bin must be converted."
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
     raise NoSource(
@@ -114,17 +99,14 @@ def _download(source: str, repository: str, revision: str | None) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Reads a .safetensors, .npz or MXNet's .params, or all that an index lists, executing nothing.
+    """Reads a .safetensors, .npz or MXNet's .params, executing nothing.
 
     Returns arrays by name, and the metadata, which only .safetensors have. Raises InputError if it
     is damaged, or no file of weights.
     """
-    if path.name.endswith(_INDEX):
-        return _read_listed(path), {}
     if path.suffix not in _ENDINGS + _OF_TORCH:
         raise InputError(
-            f"{path} is no file of weights; its name must end in one of "
-            f"{', '.join((*_ENDINGS, _INDEX))}."
+            f"{path} is no file of weights; its name must end in one of {', '.join(_ENDINGS)}."
         )
     with open(path, "rb") as file:
         start = file.read(512)
@@ -201,29 +183,16 @@ def _read_packaged(path: Path) -> dict[str, np.ndarray]:
     return {n: strided(stored[key], *layout[:3]) for n, ((key, _), *layout) in tensors.items()}
 
 
-def _read_listed(index: Path) -> dict[str, np.ndarray]:
-    """Reads the files of a network too large for one, which lie beside their index."""
-    with _read_config(index) as content:
-        parts = sorted(set(content["weight_map"].values()))
-        known = _ENDINGS + _OF_TORCH
-        if any(Path(part).name != part or Path(part).suffix not in known for part in parts):
-            raise ValueError("it lists what is no file of weights beside it")
-    arrays: dict[str, np.ndarray] = {}
-    for part in parts:
-        if not (index.parent / part).is_file():
-            raise NoSource(f"{index} lists {part}, which does not lie beside it; get it too.")
-        arrays |= read(index.parent / part)[0]
-    return arrays
-
-
 def digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     """Returns a digest of the whole content of a .safetensors that `pretrained.save` writes."""
     texts = json.dumps(dict(metadata), sort_keys=True).encode()
     return files.digest({**arrays, "": np.frombuffer(texts, np.uint8)})
 
 
-def declared_normalization(folder: Path) -> Normalization | None:
-    """Returns what timm's or Hugging Face's config in a folder says of mean and std, if any."""
+def declared_normalization(folder: Path, metadata: Mapping[str, str]) -> Normalization | None:
+    """Returns what a saved file's metadata say of mean and std, or a published config beside it."""
+    if "normalization" in metadata:
+        return Normalization.of(**json.loads(metadata["normalization"]))
     for path, keys in ((folder / name, keys) for name, keys in _CONFIGS.items()):
         if path.exists():
             with _read_config(path) as content:

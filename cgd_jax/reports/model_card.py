@@ -13,8 +13,6 @@ from cgd_jax.reports.torch_code import reads_backbone, torch_code
 if TYPE_CHECKING:
     from cgd_jax.network import Network
 
-__all__ = ["model_card"]
-
 
 def model_card(network: "Network", result: dict) -> str:
     """Returns the card of a run's network in Markdown; `result` is of `evaluate.evaluate_state`."""

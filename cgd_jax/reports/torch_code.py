@@ -13,8 +13,6 @@ from cgd_jax.models import resnet
 if TYPE_CHECKING:
     from cgd_jax.network import Network
 
-__all__ = ["reads_backbone", "torch_code"]
-
 _START = """\
 import torch
 import torch.nn.functional as F
