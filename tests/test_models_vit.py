@@ -314,7 +314,7 @@ def test_the_class_token_is_not_explained_and_signed_features_are():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2, 3, 3, 8)).astype(np.float32)
     kernels = [rng.normal(size=(8, 4)).astype(np.float32) for _ in "SMG"]
-    maps = attribution.contributions(features, kernels, "SMG")
+    maps = jax.jit(attribution.contributions, static_argnums=2)(features, kernels, "SMG")
     model = CGD(None, num_classes=1, descriptors="SMG", embedding_dim=12)
     descriptors = [CGD.pool(model, letter, features) for letter in "SMG"]
     embedding, _ = combination.combine(descriptors, kernels)

@@ -51,7 +51,7 @@ def test_pytorch_computes_the_same_embedding(name, tmp_path):
     network = Network("", "", "embedding", model, variables, normalization, config.to_dict())
     expected = network.embed_pixels(pixels)
     code, names = torch_code(network), {}
-    assert reads_backbone(config.model) and max(map(len, code.splitlines())) <= 100
+    assert reads_backbone(model.backbone) and max(map(len, code.splitlines())) <= 100
     with contextlib.chdir(tmp_path), torch.no_grad():
         exec(code, names)
         found = names["embed"](torch.tensor(pixels).permute(0, 3, 1, 2)).numpy()
@@ -77,7 +77,7 @@ def test_other_backbones_are_left_to_their_libraries():
     code = torch_code(Network("", "", "embedding", create_model(config.model, 2), *rest))
     model = create_model(config.model, 2).clone(descriptors="GX")
     assert torch_code(Network("", "", "embedding", model, *rest)) is None
-    assert not reads_backbone(config.model)
+    assert not reads_backbone(model.backbone)
     assert "    x, token = backbone((images / 255 - mean) / std)\n" in code
     assert "        token,\n" in code and "def backbone" not in code
     compile(code, "card", "exec")

@@ -114,7 +114,7 @@ def _with_torch(network: "Network") -> str:
             f"is in backbone.safetensors."
         )
     needs = "The whole network, from the two files of weights:"
-    if not reads_backbone(model):
+    if not reads_backbone(network.model.backbone):
         scheme = backbones.BACKBONES[model["backbone"]].schemes[0]
         needs = (
             f"backbone.safetensors has the weights of the backbone under the names of\n"

@@ -192,7 +192,7 @@ def plot_samples(
                 continue
             left = gap + i % columns * (side + gap)
             top = sheet.height - i // columns * (side + room + gap)
-            drawn.text(left, top - room, shorten(literal(name), 24), fontsize=6, transform=None)
+            drawn.text(left, top - room, shorten(name, 24), fontsize=6, transform=None)
 
 
 def plot_retrievals(
