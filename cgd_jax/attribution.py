@@ -11,9 +11,6 @@ Features are not negative, so the embeddings of a network may lie in one narrow 
 any similarity is what every image has with every other. No ranking depends on that, and it would
 drown all else. So pictures take the mean embedding m of the test set from the other image:
 they show ⟨e, e' - m⟩, how much more like this image than like the average one.
-
-A position of the feature map has seen more of the image than its own cell, so maps say where
-the network found something, not which pixels it is made of.
 """
 
 from collections.abc import Callable
@@ -25,7 +22,7 @@ import jax.numpy as jnp
 
 from cgd_jax import pooling
 from cgd_jax.combination import EPS
-from cgd_jax.models.cgd import CGD, running_mean
+from cgd_jax.models.cgd import CGD, letters_of, running_mean
 from cgd_jax.models.family import Features
 from cgd_jax.preprocess import Normalization, center_crop, normalize
 from cgd_jax.runtime.errors import InputError
@@ -44,7 +41,10 @@ class Explanation(NamedTuple):
 
 
 def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> jax.Array:
-    """Takes a descriptor apart: what each position of the feature map gave to it.
+    """Takes a descriptor apart: what each position of a feature map [H, W, C] gave to it.
+
+    Returns [H, W, C] float32, whose sum over the positions is the descriptor; InputError if
+    `letter` is none of `MAPS`. `p` is GeM's exponent, a scalar or [C].
 
     SPoC is a sum already. In MAC, all is of the position of the maximum; equal maxima share.
     GeM, d = (mean f^p)^(1/p), is homogeneous of degree one: twice the features, twice the
@@ -56,14 +56,6 @@ def pooled_map(letter: str, features: jax.Array, p: float | jax.Array = 3.0) -> 
     which gives SPoC for p = 1 and approaches MAC for p → ∞. R-MAC is a sum of MACs, each over
     its length. It does not grow with the features, Euler's sum would be 0; so the lengths count
     as constants, as those of the L2 norms behind the FC layers do.
-
-    Args:
-      letter: of `MAPS`; InputError if it is none.
-      features: [H, W, C], floating point.
-      p: GeM's exponent, a scalar or [C].
-
-    Returns:
-      [H, W, C] float32; its sum over the positions is the descriptor.
 
     >>> features = jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])
     >>> pooled_map("S", features)[..., 0].tolist()  # of the mean, 3
@@ -86,17 +78,9 @@ def why_no_map(descriptors: str, vector: str = "embedding") -> str:
     >>> why_no_map("CG")
     'there is no map for C, which is not known as a sum over positions; S, M, G, R are.'
     """
-    missing = [letter for letter in _letters(descriptors, vector) if letter not in MAPS]
+    missing = [letter for letter in letters_of(descriptors, vector) if letter not in MAPS]
     which = f"there is no map for {', '.join(missing)}, which is not known as a sum over positions"
     return f"{which}; {', '.join(MAPS)} are." if missing else ""
-
-
-def _letters(descriptors: str, vector: str) -> str:
-    """Returns the letters of the descriptors that a vector is made of."""
-    kind, _, letter = vector.partition("_")
-    if kind == "first":
-        return descriptors[0]
-    return letter if kind in ("descriptor", "branch") else descriptors
 
 
 def _spoc(features: jax.Array) -> jax.Array:
@@ -155,10 +139,8 @@ def contributions(
 
     Args:
       features: [2, H, W, C], floating point.
-      kernels: the FC weights, with the shapes that `combination.kernel_shapes` gives.
-      letters: the descriptor set; InputError if there is no map for one.
-      combination: one of `combination.COMBINATIONS`.
-      p: GeM's exponent, a scalar or [C].
+      kernels: the FC weights; with combination as for `combination.combine`.
+      letters: the descriptor set; with p as for `pooled_map`.
       reference: [D], a vector that is taken from the other image's embedding, or 0.
       centers: [n, C], the mean descriptors that a network with `model.center` subtracts. Every
         position bears an even share of them.
@@ -199,14 +181,11 @@ def explain_pair(
     reference: float | jax.Array = 0.0,
     vector: str = "embedding",
 ) -> Explanation:
-    """Takes what `embed_model` computes of two images apart; the other arguments are its.
+    """Takes what `embed_model` computes of two images [2, S, S, 3] uint8 apart.
 
-    Args:
-      images: [2, S, S, 3] uint8.
-      reference: as for `contributions`.
-
-    Without a reference, both images have the same shares with "concat" and "separate"; with "sum"
-    and "raw" a branch also meets the others. InputError if there is no map for a letter.
+    `reference` is as for `contributions`, the other arguments are those of `embed_model`. Without a
+    reference, both images have the same shares with "concat" and "separate"; with "sum" and "raw" a
+    branch also meets the others. InputError if there is no map for a letter.
 
     >>> from cgd_jax.preprocess import IMAGENET
     >>> from cgd_jax.models.resnet import ResNet
@@ -256,14 +235,14 @@ def _with_embedding(model: CGD, variables: dict, vector: str) -> tuple[CGD, dict
     """
     if vector == "embedding":
         return model, variables
-    letters = _letters(model.descriptors, vector)
+    letters, params = letters_of(model.descriptors, vector), variables["params"]
     if vector.startswith("branch"):
-        size = variables["params"][f"fc_{letters}"].shape[1]
+        size = params[f"fc_{letters}"].shape[1]
         return model.clone(descriptors=letters, embedding_dim=size), variables
-    channels = len(variables["params"]["auxiliary_bn"]["bias"])
-    size = channels * len(letters)
+    identity = jnp.eye(len(params["auxiliary_bn"]["bias"]))
+    params = params | {f"fc_{letter}": identity for letter in letters}
+    size = len(letters) * len(identity)
     model = model.clone(
         descriptors=letters, embedding_dim=size, combination="concat", center="none"
     )
-    identities = {f"fc_{letter}": jnp.eye(channels) for letter in letters}
-    return model, {**variables, "params": variables["params"] | identities}
+    return model, {**variables, "params": params}

@@ -34,17 +34,10 @@ EPS = 1e-12
 def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
     """Scales vectors to unit length, for training.
 
-    Computed in float32, for norms up to the end of its range. The norm is floored at the root of
-    `EPS`, 1e-6: the zero vector stays zero. Vectors shorter than that have no direction worth
-    learning from, and pass a gradient of zero in place of one of a million.
+    Along `axis` of floating point `x`, any shape; in float32, for norms up to the end of its range.
+    The norm is floored at the root of `EPS`, 1e-6: the zero vector stays zero. Shorter vectors have
+    no direction worth learning from, and pass a gradient of zero in place of one of a million.
     (`ranking.normalize` has no floor, but is not for differentiation.)
-
-    Args:
-      x: any shape, floating point.
-      axis: the axis along which the norm is taken.
-
-    Returns:
-      Same shape and dtype as `x`.
 
     >>> l2_normalize(jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist()
     [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
@@ -84,18 +77,9 @@ def kernel_shapes(
 ) -> list[tuple[int, int]]:
     """Returns the shapes of the FC kernels that `combine` takes.
 
-    Args:
-      channels: C, the length of one descriptor.
-      descriptors: n, how many there are.
-      embedding_dim: D, the length of the embedding.
-      combination: one of `COMBINATIONS`.
-
-    Returns:
-      n shapes (C, D/n) for "concat" and "separate"; n shapes (C, D) for "sum"; the
-      one shape (n·C, D) for "raw".
-
-    Raises:
-      ValueError: an unknown combination, or D cannot be shared evenly.
+    For n descriptors of C channels and an embedding of D numbers they are n times (C, D/n) for
+    "concat" and "separate", n times (C, D) for "sum", and once (n·C, D) for "raw". ValueError for
+    an unknown combination, or if D cannot be shared evenly.
 
     >>> kernel_shapes(2048, descriptors=3, embedding_dim=1536)
     [(2048, 512), (2048, 512), (2048, 512)]
@@ -125,18 +109,15 @@ def combine(
 
     Args:
       descriptors: n arrays [..., C], in the order of the descriptor set.
-      kernels: the FC weights, with the shapes that `kernel_shapes` gives. The FC
-        layers have no bias (as the paper's authors say of their own network).
+      kernels: the FC weights, with the shapes that `kernel_shapes` gives. The FC layers have no
+        bias (as the paper's authors say of their own network).
       combination: one of `COMBINATIONS`.
 
     Returns:
-      embedding [..., D], unit length, float32: the vector to search with;
-      a list of unit vectors [..., k] to which ranking losses apply: the embedding
-      alone, or every branch for "separate".
+      embedding [..., D], unit length, float32: the vector to search with; a list of unit vectors
+      [..., k] to which ranking losses apply: the embedding alone, or every branch for "separate".
 
-    Raises:
-      ValueError: an unknown combination; shapes of descriptors and kernels that do
-        not fit together.
+    ValueError for an unknown combination, or shapes that do not fit together.
 
     >>> descriptors = [jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 5.0]])]
     >>> combine(descriptors, [jnp.eye(2), jnp.eye(2)])[0].round(2)

@@ -39,12 +39,11 @@ def measure(
     a true match is the nearest neighbour, and no other class ties with it.
 
     Args:
-      query: [Q, D], the branches side by side; and query_labels, gallery, gallery_labels:
+      query: [Q, D], the branches side by side; and query_labels, gallery, gallery_labels, options:
         as for `metrics.evaluate`, whose ValueErrors are raised.
       names: of the n > 1 branches, in their order; ValueError unless n divides D.
       k: neighbours to compare; as many as there are if there are fewer.
-      bootstrap: resamplings of the classes for the 95 % interval of the gain.
-      seed: of the resampling.
+      bootstrap: resamplings of the classes, drawn by `seed`, for the 95 % interval of the gain.
       **options: those of `metrics`.
 
     Returns:
@@ -148,8 +147,6 @@ def _outcomes(names, right, combined, difference):
             "combined_right": int(np.sum(combined[code == i])),
             "gain": int(np.sum(difference[code == i])),
         }
-        for i, some in enumerate(sets.T)
+        for i, some in reversed([*enumerate(sets.T)])  # of equally many the first names first
     ]
-    return sorted(
-        rows, key=lambda row: (-len(row["right"]), [names.index(n) for n in row["right"]])
-    )
+    return sorted(rows, key=lambda row: -len(row["right"]))

@@ -34,9 +34,8 @@ def explain_run(
     Args:
       workdir: folder of the run.
       step: of the checkpoint; None for the chosen one, see `checkpoint.save`.
-      query: file of an image, treated as the data set's are; None for pairs of the test set,
-        see `right_and_wrong`.
-      match: file of another image; None likewise.
+      query: file of an image, and `match` that of another; None for pairs of the test set, see
+        `right_and_wrong`.
 
     Returns:
       The figures, in `workdir`: explain-QUERY-MATCH.png of the two files (long names are
@@ -130,7 +129,7 @@ def pairs_of(dataset: Dataset, positions: np.ndarray, right: bool) -> list[tuple
     sides = dataset.query, dataset.gallery or dataset.query
     pairs = []
     for pair in positions:
-        images = [side.images[np.array([i])][0] for side, i in zip(sides, pair, strict=True)]
+        images = [side.images[i] for side, i in zip(sides, pair, strict=True)]
         names = [side.class_names[side.labels[i]] for side, i in zip(sides, pair, strict=True)]
         pairs.append((np.stack(images), names, right))
     return pairs

@@ -33,12 +33,7 @@ QUERIES = 256  # of a test set, whose farthest positive and nearest negative are
 def describe_batch(
     embeddings: jax.Array, labels: jax.Array, margin: float = 0.0
 ) -> dict[str, jax.Array]:
-    """Measures the embeddings of a training batch.
-
-    Args:
-      embeddings: [B, D], unit vectors.
-      labels: [B], integer class numbers.
-      margin: of the ranking loss, in units of distance.
+    """Measures a training batch: embeddings [B, D], unit vectors, and labels [B], integers.
 
     Returns:
       Float32 scalars, nan where the batch has no such pair.

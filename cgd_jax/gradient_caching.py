@@ -78,14 +78,8 @@ def make_gradients_of_batch(config: ConfigDict, model: CGD):
         )
 
     def describe(params, batch_stats, images, rngs):
-        output, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            return_descriptors=True,
-            mutable=["batch_stats"],
-            rngs=rngs,
-        )
+        variables = {"params": params, "batch_stats": batch_stats}
+        output, updates = model.apply(variables, images, True, mutable=["batch_stats"], rngs=rngs)
         return output.descriptors, updates["batch_stats"].get("backbone")  # if it has any
 
     @jax.jit
@@ -96,14 +90,10 @@ def make_gradients_of_batch(config: ConfigDict, model: CGD):
         def loss_of(params, chunks):
             descriptors = jax.tree.map(join, *chunks)
             with_params = dataclasses.replace(state, params=params)
+            variables = {"params": params, "batch_stats": state.batch_stats}
             output, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                None,
-                train=True,
-                descriptors=descriptors,
-                mutable=["batch_stats"],
+                variables, None, True, descriptors, mutable=["batch_stats"]
             )
-            output = output._replace(descriptors=descriptors)
             loss, metrics = measure_losses(config, with_params, labels, output)
             return loss, (updates["batch_stats"], metrics, output)
 

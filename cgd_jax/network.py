@@ -25,7 +25,7 @@ from cgd_jax.config import complete
 from cgd_jax.data.images import is_one, listed, read_image
 from cgd_jax.data.shapes import ASPECTS, Size, shapes_around
 from cgd_jax.models import backbones, pretrained, weight_files
-from cgd_jax.models.cgd import CGD, create_model, create_model_of, embed_model, vectors_of
+from cgd_jax.models.cgd import CGD, create_model, embed_model, vectors_of
 from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import compiled, files, packages
 from cgd_jax.runtime.errors import InputError
@@ -242,7 +242,8 @@ def open_network(
     if not 0 < scales_p <= 10:
         raise InputError(f"scales_p={scales_p}: it must be above 0 and at most 10, such as 3.")
     described = SimpleNamespace(**config["model"])
-    model = create_model(described, 1) if published else create_model_of(described, weights)
+    classes = 1 if published else len(weights["params"]["auxiliary_fc"]["bias"])
+    model = create_model(described, classes)
     size = data["image_size"]
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -302,9 +303,7 @@ def _read(name: str, step: int | None = None) -> _Source:
         raise InputError(f"step={step} is of a run, and {name} is none: it has no checkpoints/.")
     path = weight_files.find(name)
     arrays, metadata = weight_files.read(path)
-    declared = weight_files.declared_normalization(path.parent)
-    if "normalization" in metadata:
-        declared = pretrained.saved_normalization(metadata)
+    declared = weight_files.declared_normalization(path.parent, metadata)
     if declared is None or "config" not in metadata:
         return _published(name, path, arrays, declared)
     config, weights = complete(json.loads(metadata["config"])), unflatten_dict(arrays, "/")

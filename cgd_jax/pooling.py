@@ -1,8 +1,8 @@
 """Global descriptors: pure functions that pool a feature map into one vector.
 
-Every function maps ``features [..., H, W, C]`` to ``[..., C]``, accumulates in
-float32 whatever the input's precision, and returns the input's dtype. This file
-needs nothing but JAX and is meant to be taken into other projects as it is.
+Every function maps ``features [..., H, W, C]``, floating point, to ``[..., C]`` of the same dtype,
+and accumulates in float32. ValueError is raised for fewer than three axes, an empty map, or another
+dtype. This file needs nothing but JAX and is meant to be taken into other projects as it is.
 
 Channels stand last. Of a map [B, C, H, W] as PyTorch has it, pool ``features.permute(0, 2, 3, 1)``;
 here and elsewhere its tensors are taken as arrays, without gradients.
@@ -36,18 +36,8 @@ EPS = 1e-6
 def spoc(features: jax.Array) -> jax.Array:
     """SPoC: the mean over all positions.
 
-    Babenko & Lempitsky, ICCV 2015, https://arxiv.org/abs/1510.07493 (without the
-    center prior, as CGD uses it).
-
-    Args:
-      features: [..., H, W, C], floating point.
-
-    Returns:
-      [..., C], the dtype of `features`.
-
-    Raises:
-      ValueError: `features` has fewer than three axes, an empty map, or no
-        floating dtype.
+    Babenko & Lempitsky, ICCV 2015, https://arxiv.org/abs/1510.07493, without the center prior, as
+    CGD uses it.
 
     >>> spoc(jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])).tolist()
     [3.0]
@@ -59,17 +49,8 @@ def spoc(features: jax.Array) -> jax.Array:
 def mac(features: jax.Array) -> jax.Array:
     """MAC: the maximum over all positions.
 
-    Tolias, Sicre & Jégou, ICLR 2016, https://arxiv.org/abs/1511.05879. Where
-    several positions share the maximum, they share its gradient.
-
-    Args:
-      features: [..., H, W, C], floating point.
-
-    Returns:
-      [..., C], the dtype of `features`.
-
-    Raises:
-      ValueError: as for `spoc`.
+    Tolias, Sicre & Jégou, ICLR 2016, https://arxiv.org/abs/1511.05879. Positions that share the
+    maximum share its gradient.
 
     >>> mac(jnp.array([[[1.0], [2.0]], [[3.0], [6.0]]])).tolist()
     [6.0]
@@ -82,23 +63,14 @@ def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = EPS) -> ja
     """GeM: the generalized mean, between SPoC (p = 1) and MAC (p → ∞).
 
     Radenović, Tolias & Chum, TPAMI 2018, https://arxiv.org/abs/1711.02512:
-    ``(mean_hw max(x, eps)^p)^(1/p)``. It is computed as
-    ``exp((logsumexp_hw(p·log x) - log HW) / p)``, which is the same number and can
-    neither overflow nor underflow, however large the features or p are.
+    ``(mean_hw max(x, eps)^p)^(1/p)``, computed as ``exp((logsumexp_hw(p·log x) - log HW) / p)``,
+    which can neither overflow nor underflow.
 
     Args:
-      features: [..., H, W, C], floating point. Values below `eps`, negative ones
-        among them, count as `eps` and receive no gradient.
-      p: the exponent, not 0: a number, a scalar array, or an array [C] with one
-        exponent a channel. Arrays are differentiated, so p can be learned.
-      eps: the floor of the features, > 0.
-
-    Returns:
-      [..., C], the dtype of `features`.
-
-    Raises:
-      ValueError: as for `spoc`; `p` is neither a scalar nor of shape [C]; `p` is
-        the number 0; `eps` is not positive.
+      features: of which values below `eps` count as `eps` and receive no gradient.
+      p: the exponent, not 0: a number, a scalar array, or an array [C] with one exponent a
+        channel. Arrays are differentiated, so p can be learned. ValueError for any other.
+      eps: the floor of the features; ValueError if it is not positive.
 
     >>> features = jnp.array([[[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [6.0, 6.0]]])
     >>> gem(features).round(2)  # the cube root of (1 + 8 + 27 + 216) / 4
@@ -126,27 +98,15 @@ def gem(features: jax.Array, p: float | jax.Array = 3.0, eps: float = EPS) -> ja
 def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
     """R-MAC: the sum of the normalized MACs of regions at several scales.
 
-    Tolias, Sicre & Jégou, ICLR 2016, https://arxiv.org/abs/1511.05879, section 3.2,
-    without its PCA-whitening (CGD's FC layer takes that place). Level l has square
-    regions of side ``2·min(H, W)/(l + 1)``, l of them along the short side and as
-    many along the long side as bring the overlap of neighbours closest to 40 %.
-
-    Args:
-      features: [..., H, W, C], floating point.
-      levels: the number of scales, at least 1.
-
-    Returns:
-      [..., C], the dtype of `features`.
-
-    Raises:
-      ValueError: as for `spoc`; `levels` is below 1.
+    Tolias, Sicre & Jégou, ICLR 2016, https://arxiv.org/abs/1511.05879, section 3.2, without its
+    PCA-whitening (CGD's FC layer takes that place). The regions are those of `rmac_regions`.
 
     >>> rmac(jnp.ones((4, 4, 1)))  # 1 + 4 + 9 regions, each a vector of length 1
     Array([14.], dtype=float32)
     """
     features = _checked(features)
     height, width = features.shape[-3:-1]
-    total = jnp.zeros((*features.shape[:-3], features.shape[-1]), jnp.float32)
+    total = jnp.zeros((), jnp.float32)
     for top, left, side in rmac_regions(height, width, levels):
         region = features[..., top : top + side, left : left + side, :]
         # In float32: the square of a half-precision maximum may overflow.
@@ -157,15 +117,11 @@ def rmac(features: jax.Array, levels: int = 3) -> jax.Array:
 
 
 def rmac_regions(height: int, width: int, levels: int = 3) -> list[tuple[int, int, int]]:
-    """Returns the regions of R-MAC as (top, left, side), in positions of the feature map.
+    """Returns the regions of R-MAC in a feature map [H, W] as (top, left, side), in positions.
 
-    Args:
-      height: H, the rows of the feature map.
-      width: W, its columns.
-      levels: as for `rmac`.
-
-    Raises:
-      ValueError: `levels` is below 1.
+    Level l has square regions of side ``2·min(H, W)/(l + 1)``, l of them along the short side and
+    as many along the long side as bring the overlap of neighbours closest to 40 %. ValueError if
+    `levels`, the number of scales, is below 1.
 
     >>> rmac_regions(4, 6, levels=1)
     [(0, 0, 4), (0, 2, 4)]

@@ -32,15 +32,9 @@ WHITENINGS = ("pca", "pairs")  # learned by `learn_whitening`, by `learn_pair_wh
 def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Learns a PCA-whitening of L2-normalized embeddings (https://arxiv.org/abs/1210.1386).
 
-    Learn it on the training set: on the test set it would look at what is measured.
-
-    Args:
-      embeddings: [N, D].
-      dim: number of leading components that are kept; None for all with a variance above
-        round-off. ValueError if it is larger than what these embeddings span.
-
-    Returns:
-      (mean [D], projection [D, dim]), float32, for `whiten`.
+    Of embeddings [N, D]; returns (mean [D], projection [D, dim]), float32, for `whiten`. Learn it
+    on the training set: on the test set it would look at what is measured. `dim` leading components
+    are kept, None is all with a variance above round-off; ValueError if these embeddings span less.
 
     >>> mean, projection = learn_whitening([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
     >>> mean.shape, projection.shape  # three points span a plane
@@ -64,17 +58,12 @@ def learn_pair_whitening(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Learns a whitening from pairs of matching images (https://arxiv.org/abs/1711.02512, 3.4).
 
-    What differs within pairs becomes white, by an inverse root of its covariance; then the
-    directions in which embeddings vary most are kept. Learn it on other images.
-
-    Args:
-      embeddings: [N, D].
-      pairs: [P, 2] integers: the rows of a query and of what matches it. Fewer than D leave
-        directions in which none differs; these count as if they differed a little.
-      dim: number of leading components that are kept; None for all D. ValueError if it is larger.
-
-    Returns:
-      (mean [D] of the queries, projection [D, dim]), float32, for `whiten`.
+    Of embeddings [N, D] and pairs [P, 2], integers, the rows of a query and of what matches it;
+    returns (mean [D] of the queries, projection [D, dim]), float32, for `whiten`. What differs
+    within pairs becomes white, by an inverse root of its covariance; then the `dim`
+    directions in which embeddings vary most are kept, None is all; ValueError for more than D.
+    Fewer than D pairs leave directions in which none differs, which count as if they differed a
+    little. Learn it on other images.
 
     >>> mean, projection = learn_pair_whitening([[1, 0], [0, 1], [1, 1]], [[0, 2], [1, 2]], dim=1)
     >>> mean.shape, projection.shape
@@ -186,21 +175,19 @@ def k_reciprocal(
 ) -> tuple[np.ndarray, np.ndarray]:
     """k-reciprocal re-ranking (Zhong et al., https://arxiv.org/abs/1701.08398).
 
-    Two items are alike if their reciprocal neighbourhoods are: the distance of a query and
-    a gallery item is the Jaccard distance of their encoded neighbourhoods, plus a share of
-    their original distance 1 - cosine. All neighbourhoods are sparse, and only the k
-    nearest gallery items of each query are re-ordered, so that memory grows with
-    (Q + G) × k1 × k2 and not with the square. It lets queries see each other.
+    Two items are alike if their reciprocal neighbourhoods are: the distance of a query and a
+    gallery item is the Jaccard distance of their encoded neighbourhoods, plus a share of their
+    original distance 1 - cosine. All neighbourhoods are sparse, and only the k nearest gallery
+    items of each query are re-ordered, so that memory grows with (Q + G) × k1 × k2 and not with the
+    square. It lets queries see each other.
 
     Args:
       query: [Q, D].
-      gallery: [G, D]; None for the queries themselves, each without itself.
+      gallery: [G, D]; None for the queries themselves, each without itself and `exclude`.
       k: gallery items to re-order per query.
       k1: neighbours that may be reciprocal.
       k2: neighbours whose encodings are averaged, the item itself the first of them.
       original: share λ in [0, 1] of the original distance.
-      exclude: only with a gallery.
-      mesh: as above.
 
     Returns:
       (distance [Q, k] float32, index [Q, k] int32), nearest first, as
@@ -215,15 +202,14 @@ def k_reciprocal(
         raise ValueError(f"original must be in [0, 1], got {original}")
     if not 1 <= k2 <= k1 + 1:
         raise ValueError(f"k2 must be from 1 to k1 + 1 = {k1 + 1}, got {k2}")
-    query = _unit("query", query)
+    if gallery is None and exclude is not None:
+        raise ValueError("exclude without a gallery: there every query excludes itself")
+    items = query = _unit("query", query)
     if gallery is None:
-        if exclude is not None:
-            raise ValueError("exclude without a gallery: there every query excludes itself")
-        items, first, exclude = query, 0, np.arange(len(query))
-        gallery = query
+        gallery, first, exclude = query, 0, np.arange(len(query))
     else:
-        gallery = _unit("gallery", gallery)
-        items, first = np.concatenate([query, gallery]), len(query)
+        gallery, first = _unit("gallery", gallery), len(query)
+        items = np.concatenate([query, gallery])
     if not 1 <= k1 < len(items):
         raise ValueError(f"k1 must be from 1 to {len(items) - 1} for these items, got {k1}")
     similarity, index = top_k(query, gallery, k, exclude=exclude, mesh=mesh)

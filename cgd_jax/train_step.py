@@ -85,21 +85,14 @@ def gradients_of_batch(
 ) -> tuple[dict, dict, dict, Output]:
     """Computes the gradient of the loss from all images at once, [B, s, s, 3] of `prepare`.
 
-    Returns the gradient, as the parameters; new BatchNorm statistics; metrics; the output, with
-    its descriptors.
+    Returns the gradient, as the parameters; new BatchNorm statistics; metrics; the output.
     """
 
     def loss_of(params):
         with_params = dataclasses.replace(state, params=params)
         variables = {"params": params, "batch_stats": state.batch_stats}
-        output, updates = model.apply(
-            variables,
-            images,
-            train=True,
-            return_descriptors=True,
-            mutable=["batch_stats"],
-            rngs=drop_path_keys(config, state),
-        )
+        keys = drop_path_keys(config, state)
+        output, updates = model.apply(variables, images, True, mutable=["batch_stats"], rngs=keys)
         loss, metrics = measure_losses(config, with_params, labels, output)
         return loss, (updates["batch_stats"], metrics, output)
 
@@ -209,7 +202,7 @@ def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransfor
     params = variables["params"]
     if drawn := objective.create_loss_params(config.loss, config.seed, model.num_classes, dim):
         params = {**params, LOSS_PARAMS: drawn}
-    normalization = backbones.normalization_of(config.model.backbone)
+    normalization = backbones.BACKBONES[config.model.backbone].normalization
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -17,7 +17,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import cgd_jax
-from cgd_jax import checkpoint, export, pooling, preprocess
+from cgd_jax import checkpoint, export, pooling
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import create_model
 from cgd_jax.preprocess import IMAGENET, Normalization
@@ -27,11 +27,16 @@ from tests import tiny
 from tests.variables import random_variables
 
 
-def test_what_is_exported(finished_run):
+@pytest.fixture(scope="module")
+def folder(finished_run):
+    """The export of a run."""
+    return export.export_run(str(finished_run[1]))
+
+
+def test_what_is_exported(finished_run, folder):
     """The network is also a source of weights for another run, the backbone for PyTorch."""
     _, workdir, result = finished_run
     variables, _, step = checkpoint.read_weights(workdir)
-    folder = export.export_run(str(workdir))
     assert folder == workdir / "export" and step == result["step"]
     loaded, normalization = pretrained.load(variables, str(folder), "resnet10")
     np.testing.assert_array_equal(loaded["params"]["fc_S"], variables["params"]["fc_S"])
@@ -41,7 +46,7 @@ def test_what_is_exported(finished_run):
     np.testing.assert_array_equal(backbone["layer1.0.conv2.weight"], kernel.transpose(3, 2, 0, 1))
 
 
-def test_the_backbone_keeps_its_normalization(tmp_path, small_network):
+def test_the_backbone_keeps_its_normalization(small_network):
     """Other than the one that its backbone is published with."""
     variables, folder = small_network
     fresh = jax.tree.map(np.zeros_like, pretrained.backbone_of(variables))
@@ -52,23 +57,19 @@ def test_the_backbone_keeps_its_normalization(tmp_path, small_network):
 
 
 @pytest.fixture
-def small_network(finished_run, tmp_path, monkeypatch):
+def small_network(finished_run, monkeypatch):
     """The variables of a run with a normalization of its own, and its export."""
     _, workdir, result = finished_run
     variables, _, step = checkpoint.read_weights(workdir, result["step"])
     read = lambda *_: (variables, Normalization.of(0.5, 0.25), step)
     monkeypatch.setattr(checkpoint, "read_weights", read)
+    monkeypatch.setattr(export, "FOLDER", "other")
+    monkeypatch.setattr(export, "write_program", lambda *_: None)
     return variables, export.export_run(str(workdir))
 
 
-def test_the_middle_of_an_image_that_has_none():
-    with pytest.raises(ValueError, match=r"32 × 32 pixels out of the middle of \(1, 20, 20, 3\)"):
-        preprocess.center_crop(np.zeros((1, 20, 20, 3)), 32)
-
-
-def test_the_card_and_the_metadata_say_what_was_measured(finished_run):
-    config, workdir, result = finished_run
-    folder = export.export_run(str(workdir), result["step"])
+def test_the_card_and_the_metadata_say_what_was_measured(finished_run, folder):
+    result = finished_run[2]
     card = (folder / "README.md").read_text(encoding="utf-8")
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header)["library_name"] == "cgd_jax"
@@ -122,10 +123,8 @@ def test_a_descriptor_that_is_new_is_taken_away_without_maps_and_code(
         network.explain(*images)
 
 
-def test_the_program_runs_without_this_package(finished_run, tmp_path):
+def test_the_program_runs_without_this_package(folder, tmp_path):
     """The card's own lines, in a process that knows JAX only; batches of any size."""
-    _, workdir, _ = finished_run
-    folder = export.export_run(str(workdir))
     (code,) = re.findall(
         r"```python\n([^`]*from jax import .*?)```", (folder / "README.md").read_text(), re.S
     )
@@ -193,15 +192,14 @@ def _with_another_bit(path):
     return content
 
 
-def test_the_metadata_that_hugging_face_reads(finished_run):
+def test_the_metadata_that_hugging_face_reads(finished_run, folder):
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    _, workdir, result = finished_run
-    card = hub.ModelCard.load(export.export_run(str(workdir)) / "README.md").data
+    card = hub.ModelCard.load(folder / "README.md").data
     assert (card.library_name, card.pipeline_tag) == ("cgd_jax", "image-feature-extraction")
     assert card.datasets == ["blobs"] and card.metrics == ["recall"]
     measured = {row.metric_name: row.metric_value for row in card.eval_results}
     assert list(measured) == ["R@1", "R@2", "R@4", "R@8", "MAP@R"]
-    assert measured["MAP@R"] == round(100 * result["metrics"]["map@r"], 2)
+    assert measured["MAP@R"] == round(100 * finished_run[2]["metrics"]["map@r"], 2)
 
 
 def test_what_cannot_be_exported(finished_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ LABELS = np.repeat(np.arange(4), [1, 2, 3, 4])
 def test_a_batch(spread):
     vectors = vectors_of(spread)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = geometry.describe_batch(jnp.float32(unit), jnp.asarray(LABELS), 0.1)
+    found = jax.jit(geometry.describe_batch)(np.float32(unit), LABELS, 0.1)
     expected = one_by_one(vectors, LABELS, 0.1)
     anchors = ~np.isnan(expected["hardest"]).any(1)
     hardest = expected["hardest"][anchors].mean(0)
@@ -81,12 +82,13 @@ def test_a_set(spread, scale):
     assert (found["mean_embedding_norm"] > 0.999) == (spread < 1)
 
 
-def test_queries_are_drawn_from_a_large_set():
+def test_queries_are_drawn_from_a_large_set(monkeypatch):
+    monkeypatch.setattr(geometry, "QUERIES", 64)
     rng = np.random.default_rng(0)
-    vectors, labels = rng.normal(size=(600, 8)).astype(np.float32), np.arange(600) % 6
+    vectors, labels = rng.normal(size=(150, 8)).astype(np.float32), np.arange(150) % 6
     found = geometry.describe_set(vectors, labels)
     expected = np.nanmean(one_by_one(vectors, labels)["hardest"], 0)
-    assert found["hardest_positive"] == pytest.approx(expected[0], rel=0.01)
+    assert found["hardest_positive"] == pytest.approx(expected[0], rel=0.02)
     assert found["hardest_negative"] == pytest.approx(expected[1], rel=0.05)
 
 
@@ -94,6 +96,6 @@ def test_pairs_that_do_not_exist():
     alone = geometry.describe_set(np.eye(3), np.arange(3))
     assert np.isnan(alone["positive_distance"]) and np.isnan(alone["hardest_positive"])
     assert alone["negative_distance"] == pytest.approx(np.sqrt(2))
-    together = geometry.describe_batch(jnp.eye(3), jnp.zeros(3, int))
+    together = jax.jit(geometry.describe_batch)(jnp.eye(3), jnp.zeros(3, int))
     assert np.isnan(together["negative_distance"]) and np.isnan(together["active_triplets"])
     assert together["positive_distance"] == pytest.approx(np.sqrt(2))

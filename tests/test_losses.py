@@ -145,12 +145,14 @@ def test_worked_by_hand():
     x = jnp.array([[0.0], [3.0], [1.0], [7.0]])
     y = jnp.array([0, 0, 1, 1])
     # Anchors: 3-1, 3-2, 6-1, 6-4, each + 0.1.
-    np.testing.assert_allclose(losses.batch_hard_triplet_loss(x, y), (2.1 + 1.1 + 5.1 + 2.1) / 4)
+    hard = (2.1 + 1.1 + 5.1 + 2.1) / 4
+    np.testing.assert_allclose(jax.jit(losses.batch_hard_triplet_loss)(x, y), hard, rtol=1e-6)
     # (0,3): nearest beyond 3 is 7; (3,0): 4; (1,7): none beyond 6, farthest 2; (7,1): 7.
     semi = (0 + 0 + 4.1 + 0) / 4
-    np.testing.assert_allclose(losses.semi_hard_triplet_loss(x, y), semi, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(losses.semi_hard_triplet_loss)(x, y), semi, rtol=1e-6)
     contrastive = (9 + (2 - 1) ** 2 / 2) + 9 + (36 + (2 - 1) ** 2 / 2) + 36
-    np.testing.assert_allclose(losses.contrastive_loss(x, y, margin=2.0), contrastive / 4, 1e-6)
+    found = jax.jit(losses.contrastive_loss)(x, y, margin=2.0)
+    np.testing.assert_allclose(found, contrastive / 4, 1e-6)
 
 
 def test_anchors_without_positive_or_negative_are_left_out():
@@ -159,10 +161,7 @@ def test_anchors_without_positive_or_negative_are_left_out():
     for name, (value, _) in all_losses(embeddings, labels).items():
         expected = by_loops(name, embeddings, labels, **MARGIN.get(name, {}))
         assert float(value) == pytest.approx(expected, rel=1e-4), name
-    for labels in (
-        np.arange(12, dtype=np.int32),
-        np.zeros(12, np.int32),
-    ):  # no positives; no negatives
+    for labels in (np.arange(12, dtype=np.int32), np.zeros(12, np.int32)):  # all alone; all alike
         for name, (value, gradient) in all_losses(embeddings, labels).items():
             assert value == 0 and np.all(gradient == 0), name
 
@@ -219,10 +218,8 @@ def test_ranking_gradients_against_finite_differences():
 def test_order_of_the_batch_and_names_of_classes_do_not_matter(seed):
     embeddings, labels = batch(seed)
     order = np.random.default_rng(seed).permutation(len(labels))
-    plain, shuffled = (
-        all_losses(embeddings, labels),
-        all_losses(embeddings[order], 1000 - labels[order]),
-    )
+    plain = all_losses(embeddings, labels)
+    shuffled = all_losses(embeddings[order], 1000 - labels[order])
     for name in RANKING_LOSSES.keys() - {"n_pair"}:  # which takes the first two of a class
         value, other = plain[name][0], shuffled[name][0]
         np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -237,12 +234,9 @@ def test_separated_classes_cost_nothing():
 
 def test_batch_all_memory_grows_with_the_square_of_the_batch():
     def bytes_of(size):
-        shapes = (
-            jax.ShapeDtypeStruct((size, 8), "float32"),
-            jax.ShapeDtypeStruct((size,), "int32"),
-        )
+        x, labels = np.zeros((size, 8), np.float32), np.zeros(size, np.int32)
         gradient = jax.jit(jax.grad(losses.batch_all_triplet_loss))
-        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        return gradient.lower(x, labels).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_of(256) < 8 * bytes_of(128)  # the cube would be 8 times
 
@@ -250,10 +244,9 @@ def test_batch_all_memory_grows_with_the_square_of_the_batch():
 def test_pairwise_distances():
     x, y = batch(0)[0], batch(1, size=7)[0]
     expected = np.sqrt(((x[:, None].astype(np.float64) - y[None]) ** 2).sum(-1))
-    np.testing.assert_allclose(
-        losses.pairwise_distances(jnp.asarray(x), jnp.asarray(y)), expected, 1e-5
-    )
-    assert np.all(np.asarray(losses.pairwise_distances(jnp.ones((3, 4)))) == 0)
+    distances = jax.jit(losses.pairwise_distances)
+    np.testing.assert_allclose(distances(x, y), expected, 1e-5)
+    assert np.all(np.asarray(distances(jnp.ones((3, 4)))) == 0)
 
 
 def test_long_vectors_that_lie_close_together_keep_their_distances():
@@ -262,9 +255,9 @@ def test_long_vectors_that_lie_close_together_keep_their_distances():
     y = (1000 * np.eye(8)[0] + 0.1 * rng.normal(size=(5, 8))).astype(np.float32)
     for other in (x, y):
         expected = np.sqrt(((x[:, None].astype(np.float64) - other[None]) ** 2).sum(-1))
-        found = losses.pairwise_distances(jnp.asarray(x), jnp.asarray(other))
+        found = jax.jit(losses.pairwise_distances)(x, other)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-    slope = jax.grad(lambda x: losses.pairwise_distances(x, jnp.asarray(y)).sum())(jnp.asarray(x))
+    slope = jax.jit(jax.grad(lambda x: losses.pairwise_distances(x, y).sum()))(x)
     directions = x[:, None].astype(np.float64) - y[None]
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     np.testing.assert_allclose(slope, directions.sum(1), rtol=1e-3, atol=1e-3)
@@ -296,7 +289,7 @@ def test_cross_entropy_against_numpy(seed, temperature, smoothing):
 
 def test_cross_entropy_corners():
     logits, labels = jnp.array([[1e4, -1e4, 0.0]]), jnp.array([1])
-    value, gradient = jax.value_and_grad(losses.smoothed_cross_entropy)(logits, labels)
+    value, gradient = jax.jit(jax.value_and_grad(losses.smoothed_cross_entropy))(logits, labels)
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
     uniform = losses.smoothed_cross_entropy(jnp.zeros((4, 10)), jnp.arange(4))
     np.testing.assert_allclose(uniform, np.log(10), rtol=1e-6)

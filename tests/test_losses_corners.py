@@ -22,7 +22,7 @@ HUGE = {"float16": 2.0**15, "bfloat16": 2.0**100, "float32": 2.0**100}
 
 
 @jax.jit
-def every_loss(x, labels, vectors=VECTORS):
+def every_loss(x, labels, vectors):
     """{name: (value, gradient)} of all losses; what is learned is [M, 1, D]."""
     every = {name: loss for name, loss in losses.RANKING_LOSSES.items()}
     for name, loss in {**losses.PROXY_LOSSES, **losses.CENTER_LOSSES}.items():
@@ -52,9 +52,9 @@ KINDS = ("unit", "a zero row", "zero", "tiny", "huge", "one huge row")
 @pytest.mark.parametrize("dtype", HUGE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_finite(kind, dtype):
-    ordinary = every_loss(rows("unit", dtype), LABELS)
+    ordinary = every_loss(rows("unit", dtype), LABELS, VECTORS)
     for labels in (LABELS, ONE_CLASS, ONE_EACH):
-        for name, (value, gradient) in every_loss(rows(kind, dtype), labels).items():
+        for name, (value, gradient) in every_loss(rows(kind, dtype), labels, VECTORS).items():
             assert np.isfinite(value) and value >= 0, name
             assert gradient.dtype == dtype and np.all(np.isfinite(gradient)), name
             if kind in ("a zero row", "zero", "tiny"):
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_finite(kind, dtype):
 def test_what_is_not_finite_is_not_lost(bad, labels):
     x = UNIT.copy()
     x[3, 1] = bad
-    for name, (value, _) in every_loss(jnp.asarray(x), labels).items():
+    for name, (value, _) in every_loss(jnp.asarray(x), labels, VECTORS).items():
         assert np.isnan(value), name
     vectors = VECTORS.copy()
     vectors[0, 0, 0] = bad
@@ -84,7 +84,7 @@ def test_what_is_not_finite_is_not_lost(bad, labels):
 def test_l2_normalize(dtype):
     x = jnp.asarray(UNIT, dtype)
     weights = jnp.asarray(RNG.normal(size=UNIT.shape), jnp.float32)
-    value_and_grad = jax.value_and_grad(lambda x: jnp.sum(weights * l2_normalize(x)))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * l2_normalize(x))))
     value, gradient = value_and_grad(x)
     huge, huge_gradient = value_and_grad(HUGE[dtype] * x)
     assert value == pytest.approx(float(huge), rel=1e-6)
@@ -101,20 +101,20 @@ def test_l2_normalize(dtype):
 
 
 def test_l2_normalize_of_ordinary_vectors_against_float64():
+    normalize, jacobian_of = jax.jit(l2_normalize), jax.jit(jax.vmap(jax.jacobian(l2_normalize)))
     for scale in (1e-5, 1.0, 1e4, 1e30, 3e37):
         x = np.float32(scale * UNIT.astype(np.float64))
         expected = x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-        np.testing.assert_allclose(l2_normalize(jnp.asarray(x)), expected, rtol=1e-6)
+        np.testing.assert_allclose(normalize(x), expected, rtol=1e-6)
         if scale <= 1e4:
-            jacobian = jax.vmap(jax.jacobian(l2_normalize))(jnp.asarray(x))
             by_hand = np.eye(DIM) - expected[:, :, None] * expected[:, None, :]
             by_hand /= np.linalg.norm(x.astype(np.float64), axis=1)[:, None, None]
-            np.testing.assert_allclose(jacobian, by_hand, rtol=1e-4, atol=1e-6 / scale)
+            np.testing.assert_allclose(jacobian_of(x), by_hand, rtol=1e-4, atol=1e-6 / scale)
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e30, 1e37])
 def test_distances_of_huge_vectors(scale):
     x = np.float32(scale * UNIT.astype(np.float64))
     expected = np.linalg.norm(x[:, None].astype(np.float64) - x[None], axis=-1)
-    found = losses.pairwise_distances(jnp.asarray(x))
+    found = jax.jit(losses.pairwise_distances)(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * scale)

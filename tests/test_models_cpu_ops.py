@@ -70,7 +70,7 @@ def both(x, kernel, strides, padding, groups=1, **more):
     ]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([3, 5]), st.sampled_from([1, 2]))
 def test_depthwise_convolution_against_loops(height, width, side, stride):
     rng = np.random.default_rng(height + 10 * width)
@@ -82,7 +82,7 @@ def test_depthwise_convolution_against_loops(height, width, side, stride):
         np.testing.assert_allclose(way[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.tuples(st.integers(5, 9), st.integers(5, 9)),
     st.sampled_from([1, 3, 5]),

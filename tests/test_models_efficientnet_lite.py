@@ -1,23 +1,18 @@
 """EfficientNet-Lite: its blocks, and their statistics."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from cgd_jax.models.efficientnet_lite import EfficientNetLite, InvertedResidual
-from cgd_jax.models.layers import conv_norm
+from cgd_jax.models.layers import ConvNet
 from tests.variables import random_variables
 
 
 def test_where_the_input_is_added():
     x = jnp.ones((1, 4, 4, 8))
     for out, stride, added in ((8, 1, True), (8, 2, False), (16, 1, False)):
-        norm = partial(nn.BatchNorm, use_running_average=True)
-        layer = partial(conv_norm, partial(nn.Conv, use_bias=False), norm)
-        block = InvertedResidual(3, stride, 6, out, layer)
+        block = InvertedResidual(3, stride, 6, out, ConvNet().make_layer(train=False))
         variables = random_variables(block, x)
         # Without the projection, what is left is the input, or nothing.
         norm = variables["params"]["project_bn"]
@@ -28,7 +23,7 @@ def test_where_the_input_is_added():
 
 
 def test_training_mode_uses_and_updates_batch_statistics():
-    model = EfficientNetLite(width=0.2, depth=0.2)
+    model = EfficientNetLite(width=0.1, depth=0.1)
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     variables = random_variables(model, images)
     train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))

@@ -58,7 +58,11 @@ def assert_same(found, expected):
 # Names.
 
 
-@pytest.mark.parametrize("published", NAMES)
+# Of a kind of blocks one network is enough, with ten blocks or more in a stage if there is one.
+SOME = [name for name in NAMES if not name.startswith(("resnet34", "resnet50", "resnet152"))]
+
+
+@pytest.mark.parametrize("published", SOME)
 def test_every_tensor_of_every_publisher_is_accounted_for(published):
     backbone = published.split("/")[0]
     variables = shapes_of(backbone)
@@ -108,9 +112,10 @@ def test_the_classifier_is_dropped_aloud_and_counters_in_silence(small, caplog):
 def test_out_in_torchvision_names_and_back():
     names = {"resnet18": "torchvision", "se_resnet50": "timm", "resnext50_32x4d": "torchvision"}
     names["efficientnet_lite1"] = "efficientnet_lite_pytorch"
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: rng.random(leaf.shape, np.float32)
     for backbone, publisher in names.items():
-        images = np.zeros((1, 32, 32, 3), np.float32)
-        variables = random_variables(BACKBONES[backbone].members[backbone](), images)
+        variables = jax.tree.map(draw, shapes_of(backbone))
         weights = pretrained.to_torchvision(variables, backbone)
         published = {
             name: tuple(shape)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from cgd_jax.models.layers import conv_norm
+from cgd_jax.models.layers import ConvNet
 from cgd_jax.models.resnet import BACKBONES, Block
 from tests.variables import random_variables
 
@@ -50,12 +49,8 @@ def test_which_stage_loses_its_stride(removed, sides, gmac):
         if eqn.primitive.name == "conv_general_dilated"
     ]
     np.testing.assert_allclose(sum(macs) / 1e9, gmac, atol=0.005)
-    assert BACKBONES["resnet50"](last_stride=2, stride_removed=removed).stage_strides == [
-        1,
-        2,
-        2,
-        2,
-    ]
+    published = BACKBONES["resnet50"](last_stride=2, stride_removed=removed)
+    assert published.stage_strides == [1, 2, 2, 2]
 
 
 def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
@@ -67,11 +62,7 @@ def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
         bottleneck=True,
         groups=1,
         squeeze_excite=False,
-        layer=partial(
-            conv_norm,
-            partial(nn.Conv, use_bias=False),
-            partial(nn.BatchNorm, use_running_average=True),
-        ),
+        layer=ConvNet().make_layer(train=False),
     )
     images = jax.random.normal(jax.random.key(1), (1, 8, 8, 8))
     variables = random_variables(block, images)

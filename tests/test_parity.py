@@ -77,8 +77,10 @@ def features_of(model, variables, images):
     return model.apply(variables, images)
 
 
-@pytest.mark.parametrize("last_stride", [1, 2])
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "se_resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize(
+    "backbone,last_stride",
+    [("resnet18", 1), ("resnet50", 1), ("resnet50", 2), ("se_resnet50", 2), ("resnext50_32x4d", 2)],
+)
 def test_feature_maps(backbone, last_stride):
     model = resnet.BACKBONES[backbone](last_stride=last_stride)
     maps = features_of(model, drawn_variables(backbone), draw_images(2, 64))
@@ -207,6 +209,7 @@ def test_the_whole_network_in_float32(mode):
         check_statistics(updates, stats, names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_gradients_and_a_step_of_adam(mode):
     """In float64, where no activation is within rounding of zero; see make_parity.py."""

@@ -52,7 +52,11 @@ def compute(model, variables, images):
     return gradient(variables["params"], images)
 
 
-@pytest.mark.parametrize("backbone", OPTIONS)
+# Its many branches take 10 s to compile.
+SLOW = pytest.param("bninception", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("backbone", [SLOW if b == "bninception" else b for b in OPTIONS])
 def test_features_and_gradients(backbone):
     model, shapes = network_of(backbone)
     names = json.loads(str(GOLDENS[f"{backbone}/names"]))

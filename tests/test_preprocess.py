@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET, center_crop, normalize
 
@@ -19,3 +20,5 @@ def test_normalize_against_numpy():
 def test_center_crop():
     np.testing.assert_array_equal(center_crop(IMAGES, 8), IMAGES[:, 2:10, 2:10])
     np.testing.assert_array_equal(center_crop(IMAGES, 12), IMAGES)
+    with pytest.raises(ValueError, match=r"13 × 13 pixels out of the middle of \(\d+, 12, 12, 3\)"):
+        center_crop(IMAGES, 13)

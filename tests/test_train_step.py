@@ -148,7 +148,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center, los
 def test_a_step_tells_which_loss_pulls_how_much():
     config, model, (state, images, labels) = problem(center="mean")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    pool = jax.jit(lambda images: model.apply(variables, images, return_descriptors=True))
+    pool = jax.jit(lambda images: model.apply(variables, images))
     pooled = pool(images)
 
     def described(ranking, classification):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cgd_jax.losses.pairs import batch_mean, checked, safe_root, similarities, soft_sum
+from cgd_jax.losses.pairs import checked, nan_unless_finite, safe_root, similarities, soft_sum
 
 __all__ = [
     "CENTER_LOSSES",
@@ -212,7 +212,7 @@ def cosines_to(vectors: Array, embeddings: Array, labels: Array) -> tuple[Array,
 def cross_entropy(logits: Array, true: Array, embeddings: Array) -> Array:
     """The mean of -log softmax at the true class; zero gradient where a label is no class."""
     cost = -jnp.where(true, jax.nn.log_softmax(logits), 0.0).sum(1)
-    return batch_mean(cost, jnp.ones(len(cost), bool), embeddings)
+    return nan_unless_finite(embeddings, cost.mean())
 
 
 CENTER_LOSSES: dict[str, Callable[..., Array]] = {

@@ -107,11 +107,9 @@ def recall_at_k_loss(
     def anchor(row):
         values, is_positive, is_seen = row
         rank = 1 + (_ahead(values, rank_temperature) * is_seen).sum(1)
-        recalls = []
-        for k in ks:
-            found = jax.nn.sigmoid((k - rank) / k_temperature) * is_positive
-            recalls.append(jnp.minimum(found.sum(), k) / jnp.clip(is_positive.sum(), 1, k))
-        return sum(recalls) / len(ks)
+        k = jnp.array(ks)
+        found = (jax.nn.sigmoid((k[:, None] - rank) / k_temperature) * is_positive).sum(1)
+        return jnp.mean(jnp.minimum(found, k) / jnp.clip(is_positive.sum(), 1, k))
 
     positive = seen & same
     recall = jax.lax.map(anchor, (pairs.products(unit, unit), positive, seen))

@@ -178,7 +178,7 @@ def multi_similarity_loss(
     mined_negative = pairs.negative & (similarity + mining_margin > -farthest[:, None])
     pull = soft_sum(-alpha * (similarity - base), mined_positive) / alpha
     push = soft_sum(beta * (similarity - base), mined_negative) / beta
-    return batch_mean(pull + push, jnp.ones(len(labels), bool), embeddings)
+    return nan_unless_finite(embeddings, (pull + push).mean())
 
 
 def info_nce_loss(

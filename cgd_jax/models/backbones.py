@@ -21,19 +21,7 @@ from cgd_jax.models import (
     swin,
 )
 from cgd_jax.models.family import Family
-from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime.errors import InputError
-
-__all__ = [
-    "BACKBONES",
-    "FAMILIES",
-    "create",
-    "layer_factors",
-    "listed",
-    "normalization_of",
-    "published",
-    "refused_options",
-]
 
 FAMILIES: tuple[Family, ...] = (
     resnet.FAMILY,
@@ -51,14 +39,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 # Arguments of timm's networks that change nothing, or what shows in the shapes of their weights.
-_HARMLESS = {
-    "drop_path_rate",
-    "drop_rate",
-    "dynamic_img_size",
-    "global_pool",
-    "img_size",
-    "num_classes",
-}
+_HARMLESS = {"drop_path_rate", "drop_rate", "dynamic_img_size", "global_pool", "img_size"}
+_HARMLESS |= {"num_classes"}
 # The family of every name under which configs select a backbone.
 BACKBONES: dict[str, Family] = {name: family for family in FAMILIES for name in family.members}
 
@@ -73,20 +55,14 @@ def create(config: Any, dtype: jnp.dtype) -> nn.Module:
     return backbone.clone(conv=cpu_ops.Conv) if hasattr(backbone, "conv") else backbone
 
 
-def normalization_of(name: str) -> Normalization:
-    """Returns the normalization of the pixels that a backbone is published with."""
-    return BACKBONES[name].normalization
-
-
 def refused_options(config: Any) -> list[str]:
     """Returns a sentence for every option that is set, but not the chosen backbone's."""
     name, chosen = config.backbone, BACKBONES[config.backbone]
     refused = []
-    for option in dict.fromkeys(option for family in FAMILIES for option in family.options):
-        having = [family for family in FAMILIES if option in family.options]
-        value, neutral = getattr(config, option), having[0].options[option]
-        if option not in chosen.options and value != neutral:
-            titles = ", ".join(f"{family.title}s" for family in having)
+    options = {option: neutral for family in FAMILIES for option, neutral in family.options.items()}
+    for option, neutral in options.items():
+        if option not in chosen.options and (value := getattr(config, option)) != neutral:
+            titles = ", ".join(f"{f.title}s" for f in FAMILIES if option in f.options)
             refused.append(
                 f"model.{option}={value!r} is an option of {titles}; {name} has none, leave "
                 f"{neutral!r}."
@@ -141,8 +117,9 @@ def published(config: Mapping[str, Any]) -> str | None:
     for key, value in described.computed.items():
         if config.get(key, value) != value:
             raise InputError(f"it has {key}={config[key]!r}, and only {value!r} is computed here")
-    name = described.name(config)
-    return name if name in family.members else None
+    wanted = described.options(config).items()
+    fits = lambda member: all(getattr(member(), key) == value for key, value in wanted)
+    return next((name for name, member in family.members.items() if fits(member)), None)
 
 
 def listed(families: Sequence[Family] | None = None) -> str:

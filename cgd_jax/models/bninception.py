@@ -19,8 +19,6 @@ from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import Normalization
 
-__all__ = ["BACKBONES", "FAMILY", "BNInception"]
-
 # Channels of the branches: 1×1 (0: none, and the block downsamples); 1×1 and 3×3; 1×1 and twice
 # 3×3; 1×1 behind the pooling (0: none).
 BLOCKS = {
@@ -88,7 +86,6 @@ class BNInception(ConvNet):
 
     @property
     def blocks(self) -> dict[str, dict[str, Any]]:
-        """See `Backbone.blocks`."""
         strides = self.strides([1 if channels[0] else 2 for channels in BLOCKS.values()])
         return {
             f"inception_{name}": {

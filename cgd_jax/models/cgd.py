@@ -15,24 +15,6 @@ from cgd_jax.models.family import Features
 from cgd_jax.models.layers import is_ampere
 from cgd_jax.preprocess import Normalization, center_crop, normalize
 
-__all__ = [
-    "CENTERS",
-    "CGD",
-    "FC_INITS",
-    "LEARN_P",
-    "LOSS_PARAMS",
-    "Center",
-    "Output",
-    "branches_of",
-    "compute_dtype",
-    "create_model",
-    "create_model_of",
-    "embed_model",
-    "network_params",
-    "select_vector",
-    "vectors_of",
-]
-
 # How GeM's exponent is learned: not at all, one for all channels, one a channel.
 LEARN_P = ("fixed", "scalar", "channel")
 
@@ -58,7 +40,7 @@ class Output(NamedTuple):
     embedding: jax.Array  # [B, D] float32, unit length: the vector to search with
     ranked: list[jax.Array]  # unit vectors [B, k] that ranking losses apply to
     logits: jax.Array  # [B, M] float32, of the training classes
-    descriptors: list[jax.Array] | None  # n × [B, C], before FC and norm, on request
+    descriptors: list[jax.Array]  # n × [B, C], before FC and norm
 
 
 class Center(nn.Module):
@@ -119,7 +101,6 @@ class CGD(nn.Module):
         self,
         images: jax.Array | None,
         train: bool = False,
-        return_descriptors: bool = False,
         descriptors: list[jax.Array] | None = None,
     ) -> Output:
         """Computes the `Output`; from `descriptors`, n × [B, C], if given, else from images."""
@@ -144,12 +125,11 @@ class CGD(nn.Module):
         embedding, ranked = combination.combine(centered, kernels, self.combination)
 
         norm = nn.BatchNorm(not train, momentum=0.9, dtype=jnp.float32, name="auxiliary_bn")
-        # Small weights: else temperature-scaled logits of thousands of classes start
-        # out confidently wrong.
+        # Else temperature-scaled logits of thousands of classes start out confidently wrong.
         small = nn.initializers.normal(0.01)
         classify = nn.Dense(self.num_classes, kernel_init=small, name="auxiliary_fc")
         logits = classify(norm(descriptors[0]))
-        return Output(embedding, ranked, logits, descriptors if return_descriptors else None)
+        return Output(embedding, ranked, logits, descriptors)
 
     def pool(self, letter: str, features: jax.Array | Features) -> jax.Array:
         """Pools [B, H, W, C] to [B, C] by the descriptor that `letter` names."""
@@ -185,11 +165,6 @@ def create_model(config: Any, num_classes: int) -> CGD:
     return CGD(backbones.create(config, dtype), num_classes, dtype=dtype, **options)
 
 
-def create_model_of(config: Any, variables: Mapping[str, Any]) -> CGD:
-    """Makes the network that variables, arrays or shapes, belong to; they say how many classes."""
-    return create_model(config, variables["params"]["auxiliary_fc"]["bias"].shape[0])
-
-
 def network_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters without those of the losses."""
     return {name: part for name, part in params.items() if name != LOSS_PARAMS}
@@ -207,6 +182,13 @@ def branches_of(descriptors: str, combination: str) -> str:
     return descriptors if combination in ("concat", "separate") else ""
 
 
+def letters_of(descriptors: str, vector: str) -> str:
+    """Returns the letters of the descriptors that a vector of `select_vector` is made of."""
+    if vector == "first_descriptor":
+        return descriptors[0]
+    return vector.partition("_")[2] or descriptors
+
+
 def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
     """Selects one of the vectors [B, D] that the network computes on its way.
 
@@ -214,18 +196,13 @@ def select_vector(output: Output, descriptors: str, vector: str) -> jax.Array:
     "descriptors", all of them as they come out of the pooling, each normalized; "descriptor_S",
     one of them; "first_descriptor", the one that feeds the auxiliary module.
     """
-    if vector == "first_descriptor":
-        vector = f"descriptor_{descriptors[0]}"
-    kind, _, letter = vector.partition("_")
-    if kind == "embedding":
+    if vector == "embedding":
         return output.embedding
-    if kind == "branch":
-        return jnp.split(output.embedding, len(descriptors), 1)[descriptors.index(letter)]
-    if output.descriptors is None:
-        raise ValueError(f"vector={vector!r} needs an output with its descriptors.")
-    letters = descriptors if kind == "descriptors" else letter
-    chosen = [output.descriptors[descriptors.index(letter)] for letter in letters]
-    return jnp.concatenate([l2_normalize(d.astype(jnp.float32)) for d in chosen], 1)
+    places = [descriptors.index(letter) for letter in letters_of(descriptors, vector)]
+    if vector.startswith("branch"):
+        return jnp.split(output.embedding, len(descriptors), 1)[places[0]]
+    chosen = [l2_normalize(output.descriptors[i].astype(jnp.float32)) for i in places]
+    return jnp.concatenate(chosen, 1)
 
 
 def embed_model(
@@ -245,9 +222,9 @@ def embed_model(
     of all `scales` of the image are, whose sides are rounded to whole patches. What is added are
     their powers to `scales_p`: a generalized mean, as GeM's, of numbers with their signs.
     """
-    return lambda images: _embed(
-        model, variables, normalization, images, image_size, vector, flip, scales, scales_p
-    )
+    options = {"image_size": image_size, "vector": vector, "flip": flip}
+    options |= {"scales": scales, "scales_p": scales_p}
+    return partial(_embed, model, variables, normalization, **options)
 
 
 @partial(jax.jit, static_argnames=("model", "image_size", "vector", "flip", "scales", "scales_p"))
@@ -261,7 +238,7 @@ def _embed(model, variables, normalization, images, image_size, vector, flip, sc
         views += [view, view[:, :, ::-1]] if flip else [view]
 
     def embed(view):
-        output = model.apply(variables, view, return_descriptors=vector != "embedding")
+        output = model.apply(variables, view)
         return power(l2_normalize(select_vector(output, model.descriptors, vector)), scales_p)
 
     def power(x, p):

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 
 from cgd_jax.models.family import HuggingFace, Scheme, rename
-from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_of
+from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_and_grid_of
 from cgd_jax.preprocess import Normalization
-
-__all__ = ["CLIP", "SIGLIP"]
 
 _clip = partial(ViT, patch_bias=False, norm_pre=True, activation="quick_gelu", epsilon=1e-5)
 _siglip = partial(ViT, class_token=False, activation="gelu_tanh")
@@ -59,26 +57,21 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         r"^head\.": "attn_pool.",
     }
     arrays = rename(fuse(arrays, parts, "attn.qkv"), rules)
-    for name, dimensions in (("pos_embed", 2), ("cls_token", 1)):
-        if name in arrays and arrays[name].ndim == dimensions:
-            arrays[name] = arrays[name].reshape(1, -1, arrays[name].shape[-1])
+    for name in arrays.keys() & {"pos_embed", "cls_token"}:
+        arrays[name] = arrays[name].reshape(1, -1, arrays[name].shape[-1])
     for leaf in ("weight", "bias"):  # of queries, keys and values in one
         joined = arrays.pop(f"attn_pool.attention.in_proj_{leaf}", None)
         if joined is not None:
-            width = len(joined) // 3
-            arrays[f"attn_pool.q.{leaf}"] = joined[:width]
-            arrays[f"attn_pool.kv.{leaf}"] = joined[width:]
+            query, *key_value = np.split(joined, 3)
+            arrays[f"attn_pool.q.{leaf}"] = query
+            arrays[f"attn_pool.kv.{leaf}"] = np.concatenate(key_value)
     return arrays
 
 
 def _described(kind: str, patch: int, computed: Mapping[str, Any]) -> dict[str, HuggingFace]:
     """Of both towers, and of the one for images; `patch` pixels where a config has none."""
-
-    def name(config: Mapping[str, Any]) -> str:
-        side, image = config.get("patch_size", patch), config.get("image_size", 224)
-        return f"{kind}_{size_of(config)}_patch{side}_{image}"
-
-    return dict.fromkeys((kind, f"{kind}_vision_model"), HuggingFace(computed, name))
+    described = HuggingFace(computed, partial(size_and_grid_of, patch=patch))
+    return dict.fromkeys((kind, f"{kind}_vision_model"), described)
 
 
 CLIP = ViTFamily(

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2301.00808), which has a global response normalization in 
 layer scale. The LayerNorm behind the global pooling belongs to the classifier.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,8 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, HuggingFace, Scheme
-from cgd_jax.models.layers import OPTIONS, Layer, LayerNorm, LayerScale, StagedNet, drop_path
+from cgd_jax.models.layers import OPTIONS, Dense, LayerNorm, LayerScale, StagedNet, drop_path, small
 from cgd_jax.preprocess import IMAGENET
-
-__all__ = ["BACKBONES", "FAMILY", "ConvNeXt"]
-
-_init = nn.initializers.truncated_normal(0.02)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -44,20 +40,19 @@ class Block(nn.Module):
     v2: bool
     drop_path: float
     train: bool
-    conv: Layer
-    dtype: jnp.dtype
+    conv: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        conv = partial(self.conv, kernel_init=_init, dtype=self.dtype)
-        y = conv(channels, (7, 7), padding=3, feature_group_count=channels, name="conv_dw")(x)
-        y = LayerNorm(dtype=self.dtype, name="norm")(y)
-        y = nn.Dense(4 * channels, kernel_init=_init, dtype=self.dtype, name="fc1")(y)
+        depthwise = {"padding": 3, "feature_group_count": channels}
+        y = self.conv(channels, (7, 7), **depthwise, name="conv_dw")(x)
+        y = LayerNorm(dtype=x.dtype, name="norm")(y)
+        y = Dense(4 * channels, dtype=x.dtype, name="fc1")(y)
         y = nn.gelu(y, approximate=False)
         if self.v2:
             y = GlobalResponseNorm(name="grn")(y)
-        y = nn.Dense(channels, kernel_init=_init, dtype=self.dtype, name="fc2")(y)
+        y = Dense(channels, dtype=x.dtype, name="fc2")(y)
         if not self.v2:
             y = LayerScale(1e-6, name="scale")(y)
         return x + drop_path(y, self.drop_path, self.train, "drop_path")
@@ -75,7 +70,7 @@ class ConvNeXt(StagedNet):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(self.conv, kernel_init=_init, dtype=self.dtype)
+        conv = partial(self.conv, kernel_init=small, dtype=self.dtype)
         norm = partial(LayerNorm, dtype=self.dtype)
         side = self.patch_size or 4
         x = conv(self.widths[0], (side, side), side, padding="VALID", name="stem_conv")(x)
@@ -89,8 +84,7 @@ class ConvNeXt(StagedNet):
                 x = norm(name=f"downsample{stage}_norm")(x)
                 downsample = partial(conv, padding=padding, name=f"downsample{stage}_conv")
                 x = downsample(self.widths[stage], (2, 2), strides[stage])(x)
-            common = {"v2": self.v2, "train": train, "conv": self.conv, "dtype": self.dtype}
-            x = self.run_block(Block, name, x, **own, **common)
+            x = self.run_block(Block, name, x, **own, v2=self.v2, train=train, conv=conv)
         return x
 
 
@@ -141,16 +135,16 @@ BACKBONES = {
 }
 
 
-def _described(config: Mapping[str, Any]) -> str | None:
-    sizes = {
+def _options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "v2": config["model_type"] == "convnextv2",
         "depths": tuple(config.get("depths", SIZES["tiny"]["depths"])),
         "widths": tuple(config.get("hidden_sizes", SIZES["tiny"]["widths"])),
     }
-    return next((f"{config['model_type']}_{n}" for n, size in SIZES.items() if size == sizes), None)
 
 
 # Its layer_norm_eps is that of the norm behind the global pooling only.
-_DESCRIBED = HuggingFace({"patch_size": 4, "hidden_act": "gelu"}, _described)
+_DESCRIBED = HuggingFace({"patch_size": 4, "hidden_act": "gelu"}, _options_of)
 FAMILY = Family(
     title="ConvNeXt",
     members=BACKBONES,
@@ -170,5 +164,5 @@ FAMILY = Family(
     options=OPTIONS | {"patch_size": 0, "drop_path": 0.0},
     batch_norm=False,
     timm={name: name for name in BACKBONES},
-    hugging_face={"convnext": _DESCRIBED, "convnextv2": _DESCRIBED},
+    hugging_face=dict.fromkeys(("convnext", "convnextv2"), _DESCRIBED),
 )

@@ -22,8 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-__all__ = ["Conv", "conv_general_dilated"]
-
 # Of rows and of columns.
 Strides = tuple[int, int]
 # Zeros before and after the rows, and before and after the columns.
@@ -41,21 +39,22 @@ def conv_general_dilated(
 
     With dilations, a precision or groups of several channels all platforms use XLA's convolution.
     """
-    native: Callable[[jax.Array, jax.Array], jax.Array] = partial(
-        jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
-    )
+    convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated
+    native = partial(convolve, window_strides=window_strides, padding=padding, **options)
     dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
     other = lhs.ndim != 4 or options.get("precision") or any(n != 1 for n in dilations)
     groups = options.get("feature_group_count", 1)
     if other or not (groups == 1 or groups == lhs.shape[-1] == rhs.shape[-1]):
         return native(lhs, rhs)
     rows, columns = window_strides
-    strides, pads = (rows, columns), _pads(lhs, rhs.shape[:2], window_strides, padding)
-    fast: Callable[[jax.Array, jax.Array], jax.Array]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+    (top, bottom), (left, right) = padding
+    strides, pads = (rows, columns), ((top, bottom), (left, right))
     if groups > 1:
         fast = lambda x, kernel: _depthwise(x, kernel, strides, pads)
     elif rhs.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
-        fast = partial(_pointwise, strides=strides)
+        fast = lambda x, kernel: _pointwise(x, kernel, strides)
     elif _is_wide(lhs, rhs, strides, pads):
         fast = lambda x, kernel: _winograd(x, kernel, pads)
     else:
@@ -65,27 +64,6 @@ def conv_general_dilated(
 
 # Its identity is part of a network's hash, which finds what was compiled before: make no second.
 Conv = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
-
-
-def _pads(x: jax.Array, window, strides, padding) -> Padding:
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    (top, bottom), (left, right) = padding
-    return (top, bottom), (left, right)
-
-
-def _taps(x: jax.Array, window, strides: Strides, pads: Padding) -> list:
-    """Returns, for each place in a window, what all windows see there: [B, H', W', C]."""
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows, columns = (
-        stride * ((padded.shape[1 + i] - window[i]) // stride) + 1
-        for i, stride in enumerate(strides)
-    )
-    return [
-        padded[:, i : i + rows : strides[0], j : j + columns : strides[1]]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
 
 
 def _pointwise(x: jax.Array, kernel: jax.Array, strides: Strides) -> jax.Array:
@@ -188,28 +166,32 @@ def _winograd_backward(pads, residuals, gradient):
 _winograd.defvjp(_winograd_forward, _winograd_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Padding) -> jax.Array:
-    """A sum of shifted products, which XLA fuses into one loop."""
-    return _shifted(kernel, strides, pads)(x)
+def _sum_of_shifted(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Padding) -> jax.Array:
+    """A depthwise convolution as a sum of products, which XLA fuses into one loop."""
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = kernel.shape[:2]
+    rows, columns = (
+        stride * ((padded.shape[1 + i] - kernel.shape[i]) // stride) + 1
+        for i, stride in enumerate(strides)
+    )
+    terms = [
+        padded[:, i : i + rows : strides[0], j : j + columns : strides[1]] * kernel[i, j, 0]
+        for i in range(height)
+        for j in range(width)
+    ]
+    return sum(terms[1:], terms[0])
 
 
-def _shifted(kernel, strides, pads) -> Callable[[jax.Array], jax.Array]:
-    def convolve(x):
-        taps = _taps(x, kernel.shape[:2], strides, pads)
-        weights = kernel.reshape(len(taps), -1)
-        return sum(tap * weights[number] for number, tap in enumerate(taps))
-
-    return convolve
+_depthwise = jax.custom_vjp(_sum_of_shifted, nondiff_argnums=(2, 3))
 
 
 def _depthwise_forward(x, kernel, strides, pads):
-    return _depthwise(x, kernel, strides, pads), (x, kernel)
+    return _sum_of_shifted(x, kernel, strides, pads), (x, kernel)
 
 
 def _depthwise_backward(strides, pads, residuals, gradient):
     x, kernel = residuals
-    (of_x,) = jax.vjp(_shifted(kernel, strides, pads), x)[1](gradient)
+    (of_x,) = jax.vjp(lambda x: _sum_of_shifted(x, kernel, strides, pads), x)[1](gradient)
 
     # Every tap of the kernel sums a product over batch, height and width. As a reduction XLA
     # computes it one channel at a time; a loop over the rows that adds whole arrays

@@ -16,8 +16,6 @@ from cgd_jax.models.family import HuggingFace, Scheme, rename
 from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, from_hugging_face, size_of
 from cgd_jax.preprocess import IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY"]
-
 _registers: dict[str, Any] = {"registers": 4, "class_position": False, "antialias": True}
 BACKBONES = {
     f"dinov2_{size}{suffix}": partial(
@@ -43,7 +41,11 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return _without_mask(from_hugging_face(arrays))
 
 
-_COMPUTED = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
+def _described(registers: int) -> HuggingFace:
+    computed = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
+    return HuggingFace(computed, lambda config: size_of(config) | {"registers": registers})
+
+
 FAMILY = ViTFamily(
     title="DINOv2",
     members=BACKBONES,
@@ -63,10 +65,5 @@ FAMILY = ViTFamily(
         for theirs, ours in {"": "", "_reg4": "_reg"}.items()
         for size in ("small", "base", "large")
     },
-    hugging_face={
-        "dinov2": HuggingFace(_COMPUTED, lambda config: f"dinov2_{size_of(config)}"),
-        "dinov2_with_registers": HuggingFace(
-            _COMPUTED, lambda config: f"dinov2_{size_of(config)}_reg"
-        ),
-    },
+    hugging_face={"dinov2": _described(0), "dinov2_with_registers": _described(4)},
 )

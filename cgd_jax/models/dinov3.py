@@ -14,8 +14,6 @@ from cgd_jax.models.family import HuggingFace, Scheme, rename
 from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_of
 from cgd_jax.preprocess import IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY"]
-
 BACKBONES = {
     f"dinov3_{size}": partial(
         ViT, grid=0, registers=4, layer_scale=True, key_bias=False, epsilon=1e-5, **sizes
@@ -27,15 +25,15 @@ BACKBONES = {
 def _from_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds the biases that timm leaves out where all of them are 0."""
     arrays = rename(arrays, {r"gamma_(\d)$": r"ls\1.gamma"})
-    for name in [name for name in arrays if name.endswith("attn.qkv.weight")]:
-        attention, width = name.removesuffix("qkv.weight"), arrays[name].shape[-1]
-        for bias in ("q_bias", "v_bias"):
-            arrays.setdefault(attention + bias, np.zeros(width, np.float32))
+    for name, weight in list(arrays.items()):
+        if name.endswith("attn.qkv.weight"):
+            for bias in ("q_bias", "v_bias"):
+                zeros = np.zeros(weight.shape[-1], np.float32)
+                arrays.setdefault(name.replace("qkv.weight", bias), zeros)
     return arrays
 
 
-def _to_timm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return rename(arrays, {r"ls(\d)\.gamma$": r"gamma_\1"})
+_to_timm = partial(rename, rules={r"ls(\d)\.gamma$": r"gamma_\1"})
 
 
 def _from_meta(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -67,6 +65,8 @@ def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return fuse(rename(arrays, rules), parts, "attn.qkv")
 
 
+_COMPUTED = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rope_theta": 100.0}
+_COMPUTED |= {"use_gated_mlp": False, "key_bias": False}
 FAMILY = ViTFamily(
     title="DINOv3",
     members=BACKBONES,
@@ -87,16 +87,5 @@ FAMILY = ViTFamily(
         for size in SIZES
         for suffix in ("", "_qkvb")
     },
-    hugging_face={
-        "dinov3_vit": HuggingFace(
-            {
-                "hidden_act": "gelu",
-                "layer_norm_eps": 1e-5,
-                "rope_theta": 100.0,
-                "use_gated_mlp": False,
-                "key_bias": False,
-            },
-            lambda config: f"dinov3_{size_of(config, 'small')}",
-        )
-    },
+    hugging_face={"dinov3_vit": HuggingFace(_COMPUTED, partial(size_of, default="small"))},
 )

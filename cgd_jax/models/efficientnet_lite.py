@@ -19,8 +19,6 @@ from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY", "STAGES", "TIMM", "EfficientNetLite"]
-
 # A stage a row: blocks, side of the kernel, stride, expansion, channels.
 STAGES = (
     (1, 3, 1, 1, 16),
@@ -41,7 +39,6 @@ class InvertedResidual(nn.Module):
     expansion: int
     out: int  # channels
     layer: Layer
-    padding: str | int = "SAME"  # of the depthwise convolution
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,8 +46,8 @@ class InvertedResidual(nn.Module):
         if self.expansion != 1:
             y = self.layer(y, self.expansion * x.shape[-1], 1, ("expand_conv", "expand_bn"))
         names, groups = ("depthwise_conv", "depthwise_bn"), y.shape[-1]
-        y = self.layer(y, groups, self.side, names, self.stride, groups, self.padding)
-        y = self.layer(y, self.out, 1, ("project_conv", "project_bn"), activation=None)
+        y = self.layer(y, groups, self.side, names, self.stride, groups)
+        y = self.layer(y, self.out, 1, ("project_conv", "project_bn"), linear=True)
         return x + y if x.shape == y.shape and self.stride == 1 else y
 
 
@@ -64,31 +61,24 @@ class EfficientNetLite(ConvNet):
     STEM = ("stem_conv", "stem_bn")
 
     @property
-    def blocks(self) -> dict[str, dict[str, int | str]]:
-        """See `Backbone.blocks`."""
+    def blocks(self) -> dict[str, dict[str, int]]:
         blocks = {}
         strides = self.strides([stage[2] for stage in STAGES])
         for stage, (count, side, _, expansion, channels) in enumerate(STAGES):
             if 0 < stage < len(STAGES) - 1:  # the first and the last keep their number
                 count = math.ceil(self.depth * count)
             out = _multiple_of_8(self.width * channels)
+            own = {"side": side, "expansion": expansion, "out": out}
             for i in range(count):
-                options: dict[str, int | str] = {"side": side, "expansion": expansion, "out": out}
-                options["stride"] = 1 if i else strides[stage]
-                options["padding"] = self.padding(side)
-                blocks[f"blocks{stage}_{i}"] = options
+                blocks[f"blocks{stage}_{i}"] = own | {"stride": 1 if i else strides[stage]}
         return blocks
-
-    @nn.nowrap
-    def padding(self, side: int) -> str | int:
-        """Returns that of a convolution; TensorFlow's puts less before an even map than behind."""
-        return side // 2 if self.torch else "SAME"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        momentum, epsilon = (0.9, 1e-5) if self.torch else (0.99, 1e-3)
-        layer = self.make_layer(train, momentum, epsilon, activation=nn.relu6)
-        x = layer(x, 32, 3, self.STEM, 2, padding=self.padding(3))
+        # Of an even map TensorFlow pads less before it than behind.
+        options = {} if self.torch else {"momentum": 0.99, "epsilon": 1e-3, "padding": "SAME"}
+        layer = self.make_layer(train, activation=nn.relu6, **options)
+        x = layer(x, 32, 3, self.STEM, 2)
         for name, own in self.blocks.items():
             x = self.run_block(InvertedResidual, name, x, **own, layer=layer)
         return layer(x, 1280, 1, ("head_conv", "head_bn"))

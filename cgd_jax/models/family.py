@@ -10,8 +10,6 @@ from flax import linen as nn
 
 from cgd_jax.preprocess import Normalization
 
-__all__ = ["Family", "Features", "HuggingFace", "Scheme", "rename", "substitute"]
-
 
 class Features(NamedTuple):
     """What a backbone returns that has a class token; others return the feature map alone."""
@@ -42,8 +40,8 @@ class HuggingFace(NamedTuple):
     # What is computed here. A config that says otherwise is refused; what it leaves out is as it is
     # computed, and what shows in the shapes of weights needs no look.
     computed: Mapping[str, Any]
-    # From its content to the name of a member; None, or what is no member's name, if it is of none.
-    name: Callable[[Mapping[str, Any]], str | None]
+    # From its content to the options by which the members differ.
+    options: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class Family(NamedTuple):
@@ -87,7 +85,6 @@ def rename(arrays: Mapping[str, Any], rules: Mapping[str, str | None]) -> dict[s
     >>> rename({"a.0.w": 1, "b.w": 2}, {"^a": "c", "^b": None})
     {'c.0.w': 1}
     """
-    dropped = [pattern for pattern, new in rules.items() if new is None]
+    dropped = "|".join(pattern for pattern, new in rules.items() if new is None) or "(?!)"
     kept = {pattern: new for pattern, new in rules.items() if new is not None}
-    is_dropped = lambda name: any(re.search(pattern, name) for pattern in dropped)
-    return {substitute(name, kept): a for name, a in arrays.items() if not is_dropped(name)}
+    return {substitute(n, kept): a for n, a in arrays.items() if not re.search(dropped, n)}

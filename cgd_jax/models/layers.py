@@ -9,25 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-__all__ = [
-    "OPTIONS",
-    "Backbone",
-    "ConvNet",
-    "Layer",
-    "LayerNorm",
-    "LayerScale",
-    "StagedNet",
-    "conv_norm",
-    "drop_path",
-    "is_ampere",
-]
-
 # Makes a layer of a network, or runs one; see `ConvNet.make_layer`.
 Layer = Callable[..., Any]
 
 # The keys of a config's `model` that all networks take whose feature maps become smaller.
 OPTIONS = {"last_stride": 1, "frozen_blocks": 0}
 
+# Of transformers and ConvNeXts.
+small = nn.initializers.truncated_normal(0.02)
+Dense = partial(nn.Dense, kernel_init=small)
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
@@ -79,15 +69,21 @@ class ConvNet(Backbone, kw_only=True):
 
     @nn.nowrap
     def make_layer(
-        self, train: bool, momentum=0.9, epsilon=1e-5, use_bias=False, **common
+        self, train, momentum=0.9, epsilon=1e-5, use_bias=False, activation=nn.relu, padding=None
     ) -> Layer:
-        """Returns `conv_norm` with what all layers of a network have in common."""
+        """Returns what runs a convolution of side × side, BatchNorm, and the activation."""
         kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al.
         conv = partial(self.conv, use_bias=use_bias, kernel_init=kernel_init, dtype=self.dtype)
-        norm = partial(
-            nn.BatchNorm, not train, momentum=momentum, epsilon=epsilon, dtype=self.dtype
-        )
-        return partial(conv_norm, conv, norm, **common)
+        statistics = {"use_running_average": not train, "momentum": momentum, "epsilon": epsilon}
+        norm = partial(nn.BatchNorm, **statistics, dtype=self.dtype)
+
+        def layer(x, channels, side, names, stride=1, groups=1, linear=False):
+            options = {"feature_group_count": groups, "name": names[0]}
+            x = conv(channels, (side, side), stride, padding or side // 2, **options)(x)
+            x = norm(name=names[1])(x)
+            return x if linear else activation(x)
+
+        return layer
 
 
 class StagedNet(ConvNet, kw_only=True):
@@ -104,30 +100,17 @@ class StagedNet(ConvNet, kw_only=True):
 
     @property
     def blocks(self) -> dict[str, dict[str, float]]:
-        """See `Backbone.blocks`."""
         names = [f"stages{stage}_{i}" for stage, n in enumerate(self.depths) for i in range(n)]
         rates = np.linspace(0, self.drop_path, len(names)).tolist()
         return {name: {"drop_path": rate} for name, rate in zip(names, rates, strict=True)}
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:
-        """See `Backbone.layers`."""
         below = {
             f"stages{stage}_0": tuple(f"downsample{stage}_{part}" for part in self.DOWNSAMPLE)
             for stage in range(1, len(self.depths))
         }
         return (self.STEM, *((*below.get(name, ()), name) for name in self.blocks))
-
-
-def conv_norm(
-    conv, norm, x, channels, side, names, stride=1, groups=1, padding=None, activation=nn.relu
-) -> jax.Array:
-    """A convolution of side × side, BatchNorm, activation if any; `names` are of the first two."""
-    padding = side // 2 if padding is None else padding
-    kernel = (side, side)
-    x = conv(channels, kernel, stride, padding, feature_group_count=groups, name=names[0])(x)
-    x = norm(name=names[1])(x)
-    return activation(x) if activation else x
 
 
 class LayerScale(nn.Module):

@@ -7,13 +7,10 @@ does not matter: its place in the graph says which of ours it is. Where the grap
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-__all__ = ["read_network", "read_params"]
 
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")  # by MXNet's numbers
 _STAGES = (3, 4, 6, 3)  # of ResNet-50
@@ -64,12 +61,10 @@ class _Graph:
         value = {"True": "true", "False": "false"}.get(value, value)
         return json.loads(value.replace("(", "[").replace(",)", "]").replace(")", "]"))
 
-    def above(self, i: int, passed: Sequence[str] = _PASSED) -> int:
+    def above(self, i: int) -> int:
         """Returns what a node computes from, past norms and activations."""
         i = self.inputs[i][0]
-        while self.nodes[i]["op"] in passed:
-            i = self.inputs[i][0]
-        return i
+        return self.above(i) if self.nodes[i]["op"] in _PASSED else i
 
     def name(self, i: int, place: int) -> str:
         return self.nodes[self.inputs[i][place]]["name"]

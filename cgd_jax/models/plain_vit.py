@@ -7,41 +7,31 @@ differ; the preprocessor_config.json beside the weights has them. The pooler beh
 is left out.
 """
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from cgd_jax.models.family import HuggingFace, Scheme
-from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, from_hugging_face, size_of
+from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, from_hugging_face, size_and_grid_of
 from cgd_jax.preprocess import Normalization
-
-__all__ = ["BACKBONES", "FAMILY"]
 
 BACKBONES = {
     f"vit_{size}_patch{patch}_{image}": partial(
         ViT, published_patch=patch, grid=image // patch, epsilon=1e-12, **SIZES[size]
     )
-    for size, patch, image in (
-        ("tiny", 16, 224),
-        ("small", 8, 224),
-        ("small", 16, 224),
-        ("base", 8, 224),
-        ("base", 16, 224),
-        ("base", 16, 384),
-        ("base", 32, 224),
-        ("base", 32, 384),
-        ("large", 16, 224),
-        ("large", 16, 384),
-        ("large", 32, 384),
+    for size, patch, images in (
+        ("tiny", 16, (224,)),
+        ("small", 8, (224,)),
+        ("small", 16, (224,)),
+        ("base", 8, (224,)),
+        ("base", 16, (224, 384)),
+        ("base", 32, (224, 384)),
+        ("large", 16, (224, 384)),
+        ("large", 32, (384,)),
     )
+    for image in images
 }
 
 
-def _described(config: Mapping[str, Any]) -> str:
-    patch, image = config.get("patch_size", 16), config.get("image_size", 224)
-    return f"vit_{size_of(config)}_patch{patch}_{image}"
-
-
+_COMPUTED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True}
 FAMILY = ViTFamily(
     title="ViT",
     members=BACKBONES,
@@ -56,9 +46,5 @@ FAMILY = ViTFamily(
         ),
     ),
     normalization=Normalization.of(0.5, 0.5),
-    hugging_face={
-        "vit": HuggingFace(
-            {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True}, _described
-        )
-    },
+    hugging_face={"vit": HuggingFace(_COMPUTED, size_and_grid_of)},
 )

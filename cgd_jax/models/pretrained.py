@@ -11,22 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from cgd_jax.models import weight_files
-from cgd_jax.models.backbones import BACKBONES, FAMILIES, normalization_of
+from cgd_jax.models.backbones import BACKBONES, FAMILIES
 from cgd_jax.models.family import Scheme, substitute
 from cgd_jax.preprocess import Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
-
-__all__ = [
-    "backbone_of",
-    "convert_state_dict",
-    "fill",
-    "load",
-    "names",
-    "save",
-    "saved_normalization",
-    "to_torchvision",
-]
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +32,8 @@ def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normal
     """Fills a network, or a backbone, with weights; returns it and the normalization.
 
     `source` is "efficientnet_lite0" (out of an installed package), a Hugging Face repository such
-    as "timm/resnet50.tv_in1k", with "@revision" behind it to pin it, a file (.safetensors, .npz,
-    or an index of several), or a folder with one. The normalization is what a `save`d file or the
+    as "timm/resnet50.tv_in1k", with "@revision" behind it to pin it, a file (.safetensors, .npz),
+    or a folder with one. The normalization is what a `save`d file or the
     configs beside a published one say, else the backbone's.
 
     Raises `weight_files.NoSource` if there is no such source, InputError if it is damaged, of
@@ -57,12 +46,8 @@ def load(variables: Variables, source: str, backbone: str) -> tuple[dict, Normal
         weights = unflatten_dict(arrays, sep="/")
     else:
         weights = convert_state_dict(arrays, backbone_of(variables), backbone)
-    if "normalization" in metadata:
-        normalization = saved_normalization(metadata)
-    else:
-        declared = weight_files.declared_normalization(path.parent)
-        normalization = declared or normalization_of(backbone)
-    return fill(variables, weights), normalization
+    declared = weight_files.declared_normalization(path.parent, metadata)
+    return fill(variables, weights), declared or BACKBONES[backbone].normalization
 
 
 def fill(variables: Variables, weights: Variables) -> dict:
@@ -110,11 +95,6 @@ def save(
         save_file(arrays, part, {**texts, "digest": weight_files.digest(arrays, texts)})
 
 
-def saved_normalization(metadata: Mapping[str, str]) -> Normalization:
-    """Returns the normalization in the metadata of a file that `save` wrote."""
-    return Normalization.of(**json.loads(metadata["normalization"]))
-
-
 def convert_state_dict(
     state_dict: Mapping[str, np.ndarray], variables: Variables, backbone: str
 ) -> dict:
@@ -130,11 +110,10 @@ def convert_state_dict(
         shapes = ", ".join(f"{name} {list(arrays.pop(name).shape)}" for name in dropped[::-1])
         log.info("Left out what stands behind the features: %s.", shapes)
     arrays = {name: a for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
-    arrays = scheme.prepare(arrays)
     named = names(scheme, variables)
     paths = {name: path for path, name in named.items()}
     converted = {}
-    for name, array in arrays.items():
+    for name, array in scheme.prepare(arrays).items():
         path = paths.get(name, (name,))
         axes = np.argsort(_axes(path, array.ndim))
         converted[path] = np.asarray(np.transpose(array, axes), np.float32)
@@ -149,11 +128,12 @@ def to_torchvision(variables: Variables, backbone: str) -> dict[str, np.ndarray]
     missing), timm's models made with ``num_classes=0`` strictly. The running variance goes out as
     it is: Flax keeps the biased one of a batch, PyTorch one larger by n/(n - 1), n being thousands.
     """
-    variables = backbone_of(variables)
-    flat, scheme = flatten_dict(variables), BACKBONES[backbone].schemes[0]
-    turned = lambda path: np.transpose(flat[path], _axes(path, flat[path].ndim))
-    named = names(scheme, variables).items()
-    return scheme.restore({n: np.ascontiguousarray(turned(p), np.float32) for p, n in named})
+    variables, scheme = backbone_of(variables), BACKBONES[backbone].schemes[0]
+    weights, named = {}, names(scheme, variables)
+    for path, array in flatten_dict(variables).items():
+        turned = np.transpose(array, _axes(path, array.ndim))
+        weights[named[path]] = np.ascontiguousarray(turned, np.float32)
+    return scheme.restore(weights)
 
 
 def names(scheme: Scheme, variables: Variables) -> dict[ArrayPath, str]:

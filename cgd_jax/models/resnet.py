@@ -18,8 +18,6 @@ from cgd_jax.models.family import Family, HuggingFace, Scheme
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY", "STEMS", "STRIDES_REMOVED", "ResNet"]
-
 STEMS = ("7x7", "3x3")
 STRIDES_REMOVED = ("layer4", "layer3")
 
@@ -52,7 +50,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        layer, linear = self.layer, partial(self.layer, activation=None)
+        layer, linear = self.layer, partial(self.layer, linear=True)
         if self.bottleneck:
             y = layer(x, self.width, 1, ("conv1", "bn1"))
             y = layer(y, self.width, 3, ("conv2", "bn2"), self.stride, self.groups)
@@ -98,16 +96,14 @@ class ResNet(ConvNet):
 
     @property
     def blocks(self) -> dict[str, dict[str, int]]:
-        """See `Backbone.blocks`."""
         blocks = {}
         stages = zip(self.stage_sizes, self.stage_strides, strict=True)
         for stage, (count, stride) in enumerate(stages):
             planes = self.width * 2**stage
-            width = planes * self.width_per_group // 64 * self.groups
-            out = planes * 4 if self.bottleneck else planes
+            own = {"width": planes * self.width_per_group // 64 * self.groups}
+            own["out"] = planes * 4 if self.bottleneck else planes
             for i in range(count):
-                options = {"width": width, "out": out, "stride": 1 if i else stride}
-                blocks[f"layer{stage + 1}_{i}"] = options
+                blocks[f"layer{stage + 1}_{i}"] = own | {"stride": 1 if i else stride}
         return blocks
 
     @nn.compact
@@ -144,12 +140,13 @@ _HUGGING_FACE = {
 }
 
 
-def _described(config: Mapping[str, Any]) -> str | None:
-    wanted: dict[str, Any] = {"stage_sizes": tuple(config.get("depths", (3, 4, 6, 3)))}
-    if config.get("layer_type", "bottleneck") == "basic":
-        wanted["bottleneck"] = False
-    found = (name for name, member in BACKBONES.items() if member.keywords == wanted)
-    return next(found, None)
+_COMPUTED = {"embedding_size": 64, "hidden_act": "relu"}
+_COMPUTED |= {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+
+
+def _options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    stage_sizes = tuple(config.get("depths", (3, 4, 6, 3)))
+    return {"stage_sizes": stage_sizes, "bottleneck": config.get("layer_type") != "basic"}
 
 
 BACKBONES: dict[str, partial[ResNet]] = {
@@ -184,15 +181,5 @@ FAMILY = Family(
     options=OPTIONS | {"width": 64, "stem": "7x7", "stem_stride": 2, "stride_removed": "layer4"},
     timm={name: name for name in BACKBONES if name not in ("resnet10", "se_resnet50")}
     | {"seresnet50": "se_resnet50"},
-    hugging_face={
-        "resnet": HuggingFace(
-            {
-                "embedding_size": 64,
-                "hidden_act": "relu",
-                "downsample_in_first_stage": False,
-                "downsample_in_bottleneck": False,
-            },
-            _described,
-        )
-    },
+    hugging_face={"resnet": HuggingFace(_COMPUTED, _options_of)},
 )

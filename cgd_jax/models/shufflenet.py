@@ -15,8 +15,6 @@ from cgd_jax.models.family import Family, Scheme
 from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
-__all__ = ["BACKBONES", "FAMILY", "ShuffleNet"]
-
 
 class Block(nn.Module):
     """Half of the channels, or all where the stage begins, go through convolutions.
@@ -35,7 +33,7 @@ class Block(nn.Module):
 
         def depthwise(x, names):
             channels = x.shape[-1]
-            return self.layer(x, channels, 3, names, self.stride, channels, activation=None)
+            return self.layer(x, channels, 3, names, self.stride, channels, linear=True)
 
         if self.first:
             kept = depthwise(x, ("branch1_0", "branch1_1"))
@@ -58,7 +56,6 @@ class ShuffleNet(ConvNet):
 
     @property
     def blocks(self) -> dict[str, dict[str, int]]:
-        """See `Backbone.blocks`."""
         strides = self.strides([2] * len(self.stage_sizes))
         stages = zip(self.stage_sizes, self.widths[1:-1], strides, strict=True)
         return {

@@ -15,13 +15,9 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, HuggingFace, Scheme, rename
-from cgd_jax.models.layers import OPTIONS, LayerNorm, StagedNet, drop_path
-from cgd_jax.models.vit import Mlp
+from cgd_jax.models.layers import OPTIONS, Dense, LayerNorm, StagedNet, small
+from cgd_jax.models.vit import Block
 from cgd_jax.preprocess import IMAGENET
-
-__all__ = ["BACKBONES", "FAMILY", "Swin"]
-
-_init = nn.initializers.truncated_normal(0.02)
 
 
 def regions(size: int, window: int, shift: int) -> np.ndarray:
@@ -55,13 +51,13 @@ class WindowAttention(nn.Module):
         y = jnp.pad(x, [(0, new - old) for new, old in zip(padded, x.shape, strict=True)])
         y = windows(jnp.roll(y, (-shift, -shift), (1, 2)), side)
 
-        dense = partial(nn.Dense, channels, kernel_init=_init, dtype=x.dtype)
+        dense = partial(Dense, channels, dtype=x.dtype)
         query, key, value = (
             dense(name=name)(y).reshape(*y.shape[:2], self.heads, -1)
             for name in ("query", "key", "value")
         )
         shape = ((2 * side - 1) ** 2, self.heads)
-        table = self.param("relative_position_bias_table", _init, shape)
+        table = self.param("relative_position_bias_table", small, shape)
         places = np.stack(np.divmod(np.arange(side**2), side), -1)
         apart = places[:, None] - places[None] + side - 1
         bias = table[apart[..., 0] * (2 * side - 1) + apart[..., 1]].transpose(2, 0, 1)[None]
@@ -76,25 +72,6 @@ class WindowAttention(nn.Module):
         y = y.reshape(batch, padded[1] // side, padded[2] // side, side, side, channels)
         y = jnp.roll(y.swapaxes(2, 3).reshape(padded), (shift, shift), (1, 2))
         return y[:, :rows, :columns]
-
-
-class Block(nn.Module):
-    """Attention within windows and MLP, each behind a LayerNorm and added to its input."""
-
-    heads: int
-    shifted: bool
-    drop_path: float
-    window: int
-    train: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        attend = WindowAttention(self.heads, self.window, self.shifted, name="attn")
-        for number, branch in enumerate((attend, Mlp("gelu", name="mlp")), 1):
-            norm = LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"norm{number}")
-            x = x + drop_path(branch(norm(x)), self.drop_path, self.train, f"drop_path{number}")
-        return x
 
 
 class Swin(StagedNet):
@@ -113,7 +90,7 @@ class Swin(StagedNet):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         norm = partial(LayerNorm, epsilon=1e-5, dtype=self.dtype)
-        conv = partial(self.conv, kernel_init=_init, dtype=self.dtype, name="stem_conv")
+        conv = partial(self.conv, kernel_init=small, dtype=self.dtype, name="stem_conv")
         x = conv(self.width, (4, 4), 4, [(0, -side % 4) for side in x.shape[1:3]])(x)
         x = norm(name="stem_norm")(x)
         strides = self.strides([1] + [2] * (len(self.depths) - 1))
@@ -121,11 +98,10 @@ class Swin(StagedNet):
             stage, block = map(int, name.removeprefix("stages").split("_"))
             if stage and not block:
                 x = norm(name=f"downsample{stage}_norm")(neighbours(x, strides[stage]))
-                dense = partial(nn.Dense, use_bias=False, kernel_init=_init, dtype=self.dtype)
-                x = dense(x.shape[-1] // 2, name=f"downsample{stage}_linear")(x)
-            common = {"window": self.window, "train": train, "dtype": self.dtype}
-            common |= {"heads": self.heads[stage], "shifted": block % 2 == 1}
-            x = self.run_block(Block, name, x, **own, **common)
+                dense = partial(Dense, x.shape[-1] // 2, use_bias=False, dtype=self.dtype)
+                x = dense(name=f"downsample{stage}_linear")(x)
+            attention = partial(WindowAttention, self.heads[stage], self.window, block % 2 == 1)
+            x = self.run_block(Block, name, x, **own, attention=attention, norm=norm, train=train)
         return norm(name="norm")(x)
 
 
@@ -154,20 +130,15 @@ _HUGGING_FACE = {
 }
 
 
-def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    rules = {
-        r"relative_position_index$|mask_token$": None,
-        # In transformers ≥ 5 the network has these names, its files those of before.
-        **{rf"attention\.{name[0]}_proj": f"attention.self.{name}" for name in ("query", "key")},
-        r"attention\.v_proj": "attention.self.value",
-        r"attention\.o_proj": "attention.output.dense",
-        r"attention\.relative_position_bias\.": "attention.self.",
-        r"mlp\.fc1": "intermediate.dense",
-        r"mlp\.fc2": "output.dense",
-    }
-    return rename(arrays, rules)
-
-
+# In transformers ≥ 5 the network has other names than its files, which are those of before.
+_OF_FILES = {
+    r"relative_position_index$|mask_token$": None,
+    **{rf"attention\.{n[0]}_proj": f"attention.self.{n}" for n in ("query", "key", "value")},
+    r"attention\.o_proj": "attention.output.dense",
+    r"attention\.relative_position_bias\.": "attention.self.",
+    r"mlp\.fc1": "intermediate.dense",
+    r"mlp\.fc2": "output.dense",
+}
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24), "width": 96},
     "small": {"depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24), "width": 96},
@@ -180,15 +151,17 @@ BACKBONES |= {
 }
 
 
-def _described(config: Mapping[str, Any]) -> str | None:
-    wanted = {
-        "depths": tuple(config.get("depths", (2, 2, 6, 2))),
-        "heads": tuple(config.get("num_heads", (3, 6, 12, 24))),
-        "width": config.get("embed_dim", 96),
+_COMPUTED = {"patch_size": 4, "mlp_ratio": 4.0, "qkv_bias": True, "hidden_act": "gelu"}
+_COMPUTED |= {"use_absolute_embeddings": False, "layer_norm_eps": 1e-5}
+
+
+def _options_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "depths": tuple(config.get("depths", SIZES["tiny"]["depths"])),
+        "heads": tuple(config.get("num_heads", SIZES["tiny"]["heads"])),
+        "width": config.get("embed_dim", SIZES["tiny"]["width"]),
+        "window": config.get("window_size", 7),
     }
-    window = config.get("window_size", 7)
-    suffix = "" if window == 7 else f"_window{window}"
-    return next((f"swin_{n}{suffix}" for n, size in SIZES.items() if size == wanted), None)
 
 
 FAMILY = Family(
@@ -200,23 +173,11 @@ FAMILY = Family(
             "encoder.layers.0.blocks.0.layernorm_before.weight",
             ("classifier.", "pooler."),
             _HUGGING_FACE,
-            _from_hugging_face,
+            partial(rename, rules=_OF_FILES),
         ),
     ),
     normalization=IMAGENET,
     options=OPTIONS | {"drop_path": 0.0},
     batch_norm=False,
-    hugging_face={
-        "swin": HuggingFace(
-            {
-                "patch_size": 4,
-                "mlp_ratio": 4.0,
-                "qkv_bias": True,
-                "hidden_act": "gelu",
-                "use_absolute_embeddings": False,
-                "layer_norm_eps": 1e-5,
-            },
-            _described,
-        )
-    },
+    hugging_face={"swin": HuggingFace(_COMPUTED, _options_of)},
 )

@@ -15,18 +15,15 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Features, rename
-from cgd_jax.models.layers import Backbone, LayerNorm, LayerScale, drop_path, is_ampere
-
-__all__ = [
-    "ACTIVATIONS",
-    "SIZES",
-    "TIMM",
-    "ViT",
-    "ViTFamily",
-    "from_hugging_face",
-    "fuse",
-    "size_of",
-]
+from cgd_jax.models.layers import (
+    Backbone,
+    Dense,
+    LayerNorm,
+    LayerScale,
+    drop_path,
+    is_ampere,
+    small,
+)
 
 # A family of vision transformers, but for what is its own.
 ViTFamily = partial(
@@ -47,7 +44,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": nn.gelu,
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
-_dense_init = nn.initializers.truncated_normal(0.02)
 # Rotates the queries or keys [B, T, N, H] by the positions of their tokens.
 Rotate = Callable[[jax.Array], jax.Array]
 
@@ -67,7 +63,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
+        dense = partial(Dense, dtype=x.dtype)
         width = x.shape[-1]
         hidden = ACTIVATIONS[self.activation](dense(4 * width, name="fc1")(x))
         return dense(width, name="fc2")(hidden)
@@ -83,7 +79,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
+        dense = partial(Dense, dtype=x.dtype)
         qkv = dense(3 * width, use_bias=self.key_bias, name="qkv")(x)
         if not self.key_bias:
             zeros = nn.initializers.zeros
@@ -99,20 +95,17 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and added to its input."""
 
-    heads: int
-    activation: str
-    layer_scale: bool
-    key_bias: bool
+    attention: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
     drop_path: float
     train: bool
-    norm: Callable[..., nn.Module]
-    rotate: Rotate
+    activation: str = "gelu"
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        attend = Attention(self.heads, self.key_bias, self.rotate, name="attn")
-        mlp = Mlp(self.activation, name="mlp")
-        for number, branch in enumerate((attend, mlp), 1):
+        branches = self.attention(name="attn"), Mlp(self.activation, name="mlp")
+        for number, branch in enumerate(branches, 1):
             y = branch(self.norm(name=f"norm{number}")(x))
             if self.layer_scale:
                 y = LayerScale(name=f"ls{number}")(y)
@@ -130,8 +123,8 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        dense = partial(nn.Dense, kernel_init=_dense_init, dtype=x.dtype)
-        latent = self.param("latent", _dense_init, (1, 1, width)).astype(x.dtype)
+        dense = partial(Dense, dtype=x.dtype)
+        latent = self.param("latent", small, (1, 1, width)).astype(x.dtype)
         query = dense(width, name="q")(latent).reshape(1, 1, self.heads, -1)
         query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
         key_value = dense(2 * width, name="kv")(x).reshape(batch, tokens, 2 * self.heads, -1)
@@ -176,14 +169,13 @@ class ViT(Backbone):
 
     @property
     def blocks(self) -> dict[str, dict[str, float]]:
-        """See `Backbone.blocks`."""
         rates = np.linspace(0, self.drop_path, self.depth).tolist()
         return {f"blocks_{i}": {"drop_path": rate} for i, rate in enumerate(rates)}
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> Features:
         norm = partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
-        conv = partial(self.conv, use_bias=self.patch_bias, kernel_init=_dense_init)
+        conv = partial(self.conv, use_bias=self.patch_bias, kernel_init=small)
         side = (self.patch, self.patch)
         embed = conv(self.width, side, side, "VALID", dtype=self.dtype, name="patch_embed")
         x = embed(x)
@@ -191,12 +183,12 @@ class ViT(Backbone):
         x = x.reshape(batch, rows * columns, width)
         tokens = []  # in front of those of the patches
         if self.class_token:
-            tokens.append(self.param("cls_token", _dense_init, (1, 1, width)))
+            tokens.append(self.param("cls_token", small, (1, 1, width)))
         rotate: Rotate = lambda x: x
         if self.grid:
             has_class_position = self.class_token and self.class_position
             shape = (1, self.grid**2 + has_class_position, width)
-            embedding = self.param("pos_embed", _dense_init, shape)
+            embedding = self.param("pos_embed", small, shape)
             if has_class_position:
                 tokens = [tokens[0] + embedding[:, :1]]
             of_patches = embedding[0, has_class_position:]
@@ -204,16 +196,17 @@ class ViT(Backbone):
         else:
             rotate = partial(_rotate, angles=rotary(rows, columns, width // self.heads))
         if self.registers:
-            tokens.append(self.param("reg_token", _dense_init, (1, self.registers, width)))
+            tokens.append(self.param("reg_token", small, (1, self.registers, width)))
         tokens = [jnp.broadcast_to(t, (batch, *t.shape[1:])).astype(self.dtype) for t in tokens]
         x = jnp.concatenate([*tokens, x], 1)
         if self.norm_pre:
             x = norm(name="norm_pre")(x)
 
-        common = {"heads": self.heads, "activation": self.activation, "norm": norm}
-        common |= {"layer_scale": self.layer_scale, "key_bias": self.key_bias}
+        attention = partial(Attention, self.heads, self.key_bias, rotate)
+        common = {"attention": attention, "norm": norm, "train": train}
+        common |= {"activation": self.activation, "layer_scale": self.layer_scale}
         for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, train=train, rotate=rotate, **own, **common)
+            x = self.run_block(Block, name, x, **own, **common)
         x = norm(name="norm")(x)
         if self.class_token:
             token = x[:, 0]
@@ -324,8 +317,14 @@ def from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     )
 
 
-def size_of(config: Mapping[str, Any], default: str = "base") -> str | None:
-    """Returns which of `SIZES` a config of Hugging Face describes; it leaves out the default's."""
+def size_of(config: Mapping[str, Any], default: str = "base") -> dict[str, Any]:
+    """Returns the size that a config of Hugging Face describes; it leaves out the default's."""
     keys = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
-    wanted = {ours: config.get(theirs, SIZES[default][ours]) for ours, theirs in keys.items()}
-    return next((name for name, size in SIZES.items() if size == wanted), None)
+    return {ours: config.get(theirs, SIZES[default][ours]) for ours, theirs in keys.items()}
+
+
+def size_and_grid_of(config: Mapping[str, Any], patch: int = 16) -> dict[str, Any]:
+    """Returns `size_of`, and the patches; `patch` pixels where the config has none."""
+    patch = config.get("patch_size", patch)
+    grid = config.get("image_size", 224) / patch
+    return size_of(config) | {"published_patch": patch, "grid": grid}

@@ -21,16 +21,6 @@ from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.runtime import files
 from cgd_jax.runtime.errors import InputError
 
-__all__ = [
-    "NoSource",
-    "check_backbone",
-    "declared_backbone",
-    "declared_normalization",
-    "digest",
-    "find",
-    "read",
-]
-
 PACKAGES = {source: package for family in FAMILIES for source, package in family.packages.items()}
 # The weights of a Hugging Face repository, the first that there is; an index lists several files.
 _PUBLISHED = {"model.safetensors": (), "model.safetensors.index.json": ("model-*.safetensors",)}
@@ -222,8 +212,10 @@ def digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str
     return files.digest({**arrays, "": np.frombuffer(texts, np.uint8)})
 
 
-def declared_normalization(folder: Path) -> Normalization | None:
-    """Returns what timm's or Hugging Face's config in a folder says of mean and std, if any."""
+def declared_normalization(folder: Path, metadata: Mapping[str, str]) -> Normalization | None:
+    """Returns what a saved file's metadata say of mean and std, or a published config beside it."""
+    if "normalization" in metadata:
+        return Normalization.of(**json.loads(metadata["normalization"]))
     for path, keys in ((folder / name, keys) for name, keys in _CONFIGS.items()):
         if path.exists():
             with _read_config(path) as content:

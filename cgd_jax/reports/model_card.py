@@ -13,8 +13,6 @@ from cgd_jax.reports.torch_code import READ, reads_backbone, torch_code
 if TYPE_CHECKING:
     from cgd_jax.network import Network
 
-__all__ = ["model_card"]
-
 
 def model_card(network: "Network", result: dict) -> str:
     """Returns the card of a run's network in Markdown; `result` is of `evaluate.evaluate_state`."""
@@ -121,7 +119,7 @@ def _with_torch(network: "Network") -> str:
             f"is in backbone.safetensors."
         )
     needs = "The whole network, from the two files of weights:"
-    if not reads_backbone(model):
+    if not reads_backbone(network.model.backbone):
         scheme = backbones.BACKBONES[model["backbone"]].schemes[0]
         needs = (
             f"backbone.safetensors has the weights of the backbone under the names of\n"

@@ -192,7 +192,7 @@ def plot_samples(
                 continue
             left = gap + i % columns * (side + gap)
             top = sheet.height - i // columns * (side + room + gap)
-            drawn.text(left, top - room, shorten(literal(name), 24), fontsize=6, transform=None)
+            drawn.text(left, top - room, shorten(name, 24), fontsize=6, transform=None)
 
 
 def plot_retrievals(
@@ -212,10 +212,7 @@ def plot_retrievals(
         colors = [GREEN if is_right else RED for is_right in right[i]]
         places += [(dataset.query, rows[i], "black")]
         places += [(gallery, j, color) for j, color in zip(nearest[i], colors, strict=True)]
-    tiles = [
-        ImageOps.expand(thumbnail(split.images[np.array([i])][0], 96), 5, color)
-        for split, i, color in places
-    ]
+    tiles = [ImageOps.expand(thumbnail(s.images[i], 96), 5, color) for s, i, color in places]
     said = "Queries drawn at random, with their nearest neighbours"
     if len(failing):
         said += f"; in the last {len(failing)} rows those with a wrong first neighbour"

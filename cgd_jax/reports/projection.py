@@ -6,6 +6,7 @@ like. Distances in the plane are only what is left of those in the embedding.
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,29 +75,28 @@ def draw_map(
     The classes with the most images have a color each, and precedence: else one would hardly see
     them among thousands of others. The seed decides between equals.
     """
-    order = np.random.default_rng(seed).permutation(len(points))
-    classes, counts = np.unique(sample.labels, return_counts=True)
-    colored = classes[np.argsort(-counts, kind="stable")[: len(COLORS)]]
-    color_of = dict(zip(colored.tolist(), COLORS, strict=False))
+    counts = Counter(sorted(sample.labels.tolist())).most_common()
+    color_of = dict(zip((label for label, _ in counts), COLORS, strict=False))
     shades = [color_of.get(label, "#c8c8c8") for label in sample.labels.tolist()]
-    order = order[np.argsort(~np.isin(sample.labels[order], colored), kind="stable")]
+    drawn = np.random.default_rng(seed).permutation(len(points)).tolist()
+    order = sorted(drawn, key=lambda i: sample.labels[i] not in color_of)
 
     low, high = points.min(0), points.max(0)
     side = SIDE + 2 * FRAME
     scale = np.min((SIZE - side) / np.maximum(high - low, 1e-12 * max(1, np.abs(points).max())))
     corners = (points - (low + high) / 2) * scale * [1, -1] + (SIZE - side) / 2
     cells = np.rint(corners / side).astype(int) * side
-    drawn = order[np.unique(cells[order], axis=0, return_index=True)[1]]
+    first = {tuple(cells[i].tolist()): i for i in reversed(order)}
     canvas = Image.new("RGB", tuple(SIZE.tolist()), "white")
-    for i in drawn:
-        thumbnail = plots.thumbnail(_image(dataset, sample.places[i]), SIDE)
-        canvas.paste(ImageOps.expand(thumbnail, FRAME, shades[i]), tuple(cells[i].tolist()))
+    for corner, i in first.items():
+        thumbnail = _thumbnail(dataset, *sample.places[i])
+        canvas.paste(ImageOps.expand(thumbnail, FRAME, shades[i]), corner)
 
     names = dataset.query.class_names | (dataset.gallery or dataset.query).class_names
     legend = [Patch(color=c, label=shorten(names.get(k, k), 40)) for k, c in color_of.items()]
     said = (
-        f"{literal(title)}\n{len(drawn):,} of {sample.total:,} test images, of those in one place "
-        f"one; the colors are {len(colored)} of {len(classes):,} classes:"
+        f"{literal(title)}\n{len(first):,} of {sample.total:,} test images, of those in one place "
+        f"one; the colors are {len(color_of)} of {len(counts):,} classes:"
     )
     with plots.figure_of(path, canvas, heading=160) as figure:
         box = figure.legend(handles=legend, title=said, loc="upper left", ncols=3, frameon=False)
@@ -106,9 +106,8 @@ def draw_map(
 def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title: str) -> None:
     """Writes what `tensorboard --logdir=FOLDER` shows under PROJECTOR, over what was there.
 
-    tensorboardX's `add_embedding` adds to the configuration whenever it is called and holds images
-    as float64. The vectors are text because TensorBoard tries that first; they can also be loaded
-    at https://projector.tensorflow.org.
+    tensorboardX's `add_embedding` adds to what was there, and holds images as float64. The vectors
+    are text: TensorBoard tries that first, and https://projector.tensorflow.org takes it.
     """
     below = Path(folder, "projector")
     below.mkdir(parents=True, exist_ok=True)
@@ -120,7 +119,7 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
         shown = literal(split.class_names.get(label, label))
         rows.append({"class": shown, "label": label, "id": literal(split.ids[i]), "split": name})
     write_csv(below / "metadata.tsv", rows, "\t")
-    tiles = [plots.thumbnail(_image(dataset, place), SIDE) for place in sample.places]
+    tiles = [_thumbnail(dataset, *place) for place in sample.places]
     sprite = plots.contact_sheet(tiles, math.ceil(math.sqrt(len(tiles))), 0)
     files.write_picture(below / "sprite.png", sprite)
 
@@ -134,7 +133,5 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
     )
 
 
-def _image(dataset: Dataset, place: tuple[str, int]) -> np.ndarray:
-    """Returns the pixels of one image, [S, S, 3] uint8."""
-    name, i = place
-    return getattr(dataset, name).images[np.array([i])][0]
+def _thumbnail(dataset: Dataset, split: str, i: int) -> Image.Image:
+    return plots.thumbnail(getattr(dataset, split).images[i], SIDE)

@@ -1,19 +1,17 @@
 """PyTorch code that computes an exported network's embedding, for its model card."""
 
 import pprint
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from cgd_jax import pooling
-from cgd_jax.models import resnet
+from cgd_jax.models.resnet import ResNet
 
 if TYPE_CHECKING:
     from cgd_jax.network import Network
-
-__all__ = ["READ", "reads_backbone", "torch_code"]
 
 # Reads a file of an export, of which no bit is wrong.
 READ = """\
@@ -82,9 +80,9 @@ _POOLED = {
 }
 
 
-def reads_backbone(model: Mapping[str, Any]) -> bool:
-    """Returns whether `torch_code` of a config's `model` computes the backbone too."""
-    return model["backbone"] in resnet.BACKBONES and model["backbone"] != "se_resnet50"
+def reads_backbone(backbone: nn.Module) -> TypeGuard[ResNet]:
+    """Returns whether `torch_code` of a network computes its backbone too."""
+    return isinstance(backbone, ResNet) and not backbone.squeeze_excite
 
 
 def torch_code(network: "Network") -> str | None:
@@ -94,11 +92,11 @@ def torch_code(network: "Network") -> str | None:
     images as it normalizes them to a feature map [B, C, H, W], and the class token [B, C] beside
     it if that is a descriptor. None if a descriptor is none of `_POOLED`.
     """
-    model, config = network.model, network.config["model"]
+    model, backbone = network.model, network.model.backbone
     letters, side, size = model.descriptors, network.resize, network.image_size
     if not set(letters) <= _POOLED.keys():
         return None
-    lines = [(_START + (_resnet(config) if reads_backbone(config) else "")).rstrip()]
+    lines = [(_START + (_resnet(backbone) if reads_backbone(backbone) else "")).rstrip()]
     lines += ["", "", f"def embed(images):  # [B, 3, {side}, {side}], RGB, 0 to 255"]
     if side > size:
         start = (side - size) // 2
@@ -141,17 +139,13 @@ def torch_code(network: "Network") -> str | None:
     return "\n".join(lines)
 
 
-def _resnet(model: Mapping[str, Any]) -> str:
+def _resnet(backbone: ResNet) -> str:
     """Returns the function `backbone` for a ResNet of any width, stem and stride."""
-    network = resnet.BACKBONES[model["backbone"]].keywords
-    options = {key: model[key] for key in ("last_stride", "stride_removed")}
-    strides = resnet.BACKBONES[model["backbone"]](**options).stage_strides
-    stages = list(zip(network["stage_sizes"], strides, strict=True))
-    code = _RESNET.replace("STEM_STRIDE", str(model["stem_stride"])).replace("STAGES", str(stages))
-    pool = "    x = F.max_pool2d(x, 3, 2, 1)\n" if model["stem"] == "7x7" else ""
+    stages = list(zip(backbone.stage_sizes, backbone.stage_strides, strict=True))
+    code = _RESNET.replace("STEM_STRIDE", str(backbone.stem_stride)).replace("STAGES", str(stages))
+    pool = "    x = F.max_pool2d(x, 3, 2, 1)\n" if backbone.stem == "7x7" else ""
     code = code.replace("    MAX_POOL\n", pool)
-    branch = _BOTTLENECK if network.get("bottleneck", True) else _BASIC
-    return code.replace("            BRANCH\n", branch)
+    return code.replace("            BRANCH\n", _BOTTLENECK if backbone.bottleneck else _BASIC)
 
 
 def _regions(network: "Network") -> list[tuple[int, int, int]]:

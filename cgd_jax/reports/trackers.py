@@ -18,43 +18,38 @@ from cgd_jax.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-Track = Callable[[int, dict[str, float]], object]
 
-
-@contextlib.contextmanager
-def _wandb(identity: str | None, config: dict, folder: Path) -> Iterator[tuple[str, Track]]:
+def _wandb(identity: str | None, config: dict, folder: Path) -> tuple:
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "cgd_jax")
     known = {"project": project, "name": folder.name, "id": identity, "resume": "allow"}
     settings = wandb.Settings(silent=True, console="off")
-    with wandb.init(**known, config=config, dir=folder, settings=settings) as run:
-        # Rows that a resumed run has already are ignored.
-        yield run.id, lambda step, values: run.log(values, step=step)
+    run = wandb.init(**known, config=config, dir=folder, settings=settings)
+    # Rows that a resumed run has already are ignored.
+    return run, run.id, lambda step, values: run.log(values, step=step)
 
 
-@contextlib.contextmanager
-def _mlflow(identity: str | None, config: dict, folder: Path) -> Iterator[tuple[str, Track]]:
+def _mlflow(identity: str | None, config: dict, folder: Path) -> tuple:
     import mlflow
-
-    def track(step: int, values: dict[str, float]) -> None:
-        # MLflow takes no @ in a name.
-        mlflow.log_metrics({k.replace("@", "_at_"): x for k, x in values.items()}, step=step)
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it tells how it makes its tables
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "cgd_jax"))
-    with mlflow.start_run(run_id=identity, run_name=None if identity else folder.name) as run:
-        if identity is None:
-            mlflow.log_params(flatten_dict(config, sep="."))
-        yield run.info.run_id, track
+    run = mlflow.start_run(run_id=identity, run_name=None if identity else folder.name)
+    if identity is None:
+        mlflow.log_params(flatten_dict(config, sep="."))
+    named = lambda values: {key.replace("@", "_at_"): x for key, x in values.items()}  # takes no @
+    return run, run.info.run_id, lambda step, x: mlflow.log_metrics(named(x), step=step)
 
 
-# Each opens a run, new or known by its identity, and yields its identity and what logs a row.
+# Each opens a run, new or known by its identity: it, its identity, and what logs a row.
 TRACKERS = {"wandb": _wandb, "mlflow": _mlflow}
 
 
 @contextlib.contextmanager
-def tracking(tracker: str, folder: Path, config: dict) -> Iterator[Track]:
+def tracking(
+    tracker: str, folder: Path, config: dict
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """Opens the run of a tracker, or goes on with it; yields what logs the values of a step.
 
     tracker.json in the run's folder keeps by what name the tracker knows it. Training goes on if
@@ -65,22 +60,21 @@ def tracking(tracker: str, folder: Path, config: dict) -> Iterator[Track]:
         return
     path = folder / "tracker.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    with contextlib.ExitStack() as stack:
+    try:
+        run, identity, track = TRACKERS[tracker](known.get(tracker), config, folder)
+    except Exception as error:  # each library has its own
+        raise ConfigError(
+            f"train.tracker={tracker!r} does not take the run: {error}. Set it up, or leave it "
+            f"out; history.csv and TensorBoard's events are written in any case."
+        ) from error
+
+    def track_if_possible(step: int, values: dict[str, float]) -> None:
         try:
-            opened = TRACKERS[tracker](known.get(tracker), config, folder)
-            identity, track = stack.enter_context(opened)
-        except Exception as error:  # each library has its own
-            raise ConfigError(
-                f"train.tracker={tracker!r} does not take the run: {error}. Set it up, or leave it "
-                f"out; history.csv and TensorBoard's events are written in any case."
-            ) from error
+            track(step, values)
+        except Exception as error:
+            log.warning("%s did not take the row of step %d: %s", tracker, step, error)
+
+    with run:
         files.write_json(path, known | {tracker: identity})
         console.log(f"The history is also in {tracker}, as run {identity}.\n")
-
-        def track_if_possible(step: int, values: dict[str, float]) -> None:
-            try:
-                track(step, values)
-            except Exception as error:
-                log.warning("%s did not take the row of step %d: %s", tracker, step, error)
-
         yield track_if_possible

@@ -32,16 +32,19 @@ def initial_weights(backbone: str) -> dict[str, dict]:
     config.fc_init = "lecun_normal"  # as version 0.1.0 drew them
     model = create_model(config, 5)
 
+    shapes = {}
+
+    @jax.jit
     def draw():
         variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-        return flatten_dict(variables, sep="/")
+        arrays = flatten_dict(variables, sep="/")
+        shapes.update({path: list(array.shape) for path, array in arrays.items()})
+        kernels = sorted(path for path, shape in shapes.items() if len(shape) > 1)
+        # Not all of them: every draw is compiled by itself.
+        return {path: arrays[path].ravel()[0] for path in kernels[::9]}
 
-    shapes = {path: list(leaf.shape) for path, leaf in jax.eval_shape(draw).items()}
-    kernels = sorted(path for path, shape in shapes.items() if len(shape) > 1)
-    # Not all of them: every draw is compiled by itself.
-    few = set(kernels[::9])
-    first = jax.jit(lambda: {path: a.ravel()[0] for path, a in draw().items() if path in few})()
-    return {"shapes": shapes, "first": {path: float(number) for path, number in first.items()}}
+    first = {path: float(number) for path, number in draw().items()}
+    return {"shapes": shapes, "first": first}
 
 
 if __name__ == "__main__":
