@@ -34,6 +34,7 @@ def trainer(keep: bool, size: int, batch: int):
         from cgd_jax import train_step
         from cgd_jax.models.cgd import create_model
         from cgd_jax.optimizer import make_optimizer
+        from cgd_jax.sharding import shardings
         from configs import lite0
 
         config = lite0.get_config()
@@ -41,10 +42,10 @@ def trainer(keep: bool, size: int, batch: int):
         config.data.image_size, config.data.resize, config.train.steps = size, size + 24, 100
         model = create_model(config.model, CLASSES)
         mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
-        replicated, divided = train_step.shardings(mesh)
+        _, divided = shardings(mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         step = train_step.make_train_step(config, model, optimizer, mesh)
-        state = train_step.create_state(config, model, optimizer, replicated)
+        state = train_step.create_state(config, model, optimizer, mesh)
         shape = (batch, size + 24, size + 24, 3)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         labels = np.arange(batch, dtype=np.int32) // 4

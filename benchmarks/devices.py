@@ -25,6 +25,7 @@ from cgd_jax import run, train_step
 from cgd_jax.data import batches
 from cgd_jax.models.cgd import create_model
 from cgd_jax.optimizer import make_optimizer
+from cgd_jax.sharding import shardings
 from configs import glyphs
 
 STEPS = 20
@@ -34,7 +35,7 @@ def start(config, model, devices):
     """The state at step 0 on so many devices, and state, images, labels → state, loss."""
     axis = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((devices,), ("data",), axis, devices=jax.devices()[:devices])
-    replicated, split = train_step.shardings(mesh)
+    replicated, split = shardings(mesh)
     optimizer = make_optimizer(config.optimizer, STEPS)
     step = train_step.make_train_step(config, model, optimizer, mesh)
 
@@ -43,7 +44,7 @@ def start(config, model, devices):
         state, metrics = step(state, *jax.device_put((images, labels), split))
         return state, float(metrics["loss"])
 
-    return train_step.create_state(config, model, optimizer, replicated), advance
+    return train_step.create_state(config, model, optimizer, mesh), advance
 
 
 def gap(state, other):

@@ -38,6 +38,7 @@ from cgd_jax.models.cgd import create_model, embed_model
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.reports import throughput
 from cgd_jax.runtime.memory import keep_freed_memory
+from cgd_jax.sharding import shardings
 from configs import base, glyphs
 
 CLASSES = 100
@@ -53,11 +54,11 @@ def ours(config, batch, training=True, queued=1):
     """
     keep_freed_memory()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
-    replicated, divided = train_step.shardings(mesh)
+    _, divided = shardings(mesh)
     model = create_model(config.model, CLASSES)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     size = config.data.image_size
-    state = train_step.create_state(config, model, optimizer, replicated)
+    state = train_step.create_state(config, model, optimizer, mesh)
     flops = (3 if training else 1) * batch
     flops *= throughput.flops_per_image(model, state.variables(), state.normalization, size)
     side = config.data.resize if training else size

@@ -284,7 +284,7 @@ def _digest(fields: dict[str, Any]) -> np.ndarray:
     """Returns a digest of all arrays, [8] uint8: of a state as of what is read without one."""
     arrays, _ = jax.tree_util.tree_flatten_with_path(fields)
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    found = files.digest({name(path): array for path, array in arrays})
+    found = files.digest({name(path): processes.to_host(array) for path, array in arrays})
     return np.frombuffer(bytes.fromhex(found), np.uint8)
 
 

@@ -15,7 +15,8 @@ __all__ = ["complete", "complete_flat", "differences", "flatten", "from_dict", "
 # What may differ when a run is continued: none of it changes what is trained.
 FREE_TO_CHANGE = (
     "data.dir data.source data.test_name data.test_source data.radius data.turn data.aspect "
-    "data.cache eval profile_steps train.log_every train.checkpoint_every train.keep train.tracker"
+    "data.cache eval profile_steps train.log_every train.checkpoint_every train.keep train.tracker "
+    "train.shard"
 ).split()
 
 # All that is known of work folders of older versions: names that a key had, and what was done

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import train_step as parts
 from cgd_jax.models.cgd import CGD
+from cgd_jax.sharding import shardings
 from cgd_jax.train_step import State, TrainStep, measure_losses
 
 __all__ = ["make_gradients_of_batch", "make_train_step"]
@@ -36,7 +37,8 @@ def make_train_step(
     any: XLA compiles convolutions inside of loops to slow code on a CPU, and a program without a
     loop would grow with the number of chunks.
     """
-    replicated, batch_sharding = parts.shardings(mesh)
+    replicated, batch_sharding = shardings(mesh)
+    layout = parts.layout_of_state(config, model, optimizer, mesh)
     gradients_of_batch = make_gradients_of_batch(config, model)
 
     @functools.partial(jax.jit, out_shardings=batch_sharding)
@@ -47,7 +49,7 @@ def make_train_step(
     def describe(state, output, labels):
         return parts.describe_step(config, model, state, output, labels)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, replicated))
     def update(state, gradients, batch_stats, metrics, output, labels):
         state = parts.update(config, optimizer, state, gradients, batch_stats, metrics["loss"])
         state = parts.remember(config.loss, state, output, labels)

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cgd_jax import combination, config_files, data, losses, pooling, rerank, retrieval
+from cgd_jax import (
+    combination,
+    config_files,
+    data,
+    losses,
+    pooling,
+    rerank,
+    retrieval,
+    sharding,
+)
 from cgd_jax.config import flatten
 from cgd_jax.data import shapes
 from cgd_jax.models import backbones, cgd, resnet
@@ -100,6 +109,7 @@ RULES: dict[str, Rule] = {
         lambda shares: all(0 < share < 1 for share in shares),
         "must be shares of all steps between 0 and 1, such as (0.5, 0.75)",
     ),
+    "train.shard": one_of(sharding.SHARDS),
     "train.tracker": one_of(("wandb", "mlflow", "")),
     "eval.ks": Rule(
         lambda ks: 1 in ks and _all_positive_integers(ks),

@@ -26,7 +26,8 @@ from cgd_jax.optimizer import make_optimizer
 from cgd_jax.rules import AUTO, validate
 from cgd_jax.runtime import compiled, console, processes
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.train_step import State, create_state, draw_state, shardings
+from cgd_jax.sharding import lay_out, shardings
+from cgd_jax.train_step import State, create_state, draw_state
 from cgd_jax.workdir import check_workdir, data_changes, read_config
 
 __all__ = ["Run", "create_run", "initial_state", "name_backbone", "open_data", "open_run"]
@@ -62,14 +63,15 @@ class Run(NamedTuple):
 
     def create_state(self) -> State:
         """Returns the state at step 0 with random weights; the same config gives the same."""
-        return create_state(self.config, self.model, self.optimizer, shardings(self.mesh)[0])
+        return create_state(self.config, self.model, self.optimizer, self.mesh)
 
     def state_shapes(self) -> State:
         """Returns the shapes, dtypes and shardings of a state."""
-        replicated = shardings(self.mesh)[0]
+        shapes = jax.eval_shape(lambda: draw_state(self.config, self.model, self.optimizer))
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-            jax.eval_shape(lambda: draw_state(self.config, self.model, self.optimizer)),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            lay_out(shapes, self.mesh, self.config.train.shard),
         )
 
 

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
@@ -19,6 +20,7 @@ from cgd_jax.models import backbones
 from cgd_jax.models.cgd import CGD, LOSS_PARAMS, Output, network_params
 from cgd_jax.optimizer import learning_rate_schedule, moving_average
 from cgd_jax.preprocess import Normalization
+from cgd_jax.sharding import lay_out, shardings
 
 
 @flax.struct.dataclass
@@ -53,12 +55,13 @@ def make_train_step(
     sees global statistics, and n devices compute what one computes.
     """
     replicated, batch_sharding = shardings(mesh)
+    layout = layout_of_state(config, model, optimizer, mesh)
 
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(replicated, batch_sharding, batch_sharding),
-        out_shardings=(replicated, replicated),
+        in_shardings=(layout, batch_sharding, batch_sharding),
+        out_shardings=(layout, replicated),
     )
     def train_step(state: State, images: jax.Array, labels: jax.Array):
         images = prepare(config, state, images)
@@ -180,19 +183,27 @@ def facts_of(config: ConfigDict, state: State) -> dict[str, jax.Array]:
     return {"learning_rate": schedule(state.step - 1), "skipped": state.skipped}
 
 
+def layout_of_state(
+    config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Any:
+    """Returns how the devices hold each array of a state, or all of them."""
+    if config.train.shard == "none":  # for which no network has to be traced
+        return shardings(mesh)[0]
+    shapes = jax.eval_shape(functools.partial(draw_state, config, model, optimizer))
+    return lay_out(shapes, mesh, config.train.shard)
+
+
 def create_state(
-    config: ConfigDict,
-    model: CGD,
-    optimizer: optax.GradientTransformation,
-    sharding: jax.sharding.Sharding,
+    config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> State:
-    """Compiles and runs `draw_state`; `sharding` is how the devices hold the state."""
+    """Compiles and runs `draw_state`, of which each device draws what it holds."""
     # On a CPU every array is drawn by code of its own, which takes long to compile and runs once.
     # Less effort compiles the same numbers in a third of the time.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     draw = functools.partial(draw_state, config, model, optimizer)
-    return jax.jit(draw, out_shardings=sharding, compiler_options=options)()
+    layout = layout_of_state(config, model, optimizer, mesh)
+    return jax.jit(draw, out_shardings=layout, compiler_options=options)()
 
 
 def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation) -> State:
@@ -223,14 +234,3 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
 def drop_path_keys(config: ConfigDict, state: State) -> dict[str, jax.Array]:
     """Returns the random keys of the network in a step, see `models.layers.drop_path`."""
     return {"drop_path": jax.random.fold_in(step_key(config.seed, state.step), 1)}
-
-
-def shardings(
-    mesh: jax.sharding.Mesh,
-) -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding]:
-    """Returns how a mesh holds state and batches: replicated; divided along the first axis."""
-    spec = jax.sharding.PartitionSpec
-    return (
-        jax.sharding.NamedSharding(mesh, spec()),
-        jax.sharding.NamedSharding(mesh, spec("data")),
-    )

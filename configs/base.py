@@ -136,6 +136,7 @@ def get_config() -> ConfigDict:
     train.classes_per_batch = 32  # P; 0: as many as there are, 12 at most
     train.images_per_class = 4  # K; the batch has P × K images
     train.gradient_cache_chunk = 0  # above 0: activations of so many images at a time are held
+    train.shard = "none"  # "parameters": every device holds a part of them, see docs/devices.md
     train.skip_nonfinite = 0  # steps in a row with a loss that is not finite to pass over
     train.log_every = 20  # steps between lines in history.csv
     train.eval_every = 500  # steps between evaluations

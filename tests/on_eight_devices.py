@@ -7,9 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cgd_jax import checkpoint, losses, metrics, optimizer, ranking, retrieval, train_step
+from cgd_jax import (
+    checkpoint,
+    losses,
+    metrics,
+    optimizer,
+    ranking,
+    retrieval,
+    sharding,
+    train_step,
+)
 from cgd_jax.models.cgd import CGD
 from cgd_jax.models.resnet import ResNet
+from cgd_jax.sharding import shardings
 from configs import glyphs
 
 STEPS = 12
@@ -36,11 +46,11 @@ def training_is_the_same_and_resumes_what_others_began(folder):
     model = CGD(backbone, num_classes=16, embedding_dim=8, center="mean")
     descent = optimizer.make_optimizer(config.optimizer, STEPS, proxies=True)
 
-    drawn = train_step.create_state(config, model, descent, train_step.shardings(mesh_of(8))[0])
-
-    def start(count):
+    def start(count, shard="none"):
         """The state at step 0 on so many devices, and a function that goes on to the last step."""
-        replicated, split = train_step.shardings(mesh_of(count))
+        _, split = shardings(mesh_of(count))
+        config.train.shard = shard
+        layout = train_step.layout_of_state(config, model, descent, mesh_of(count))
         step = train_step.make_train_step(config, model, descent, mesh_of(count))
 
         def go_on(state, checkpoints=None):
@@ -52,25 +62,35 @@ def training_is_the_same_and_resumes_what_others_began(folder):
                     checkpoint.save(checkpoints, state)
             return sequence, jax.tree.map(np.asarray, (state.params, state.memory))
 
-        return jax.device_put(jax.tree.map(np.asarray, drawn), replicated), go_on
+        return jax.device_put(jax.tree.map(np.asarray, drawn), layout), go_on
 
     def assert_same(found, expected):
         np.testing.assert_allclose(found[0], expected[0][-len(found[0]) :], rtol=1e-5)
         difference = jax.tree.map(np.subtract, found[1], expected[1])
         assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(expected[1])
 
-    states, go_on = zip(*map(start, (1, 2, 8)), strict=True)
+    drawn = train_step.create_state(config, model, descent, mesh_of(8))
+    sharding.SMALL = 100
+    layouts = ((1, "none"), (2, "none"), (8, "none"), (8, "parameters"))
+    states, go_on = zip(*(start(*layout) for layout in layouts), strict=True)
+    kernel = states[3].opt_state, states[3].memory.vectors
+    for array in jax.tree.leaves(kernel):  # the large ones
+        if array.size >= 100 and any(length % 8 == 0 for length in array.shape):
+            assert 8 * array.addressable_shards[0].data.size == array.size
     alone = go_on[0](jax.tree.map(jnp.copy, states[0]))
     assert alone[0][0] != alone[0][-1]
-    with checkpoint.manager(folder, keep=1) as checkpoints:
+    with checkpoint.manager(f"{folder}/two", keep=1) as checkpoints:
         assert_same(go_on[1](states[1], checkpoints), alone)
     assert_same(go_on[2](jax.tree.map(jnp.copy, states[2])), alone)
-    # What two devices have begun, one and eight bring to the same end.
-    for state, resume, devices in ((states[0], go_on[0], 1), (states[2], go_on[2], 8)):
-        with checkpoint.manager(folder, keep=1) as checkpoints:
-            saved = checkpoint.restore_latest(checkpoints, state)
-        assert len(saved.params["fc_S"].sharding.device_set) == devices
-        found = resume(saved)
+    with checkpoint.manager(f"{folder}/divided", keep=1) as checkpoints:
+        assert_same(go_on[3](jax.tree.map(jnp.copy, states[3]), checkpoints), alone)
+    # What others have begun, each brings to the same end.
+    for begun, then in (("two", 0), ("two", 2), ("two", 3), ("divided", 0), ("divided", 2)):
+        with checkpoint.manager(f"{folder}/{begun}", keep=1) as checkpoints:
+            saved = checkpoint.restore_latest(checkpoints, states[then])
+        wanted, restored = (jax.tree.map(lambda x: x.sharding, s) for s in (states[then], saved))
+        assert wanted == restored
+        found = go_on[then](saved)
         assert len(found[0]) == STEPS // 2
         assert_same(found, alone)
 
@@ -91,9 +111,14 @@ def losses_see_the_whole_batch():
     every = np.ones((8, 8), bool)
     device = np.arange(8) // 4
     assert not np.allclose(hinge(every), hinge(device[:, None] == device[None]))
-    sharded = jax.device_put((vectors, labels), train_step.shardings(mesh_of(2))[1])
+    sharded = jax.device_put((vectors, labels), shardings(mesh_of(2))[1])
     loss = jax.jit(losses.batch_hard_triplet_loss, static_argnums=2)(*sharded, 0.5)
     np.testing.assert_allclose(loss, hinge(every).mean(), rtol=1e-5)
+    losses.ranking.BLOCK = 16  # two anchors at a time, one of each device
+    jax.clear_caches()
+    loss = jax.jit(losses.batch_hard_triplet_loss, static_argnums=2)(*sharded, 0.5)
+    np.testing.assert_allclose(loss, hinge(every).mean(), rtol=1e-5)
+    losses.ranking.BLOCK = 2**24
     # Proxies and centers are on every device, images on one.
     proxies = losses.create_proxies(jax.random.key(0), 4, 1, 2)
     for name, loss in (losses.PROXY_LOSSES | losses.CENTER_LOSSES).items():

@@ -15,7 +15,7 @@ from cgd_jax.data.dataset import Split, rows_of
 from cgd_jax.data.decode import decode
 from cgd_jax.models import cgd
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.train_step import shardings
+from cgd_jax.sharding import shardings
 from tests.dataset_samples import encoded
 from tests.search_samples import photograph, write_network
 

@@ -7,6 +7,7 @@ import pytest
 
 from cgd_jax import losses
 from cgd_jax.combination import l2_normalize
+from cgd_jax.losses import ranking
 
 SIZE, DIM = 12, 5
 LABELS = np.repeat(np.arange(4, dtype=np.int32), 3)
@@ -118,3 +119,28 @@ def test_distances_of_huge_vectors(scale):
     expected = np.linalg.norm(x[:, None].astype(np.float64) - x[None], axis=-1)
     found = jax.jit(losses.pairwise_distances)(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("loss", [losses.batch_hard_triplet_loss, losses.soft_margin_triplet_loss])
+@pytest.mark.parametrize("size", [0, 40])
+def test_the_hardest_pairs_are_the_same_in_blocks(loss, size, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(64, 8)).astype(np.float32), jnp.asarray(rng.integers(0, 8, 64))
+    x[::7] = x[1]  # equal distances, and some of 0
+    memory = losses.empty_memory(size, 8)
+    for _ in range(2 * bool(size)):  # 32 of 40 are known
+        vectors = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+        memory = losses.push(memory, vectors, jnp.asarray(rng.integers(0, 8, 16)))
+    measure = jax.value_and_grad(lambda x: loss(x, labels, memory=memory if size else None))
+    at_once = measure(x)
+    monkeypatch.setattr(ranking, "BLOCK", 600)
+    in_blocks = measure(x)
+    np.testing.assert_allclose(in_blocks[0], at_once[0], rtol=1e-6)
+    np.testing.assert_allclose(in_blocks[1], at_once[1], atol=1e-6)
+
+
+def test_distances_of_a_large_batch_are_never_held_at_once():
+    loss = jax.jit(jax.value_and_grad(losses.batch_hard_triplet_loss))
+    batch = jax.ShapeDtypeStruct((16384, 8), jnp.float32)
+    program = loss.lower(batch, jax.ShapeDtypeStruct((16384,), jnp.int32)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 16384**2  # one matrix

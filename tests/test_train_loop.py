@@ -17,6 +17,7 @@ from cgd_jax.data import Dataset, Split
 from cgd_jax.preprocess import IMAGENET
 from cgd_jax.reports.history import History
 from cgd_jax.reports.throughput import Meter
+from cgd_jax.sharding import shardings
 from tests.test_train import history_without_speed
 from tests.variables import assert_same
 
@@ -34,7 +35,7 @@ def fit_line(tiny_config, monkeypatch):
     labels = np.repeat(np.arange(6, dtype=np.int32), 4)
     split = Split(images, labels, [f"{label}-{i}" for i, label in enumerate(labels)], {})
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
-    replicated, batch_sharding = train_step.shardings(mesh)
+    replicated, batch_sharding = shardings(mesh)
     optimizer = optax.adam(0.1)
 
     def line(params, images):

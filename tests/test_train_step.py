@@ -94,8 +94,8 @@ def problem(loss=None, **values):
     config.data.image_size = 16
     model = create_model(config.model, 4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(12, 16, 16, 3)), jnp.float32)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = train_step.create_state(config, model, optax.identity(), device)
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+    state = train_step.create_state(config, model, optax.identity(), mesh)
     labels = jnp.asarray(np.repeat(np.arange(4), 3))
     return config, model, (state, images, labels)
 

@@ -48,6 +48,7 @@ class Pairs(NamedTuple):
     references: Array  # [N, D] float32: the batch, then the memory
     positive: Array  # [B, N] bool: same class but another image
     negative: Array  # [B, N] bool: another class
+    center: Array  # [D], the mean of the batch
 
     @property
     def valid(self) -> Array:
@@ -57,7 +58,7 @@ class Pairs(NamedTuple):
     @property
     def distances(self) -> Array:
         """[B, N] float32."""
-        return pairwise_distances(self.embeddings, self.references)
+        return distances_from(self.center, self.embeddings, self.references)
 
     @property
     def similarities(self) -> Array:
@@ -74,17 +75,26 @@ def pairwise_distances(x: Array, y: Array | None = None) -> Array:
     [[0.0, 5.0], [5.0, 0.0]]
     """
     x = to_float32(x)
-    y = x if y is None else to_float32(y)
+    return distances_from(mean_of(x), x, x if y is None else to_float32(y))
+
+
+def distances_from(center: Array, x: Array, y: Array) -> Array:
+    """Distances as of `pairwise_distances`; the center [D] decides what is rounded."""
     # The squares of norms beyond 1e19 are infinite. A power of two, so that nothing is rounded.
     largest = jnp.maximum(jnp.abs(x).max(), jnp.abs(y).max())
     scale = jnp.ldexp(1.0, jnp.clip(jnp.frexp(jax.lax.stop_gradient(largest))[1], 0, 100))
     x, y = x / scale, y / scale
     # Seen from their mean: |x|² + |y|² - 2 x·y of long vectors that lie close together has no
     # digit of their distance in it.
-    center = jax.lax.stop_gradient(x.mean(0))
+    center = jax.lax.stop_gradient(center) / scale
     x, y = x - center, y - center
     squared = jnp.sum(x**2, 1)[:, None] + jnp.sum(y**2, 1)[None, :] - 2 * products(x, y)
     return scale * safe_root(squared)
+
+
+def mean_of(x: Array) -> Array:
+    """The mean [D] of rows, whose sum may be beyond float32."""
+    return (x / len(x)).sum(0)
 
 
 def similarities(x: Array, y: Array | None = None) -> Array:
@@ -140,17 +150,42 @@ def pairs_of(
 ) -> Pairs:
     """Finds the pairs of a batch, and of its images with a memory, that a miner keeps."""
     embeddings, labels = checked(embeddings, labels)
-    references, columns = embeddings, labels
-    if memory is not None:
-        references = jnp.concatenate([references, jax.lax.stop_gradient(memory.vectors)])
-        columns = jnp.concatenate([labels, memory.labels.astype(labels.dtype)])
-    same = labels[:, None] == columns[None, :]
-    positive = same & ~jnp.eye(len(labels), len(columns), dtype=bool)
-    negative = ~same & (columns >= 0) if memory is not None else ~same
+    columns = columns_of(embeddings, labels, memory)
+    return pairs_of_rows(embeddings, labels, jnp.arange(len(labels)), columns, miner)
+
+
+class Columns(NamedTuple):
+    """What anchors are compared with: the batch, then the memory."""
+
+    references: Array  # [N, D] float32
+    labels: Array  # [N]
+    known: Array  # [N] bool: not where nothing is in the memory yet
+    center: Array  # [D], the mean of the batch
+
+
+def columns_of(embeddings: Array, labels: Array, memory: Memory | None) -> Columns:
+    known, center = jnp.ones(len(labels), bool), mean_of(embeddings)
+    if memory is None:
+        return Columns(embeddings, labels, known, center)
+    return Columns(
+        jnp.concatenate([embeddings, jax.lax.stop_gradient(memory.vectors)]),
+        jnp.concatenate([labels, memory.labels.astype(labels.dtype)]),
+        jnp.concatenate([known, memory.labels >= 0]),
+        center,
+    )
+
+
+def pairs_of_rows(
+    anchors: Array, labels: Array, rows: Array, columns: Columns, miner: Miner | None
+) -> Pairs:
+    """Finds the pairs of some images of the batch, [B, D] in its rows [B]."""
+    same = labels[:, None] == columns.labels[None, :]
+    positive = same & (rows[:, None] != jnp.arange(len(columns.labels))[None, :])
+    negative = ~same & columns.known
     if miner is not None:
-        distances = jax.lax.stop_gradient(pairwise_distances(embeddings, references))
-        positive, negative = miner(distances, positive, negative)
-    return Pairs(embeddings, references, positive, negative)
+        distances = distances_from(columns.center, anchors, columns.references)
+        positive, negative = miner(jax.lax.stop_gradient(distances), positive, negative)
+    return Pairs(anchors, columns.references, positive, negative, columns.center)
 
 
 def masked_mean(values: Array, mask: Array, axis: int | None = None) -> Array:

@@ -27,12 +27,17 @@ from jax import Array
 from cgd_jax.losses.miners import hardest, semi_hard_negatives
 from cgd_jax.losses.pairs import (
     LIMIT,
+    Memory,
+    Miner,
     PairOptions,
     batch_mean,
+    checked,
+    columns_of,
     masked_logsumexp,
     masked_mean,
     nan_unless_finite,
     pairs_of,
+    pairs_of_rows,
     soft_sum,
 )
 
@@ -50,6 +55,8 @@ __all__ = [
     "supervised_contrastive_loss",
 ]
 
+BLOCK = 2**24  # pairs whose distances triplet losses of the hardest ones hold at a time
+
 
 def batch_hard_triplet_loss(
     embeddings: Array, labels: Array, margin: float = 0.1, **options: Unpack[PairOptions]
@@ -63,7 +70,7 @@ def batch_hard_triplet_loss(
     >>> print(f"{batch_hard_triplet_loss(x, labels):.2f}")  # (2.1 + 1.1 + 5.1 + 2.1) / 4
     2.60
     """
-    gap, valid = _hardest_gap(embeddings, labels, options)
+    gap, valid = _hardest_gap(embeddings, labels, **options)
     return batch_mean(jax.nn.relu(gap + margin), valid, embeddings)
 
 
@@ -80,7 +87,7 @@ def soft_margin_triplet_loss(
     >>> print(f"{soft_margin_triplet_loss(x, labels):.4f}")  # softplus of 0, 1, 1, 0
     1.0032
     """
-    gap, valid = _hardest_gap(embeddings, labels, options)
+    gap, valid = _hardest_gap(embeddings, labels, **options)
     return batch_mean(jax.nn.softplus(scale * gap), valid, embeddings)
 
 
@@ -264,13 +271,34 @@ def lifted_structure_loss(
     return batch_mean(cost, pairs.positive & pairs.valid[:, None], embeddings) / 2
 
 
-def _hardest_gap(embeddings: Array, labels: Array, options: PairOptions) -> tuple[Array, Array]:
-    """[B] farthest positive less nearest negative, or 0; [B] whether an anchor is valid."""
-    pairs = pairs_of(embeddings, labels, **options)
-    farthest, nearest = hardest(pairs.distances, pairs.positive, pairs.negative)
-    # Not the difference masked, since inf - inf poisons gradients.
-    gap = jnp.where(pairs.valid, farthest, 0.0) - jnp.where(pairs.valid, nearest, 0.0)
-    return gap, pairs.valid
+def _hardest_gap(
+    embeddings: Array, labels: Array, memory: Memory | None = None, miner: Miner | None = None
+) -> tuple[Array, Array]:
+    """[B] farthest positive less nearest negative, or 0; [B] whether an anchor is valid.
+
+    Of more than `BLOCK` pairs it looks at some anchors after the other, forth and back, so that no
+    device holds all of their distances: of 32,768 images they are 4 GB.
+    """
+    embeddings, labels = checked(embeddings, labels)
+    columns = columns_of(embeddings, labels, memory)
+
+    def gap_of_rows(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        pairs = pairs_of_rows(*block, columns, miner)
+        farthest, nearest = hardest(pairs.distances, pairs.positive, pairs.negative)
+        # Not the difference masked, since inf - inf poisons gradients.
+        gap = jnp.where(pairs.valid, farthest, 0.0) - jnp.where(pairs.valid, nearest, 0.0)
+        return gap, pairs.valid
+
+    blocks, anchors = 1, len(labels)
+    while anchors * len(columns.labels) > blocks * BLOCK and anchors % (2 * blocks) == 0:
+        blocks *= 2
+    batch = embeddings, labels, jnp.arange(anchors)
+    if blocks == 1:
+        return gap_of_rows(batch)
+    # Every n-th image makes a block, so that each device has its part of it.
+    batch = jax.tree.map(lambda x: x.reshape(-1, blocks, *x.shape[1:]).swapaxes(0, 1), batch)
+    gap, valid = jax.lax.map(jax.checkpoint(gap_of_rows), batch)
+    return gap.T.reshape(anchors), valid.T.reshape(anchors)
 
 
 # The names under which configs select them; see `objective.measure_losses` for what they take.

@@ -117,8 +117,8 @@ def local_rows(sharding: jax.sharding.NamedSharding, batch: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices]))
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """Returns all of an array, whichever processes hold its parts."""
-    if array.is_fully_addressable:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
