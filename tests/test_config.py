@@ -251,7 +251,7 @@ def test_a_config_that_never_ends(tmp_path):
     with pytest.raises(ConfigError, match="config.json is damaged: not a file"):
         workdir.read_config(tmp_path)
     with pytest.raises(InputError, match="config.json, beside the weights, is damaged: not a file"):
-        weight_files.declared_normalization(tmp_path)
+        weight_files.declared_normalization(tmp_path, {})
 
 
 def test_the_config_of_a_run_on_data_that_only_its_config_file_made_known(tmp_path):
