@@ -357,7 +357,7 @@ def test_damaged_files_do_not_ask_for_a_package_that_is_there(kind, end):
 def test_a_heic_that_is_cut_off_is_damaged_in_one_line():
     data = encoded(photograph(64, 64), "HEIF")
     with pytest.raises(ValueError, match=r"\Aa damaged HEIC image: .*\Z"):
-        check(data[: len(data) // 2])
+        check(data[:-20])
 
 
 @pytest.mark.parametrize(

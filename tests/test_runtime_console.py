@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -74,6 +76,16 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(caplog):
     assert [line.partition(" in ")[0] for line in lines if "labels" in line] == [
         "reading labels: 50 of 50"
     ]
+
+
+def test_a_terminal_that_reports_no_size_has_a_bar():
+    pty = pytest.importorskip("pty", reason="there are no such terminals on Windows")
+    main, terminal = pty.openpty()  # of 0 columns and 0 rows
+    code = "from cgd_jax.reports.history import Progress as P\nwith P(0, 2) as bar: bar.refresh()"
+    with open(main, "rb", 0) as shown:
+        subprocess.run([sys.executable, "-c", code], stderr=terminal, check=True)
+        assert b"training:   0%" in shown.read(1000)
+    os.close(terminal)
 
 
 @pytest.mark.parametrize(

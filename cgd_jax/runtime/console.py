@@ -82,7 +82,8 @@ def bar_width() -> dict[str, Any]:
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # no terminal
         known = True
-    return {"dynamic_ncols": True} if known else {"ncols": columns()}
+    # Such a terminal has no rows either, and tqdm would hide what stands below the last one.
+    return {"dynamic_ncols": True} if known else {"ncols": columns(), "nrows": 24}
 
 
 def fold(text: str) -> str:
