@@ -23,7 +23,7 @@ from cgd_jax.labels import as_labels
 from cgd_jax.losses import pairwise_distances
 from cgd_jax.losses.miners import hardest
 from cgd_jax.ranking import normalize
-from cgd_jax.retrieval import check_rows
+from cgd_jax.retrieval import check_matrix, check_rows
 
 __all__ = ["cluster_agreement", "describe_batch", "describe_set"]
 
@@ -119,10 +119,11 @@ def cluster_agreement(embeddings: ArrayLike, labels: ArrayLike, seed: int = 0) -
         from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
     except ImportError as error:
         raise ImportError("NMI and AMI need scikit-learn: pip install scikit-learn") from error
-    labels, shape = as_labels("labels", labels), np.shape(embeddings)
-    if labels.shape != shape[:1]:
-        raise ValueError(f"labels must be one per row: embeddings {shape}, labels {labels.shape}")
+    vectors, labels = check_matrix("embeddings", embeddings), as_labels("labels", labels)
+    if labels.shape != (len(vectors),):
+        found = f"embeddings {vectors.shape}, labels {labels.shape}"
+        raise ValueError(f"labels must be one per row: {found}")
     means = KMeans(len(np.unique(labels)), n_init=1, random_state=seed)
-    found = means.fit_predict(np.asarray(normalize(check_rows("embeddings", embeddings))))
+    found = means.fit_predict(np.asarray(normalize(check_rows("embeddings", vectors))))
     scores = {"nmi": normalized_mutual_info_score, "ami": adjusted_mutual_info_score}
     return {name: float(score(labels, found)) for name, score in scores.items()}

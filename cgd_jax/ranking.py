@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
-from cgd_jax.retrieval import check_rows
+from cgd_jax.retrieval import check_pair, check_rows
 from cgd_jax.runtime import processes, threads
 
 __all__ = ["TIE", "Relevance", "measure_ranks", "normalize"]
@@ -74,13 +74,14 @@ def measure_ranks(
       {name: [Q] float64}, NaN for queries without a positive.
 
     Raises:
-      ValueError: no query has a positive, or a vector is not finite.
+      ValueError: no query has a positive, or vectors do not fit or are not finite.
 
     >>> relevance = Relevance([np.array([2])], ignored=[np.array([0])], matches=np.array([1]))
     >>> query, gallery = [[1, 0]], [[1, 0], [1, 1], [0, 1]]
     >>> measure_ranks(lambda ranks: {"first": ranks[:, 0]}, query, gallery, relevance)
     {'first': array([2.])}
     """
+    query, gallery = check_pair(query, gallery, precision)
     check_matches(relevance.matches, len(gallery))
     asked = np.asarray(check_rows("query", query))
     items = asked if gallery is query else np.asarray(check_rows("gallery", gallery))

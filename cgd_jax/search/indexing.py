@@ -117,8 +117,10 @@ def update(
             network = model if isinstance(model, Network) else open_network(model, vector)
             by, listed = whitening or "pca", list(wanted.values())
             learned = _learn_whitening(network, listed, whiten, by) if whiten else None
-            kept = {"precision": precision or "float32", "whitening": learned, "whitened_by": by}
-            index = Index.create(address, network, **kept)
+            precision = precision or "float32"
+            index = Index.create(
+                address, network, precision=precision, whitening=learned, whitened_by=by
+            )
         _meet(share, "there is an index")
         if index is None:
             index = Index.open(address, model, vector=vector)
@@ -165,7 +167,7 @@ def _learn_whitening(network: Network, listed: list[Listed], dimension: int, by:
     listed = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))]
     if by == "pairs":  # of whole classes, in any order
         listed = [row for row in listed if row[0].label]
-        listed.sort(key=lambda row: zlib.crc32(row[0].label.encode(errors="replace")))
+        listed.sort(key=lambda row: zlib.crc32(str(row[0].label).encode(errors="replace")))
     if not dimension < min(network.dimension, len(listed)):
         raise InputError(
             f"--whiten={dimension}: must be below the dimension of the vectors "
