@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +49,10 @@ print(
 print(f"aspect changed by {mean:.1%} on average, {median:.1%} in the median, {most:.1%} at 95 %")
 print(f"{pixels:.3f} times the pixels of the square of {square.resize}, none of them padding")
 
-before = cgd._embed._cache_size()
+programs: Any = cgd._embed
+before = programs._cache_size()
 kept.embed(files)
-print(f"{cgd._embed._cache_size() - before} programs for all")
+print(f"{programs._cache_size() - before} programs for all")
 
 some = random.Random(1).sample(files, min(args.timed, len(files)))
 alone = np.concatenate([kept.embed(file) for file in some[:50]])

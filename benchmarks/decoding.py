@@ -132,7 +132,8 @@ def main():
         if options.images:
             rows = [("yours", *row) for row in measure(options.images, scratch, options.rounds)]
         for kind, count in () if options.images else KINDS.items():
-            folder = crops(scratch / kind, *map(int, kind.split("x")), count)
+            width, height = map(int, kind.split("x"))
+            folder = crops(scratch / kind, width, height, count)
             rows += [(kind, *row) for row in measure(folder, scratch, options.rounds)]
     print(f"To {SIZE}x{SIZE} uint8, {CORES} cores, median of {options.rounds} rounds")
     headers = ("JPEGs", "way", "images/s", "ratio", "difference")

@@ -126,7 +126,7 @@ def main():
     checked, few = min(256, args.queries), min(1024, args.queries)
     timed = clock.compare(
         {
-            f"{name}{suffix}": partial(prepare, *arguments, checked, precision)
+            f"{name}{suffix}": partial(prepare, *arguments, checked, precision)  # type: ignore[call-arg]
             for precision, suffix in (("highest", ""), ("default", ", default precision"))
             for name, prepare, arguments in (
                 ("metrics.evaluate", evaluate, (x, labels, args.queries)),

@@ -85,7 +85,7 @@ def measure(backbone: str, devices: int, per_device: int, shard: str) -> dict[st
     )
     images = jax.ShapeDtypeStruct((devices * per_device, SIZE, SIZE, 3), jnp.uint8)
     labels = jax.ShapeDtypeStruct((devices * per_device,), jnp.int32)
-    step = train_step.make_train_step(config, model, optimizer, mesh)
+    step: Any = train_step.make_train_step(config, model, optimizer, mesh)
     compiled = step.lower(state, images, labels).compile()
     memory = compiled.memory_analysis()
     held = sum(

@@ -115,7 +115,10 @@ def whiten(embeddings: ArrayLike, mean: np.ndarray, projection: np.ndarray) -> n
         raise ValueError(
             f"whitening was learned for {len(mean)} dimensions, the embeddings have {x.shape[1]}"
         )
-    return np.asarray(normalize((x - mean) @ projection))
+    # A product of few rows wakes threads that wait for longer than it takes.
+    few = len(x) < 16
+    x = x - mean
+    return np.asarray(normalize(np.einsum("nd,dk->nk", x, projection) if few else x @ projection))
 
 
 def expand_queries(

@@ -21,7 +21,6 @@ from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.search.indexing import update  # noqa: E402
 from cgd_jax.serve import service, uploads  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
-from cgd_jax.serve.device import Device  # noqa: E402
 from tests.search_samples import folder_of_photographs, photograph, stand_in  # noqa: E402
 from tests.test_data_decode import BAD, picture  # noqa: E402
 
@@ -281,7 +280,7 @@ def test_paths_are_shown_only_if_asked(index, photos):
         client.headers["authorization"] = "Bearer a token of somebody"
         id = index.vectors()[0][0]
         answers = client.post("/search", params={"id": id}).text
-        paths = ("about", "collection", "duplicates?similarity=0.1", f"details/{id}", "state")
+        paths = ("about", "collection", "duplicates?similarity=0.1", f"details/{id}")
         answers += "".join(client.get(f"/{path}").text for path in paths)
         assert (str(photos) in answers) == show_paths
         assert client.get("/about").json()["files"] == show_paths
@@ -405,27 +404,6 @@ def test_more_than_can_be_embedded_is_refused_at_once(index, monkeypatch):
             thread.join()
         assert statuses == [200, 200]
         assert upload(client, picture()).status_code == 200
-
-
-def test_concurrent_queries_are_embedded_in_batches():
-    sizes = []
-
-    def embed(pixels):
-        sizes.append(len(pixels))
-        time.sleep(0.02)
-        if np.max(pixels) == 255:
-            raise RuntimeError("of the device")
-        return np.stack(pixels)[:, 0, 0, :2].astype(np.float32)
-
-    async def ask(values):
-        device = Device(embed, batch_size=4)
-        images = [np.full((2, 2, 3), value, np.uint8) for value in values]
-        return await asyncio.gather(*map(device.embed, images), return_exceptions=True)
-
-    found = asyncio.run(ask(range(9)))
-    assert [vector.tolist() for vector in found] == [[i, i] for i in range(9)]
-    assert sum(sizes) == 9 and max(sizes) == 4 and len(sizes) <= 4
-    assert all(isinstance(error, RuntimeError) for error in asyncio.run(ask([255, 255])))
 
 
 def test_uploads_are_forgotten_when_there_are_too_many(monkeypatch):

@@ -14,8 +14,9 @@ from PIL import Image
 lancedb = pytest.importorskip("lancedb", reason="lancedb is not installed")
 testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
-from cgd_jax.search import Index, collection, indexing  # noqa: E402
+from cgd_jax.search import Index, Record, collection, indexing  # noqa: E402
 from cgd_jax.search.indexing import update  # noqa: E402
+from cgd_jax.serve import service  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from tests.search_samples import photograph, stand_in  # noqa: E402
 from tests.test_data_decode import picture  # noqa: E402
@@ -146,6 +147,60 @@ def test_what_is_not_the_query_and_similar_enough(client, index, photos):
     assert all(hit["path"] != str(file) for hit in found["hits"]) and len(found["hits"]) == 15
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_is_in_memory_is_searched_as_the_database_is(index, in_memory, monkeypatch):
+    monkeypatch.setattr(collection, "IN_MEMORY", 10**6 if in_memory else 0)
+    images = collection.Collection(index)
+    assert (images.vectors is not None) == in_memory
+    ids, vectors = index.vectors()
+    query = 3 * vectors[0] + vectors[1]
+    for where in (None, "label = 'a'", "width > height AND label <> 'a'", "width < 0"):
+        for k in (1, 3, 50):
+            found, searched, exact = images.search(query, k, where)
+            hits = [(record.id, similarity) for record, similarity in found]
+            assert hits == [(hit.id, pytest.approx(hit.similarity, abs=2e-6))
+                            for hit in index.search(query, k, where)]  # fmt: skip
+            assert searched == index.count(where) and exact
+            assert all(
+                record == index.get(record.id)._replace(thumbnail=b"") for record, _ in found
+            )
+    record = index.get(ids[1])
+    left, searched, _ = images.search(query, 50, None, [("id", ids[0]), ("hash", record.hash)])
+    assert searched == len(left) == 14
+    assert not {ids[0], ids[1]} & {record.id for record, _ in left}
+
+
+def test_of_equal_images_those_of_lower_ids_come_first(tmp_path):
+    index = Index.create(tmp_path / "index", stand_in())
+    vectors = np.repeat(np.eye(2, 16, dtype=np.float32), 50, axis=0)
+    names = np.random.default_rng(0).permutation(100)
+    index.write([Record(id=f"{i:03}", path=f"/{i}.jpg") for i in names], vectors)
+    images = collection.Collection(index)
+    for k in (1, 7, 49, 50, 51, 100):
+        found = [record.id for record, _ in images.search(vectors[0], k)[0]]
+        expected = sorted(f"{i:03}" for i in names[:50]) + sorted(f"{i:03}" for i in names[50:])
+        assert found == expected[:k]
+
+
+def test_a_large_index_that_changes_is_read_again_after_a_while(tmp_path, monkeypatch):
+    """Not at every change, but when an update from the page is done."""
+    index = Index.create(tmp_path / "index", stand_in())
+    index.add([photograph(tmp_path / "a.png", 1)])
+    client = client_of(index)
+    total = lambda: client.get("/collection").json()["total"]
+    assert total() == 1
+    index.add([photograph(tmp_path / "b.png", 2)])
+    assert total() == 2  # it was read at once
+    monkeypatch.setattr(service, "SLOW", 0)
+    monkeypatch.setattr(service, "REST", 10**6)
+    index.add([photograph(tmp_path / "c.png", 3)])
+    assert total() == 3
+    index.add([photograph(tmp_path / "d.png", 4)])
+    assert total() == 3 and client.get("/about").json()["images"] == 4
+    client.app.state.service.reread()
+    assert total() == 4
+
+
 def test_several_images_are_searched_by_the_mean_of_their_vectors(client, index, photos):
     ids, vectors = index.vectors()
     asked = {"id": f"{ids[0]},{ids[1]},{ids[2]}", "k": 16}
@@ -248,7 +303,7 @@ def test_of_large_groups_some_are_shown(client, monkeypatch):
 
 def wait_for_update(client):
     deadline = time.monotonic() + 20
-    while (state := client.get("/state").json())["update"]["running"]:
+    while (state := client.get("/about").json())["update"]["running"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return state

@@ -15,9 +15,9 @@ import uvicorn  # noqa: E402
 
 from cgd_jax import network as networks  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
+from cgd_jax.search.heat import Heat  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from cgd_jax.serve.command import names_of  # noqa: E402
-from cgd_jax.serve.heat import Heat  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in, write_network  # noqa: E402
 from tests.test_main import run_here  # noqa: E402
 

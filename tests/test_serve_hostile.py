@@ -19,12 +19,11 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 from PIL.PngImagePlugin import PngImageFile  # noqa: E402
 
 from cgd_jax.data import decode as decoding  # noqa: E402
-from cgd_jax.runtime.threads import CORES  # noqa: E402
+from cgd_jax.runtime.threads import CORES, Budget  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
 from cgd_jax.serve import connections, service, uploads  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from cgd_jax.serve.command import listen  # noqa: E402
-from cgd_jax.serve.device import Decoder  # noqa: E402
 from tests.search_samples import folder_of_photographs, stand_in  # noqa: E402
 from tests.test_data_decode import encoded, picture  # noqa: E402
 
@@ -201,7 +200,7 @@ def test_work_ends_with_its_client(opened, monkeypatch, how):
 
 
 def test_what_waits_for_a_client_that_has_left_is_never_begun(index, opened, monkeypatch):
-    go_on, decoded, embedded = threading.Event(), [], []
+    go_on, decoded = threading.Event(), []
 
     def slow(self, *args):
         decoded.append(args)
@@ -210,7 +209,6 @@ def test_what_waits_for_a_client_that_has_left_is_never_begun(index, opened, mon
 
     pixels = service.Service.pixels
     monkeypatch.setattr(service.Service, "pixels", slow)
-    monkeypatch.setattr(index, "embed_pixels", embedded.append)
     with serving(create_app(index)) as (port, known):
         crowd = [opened(port, post(picture(i))) for i in range(CORES + 5)]
         wait_until(lambda: len(decoded) == CORES)
@@ -220,7 +218,7 @@ def test_what_waits_for_a_client_that_has_left_is_never_begun(index, opened, mon
         wait_until(lambda: not known)
         go_on.set()
         time.sleep(0.2)
-    assert len(decoded) == CORES and not embedded
+    assert len(decoded) == CORES
 
 
 def test_who_reads_slowly_gets_the_whole_answer(opened, monkeypatch):
@@ -309,10 +307,10 @@ def test_an_upload_is_decoded_once(index, monkeypatch):
 
 
 def test_images_that_are_decoded_at_a_time_share_some_memory():
-    decoder, lock, held, peak, order = Decoder(100), threading.Lock(), [0], [0], []
+    budget, lock, held, peak, order = Budget(100), threading.Lock(), [0], [0], []
 
     def work(size):
-        with decoder.holding(size):
+        with budget.holding(size):
             with lock:
                 order.append(size)
                 held[0] += size
@@ -327,5 +325,5 @@ def test_images_that_are_decoded_at_a_time_share_some_memory():
         time.sleep(0.001)
     for thread in threads:
         thread.join(10)
-    assert peak[0] == 100 and decoder.free == 100 and len(order) == 12
+    assert peak[0] == 100 and budget.free == 100 and len(order) == 12
     assert order.index(100) <= 2  # small ones did not overtake it

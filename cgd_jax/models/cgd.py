@@ -222,7 +222,7 @@ def embed_model(
     of all `scales` of the image are, whose sides are rounded to whole patches. What is added are
     their powers to `scales_p`: a generalized mean, as GeM's, of numbers with their signs.
     """
-    options = {"image_size": image_size, "vector": vector, "flip": flip}
+    options: dict[str, Any] = {"image_size": image_size, "vector": vector, "flip": flip}
     options |= {"scales": scales, "scales_p": scales_p}
     return partial(_embed, model, variables, normalization, **options)
 

@@ -1,9 +1,11 @@
 """All cores at work on independent items."""
 
 import collections
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Condition, Lock
 from typing import TypeVar
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -28,3 +30,24 @@ def parallel(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+class Budget:
+    """An amount of something, such as memory, that threads share."""
+
+    def __init__(self, amount: int):
+        self.free = amount
+        self._turn, self._freed = Lock(), Condition()
+
+    @contextlib.contextmanager
+    def holding(self, amount: int) -> Iterator[None]:
+        """Waits until so much is free; who wants little overtakes nobody who wants much."""
+        with self._turn, self._freed:
+            self._freed.wait_for(lambda: self.free >= amount)
+            self.free -= amount
+        try:
+            yield
+        finally:
+            with self._freed:
+                self.free += amount
+                self._freed.notify_all()

@@ -89,6 +89,17 @@ def as_jpeg(pixels: np.ndarray, width: int, height: int, side: int = THUMBNAIL) 
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)
 
 
+def file_of(record: Record) -> bytes | None:
+    """Returns the file of an indexed image, if it is still what was indexed; else None."""
+    path = Path(record.path)
+    with contextlib.suppress(OSError, ValueError):
+        if record.path and path.is_file() and path.stat().st_size == record.size:
+            data = path.read_bytes()
+            if hash_of(data) == record.hash:
+                return data
+    return None
+
+
 def is_drawn_here(data: bytes) -> bool:
     """Returns whether a file is a picture that this program drew, such as search.png."""
     return data.startswith(PNG) and b"tEXtSoftware\0" + SOFTWARE.encode() in data[:1000]

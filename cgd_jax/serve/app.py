@@ -6,6 +6,7 @@
 that are made here; files are sent as they are only where paths are shown.
 """
 
+import importlib.util
 import mimetypes
 
 from fastapi import FastAPI, Request, Response
@@ -37,8 +38,7 @@ def create_app(index: Index, *, token: str | None = None, show_paths: bool = Fal
     app = FastAPI(
         title="Image search",
         description="Finds the images of an index that are most similar to a given one.",
-        # The pages that show an OpenAPI description load scripts from elsewhere.
-        docs_url=None,
+        docs_url=None,  # its page loads scripts from elsewhere; ours is api.html
         redoc_url=None,
         responses={
             "4XX": {"model": Refusal, "description": "The request cannot be answered"},
@@ -51,6 +51,8 @@ def create_app(index: Index, *, token: str | None = None, show_paths: bool = Fal
     for part in (searching, browsing, showing, explaining, describing):
         app.include_router(part.router)
     mimetypes.add_type("text/javascript", ".js")  # Windows may have been told otherwise
+    if importlib.util.find_spec("fastapi_offline"):
+        app.mount("/swagger", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.mount("/", StaticFiles(packages=[("cgd_jax.serve", "static")], html=True))
     return app
 

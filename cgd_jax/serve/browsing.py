@@ -1,22 +1,24 @@
 """The collection: its images in pages, its folders, and what lies in it twice."""
 
-import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from cgd_jax.search import collection, stores
 from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
-from cgd_jax.search.stores import COLUMNS, Record
-from cgd_jax.serve.filters import Filtered
-from cgd_jax.serve.service import Served, Shown
-from cgd_jax.serve.showing import Details, details_of
-
-__all__ = ["router"]
+from cgd_jax.serve.filters import Filters
+from cgd_jax.serve.service import Served, Service, Shown, run
 
 GROUPS, COPIES = 1000, 100  # that are shown, and of one group, at most
 router = APIRouter(tags=["collection"])
+
+
+class Page(Filters):
+    """Which images are listed."""
+
+    order: Literal["newest", "folder"] = "newest"
+    k: int = Field(100, ge=0, le=500)
+    offset: int = Field(0, ge=0)
 
 
 class Listing(BaseModel):
@@ -28,29 +30,25 @@ class Listing(BaseModel):
 
 
 @router.get("/collection")
-async def listing(
-    service: Served,
-    filters: Filtered,
-    order: Literal["newest", "folder"] = "newest",
-    k: Annotated[int, Query(ge=0, le=500)] = 100,
-    offset: Annotated[int, Query(ge=0)] = 0,
-) -> Listing:
+def listing(service: Served, page: Annotated[Page, Query()]) -> Listing:
     """Lists the images, the newest first or by folder and name."""
-    return await asyncio.to_thread(_listing, service, filters, order, k, offset)
+    images = service.collection()
+    rows = images.listed(page.where(images.root), page.order)
+    shown = [
+        Shown(**service.shown(record, images.root))
+        for record in images.records(rows[page.offset : page.offset + page.k])
+    ]
+    folders = {} if page.offset else images.folders_below(rows, page.folder)
+    return Listing(total=len(rows), folders=folders, images=shown)
 
 
-def _listing(service, filters, order, k, offset) -> Listing:
-    root = service.root()
-    table = service.listing(filters.where(root), order)
-    page = table.slice(offset, k).select(stores.HIT_COLUMNS).to_pylist()
-    rows = [stores.Hit(similarity=0, **row) for row in page]
-    inside = collection.inside(root, filters.folder or "")
-    folders = collection.folders_below(table, inside) if offset == 0 else {}
-    images = [Shown(**one) for one in service.shown(rows, root)]
-    return Listing(total=len(table), folders=folders, images=images)
+class Compared(Filters):
+    """Which images are compared with each other."""
+
+    similarity: float = Field(SIMILARITY, gt=0, le=1)
 
 
-class Copy(Details):
+class Copy(Shown):
     """One of several images that are nearly the same."""
 
     similarity: float = Field(description="to the nearest in the group")
@@ -72,32 +70,25 @@ class Duplicates(BaseModel):
 
 
 @router.get("/duplicates")
-async def duplicates(
-    service: Served,
-    filters: Filtered,
-    similarity: Annotated[float, Query(gt=0, le=1)] = SIMILARITY,
-) -> Duplicates:
+async def duplicates(service: Served, asked: Annotated[Compared, Query()]) -> Duplicates:
     """Finds images that are nearly the same; compares all with all, which takes its time."""
     async with service.gate():
-        return await service.comparer.run(_duplicates, service, filters, similarity)
+        return await run(service.comparer, _duplicates, service, asked)
 
 
-def _duplicates(service, filters, similarity) -> Duplicates:
-    root, store = service.root(), service.index.store
-    found = find_duplicates(service.index, similarity, filters.where(root))
-    shown = [group.members[:COPIES] for group in found[:GROUPS]]
-    ids = [hit.id for members in shown for hit in members]
-    names, records = [name for name in COLUMNS if name != "thumbnail"], {}
-    for at in range(0, len(ids), 1000):
-        for batch in store.read(names, stores.among(ids[at : at + 1000])):
-            records |= {row["id"]: Record(**row) for row in batch.to_pylist()}
+def _duplicates(service: Service, asked: Compared) -> Duplicates:
+    images = service.collection()
+    found = find_duplicates(service.index, asked.similarity, asked.where(images.root))
     groups = []
-    for group, members in zip(found, shown, strict=False):
-        there = [(records[hit.id], hit.similarity) for hit in members if hit.id in records]
-        there.sort(key=lambda one: (-one[0].width * one[0].height, -one[0].size, one[0].modified))
+    for group in found[:GROUPS]:
+        similarity = {
+            one.id: one.similarity for one in group.members[:COPIES] if one.id in images.rows
+        }
+        records = images.records([images.rows[id] for id in similarity])
+        records.sort(key=lambda one: (-one.width * one.height, -one.size, one.modified))
         copies = [
-            Copy(similarity=alike, best=i == 0, **details_of(service, record, root))
-            for i, (record, alike) in enumerate(there)
+            Copy(similarity=similarity[one.id], best=i == 0, **service.shown(one, images.root))
+            for i, one in enumerate(records)
         ]
         groups.append(Alike(size=len(group.members), copies=copies))
     return Duplicates(groups=groups, total=len(found))

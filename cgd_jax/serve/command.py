@@ -44,8 +44,10 @@ def serve(
         raise InputError(f"{TOKEN} is shorter than {SHORTEST} characters; take a longer one.")
     with listen(host, port) as listener:
         index = Index.open(address, model)
+        application = create_app(index, token=token, show_paths=show_paths)
         warm_up(index)
-        server = server_of(create_app(index, token=token, show_paths=show_paths))
+        application.state.service.collection()
+        server = server_of(application)
         rest = f":{listener.getsockname()[1]}/"
         if token is not None:
             rest += f"?token={quote(token, safe='')}"

@@ -18,18 +18,10 @@ MOMENTS = itertools.count()
 
 def server_of(application: ASGIApp) -> Server:
     """Returns the server of an application; `run(sockets=...)` runs it."""
-    config = Config(
-        application,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_level="error",
-        log_config=None,  # errors go to stderr; requests, which may hold tokens, nowhere
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    return Server(config)
+    # Errors go to stderr; requests, which may hold tokens, nowhere.
+    silence: dict[str, Any] = {"log_level": "error", "log_config": None, "access_log": False}
+    options: dict[str, Any] = {"ws": "none", "lifespan": "off", "server_header": False, **silence}
+    return Server(Config(application, http=Connection, timeout_graceful_shutdown=5, **options))
 
 
 class Connection(H11Protocol):

@@ -10,8 +10,6 @@ from cgd_jax.serve.service import Served
 from cgd_jax.serve.updating import Update
 from cgd_jax.serve.uploads import MAX_BYTES
 
-__all__ = ["router"]
-
 router = APIRouter(tags=["about"])
 
 
@@ -24,39 +22,22 @@ class About(BaseModel):
     explains: bool = Field(description="whether GET /explanation answers")
     files: bool = Field(description="whether paths are shown, files sent, and updates made")
     max_bytes: int = Field(description="of an upload")
-
-
-class State(BaseModel):
-    """What changes while one looks."""
-
-    images: int
     update: Update
-
-
-class Health(BaseModel):
-    """Whether searches would be answered."""
-
-    status: Literal["ok"] = "ok"
 
 
 @router.get("/about")
 def about(service: Served) -> About:
-    """Says what is searched."""
+    """Says what is searched, and how far an update is."""
     name = service.index.info.network
     return About(
         images=service.index.count(),
-        labels=service.labels(),
+        labels=service.collection().labels,
         network=name if service.show_paths else Path(name).name,
         explains=service.heat.possible,
         files=service.show_paths,
         max_bytes=MAX_BYTES,
+        update=service.updater.update,
     )
-
-
-@router.get("/state")
-def state(service: Served) -> State:
-    """Says how many images there are, and how far an update is."""
-    return State(images=service.index.count(), update=service.updater.update)
 
 
 @router.post("/update")
@@ -68,7 +49,7 @@ def update(service: Served) -> Update:
 
 
 @router.get("/healthz")
-def health(service: Served) -> Health:
+def health(service: Served) -> dict[Literal["status"], Literal["ok"]]:
     """Says that the server and its index answer; needs no token."""
     service.index.count()
-    return Health()
+    return {"status": "ok"}

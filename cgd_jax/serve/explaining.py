@@ -6,9 +6,7 @@ import numpy as np
 from fastapi import APIRouter, HTTPException, Query
 from pydantic import BaseModel, Field
 
-from cgd_jax.serve.service import Served
-
-__all__ = ["router"]
+from cgd_jax.serve.service import Served, run
 
 Id = Annotated[str, Query(max_length=200, description="of an indexed image or of an upload")]
 router = APIRouter(tags=["explanation"])
@@ -24,14 +22,14 @@ class Explanation(BaseModel):
 
 @router.get("/explanation")
 async def explanation(
-    service: Served, query: Id, match: Id, crop: Annotated[str | None, Query(max_length=100)] = None
+    service: Served, query: Id, match: Id, crop: Annotated[str, Query(max_length=100)] = ""
 ) -> Explanation:
     """Says where two images are alike; the crop is the query's."""
     if not service.heat.possible:
         raise HTTPException(404, "The vectors of this index cannot be explained.")
     async with service.gate():
-        ours = await service.decoder.run(service.pixels, query, crop)
-        theirs = await service.decoder.run(service.pixels, match)
-        maps = await service.explainer.run(service.heat.maps, np.stack([ours, theirs]))
+        ours = await run(service.workers, service.pixels, query, crop)
+        theirs = await run(service.workers, service.pixels, match)
+        maps = await run(service.explainer, service.heat.maps, np.stack([ours, theirs]))
     grids = maps.round(6).tolist()
     return Explanation(query=grids[0], match=grids[1], inset=service.heat.inset)

@@ -1,34 +1,30 @@
 """Which images are looked at: parameters that searches, the collection and duplicates share."""
 
-from dataclasses import dataclass
 from datetime import date
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import Depends, Query
+from pydantic import BaseModel, Field
 
 from cgd_jax.search import collection, stores
 
-__all__ = ["Filtered", "Filters"]
+__all__ = ["Filters"]
 
 SHAPES = {"landscape": "width > height", "portrait": "width < height", "square": "width = height"}
 
 
-@dataclass(frozen=True)
-class Filters:
+class Filters(BaseModel):
     """What an image must be; what is None may be anything."""
 
-    folder: Annotated[
-        str | None, Query(max_length=4000, description="below the collection, at any depth: a/b")
-    ] = None
-    label: Annotated[str | None, Query(max_length=1000)] = None
-    after: Annotated[date | None, Query(description="this day or later")] = None
-    before: Annotated[date | None, Query(description="this day or earlier")] = None
-    pixels: Annotated[int | None, Query(ge=1, le=10**6, description="of the longer side")] = None
+    folder: str = Field("", max_length=4000, description="below the collection, at any depth: a/b")
+    label: str | None = Field(None, max_length=1000)
+    after: date | None = Field(None, description="this day or later")
+    before: date | None = Field(None, description="this day or earlier")
+    pixels: int | None = Field(None, ge=1, le=10**6, description="of the longer side")
     orientation: Literal["landscape", "portrait", "square"] | None = None
 
-    def where(self, root: str, *others: str) -> str | None:
-        """Returns them as one condition, with others; `root` is that of the collection."""
-        parts = [*others, *collection.between(self.after, self.before)]
+    def where(self, root: str) -> str | None:
+        """Returns them as one condition; `root` is that of the collection."""
+        parts = collection.between(self.after, self.before)
         if self.folder:
             parts.append(collection.below(collection.inside(root, self.folder)))
         if self.label is not None:
@@ -38,6 +34,3 @@ class Filters:
         if self.orientation is not None:
             parts.append(SHAPES[self.orientation])
         return " AND ".join(parts) or None
-
-
-Filtered = Annotated[Filters, Depends()]

@@ -2,6 +2,7 @@
 
 import hmac
 import re
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,7 +16,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE = "cgd_jax_token"
 # No script, style or image from elsewhere, none within the HTML, and no framing.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
@@ -55,25 +56,24 @@ class Guard:
 
     def refusal(self, scope: Scope) -> Response | None:
         """Returns the answer to a request that goes no further, else None."""
-        headers = Headers(scope=scope)
+        headers, path = Headers(scope=scope), scope["path"]
         if self.token is None and hostname(headers.get("host", "")) not in LOOPBACK:
             return PlainTextResponse("This server answers as localhost only.\n", 421)
-        if scope["path"] != "/" and is_foreign(headers):  # the page itself may be linked to
+        if path != "/" and is_foreign(headers):  # the page itself may be linked to
             return PlainTextResponse("Pages of other sites may not ask this server.\n", 403)
-        if self.token is None or scope["path"] == "/healthz":
+        if self.token is None or path == "/healthz":
             return None
-        given = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("token")
-        if scope["path"] == "/" and given is not None and self.is_token(given.encode()):
+        given = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("token", "")
+        if path == "/" and self.is_token(given.encode()):
             # The token goes from the address, which is shown and shared, into a cookie.
             answer = RedirectResponse("/", 303)
-            secure = scope.get("scheme") == "https"
-            cookie = quote(given, safe="")
-            answer.set_cookie(COOKIE, cookie, httponly=True, samesite="lax", secure=secure)
+            safe: dict[str, Any] = {"httponly": True, "secure": scope.get("scheme") == "https"}
+            answer.set_cookie(COOKIE, quote(given, safe=""), samesite="lax", **safe)
             return answer
         kind, _, bearer = headers.get("authorization", "").partition(" ")
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         if kind.lower() == "bearer" and self.is_token(bearer.strip().encode("latin-1")):
             return None
-        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         if self.is_token(unquote_to_bytes(cookie)):
             return None
         text = "A token is needed: open the address that the server printed when it started.\n"

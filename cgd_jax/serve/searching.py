@@ -1,6 +1,5 @@
 """POST /search: the images most similar to one, or to several."""
 
-import asyncio
 import contextlib
 import time
 from typing import Annotated
@@ -9,12 +8,9 @@ import numpy as np
 from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, Field
 
-from cgd_jax.search import stores
-from cgd_jax.serve.filters import Filtered
-from cgd_jax.serve.service import Served, Shown
+from cgd_jax.serve.filters import Filters
+from cgd_jax.serve.service import Served, Service, Shown, run
 from cgd_jax.serve.uploads import PREFIX
-
-__all__ = ["router"]
 
 FARTHEST = 1000  # a search goes no farther than this rank
 EXAMPLES = 8  # images of a query
@@ -25,6 +21,24 @@ IMAGE_BODY = {
     }
 }
 router = APIRouter(tags=["search"])
+
+
+class Asked(Filters):
+    """What a search is asked for."""
+
+    id: str = Field(
+        "", max_length=400, description=f"of images or uploads, {EXAMPLES} at most: A,B"
+    )
+    crop: str = Field(
+        "",
+        max_length=800,
+        description="The parts to search by: x,y,width,height as fractions of an image; of several "
+        "images with ; between, and nothing for a whole one.",
+    )
+    others: bool = Field(False, description="finds all but the query itself")
+    similarity: float = Field(-1, ge=-1, le=1, description="the least")
+    k: int = Field(20, ge=1, le=200)
+    offset: int = Field(0, ge=0, lt=FARTHEST)
 
 
 class Match(Shown):
@@ -45,82 +59,53 @@ class Answer(BaseModel):
 
 
 @router.post("/search", openapi_extra=IMAGE_BODY)
-async def search(
-    request: Request,
-    service: Served,
-    filters: Filtered,
-    id: Annotated[
-        str,
-        Query(max_length=400, description=f"of images or uploads, {EXAMPLES} at most: ID,ID"),
-    ] = "",
-    crop: Annotated[
-        str,
-        Query(
-            max_length=800,
-            description="The parts to search by: x,y,width,height as fractions of an image; of "
-            "several images with ; between, and nothing for a whole one.",
-        ),
-    ] = "",
-    others: Annotated[bool, Query(description="finds all but the query itself")] = False,
-    similarity: Annotated[float, Query(ge=-1, le=1, description="the least")] = -1,
-    k: Annotated[int, Query(ge=1, le=200)] = 20,
-    offset: Annotated[int, Query(ge=0, lt=FARTHEST)] = 0,
-    exact: bool = False,
-) -> Answer:
+async def search(request: Request, service: Served, asked: Annotated[Asked, Query()]) -> Answer:
     """Finds the images most similar to those of some ids, and to the one in the body.
 
     By several images it searches with the mean of their vectors, normalized.
     """
-    last, headers = min(offset + k, FARTHEST), request.headers
-    sent = not id or headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    body = service.uploads.received(request) if sent else contextlib.nullcontext(b"")
+    headers = request.headers
+    sent = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    body = service.uploads.received(request) if sent or not asked.id else contextlib.nullcontext()
     async with body as data:
         async with service.gate():  # not before the body is there, which may take long
-            begin = time.perf_counter()
-            ids = id.split(",") if id else []
-            ids += [await asyncio.to_thread(service.uploads.keep, data)] if sent else []
-            vector = await vector_of(service, ids, crop.split(";"))
-            itself = [part for one in ids for part in not_itself(one)] if others else []
-            # An exact search may read all vectors into memory: one at a time.
-            run = service.device.run if exact else asyncio.to_thread
-            hits, known = await run(_found, service, vector, last, filters, itself, exact)
-    near = [hit for hit in hits if hit["similarity"] >= similarity]
+            return await run(service.workers, _answer, service, asked, data)
+
+
+def _answer(service: Service, asked: Asked, data: bytes | None) -> Answer:
+    begin = time.perf_counter()
+    ids = asked.id.split(",") if asked.id else []
+    if data:
+        ids.append(service.uploads.keep(data))
+    vector = vector_of(service, ids, asked.crop.split(";"))
+    images, last = service.collection(), min(asked.offset + asked.k, FARTHEST)
+    itself = list(map(itself_of, ids)) if asked.others else []
+    found, searched, exact = images.search(vector, last, asked.where(images.root), itself)
+    near = [one for one in found if one[1] >= asked.similarity]
     return Answer(
         query=",".join(ids),
-        hits=[Match(**hit) for hit in near[offset:]],
-        more=len(near) == last < min(FARTHEST, known["searched"]),
+        hits=[
+            Match(similarity=similarity, **service.shown(record, images.root))
+            for record, similarity in near[asked.offset :]
+        ],
+        more=len(near) == last < min(FARTHEST, searched),
+        searched=searched,
+        exact=exact,
         milliseconds=round(1e3 * (time.perf_counter() - begin), 1),
-        **known,
     )
 
 
-def _found(service, vector, last, filters, itself, exact) -> tuple[list[dict], dict]:
-    """Returns hits, as they are shown, and how they were found; in a thread."""
-    index, root = service.index, service.root()
-    where = filters.where(root, *itself)
-    (hits,) = index.search_vectors(vector[None], last, where, exact)
-    store = index.store
-    shown = [
-        {"similarity": hit.similarity, **one}
-        for hit, one in zip(hits, service.shown(hits, root), strict=True)
-    ]
-    return shown, {"searched": store.count(where), "exact": exact or not store.approximate()}
-
-
-async def vector_of(service: Served, ids: list[str], crops: list[str]) -> np.ndarray:
+def vector_of(service: Service, ids: list[str], crops: list[str]) -> np.ndarray:
     """Returns the mean vector [D] of images or parts of them; HTTPException 422, too many."""
     if len(ids) > EXAMPLES or len(crops) > len(ids):
         raise HTTPException(
             422, f"Search by {EXAMPLES} images at most, with no more crops than images."
         )
     crops += [""] * (len(ids) - len(crops))
-    one = (service.vector(i, crop or None) for i, crop in zip(ids, crops, strict=True))
-    vectors = await asyncio.gather(*one)
+    vectors = [service.vector(id, crop) for id, crop in zip(ids, crops, strict=True)]
     return np.mean([vector / np.linalg.norm(vector) for vector in vectors], axis=0)
 
 
-def not_itself(id: str) -> list[str]:
-    """Returns the condition that an image is not that of an id; of an upload, not the same file."""
-    if id.startswith(PREFIX):
-        return [f"hash <> {stores.quoted(id.removeprefix(PREFIX))}"]
-    return [f"id <> {stores.quoted(id)}"]
+def itself_of(id: str) -> tuple[str, str]:
+    """Returns what tells an image itself: a column and its value; of an upload, the same file."""
+    return ("hash", id.removeprefix(PREFIX)) if id.startswith(PREFIX) else ("id", id)

@@ -1,76 +1,59 @@
 """Images, and what is known of them."""
 
-import asyncio
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, HTTPException, Request, Response
-from pydantic import Field
+from starlette.concurrency import run_in_threadpool
 
-from cgd_jax.search.images import hash_of
-from cgd_jax.search.stores import Record
-from cgd_jax.serve.service import Served, Shown, file_of
+from cgd_jax.search.images import file_of, hash_of
+from cgd_jax.serve.service import Served, Shown, run
 from cgd_jax.serve.uploads import PREFIX
 
-__all__ = ["Details", "details_of", "router"]
-
 SIDES = {"small": 192, "medium": 384, "large": 1024}  # pixels, the longer side of what is shown
-AN_IMAGE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/jpeg": {}}, "description": "a JPEG"}
-}
-A_FILE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/*": {}}, "description": "the file as it is"}
-}
 # What browsers show; anything else they are told to save, and not to guess what it is.
 KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
 router = APIRouter(tags=["images"])
 
 
-class Details(Shown):
-    """What is known of an image of the index."""
-
-    width: int
-    height: int
-    bytes: int
-    date: datetime = Field(description="by EXIF, else when the file was changed last")
-
-
-def details_of(service: Served, record: Record, root: str) -> dict[str, Any]:
-    """Returns the fields of `Details` of a record."""
-    (shown,) = service.shown([record], root)
-    date = datetime.fromtimestamp((max(record.taken, 0) or record.modified) / 1e9)
-    sides = {"width": record.width, "height": record.height}
-    return {**shown, **sides, "bytes": record.size, "date": date}
-
-
 @router.get("/details/{id}")
-def details(service: Served, id: str) -> Details:
+def details(service: Served, id: str) -> Shown:
     """Says what is known of an image of the index."""
-    return Details(**details_of(service, service.record(id), service.root()))
+    return Shown(**service.shown(service.record(id), service.collection().root))
 
 
-@router.get("/image/{id}", response_class=Response, responses=AN_IMAGE)
+class Jpeg(Response):
+    """An image that was made here."""
+
+    media_type = "image/jpeg"
+
+
+class File(Response):
+    """A file as it is."""
+
+    media_type = "image/*"
+
+
+@router.get("/image/{id}", response_class=Jpeg)
 async def image(
     request: Request, service: Served, id: str, size: Literal["small", "medium", "large"] = "small"
 ) -> Response:
     """Shows an image of the index, or an upload, with at most 192, 384 or 1024 pixels a side."""
     if size == "small" and not id.startswith(PREFIX):
-        content = (await asyncio.to_thread(service.record, id)).thumbnail
+        content = (await run_in_threadpool(service.record, id)).thumbnail
     else:
-        content = await service.decoder.run(service.drawn, id, SIDES[size])
+        content = await run(service.workers, service.drawn, id, SIDES[size])
     return cacheable(request, content, "image/jpeg")
 
 
-@router.get("/original/{id}", response_class=Response, responses=A_FILE)
-async def original(request: Request, service: Served, id: str, save: bool = False) -> Response:
+@router.get("/original/{id}", response_class=File)
+def original(request: Request, service: Served, id: str, save: bool = False) -> Response:
     """Sends the file of an image as it is, where paths are shown."""
     if not service.show_paths:
         raise HTTPException(403, "Files are sent on the server's own machine only.")
-    record = await asyncio.to_thread(service.record, id)
-    async with service.gate():
-        data = await service.decoder.run(file_of, record)
+    record = service.record(id)
+    data = file_of(record)
     if data is None:
         raise HTTPException(404, "The file is gone, has changed, or lies in an archive.")
     kind = next((kind for start, kind in KINDS.items() if data.startswith(start)), None)

@@ -1,6 +1,7 @@
 """An index that is brought up to date while it is served."""
 
 import logging
+from collections.abc import Callable
 from threading import Lock, Thread
 
 from pydantic import BaseModel, Field
@@ -25,8 +26,9 @@ class Update(BaseModel):
 class Updater:
     """Updates an index from the folders, archives and CSVs that it was made from."""
 
-    def __init__(self, index: Index):
-        self._index, self._lock, self.update = index, Lock(), Update()
+    def __init__(self, index: Index, whenever_done: Callable[[], None]):
+        self._index, self._done = index, whenever_done
+        self._lock, self.update = Lock(), Update()
 
     def begin(self) -> Update:
         """Begins, unless it has begun already."""
@@ -37,24 +39,21 @@ class Updater:
         return self.update
 
     def _run(self) -> None:
+        index, said = self._index, "The index was made from no folder: there is nothing to update."
         try:
-            rows = (batch["source"].to_pylist() for batch in self._index.store.read(["source"]))
-            sources = sorted({source for batch in rows for source in batch if source})
-            if sources:
-                made = indexing.update(
-                    self._index.address, sources, self._index.network, watch=self._watch
-                )
+            rows = (batch["source"].to_pylist() for batch in index.store.read(["source"]))
+            if sources := sorted({source for batch in rows for source in batch if source}):
+                made = indexing.update(index.address, sources, index.network, watch=self._watch)
                 said = (
                     f"{made.added:,} images added, {made.changed:,} changed, {made.removed:,} "
                     f"removed, {len(made.skipped):,} files left out."
                 )
-            else:
-                said = "The index was made from no folder: there is nothing to look at again."
         except (UserError, OSError) as error:
             said = f"The index was not updated: {error}"
         except Exception:
             log.exception("The index was not updated")
             said = "The index was not updated; the server's output says why."
+        self._done()
         self.update = Update(said=said)
 
     def _watch(self, done: int, files: int) -> None:

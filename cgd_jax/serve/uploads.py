@@ -20,15 +20,7 @@ MAX_BYTES = ARRIVING_BYTES // 2  # of an upload: telephones write 200 megapixels
 PREFIX = "upload-"  # of their ids; those of an index have no such prefix
 # How files of the formats begin that browsers and telephones send. Of those that can be decoded
 # beside them, none is worth what its decoder may have of errors.
-BEGINNINGS = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-)
+BEGINNINGS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*"
 BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 FORMATS = "This is not an image that can be read: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC."
 

@@ -1,57 +1,53 @@
-// The filters: a form that is always as the address.
+// What is chosen: controls, named as what they set in the address, and a trail of folders.
 
-import { $, about, count, element, follow, go, pick, read, FILTERS } from "./core.js";
+import { $, FILTERS, about, address, count, element, go, number, pick, read } from "./core.js";
 
-const form = $("filters");
 const NAMES = [...FILTERS, "similarity", "others"];
-
-export const active = (wanted) => Object.keys(pick(wanted, NAMES));
+const controls = document.querySelectorAll("input[name], select[name]");
+const active = (wanted) => NAMES.filter((name) => wanted[name] && name !== "folder"); // it is shown beside
+const without = (wanted) => address({ ...wanted, ...pick({}, NAMES) });
 
 export function present(wanted) {
-  for (const field of form.elements) {
-    if (field.type === "checkbox") field.checked = wanted[field.name] === field.value;
-    else if (field.name && document.activeElement !== field) field.value = wanted[field.name] ?? "";
+  for (const control of controls) {
+    if (control.type === "checkbox") control.checked = wanted[control.name] === control.value;
+    else if (document.activeElement !== control) control.value = wanted[control.name] ?? "";
   }
-  for (const field of form.querySelectorAll(".asking")) field.hidden = !wanted.id;
-  const some = active(wanted).filter((name) => name !== "folder").length; // which is shown beside
+  const some = active(wanted).length;
   $("filter").textContent = some ? `Filters (${some})` : "Filters";
-  $("clear").disabled = !some;
+  $("clear").href = without(wanted);
+  $("clear").hidden = !some;
 }
 
-export function open(shown) {
-  form.hidden = !shown;
-  $("filter").ariaExpanded = shown;
+// Says why there is nothing, and links to what there would be.
+export function nothing(wanted) {
+  if (!wanted.folder && !active(wanted).length) return ["The index has no images yet."];
+  return ["No image fits these filters. ", element("a", { href: without(wanted), textContent: "Clear the filters" })];
 }
-
-export const clear = () => go({ ...read(), ...Object.fromEntries(NAMES.map((name) => [name, ""])) });
 
 export function labels() {
   const known = Object.entries(about.labels);
-  $("labels").replaceChildren(...known.map(([value, images]) => element("option", { value, label: count(images, "image") })));
+  const options = known.map(([value, images]) => element("option", { value, label: count(images, "image") }));
+  $("labels").replaceChildren(...options);
 }
 
 // The folders above the one that is shown, and those in it.
-export function folders(wanted, inside) {
-  const parts = wanted.folder ? wanted.folder.split("/") : [];
-  const to = (folder, text, ...more) => {
-    const link = element("a", { textContent: text }, ...more);
-    follow(link, { ...wanted, folder, view: "" });
-    return link;
-  };
-  const trail = parts.map((part, i) => to(parts.slice(0, i + 1).join("/"), part));
+export function folders(wanted, inside = {}) {
+  const parts = wanted.folder?.split("/") ?? [];
+  const to = (folder, ...content) =>
+    element("a", { href: address({ ...wanted, folder: folder.join("/"), view: "" }) }, ...content);
+  const trail = parts.map((part, i) => to(parts.slice(0, i + 1), part));
   if (trail.length) trail.at(-1).ariaCurrent = "page";
-  const above = element("p", { className: "trail" }, to("", "All"), ...trail.flatMap((link) => [" › ", link]));
-  const below = Object.entries(inside ?? {}).map(([name, images]) =>
-    element("li", {}, to([...parts, name].join("/"), name, " ", element("span", { textContent: images.toLocaleString("en") }))));
+  $("trail").replaceChildren(to([], "All"), ...trail.flatMap((link) => [" › ", link]));
+  const below = Object.entries(inside).map(([name, images]) =>
+    element("li", {}, to([...parts, name], name, " ", element("span", { textContent: number(images) }))));
+  $("inside").replaceChildren(...below);
+  $("trail").hidden = !parts.length;
   $("folders").hidden = !parts.length && !below.length;
-  $("folders").replaceChildren(...(parts.length ? [above] : []), ...(below.length ? [element("ul", {}, ...below)] : []));
 }
 
-form.addEventListener("change", () => {
-  if (!form.reportValidity()) return;
-  const values = Object.fromEntries(new FormData(form));
-  go({ ...read(), others: "", ...values, label: values.label.trim(), view: "" });
+addEventListener("change", ({ target }) => {
+  if (!target.name || !target.reportValidity()) return;
+  const value = target.type === "checkbox" && !target.checked ? "" : target.value.trim();
+  go({ ...read(), [target.name]: value }, { replace: target.name === "why" });
 });
-form.addEventListener("submit", (event) => event.preventDefault());
-$("clear").addEventListener("click", clear);
-$("filter").addEventListener("click", () => open(form.hidden));
+$("filtering").open = active(read()).length > 0;

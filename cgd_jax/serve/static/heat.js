@@ -5,25 +5,22 @@ import { visible } from "./grid.js";
 
 // From what adds nothing to what adds most: red, green, blue, opacity.
 const STOPS = [[18, 22, 60, 0.66], [150, 40, 110, 0.42], [250, 130, 60, 0.3], [255, 235, 90, 0.46]];
-const known = new Map(); // of the query that is shown, by id
-let query = {}; // id, crop
+let query = {}; // id, crop, and what was explained, by the other's id
 let running = false;
 
 export const on = () => $("heat").checked;
 
-export function begin(id, crop) {
-  query = { id, crop };
-  known.clear();
+export function begin(example) {
+  query = { ...example, known: new Map() };
   clear($("queryheat"));
 }
 
+// Asks for the maps of the query and another image.
 export async function between(match) {
-  if (!known.has(match)) {
-    const mine = query;
-    const found = await ask(address({ query: mine.id, match, crop: mine.crop }, "/explanation"), { quiet: true });
-    if (mine !== query) throw new DOMException("replaced", "AbortError");
-    known.set(match, found);
-  }
+  const { id, crop, known } = query;
+  const path = address({ query: id, match, crop }, "/explanation");
+  if (!known.has(match)) known.set(match, await ask(path, { quiet: true }));
+  if (known !== query.known) throw new DOMException("another query", "AbortError");
   return known.get(match);
 }
 
@@ -31,60 +28,47 @@ export async function between(match) {
 export async function explain() {
   if (running || !on() || !query.id) return;
   running = true;
+  const { crop, known } = query;
   try {
-    for (;;) {
-      const node = visible().find((one) => !one.querySelector("canvas"));
-      if (!node || !on()) break;
-      const image = node.querySelector("img");
+    let node;
+    while (on() && (node = visible().find((one) => !one.querySelector("canvas")))) {
       const canvas = element("canvas", {});
       node.querySelector(".tile").append(canvas);
       const heat = await between(node.item.id);
-      await image.decode().catch(() => {});
-      draw(canvas, image, heat.match, heat.inset);
-      if (node.place === 0) drawQuery(heat);
+      draw(canvas, node.querySelector("img"), heat.match, heat.inset);
+      if (node.place === 0) draw($("queryheat"), $("image"), heat.query, heat.inset, crop);
     }
   } catch (error) {
     if (error.name !== "AbortError") $("heat").checked = false;
     complain(error);
   } finally {
     running = false;
+    if (known !== query.known) explain();
   }
 }
 
-export function drawQuery(heat) {
-  draw($("queryheat"), $("image"), heat.query, heat.inset, query.crop);
-}
-
 export function clear(canvas) {
-  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+  canvas.width = 1;
 }
 
 function color(value) {
   const at = clamp(value) * (STOPS.length - 1);
-  const low = STOPS[Math.floor(at)];
-  const high = STOPS[Math.ceil(at)];
-  return low.map((part, i) => part + (high[i] - part) * (at % 1));
+  const [low, high] = [STOPS[Math.floor(at)], STOPS[Math.ceil(at)]];
+  const [r, g, b, opacity] = low.map((part, i) => part + (high[i] - part) * (at % 1));
+  return [r, g, b, 255 * opacity];
 }
 
-export function draw(canvas, image, grid, inset, crop) {
+// Draws a grid, which lies in the middle of an image, or of the part that was searched by.
+export async function draw(canvas, image, grid, inset, crop) {
+  await image.decode().catch(() => {});
   const most = Math.max(...grid.flat(), 1e-9);
-  const pixels = new ImageData(grid[0].length, grid.length);
-  grid.flat().forEach((value, i) => {
-    const [r, g, b, opacity] = color(Math.sqrt(clamp(value / most)));
-    pixels.data.set([r, g, b, 255 * opacity], 4 * i);
-  });
-  const small = element("canvas", { width: pixels.width, height: pixels.height });
-  small.getContext("2d").putImageData(pixels, 0, 0);
+  const colors = grid.flat().flatMap((value) => color(Math.sqrt(clamp(value / most))));
+  const cells = await createImageBitmap(new ImageData(new Uint8ClampedArray(colors), grid[0].length));
   const [x, y, w, h] = crop ? crop.split(",").map(Number) : [0, 0, 1, 1];
   const margin = (1 - inset) / 2;
-  const { naturalWidth: width = 1, naturalHeight: height = 1 } = image;
+  const { naturalWidth: width, naturalHeight: height } = image;
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(small, width * (x + margin * w), height * (y + margin * h), width * w * inset, height * h * inset);
-}
-
-export function remove() {
-  clear($("queryheat"));
-  for (const canvas of document.querySelectorAll("#grid canvas")) canvas.remove();
+  context.drawImage(cells, width * (x + margin * w), height * (y + margin * h), width * w * inset, height * h * inset);
 }

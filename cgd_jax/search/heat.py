@@ -1,5 +1,7 @@
 """Where in two images the network finds what they have in common; see `cgd_jax.attribution`."""
 
+from functools import cached_property
+
 import numpy as np
 
 from cgd_jax import attribution
@@ -17,27 +19,23 @@ class Heat:
     """
 
     def __init__(self, index: Index):
-        self._index = index
-        info = index.info
-        network = index.network
+        self._index, info, model = index, index.info, index.network.model
         self.inset = info.image_size / info.resize
         self.possible = (
-            network.model is not None
+            model is not None
             and info.whitened_from is None
             and not info.shapes
             and info.scales == [1.0]
-            and not attribution.why_no_map(network.model.descriptors, info.vector)
+            and not attribution.why_no_map(model.descriptors, info.vector)
         )
-        self._reference: np.ndarray | None = None
 
     def maps(self, pixels: np.ndarray) -> np.ndarray:
         """Returns what the regions of two images add to their similarity, [2, H, W] float32."""
-        if self._reference is None:
-            self._reference = self._mean_vector()
-        found = self._index.network.explain(pixels[0], pixels[1], self._reference)
+        found = self._index.network.explain(pixels[0], pixels[1], self._average)
         return np.asarray(found.maps.sum(1))
 
-    def _mean_vector(self) -> np.ndarray:
+    @cached_property
+    def _average(self) -> np.ndarray:
         total, count = np.zeros(self._index.info.dimension), 0
         for batch in self._index.store.read(["vector"]):
             vectors = stores.vectors_in(batch)
