@@ -181,7 +181,7 @@ def test_a_cache_of_an_older_version_is_replaced_without_a_word(tmp_path, caplog
     (folder / "examples.json").write_text("{}")
     caplog.clear()
     again = cache.cached(source, tmp_path, KEY, 16).images
-    assert source.read == 80 and not caplog.records
+    assert source.read == 80 and not [r for r in caplog.records if r.levelname != "INFO"]
     np.testing.assert_array_equal(again[:], images)
     assert {path.name for path in folder.iterdir()} == {cache.IMAGES, cache.EXAMPLES}
 
