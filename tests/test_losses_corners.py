@@ -121,8 +121,9 @@ def test_distances_of_huge_vectors(scale):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * scale)
 
 
-@pytest.mark.parametrize("loss", [losses.batch_hard_triplet_loss, losses.soft_margin_triplet_loss])
-@pytest.mark.parametrize("size", [0, 40])
+@pytest.mark.parametrize(
+    "loss,size", [(losses.batch_hard_triplet_loss, 0), (losses.soft_margin_triplet_loss, 40)]
+)
 def test_the_hardest_pairs_are_the_same_in_blocks(loss, size, monkeypatch):
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(64, 8)).astype(np.float32), jnp.asarray(rng.integers(0, 8, 64))

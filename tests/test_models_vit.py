@@ -52,6 +52,7 @@ def state_of(variables):
     return State(zero, variables["params"], variables["batch_stats"], (), None, None, zero)
 
 
+@pytest.mark.slow
 def test_gradients_in_chunks_are_those_of_the_batch_and_frozen_blocks_have_none():
     model, variables = network(TINY(frozen_blocks=1))
 

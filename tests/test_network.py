@@ -102,6 +102,7 @@ def test_the_packaged_network(caplog, tmp_path):
     assert found.similarity == pytest.approx(network.similarity(a, b), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_published_weights_of_a_backbone(tmp_path):
     backbone = BACKBONES["resnet18"]()
     variables = random_variables(backbone, jnp.zeros((1, 64, 64, 3)))

@@ -75,6 +75,7 @@ def test_both_losses_may_learn_and_neither_must():
     assert objective.create_memory(config_of(), 8) is None
 
 
+@pytest.mark.slow
 def test_miners_and_memory_of_the_config():
     memory = losses.push(losses.empty_memory(8, 8), EMBEDDING[::-1], LABELS)
     config = config_of(ranking="contrastive", classification_weight=0.0)

@@ -79,7 +79,14 @@ def features_of(model, variables, images):
 
 @pytest.mark.parametrize(
     "backbone,last_stride",
-    [("resnet18", 1), ("resnet50", 1), ("resnet50", 2), ("se_resnet50", 2), ("resnext50_32x4d", 2)],
+    [
+        ("resnet18", 1),
+        ("resnet50", 1),
+        *(
+            pytest.param(name, 2, marks=pytest.mark.slow)
+            for name in ("resnet50", "se_resnet50", "resnext50_32x4d")
+        ),
+    ],
 )
 def test_feature_maps(backbone, last_stride):
     model = resnet.BACKBONES[backbone](last_stride=last_stride)

@@ -52,11 +52,13 @@ def compute(model, variables, images):
     return gradient(variables["params"], images)
 
 
-# Its many branches take 10 s to compile.
-SLOW = pytest.param("bninception", marks=pytest.mark.slow)
+# A convolutional network and a transformer are tried every time.
+QUICK = ("shufflenet_v2_x1_0", "dinov2_small_reg")
 
 
-@pytest.mark.parametrize("backbone", [SLOW if b == "bninception" else b for b in OPTIONS])
+@pytest.mark.parametrize(
+    "backbone", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in OPTIONS]
+)
 def test_features_and_gradients(backbone):
     model, shapes = network_of(backbone)
     names = json.loads(str(GOLDENS[f"{backbone}/names"]))

@@ -49,7 +49,7 @@ def answers(address, query):
     return sorted((index.get(id), *map(float, v)) for id, v in zip(ids, vectors)), found  # noqa: B905
 
 
-@pytest.mark.parametrize("name", ["index", "index.db"])
+@pytest.mark.parametrize("name", ["index", pytest.param("index.db", marks=pytest.mark.slow)])
 def test_no_flipped_bit_changes_an_answer_in_silence(tmp_path, name):
     pytest.importorskip("milvus_lite" if name.endswith(".db") else "lancedb")
     address, query = filled(tmp_path, name), photograph(tmp_path / "q.png", 7)
@@ -76,6 +76,7 @@ def test_no_flipped_bit_changes_an_answer_in_silence(tmp_path, name):
     print(f"50 flipped bits of {name}: {dict(reported)}")
 
 
+@pytest.mark.slow
 def test_a_file_of_milvus_lite_has_digests_when_its_process_has_ended(tmp_path):
     pytest.importorskip("milvus_lite")
     address = filled(tmp_path, "index.db")

@@ -22,6 +22,9 @@ from tests.search_samples import folder_of_photographs, photograph, stand_in, ve
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 
+# Whatever is done to an index in milvus-lite takes a second.
+DATABASES = ["index", pytest.param("index.db", marks=pytest.mark.slow)]
+
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
@@ -48,7 +51,7 @@ def test_hits_are_those_of_an_exhaustive_search(filled, exact, monkeypatch):
             np.testing.assert_allclose([hit.similarity for hit in hits], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("database", ["index", "index.db"])
+@pytest.mark.parametrize("database", DATABASES)
 @pytest.mark.parametrize("exact", [False, True])
 def test_pages_neither_repeat_nor_omit_equal_images(tmp_path, database, exact, monkeypatch):
     """What fewer hits end with is what more go on from, whatever the order of writing."""
@@ -210,7 +213,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("database", ["index", "index.db"])
+@pytest.mark.parametrize("database", DATABASES)
 @pytest.mark.parametrize("change", ["network", "whitening"])
 def test_an_index_that_is_replaced_is_not_used_with_what_is_known_of_the_old(
     tmp_path, database, change

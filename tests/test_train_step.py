@@ -124,7 +124,11 @@ REMEMBERED = {
 
 
 @pytest.mark.parametrize(
-    "chunk,learn_p,center,loss", [(1, "fixed", "none", {}), (4, "channel", "mean", REMEMBERED)]
+    "chunk,learn_p,center,loss",
+    [
+        pytest.param(1, "fixed", "none", {}, marks=pytest.mark.slow),
+        (4, "channel", "mean", REMEMBERED),
+    ],
 )
 def test_chunks_give_the_gradient_of_the_whole_batch(chunk, learn_p, center, loss):
     network = {"freeze_batch_norm": True, "learn_p": learn_p, "center": center}

@@ -116,11 +116,8 @@ def command(*words):
     return output
 
 
-# The first row runs every time.
-NUMBERS = [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(ROWS)))]
-
-
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(ROWS)))
 def test_way(number, shared, tmp_path):
     row, name = ROWS[number], CONFIGS[number % len(CONFIGS)]
     flags = [f"--config=configs/{name}.py", *TINY, f"--data.dir={shared / 'data'}"]
