@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
 from PIL import Image
 
 from cgd_jax.models import pretrained
-from cgd_jax.models.cgd import create_model
+from cgd_jax.models.cgd import CGD, create_model
 from cgd_jax.network import Network
 from cgd_jax.preprocess import IMAGENET
 from tests import tiny
@@ -40,7 +41,7 @@ def stand_in(name: str = "stand-in", seed: int = 0, dimension: int = 16) -> Netw
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     config = {"data": {"image_size": SIDE}, "eval": {"center_crop": False}}
-    network = Network(name, f"{seed:016x}", "embedding", None, {}, IMAGENET, config)
+    network = Network(name, f"{seed:016x}", "embedding", cast(CGD, None), {}, IMAGENET, config)
     network.embed_batch, network.dimension = embed, dimension
     return network
 
@@ -59,7 +60,7 @@ def vectors_of(network: Network, files: list[Path]) -> np.ndarray:
             image = cv2.resize(image, (2 * size[0], 2 * size[1]), interpolation=cv2.INTER_LINEAR)
         area = cv2.INTER_AREA if factor > 4 / 3 else cv2.INTER_LINEAR
         pixels.append(cv2.resize(image, size, interpolation=area))
-    return np.asarray(network.embed_pixels(np.stack(pixels)))
+    return np.asarray(network.embed_pixels(pixels))
 
 
 def write_network(folder: Path, seed: int = 0) -> Path:
