@@ -12,7 +12,7 @@ from ml_collections import config_flags
 
 from cgd_jax import config_files, search_cli
 from cgd_jax.flags import Command, Flag, parse, program
-from cgd_jax.runtime import compiled, console, interrupts, memory, packages
+from cgd_jax.runtime import buckets, compiled, console, interrupts, memory, packages
 from cgd_jax.runtime.errors import UserError
 
 # Whatever imports JAX is imported where it is needed: --help ends before it would be there.
@@ -65,7 +65,8 @@ FLAGS = {
         options=tuple(COMMANDS),
     ),
     "workdir": Flag(
-        "The folder of a run; a new one is runs/CONFIG, or runs/studies/CONFIG.",
+        "The folder of a run, or s3://... or gs://...; a new one is runs/CONFIG, or "
+        "runs/studies/CONFIG.",
         "FOLDER",
     ),
     "together": Flag(
@@ -102,6 +103,8 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
     """Ends with one line about flags that are missing or do not go together."""
     if [given.coordinator, given.num_processes, given.process_id].count(None) not in (0, 3):
         raise flags.Error("--coordinator, --num_processes and --process_id go together.")
+    if (given.coordinator or given.distributed) and buckets.is_bucket(given.workdir):
+        raise flags.Error("several processes need a --workdir= that all of them see, on a disk.")
     if name in search_cli.COMMANDS:
         return search_cli.check(name, given)
     if name == "study" and not given.study:
@@ -121,8 +124,7 @@ def run(name: str, given: flags.FlagValues) -> None:
     """Does what a command says."""
     if name in search_cli.COMMANDS:
         return search_cli.run(name, given)
-    from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
-    from cgd_jax.studies import report, runner, study
+    from cgd_jax.studies import report
     from cgd_jax.workdir import default_workdir
 
     if name == "study" and given.study.endswith(".csv"):
@@ -130,6 +132,15 @@ def run(name: str, given: flags.FlagValues) -> None:
     is_run = given.workdir and name != "study"
     file = "" if is_run else config_flags.get_config_filename(given["config"])
     workdir = given.workdir or default_workdir(file, "runs/studies" if name == "study" else "runs")
+    with buckets.mirrored(workdir, trains=name in ("train", "study")) as folder:
+        run_in(folder, name, given, file)
+
+
+def run_in(workdir: str, name: str, given: flags.FlagValues, file: str) -> None:
+    """Does what a command of a run says, in a folder; `file` is that of the config."""
+    from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
+    from cgd_jax.studies import runner, study
+
     match name:
         case "train":
             # Until training takes over, SIGTERM is like Ctrl-C: nothing is lost yet.
@@ -139,7 +150,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             inspect_data.show_data(given.config, workdir)
         case "eval":
             if given.together:
-                ensemble.evaluate_together([workdir, *given.together])
+                ensemble.evaluate_together([workdir, *map(buckets.local, given.together)])
             else:
                 evaluate.evaluate_run(workdir, given.step, given.config)
         case "explain":

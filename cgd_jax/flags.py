@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from cgd_jax import config_files
 from cgd_jax.config import flatten
-from cgd_jax.runtime import console, packages
+from cgd_jax.runtime import buckets, console, packages
 from cgd_jax.runtime.errors import UserError
 
 __all__ = ["Command", "Flag", "parse", "program"]
@@ -114,7 +114,7 @@ def parse_config(
         if "workdir" in command.arguments.split() and not named and (given.workdir or word):
             from cgd_jax.workdir import read_config
 
-            of_run = read_config(given.workdir or word)
+            of_run = read_config(buckets.local(given.workdir or word))
             config_flags.DEFINE_config_dict("config", of_run, flag_values=given, sys_argv=argv)
         else:
             config_flags.DEFINE_config_file("config", flag_values=given, sys_argv=argv)
