@@ -110,11 +110,13 @@ def parse_config(
 
         argv = [argv[0], f"--config={study.load(chosen).config}", *argv[1:]]
     argv = with_config_file(argv)
+    run = "workdir" in command.arguments.split() and not named and (given.workdir or word)
+    folder = buckets.local(run) if run else ""
     try:
-        if "workdir" in command.arguments.split() and not named and (given.workdir or word):
+        if folder:
             from cgd_jax.workdir import read_config
 
-            of_run = read_config(buckets.local(given.workdir or word))
+            of_run = read_config(folder)
             config_flags.DEFINE_config_dict("config", of_run, flag_values=given, sys_argv=argv)
         else:
             config_flags.DEFINE_config_file("config", flag_values=given, sys_argv=argv)

@@ -162,7 +162,7 @@ def test_a_run_in_a_bucket_is_evaluated_exported_opened_and_searched(
     assert not list(Path(buckets.local(address), "index").glob("*.lance")), "is not fetched"
     index = whole.index(images)
     assert index.address == f"{address}/index" and len(index) == 12
-    assert index.search(images / "hats/000.png", k=1)[0].id.endswith("000.png")
+    assert index.search(images / "hats/000.png", k=1)[0].path.endswith("000.png")
     assert cgd_jax.open(address, step=8).step == 8
 
 
@@ -311,4 +311,7 @@ def test_missing_credentials_and_packages_are_said(store, tmp_path):
     code = "import sys; sys.modules['s3fs'] = None; from cgd_jax.cli import main; main(sys.argv)"
     command = [sys.executable, "-c", code, "export", "s3://bucket/run"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert "needs the package s3fs" in done.stderr and "cgd_jax[buckets]" in done.stderr
+    assert (
+        "error: s3://bucket/run needs the package s3fs, " in done.stderr
+        and "cgd_jax[buckets]" in done.stderr
+    )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import platformdirs
 
-from cgd_jax.runtime import console, files, packages
+from cgd_jax.runtime import files, packages
 from cgd_jax.runtime.errors import UserError
 from cgd_jax.runtime.locks import one_at_a_time
 
@@ -81,7 +81,7 @@ def mirrored(address: str, trains: bool) -> Iterator[str]:
         if trains:
             watching.join()
         copy.send(trains)
-    console.log(f"It is in {address} too.")
+    log.info("It is in %s too.", address)
 
 
 class Copy:
