@@ -103,10 +103,10 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
     """Ends with one line about flags that are missing or do not go together."""
     if [given.coordinator, given.num_processes, given.process_id].count(None) not in (0, 3):
         raise flags.Error("--coordinator, --num_processes and --process_id go together.")
-    if (given.coordinator or given.distributed) and buckets.is_bucket(given.workdir):
-        raise flags.Error("several processes need a --workdir= that all of them see, on a disk.")
     if name in search_cli.COMMANDS:
         return search_cli.check(name, given)
+    if (given.coordinator or given.distributed) and buckets.is_bucket(given.workdir):
+        raise flags.Error("several processes need a --workdir= that all of them see, on a disk.")
     if name == "study" and not given.study:
         raise flags.Error(f"say which study: {STUDIES}, or a file of your own.")
     if name == "study" and not all(seed.isdigit() for seed in given.seeds or []):
@@ -121,10 +121,9 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(name: str, given: flags.FlagValues) -> None:
-    """Does what a command says."""
-    if name in search_cli.COMMANDS:
-        return search_cli.run(name, given)
-    from cgd_jax.studies import report
+    """Does what a command of a run says."""
+    from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
+    from cgd_jax.studies import report, runner, study
     from cgd_jax.workdir import default_workdir
 
     if name == "study" and given.study.endswith(".csv"):
@@ -132,15 +131,6 @@ def run(name: str, given: flags.FlagValues) -> None:
     is_run = given.workdir and name != "study"
     file = "" if is_run else config_flags.get_config_filename(given["config"])
     workdir = given.workdir or default_workdir(file, "runs/studies" if name == "study" else "runs")
-    with buckets.mirrored(workdir, trains=name in ("train", "study")) as folder:
-        run_in(folder, name, given, file)
-
-
-def run_in(workdir: str, name: str, given: flags.FlagValues, file: str) -> None:
-    """Does what a command of a run says, in a folder; `file` is that of the config."""
-    from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
-    from cgd_jax.studies import runner, study
-
     match name:
         case "train":
             # Until training takes over, SIGTERM is like Ctrl-C: nothing is lost yet.
@@ -196,7 +186,12 @@ def main(argv: list[str]) -> None:
             from cgd_jax.runtime import processes
 
             processes.start(given.coordinator, given.num_processes, given.process_id)
-        run(name, given)
+        if name in search_cli.COMMANDS:
+            search_cli.run(name, given)
+        else:
+            trains = name in ("train", "study")
+            with buckets.mirrored(given.workdir, trains) as given.workdir:
+                run(name, given)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, as behind `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,7 +23,6 @@ from cgd_jax.runtime import files, packages
 from cgd_jax.runtime.errors import UserError
 from cgd_jax.runtime.locks import one_at_a_time
 
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 LOOK_EVERY = 1.0  # seconds, for a new checkpoint
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class Copy:
 
     def __init__(self, address: str, place: Path | None = None):
         self.address, self.commits = address.rstrip("/"), 0  # that this copy has seen
-        packages.require(address, "buckets", "fsspec", PACKAGES[address[:2]])
+        packages.require(address, "buckets", "fsspec", "s3fs" if address[0] == "s" else "gcsfs")
         import fsspec
 
         # What it keeps of listings would hide what others write.
@@ -164,35 +163,31 @@ class Copy:
                         found[name] = [path.stat().st_size, path.stat().st_mtime_ns]
         return found
 
-    def steps(self) -> list[str]:
-        """Returns the folders of complete checkpoints, of the run or those of a study."""
-        return sorted({step_of(name) for name in self.files()} - {""})
-
     def watch(self, ended: threading.Event) -> None:
         """Sends what is new whenever there are other checkpoints, until the event."""
-        seen = self.steps()
+        steps = lambda: {step_of(name) for name in self.files()}
+        seen = steps()
         while not ended.wait(LOOK_EVERY):
-            if (steps := self.steps()) != seen:
-                seen = steps
+            if (now := steps()) != seen:
+                seen = now
                 try:
                     self.send(trains=True)
                 except BucketError as error:
-                    if self.steps() == seen:  # else one was deleted while it was read
+                    if steps() == seen:  # else one was deleted while it was read
                         log.warning("%s Training goes on.", error)
 
     def send(self, trains: bool) -> None:
         """Sends what is new; of a command that trains, commits, then deletes what is gone."""
-        taken = BucketError(
-            f"Another run has sent a checkpoint to {self.address} that this one did not begin "
-            f"with, so nothing of this one is sent any more. It is in {self.folder}."
-        )
         with _reaching(self.address, "written", self.folder), one_at_a_time(self.place / "lock"):
             known, found = self.known()["files"], self.files()
             new = [n for n in found if found[n] != known.get(n) and (trains or not step_of(n))]
             if not new:
                 return
             if trains and self.there()[2] != self.commits:
-                raise taken
+                raise BucketError(
+                    f"Another run has sent a checkpoint to {self.address} that this one did not "
+                    f"begin with, so nothing of this one is sent any more. It is in {self.folder}."
+                )
             # A history may be ahead of its checkpoints; behind them, it would have a gap.
             for part in ([n for n in new if not step_of(n)], [n for n in new if step_of(n)]):
                 if part:
@@ -200,17 +195,13 @@ class Copy:
                     self.store.put([str(self.folder / name) for name in part], keys)
             sent = known | {name: found[name] for name in new}
             if trains:
-                steps, key = sorted({*map(step_of, found)}), f".commits/{self.commits + 1:08}.json"
-                try:
-                    self.store.pipe_file(
-                        f"{self.root}/{key}", json.dumps(steps).encode(), mode="create"
-                    )
-                except FileExistsError:
-                    raise taken from None
+                steps = json.dumps(sorted({step_of(name) for name in found}))
+                key = f"{self.root}/.commits/{self.commits + 1:08}.json"
+                self.store.pipe_file(key, steps.encode(), mode="create")
                 self.commits, sent = self.commits + 1, found
-                for key in self.store.find(self.root):
-                    if step_of(name := key[len(self.root) + 1 :]) and name not in found:
-                        self.store.rm_file(key)
+                for name in known.keys() - found.keys():
+                    with contextlib.suppress(FileNotFoundError):
+                        self.store.rm_file(f"{self.root}/{name}")
             version, keys, _ = self.there()
             # Others, of which there may be files too, are fetched the next time.
             self.note(version if keys.keys() <= sent.keys() else None, sent)
