@@ -190,7 +190,7 @@ def main(argv: list[str]) -> None:
             search_cli.run(name, given)
         else:
             trains = name in ("train", "study")
-            with buckets.mirrored(given.workdir, trains) as given.workdir:
+            with buckets.mirrored(given.workdir, trains) as given["workdir"].value:
                 run(name, given)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, as behind `| head`

@@ -191,8 +191,8 @@ class Copy:
             # A history may be ahead of its checkpoints; behind them, it would have a gap.
             for part in ([n for n in new if not step_of(n)], [n for n in new if step_of(n)]):
                 if part:
-                    keys = [f"{self.root}/{name}" for name in part]
-                    self.store.put([str(self.folder / name) for name in part], keys)
+                    here = [str(self.folder / name) for name in part]
+                    self.store.put(here, [f"{self.root}/{name}" for name in part])
             sent = known | {name: found[name] for name in new}
             if trains:
                 steps = json.dumps(sorted({step_of(name) for name in found}))
