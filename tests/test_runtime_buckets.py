@@ -102,7 +102,7 @@ def test_a_run_that_is_killed_goes_on_elsewhere_and_ends_the_same(store, tmp_pat
     elsewhere(monkeypatch, tmp_path)
     status, output, errors = run(*flags, "--workdir=s3://bucket/run")
     assert status == 0, errors
-    steps = json.loads(store.cat(commits[-1]))
+    steps = json.loads(store.cat(commits[-1]))["steps"]
     resumed = re.search(r"Resumed from the checkpoint of step (\d+)\.", output)
     assert f"checkpoints/{resumed[1]}" in steps
     assert "It is in s3://bucket/run too." in output
@@ -220,7 +220,10 @@ def test_checkpoints_are_sent_while_a_run_goes_on(store, monkeypatch):
         write(copy, checkpoints__4__a="4", history="4")
         wait_for(lambda: sent)
         assert store.cat("bucket/run/checkpoints/4/a.txt") == b"4"
-        assert json.loads(store.cat("bucket/run/.commits/00000001.json"))[-1] == "checkpoints/4"
+        assert (
+            json.loads(store.cat("bucket/run/.commits/00000001.json"))["steps"][-1]
+            == "checkpoints/4"
+        )
 
 
 def test_two_runs_do_not_mix(store, tmp_path, monkeypatch, caplog):
@@ -242,8 +245,8 @@ def test_two_runs_do_not_mix(store, tmp_path, monkeypatch, caplog):
     copy.fetch()
     write(copy.folder, checkpoints__5__a="5")
     there = copy.there
-    monkeypatch.setattr(copy, "there", lambda: (*there()[:2], copy.commits))
-    store.pipe_file("bucket/run/.commits/00000002.json", b"[]")
+    monkeypatch.setattr(copy, "there", lambda: (*there()[:2], copy.commits, copy.by))
+    store.pipe_file("bucket/run/.commits/00000002.json", b"{}")
     with pytest.raises(buckets.BucketError, match="pre-conditions you specified did not hold"):
         copy.send(trains=True)
 
@@ -261,9 +264,40 @@ def test_what_is_refused_is_kept_and_sent_by_the_same_command(store):
         assert content(again) == {"history": "4", "checkpoints/4/a": "4"}
     assert store.exists("bucket/run/checkpoints/4/a.txt")
     # What another machine has sent since counts more than what lies here.
-    store.pipe_file("bucket/run/.commits/00000002.json", b'[""]')
+    store.pipe_file("bucket/run/.commits/00000002.json", b'{"by": "another", "steps": []}')
     write(again, history="8")
     assert content(buckets.local("s3://bucket/run")) == {"history": "4"}
+
+
+def test_a_commit_whose_answer_is_lost(store, monkeypatch):
+    """Found by cutting the way to the server: what was not sent counted as another run's."""
+    real, answers = store.pipe_file, [OSError("lost")]
+
+    def pipe_file(*arguments, **options):
+        real(*arguments, **options)
+        if answers:
+            raise answers.pop()
+
+    monkeypatch.setattr(store, "pipe_file", pipe_file)
+    with (
+        pytest.raises(buckets.BucketError, match="could not be written: lost"),
+        buckets.mirrored("s3://bucket/run", trains=True) as copy,
+    ):
+        write(copy, checkpoints__4__a="4")
+    write(copy, checkpoints__5__a="5")
+    with buckets.mirrored("s3://bucket/run", trains=True) as again:
+        assert content(again) == {"checkpoints/4/a": "4", "checkpoints/5/a": "5"}
+    last = json.loads(store.cat("bucket/run/.commits/00000002.json"))
+    assert last["steps"] == ["checkpoints/4", "checkpoints/5"]
+    # While a run goes on, too.
+    answers.append(OSError("lost"))
+    same = buckets.Copy("s3://bucket/run")
+    same.fetch()
+    write(same.folder, checkpoints__6__a="6")
+    with pytest.raises(buckets.BucketError, match="lost"):
+        same.send(trains=True)
+    same.send(trains=True)
+    assert len(store.find("bucket/run/.commits")) == 4
 
 
 def test_a_run_at_work_keeps_its_folder(store):

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +88,8 @@ class Copy:
     """A folder on this disk, and the place in a bucket whose content it has."""
 
     def __init__(self, address: str, place: Path | None = None):
-        self.address, self.commits = address.rstrip("/"), 0  # that this copy has seen
+        self.address = address.rstrip("/")
+        self.commits, self.by = 0, ""  # that this copy has seen; its name in those it makes
         packages.require(address, "buckets", "fsspec", "s3fs" if address[0] == "s" else "gcsfs")
         import fsspec
 
@@ -106,9 +108,12 @@ class Copy:
         nothing, and it need not be new.
         """
         with _reaching(self.address, "fetched"), one_at_a_time(self.place / "lock"):
-            version, keys, self.commits = self.there()
+            version, keys, self.commits, by = self.there()
             known = self.known()
-            ahead = known["commits"] == self.commits and known["files"] != self.files()
+            self.by = known["by"]
+            # The answer to a commit may have been lost, so that it is not known to be there.
+            unchanged = by == self.by or known["commits"] == self.commits
+            ahead = unchanged and known["files"] != self.files()
             if version != known["version"] and not ahead:
                 with (
                     contextlib.suppress(BlockingIOError),
@@ -125,8 +130,11 @@ class Copy:
             raise BucketError(f"There is nothing at {self.address}.")
         return self.folder / self.folder.name if [*keys.values()] == [self.root] else self.folder
 
-    def there(self) -> tuple[str, dict[str, str], int]:
-        """Returns a text that changes with what is complete there; its name → key; the commits."""
+    def there(self) -> tuple[str, dict[str, str], int, str]:
+        """Returns what is complete there: a text that changes with it; name → key of its files.
+
+        Then the number of commits, and by which copy the last one is.
+        """
         found = self.store.find(self.root, detail=True)
         base = self.root.rpartition("/")[0] if self.root in found else self.root
         # An index may lie within a run; folders may be objects; no name leads out of the folder.
@@ -134,21 +142,23 @@ class Copy:
         keys = {key[len(base) + 1 :]: key for key in found}
         keys = {name: key for name, key in keys.items() if not ignored.match(name)}
         commits = sorted(name for name in keys if name.startswith(".commits/"))
+        last = {"by": "", "steps": []}
         if commits:  # else it was put there by hand
-            steps = ["", *json.loads(self.store.cat_file(keys[commits[-1]]))]
+            last = json.loads(self.store.cat_file(keys[commits[-1]]))
+            steps = ["", *last["steps"]]
             keys = {n: k for n, k in keys.items() if n not in commits and step_of(n) in steps}
         marks = [[key, found[key].get("ETag") or found[key].get("etag")] for key in keys.values()]
-        return json.dumps([len(commits), marks]), keys, len(commits)
+        return json.dumps([len(commits), marks]), keys, len(commits), last["by"]
 
     def known(self) -> dict:
         """Returns what `note` has written."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self.record.read_text(encoding="utf-8"))
-        return {"version": None, "commits": None, "files": {}}
+        return {"version": None, "commits": None, "by": uuid.uuid4().hex, "files": {}}
 
     def note(self, version: str | None, found: dict[str, list[int]]) -> None:
         """Writes down what the folder has of the bucket, and its files as they were."""
-        about = {"version": version, "commits": self.commits, "files": found}
+        about = {"version": version, "commits": self.commits, "by": self.by, "files": found}
         files.write_json(self.record, about)
 
     def files(self) -> dict[str, list[int]]:
@@ -183,7 +193,8 @@ class Copy:
             new = [n for n in found if found[n] != known.get(n) and (trains or not step_of(n))]
             if not new:
                 return
-            if trains and self.there()[2] != self.commits:
+            *_, commits, by = self.there()
+            if trains and commits != self.commits and by != self.by:
                 raise BucketError(
                     f"Another run has sent a checkpoint to {self.address} that this one did not "
                     f"begin with, so nothing of this one is sent any more. It is in {self.folder}."
@@ -195,14 +206,14 @@ class Copy:
                     self.store.put(here, [f"{self.root}/{name}" for name in part])
             sent = known | {name: found[name] for name in new}
             if trains:
-                steps = json.dumps(sorted({step_of(name) for name in found}))
-                key = f"{self.root}/.commits/{self.commits + 1:08}.json"
-                self.store.pipe_file(key, steps.encode(), mode="create")
-                self.commits, sent = self.commits + 1, found
+                commit = {"by": self.by, "steps": sorted({step_of(name) for name in found})}
+                key = f"{self.root}/.commits/{commits + 1:08}.json"
+                self.store.pipe_file(key, json.dumps(commit).encode(), mode="create")
+                self.commits, sent = commits + 1, found
                 for name in known.keys() - found.keys():
                     with contextlib.suppress(FileNotFoundError):
                         self.store.rm_file(f"{self.root}/{name}")
-            version, keys, _ = self.there()
+            version, keys, *_ = self.there()
             # Others, of which there may be files too, are fetched the next time.
             self.note(version if keys.keys() <= sent.keys() else None, sent)
 
