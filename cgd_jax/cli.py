@@ -12,7 +12,7 @@ from ml_collections import config_flags
 
 from cgd_jax import config_files, search_cli, study_files
 from cgd_jax.flags import Command, Flag, parse, program
-from cgd_jax.runtime import compiled, console, interrupts, memory, packages
+from cgd_jax.runtime import buckets, compiled, console, interrupts, memory, packages
 from cgd_jax.runtime.errors import UserError
 
 # Whatever imports JAX is imported where it is needed: --help ends before it would be there.
@@ -65,7 +65,8 @@ FLAGS = {
         options=tuple(COMMANDS),
     ),
     "workdir": Flag(
-        "The folder of a run; a new one is runs/CONFIG, or runs/studies/CONFIG.",
+        "The folder of a run, or s3://... or gs://...; a new one is runs/CONFIG, or "
+        "runs/studies/CONFIG.",
         "FOLDER",
     ),
     "together": Flag(
@@ -104,6 +105,8 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
         raise flags.Error("--coordinator, --num_processes and --process_id go together.")
     if name in search_cli.COMMANDS:
         return search_cli.check(name, given)
+    if (given.coordinator or given.distributed) and buckets.is_bucket(given.workdir):
+        raise flags.Error("several processes need a --workdir= that all of them see, on a disk.")
     if name == "study" and not given.study:
         raise flags.Error(f"say which study: {STUDIES}, or a file of your own.")
     if name == "study" and not all(seed.isdigit() for seed in given.seeds or []):
@@ -118,9 +121,7 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(name: str, given: flags.FlagValues) -> None:
-    """Does what a command says."""
-    if name in search_cli.COMMANDS:
-        return search_cli.run(name, given)
+    """Does what a command of a run says."""
     from cgd_jax import ensemble, evaluate, explain, export, inspect_data, train
     from cgd_jax.studies import report, runner, study
     from cgd_jax.workdir import default_workdir
@@ -139,7 +140,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             inspect_data.show_data(given.config, workdir)
         case "eval":
             if given.together:
-                ensemble.evaluate_together([workdir, *given.together])
+                ensemble.evaluate_together([workdir, *map(buckets.local, given.together)])
             else:
                 evaluate.evaluate_run(workdir, given.step, given.config)
         case "explain":
@@ -185,7 +186,12 @@ def main(argv: list[str]) -> None:
             from cgd_jax.runtime import processes
 
             processes.start(given.coordinator, given.num_processes, given.process_id)
-        run(name, given)
+        if name in search_cli.COMMANDS:
+            search_cli.run(name, given)
+        else:
+            trains = name in ("train", "study")
+            with buckets.mirrored(given.workdir, trains) as given["workdir"].value:
+                run(name, given)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, as behind `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

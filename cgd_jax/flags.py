@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from cgd_jax import config_files, study_files
 from cgd_jax.config import flatten
-from cgd_jax.runtime import console
+from cgd_jax.runtime import buckets, console
 from cgd_jax.runtime.errors import UserError
 
 __all__ = ["Command", "Flag", "parse", "program"]
@@ -107,11 +107,13 @@ def parse_config(
     if chosen and not named and not chosen.endswith(".csv"):
         argv = [argv[0], f"--config={study_files.load(chosen).config}", *argv[1:]]
     argv = with_config_file(argv)
+    run = "workdir" in command.arguments.split() and not named and (given.workdir or word)
+    folder = buckets.local(run) if run else ""
     try:
-        if "workdir" in command.arguments.split() and not named and (given.workdir or word):
+        if folder:
             from cgd_jax.workdir import read_config
 
-            of_run = read_config(given.workdir or word)
+            of_run = read_config(folder)
             config_flags.DEFINE_config_dict("config", of_run, flag_values=given, sys_argv=argv)
         else:
             config_flags.DEFINE_config_file("config", flag_values=given, sys_argv=argv)

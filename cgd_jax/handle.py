@@ -23,7 +23,7 @@ class Network(network.Network):
         """
         from cgd_jax.search import Index, indexing  # an extra of its own
 
-        address = address or Path(self.name if network.is_run(self.name) else "runs", "index")
+        address = address or f"{self.name if network.is_run(self.name) else 'runs'}/index"
         indexing.update(str(address), [images], self)
         return Index.open(address, self)
 

@@ -27,7 +27,7 @@ from cgd_jax.data.shapes import ASPECTS, Size, shapes_around
 from cgd_jax.models import backbones, pretrained, weight_files
 from cgd_jax.models.cgd import CGD, create_model, embed_model, vectors_of
 from cgd_jax.preprocess import Normalization
-from cgd_jax.runtime import compiled, files, packages
+from cgd_jax.runtime import buckets, compiled, files, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.threads import CORES, parallel
 
@@ -200,8 +200,9 @@ def open_network(
     """Opens a trained network. Nothing else of a run is needed, and no data set.
 
     Args:
-      source: the work folder of a run; the folder or the file of an export; "owner/name" or
-        "owner/name@revision" of an exported or a published network on Hugging Face;
+      source: the work folder of a run; the folder or the file of an export; one of them in a
+        bucket, s3://...; "owner/name" or "owner/name@revision" of an exported or a published
+        network on Hugging Face;
         "efficientnet_lite0", which a package brings, and which None stands for; or a file with the
         published weights of a known backbone, which its name begins with.
       vector: which of the network's vectors is computed, see `models.cgd.select_vector`. None is
@@ -287,21 +288,22 @@ def _locate(source: str | Path | None) -> str:
 
 def is_run(name: str) -> bool:
     """Returns whether this is the work folder of a run."""
-    return Path(name, "checkpoints").is_dir()
+    return Path(buckets.local(name), "checkpoints").is_dir()
 
 
 def _read(name: str, step: int | None = None) -> _Source:
-    if is_run(name):
+    here = buckets.local(name)
+    if is_run(here):
         packages.require("To open a run", "train", "orbax", "ml_collections")
         from cgd_jax.checkpoint import read_weights
         from cgd_jax.workdir import read_config
 
-        config = read_config(name).to_dict()
-        weights, normalization, step = read_weights(name, step)
+        config = read_config(here).to_dict()
+        weights, normalization, step = read_weights(here, step)
         return _Source(name, weights, normalization, config, step, _digest(weights))
     if step is not None:
         raise InputError(f"step={step} is of a run, and {name} is none: it has no checkpoints/.")
-    path = weight_files.find(name)
+    path = weight_files.find(here)
     arrays, metadata = weight_files.read(path)
     declared = weight_files.declared_normalization(path.parent, metadata)
     if declared is None or "config" not in metadata:

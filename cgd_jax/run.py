@@ -24,7 +24,7 @@ from cgd_jax.models.cgd import CGD, create_model, network_params
 from cgd_jax.objective import loss_param_counts
 from cgd_jax.optimizer import make_optimizer
 from cgd_jax.rules import AUTO, validate
-from cgd_jax.runtime import compiled, console, processes
+from cgd_jax.runtime import buckets, compiled, console, processes
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.sharding import lay_out, shardings
 from cgd_jax.train_step import State, create_state, draw_state
@@ -134,7 +134,8 @@ def name_backbone(config: ConfigDict) -> ConfigDict:
         return config
     config = config.copy_and_resolve_references()
     try:
-        config.model.backbone = weight_files.declared_backbone(config.model.pretrained)
+        source = buckets.local(config.model.pretrained)
+        config.model.backbone = weight_files.declared_backbone(source)
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.backbone=auto: {error}") from error
     validate(config)
@@ -193,9 +194,9 @@ def load_pretrained(config: ConfigDict, state: State) -> State:
     the network.
     """
     variables = {"params": network_params(state.params), "batch_stats": state.batch_stats}
-    source = config.pretrained
-    run = Path(source).expanduser()
     try:
+        source = buckets.local(config.pretrained)
+        run = Path(source).expanduser()
         if (run / checkpoint.FOLDER).is_dir():
             weight_files.check_backbone(run, config.backbone)
             weights, normalization, _ = checkpoint.read_weights(run)

@@ -273,7 +273,7 @@ def test_a_strangers_index_makes_nobody_ask_the_hub(tmp_path, name, monkeypatch)
     assert index.count() == 1 and index.vectors()[1].shape == (1, 16)  # needs no network
     uses = index.search, index.add, partial(queries.ask, index)
     for use in uses:
-        with pytest.raises(InputError, match=f"of Hugging Face. .* say --model={name}.$"):
+        with pytest.raises(InputError, match=f"of Hugging Face, .* say --model={name}.$"):
             use(["a.png"])
     with pytest.raises(InputError, match="of Hugging Face"):
         indexing.update("index", [photograph(tmp_path / "photos/b.png", 2).parent])

@@ -23,9 +23,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from cgd_jax.data import archives, decode
 from cgd_jax.data.dataset import listed
+from cgd_jax.runtime import buckets
 from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import replacing
@@ -151,6 +153,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
 
     def _locate(self, source: str) -> Path:
         path = Path(source).expanduser()
+        if buckets.is_bucket(source) and not source.endswith(".csv"):
+            return epath.Path(source)
         if not source:
             problem = "--config.data.source says where the images are, and is not set"
         elif not path.exists():
@@ -163,7 +167,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
 
     def fingerprint(self, source: Path) -> str:
         """Returns what changes when the source does."""
-        return archives.fingerprint(source)
+        in_bucket = buckets.is_bucket(str(source))
+        return buckets.fingerprint(str(source)) if in_bucket else archives.fingerprint(source)
 
     def _key(self, root: Path) -> str:
         source = self._source.resolve()
@@ -212,7 +217,8 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         """Yields the folder of the source, and those of archives in it that are not unpacked."""
         scratch = Path(self.data_dir).parent
         with contextlib.ExitStack() as stack:
-            folders = [stack.enter_context(archives.unpacked(self._source, scratch))]
+            source = stack.enter_context(buckets.fetched(str(self._source), scratch))
+            folders = [stack.enter_context(archives.unpacked(source, scratch))]
             for stem, folder in self.INNER_ARCHIVES.items():
                 names = [stem + ending for ending in archives.ARCHIVE_ENDINGS]
                 found = filter(None, (archives.find(folders, name) for name in names))

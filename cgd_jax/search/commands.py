@@ -18,7 +18,7 @@ __all__ = ["default_address", "fill_index", "search_index"]
 
 def default_address(workdir: str | None) -> str:
     """Returns where the index of a run lies; without a run, that of the packaged network."""
-    return str(Path(workdir or "runs", "index"))
+    return f"{workdir or 'runs'}/index"
 
 
 def fill_index(

@@ -171,8 +171,8 @@ class Index:
             if self._network is None and not here:
                 raise InputError(
                     f"The index {self.address} was made with the network {literal(source)} of "
-                    f"Hugging Face. It is not requested only because an index names it: if it is "
-                    f"the one that you want, say --model={literal(source)}."
+                    f"Hugging Face, or a bucket. It is not requested only because an index names "
+                    f"it: if it is the one that you want, say --model={literal(source)}."
                 )
             try:
                 network = networks.open_network(
