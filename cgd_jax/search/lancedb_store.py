@@ -33,9 +33,10 @@ INDEX_IDS_FROM = 10_000  # rows
 # Every write makes a part of the table. To join them writes all rows anew, so it waits until there
 # are more than these, or rows were deleted.
 PARTS = 10
-# Of the approximate search: clusters looked into, and candidates a neighbour that are compared
-# exactly. Compressed vectors hardly tell the images of a class apart: most of it are candidates.
-PROBES, REFINE = 80, 3
+# Of the approximate search: clusters looked into, at least, and one for so many rows, half of them
+# (a class is spread over more of them the more there are); and candidates a neighbour that are
+# compared exactly. Compressed vectors hardly tell a class apart: most of it are candidates.
+PROBES, ROWS_A_PROBE, REFINE = 80, 16_384, 3
 COMPRESSED_REFINE, CANDIDATES = 10, 1000  # the larger one of both
 PIECES = 48  # bytes of a vector in product quantization, at most
 
@@ -102,8 +103,9 @@ class LanceStore:
         found: list[list[Hit]] = [[] for _ in vectors]
         refine = max(COMPRESSED_REFINE, CANDIDATES // k) if self._compress else REFINE
         with self._failures("read", where):
+            probes = max(PROBES, self._table.count_rows() // ROWS_A_PROBE)
             query = self._table.search(list(vectors), vector_column_name="vector")
-            query = query.distance_type("cosine").nprobes(PROBES).refine_factor(refine)
+            query = query.distance_type("cosine").nprobes(probes).refine_factor(refine)
             query = query.select([*HIT_COLUMNS, "_distance"]).limit(k)
             rows = (query.where(where) if where else query).to_arrow().to_pylist()
         for row in rows:  # of one query, the database does not say of which
