@@ -64,7 +64,7 @@ class IndexInfo(NamedTuple):
     shapes: list[list[int]] = []
     scales: list[float] = [1.0]  # see `network.open_network`
     scales_p: float = 1.0
-    whitened_by: str = "pca"  # see `rerank.WHITENINGS`
+    whitened_by: str = "pca"  # or "pairs", see `rerank`
     compress: str | None = None  # of `stores.COMPRESSED`: what stays in memory of the vectors
 
 
@@ -142,7 +142,7 @@ class Index:
         """Makes an empty index of a network's vectors; one that is there already is opened.
 
         Their precision is "float32" or "float16"; a whitening, and what it was learned by, of
-        `rerank.WHITENINGS`, is applied to them. From some size on, searches keep them in memory
+        "pca" or "pairs", is applied to them. From some size on, searches keep them in memory
         compressed: "pq" by product quantization (https://hal.inria.fr/inria-00514462), "binary" to
         a bit a number by RaBitQ (https://arxiv.org/abs/2405.12497); the best are compared exactly.
         Raises as `open`; InputError: D is no multiple of 8, which compression needs.

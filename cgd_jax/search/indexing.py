@@ -84,7 +84,7 @@ def update(
 
     Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
     stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`,
-    `whiten`, a dimension, `whitening`, of `rerank.WHITENINGS`, and `compress`, see `Index.create`,
+    `whiten`, a dimension, `whitening`, "pca" or "pairs", and `compress`, see `Index.create`,
     are of a new index. Of n processes that fill an index together, process i calls this with the
     same sources and `share` (i, n). `watch` is told how many files were read, of how many. Returns
     what this process did.
