@@ -13,8 +13,8 @@ COMMANDS = {
     "index": Command(
         "embeds your own images into an index, or brings it up to date",
         "IMAGES",
-        "index model images vector precision whiten whitening aspect image_size scales scales_p "
-        "prune",
+        "index model images vector precision whiten whitening compress aspect image_size scales "
+        "scales_p prune",
         "images",
         "search",
     ),
@@ -76,6 +76,13 @@ FLAGS = {
         "NAME",
         kind=flags.DEFINE_enum,
         options=("pca", "pairs"),
+    ),
+    "compress": Flag(
+        "What searches of a large index keep in memory: at most 48 bytes a vector (pq), or a bit a "
+        "number (binary), of which the best are compared exactly; else a byte a number.",
+        "NAME",
+        kind=flags.DEFINE_enum,
+        options=("pq", "binary"),
     ),
     "prune": Flag(
         "Also removes images whose folders are gone, empty or cannot be read: a disk may be away."
@@ -176,6 +183,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             precision=given.precision,
             whiten=given.whiten,
             whitening=given.whitening,
+            compress=given.compress,
             prune=given.prune,
             share=share_of_files(given),
         )

@@ -16,6 +16,7 @@ from cgd_jax.preprocess import IMAGENET
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import Hit, Index, Record, StoreError, images, indexing, queries, report
 from cgd_jax.search import index as indexes
+from cgd_jax.search.collection import Collection
 from cgd_jax.search.duplicates import Group, find_duplicates
 from cgd_jax.serve import command as serving
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
@@ -145,6 +146,18 @@ def test_an_index_says_what_it_is_and_follows_a_folder(tmp_path):
     assert repr(index) == (
         f"Index({str(tmp_path / 'index')!r}, network='stand-in', vector='embedding', dimension=16)"
     )
+
+
+def test_an_index_may_be_compressed(tmp_path, monkeypatch):
+    for dimension, compress in ((12, "pq"), (12, "binary"), (16, "zip")):
+        with pytest.raises(InputError, match=f"compress={compress}: it is pq or binary.*of 8, not"):
+            Index.create(tmp_path / "none", stand_in(dimension=dimension), compress=compress)
+    index = Index.create(tmp_path / "index", stand_in(), compress="binary")
+    assert "dimension=16, compress='binary')" in repr(index)
+    index.update(folder_of_photographs(tmp_path / "photos"))
+    again = Index.open(tmp_path / "index", stand_in())
+    assert again.info.compress == "binary" and again.update(tmp_path / "photos").unchanged == 12
+    assert Collection(again).vectors is None  # they are never all in memory
 
 
 def test_images_come_and_go(tmp_path):

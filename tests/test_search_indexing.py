@@ -201,6 +201,8 @@ def test_an_index_stays_with_its_network_and_numbers(photos, tmp_path):
         update(address, [photos], stand_in(), precision="float16")
     with pytest.raises(InputError, match="holds vectors in float32, not whitened"):
         update(address, [photos], stand_in(), whiten=4)
+    with pytest.raises(InputError, match="not whitened and not compressed, which stays as it is"):
+        update(address, [photos], stand_in(), compress="pq")
     assert Index.open(address).count() == 12
 
 
@@ -398,7 +400,7 @@ def test_whitening_by_pairs_learns_from_what_shares_a_folder(tmp_path, monkeypat
     within = (plain - np.stack([plain[labels == x].mean(0) for x in labels])) @ projection
     assert np.linalg.cond(within.T @ within) < np.linalg.cond(np.cov(plain.T)[:5, :5])
     assert index.info.whitened_by == "pairs"
-    with pytest.raises(InputError, match="whitened by pairs to 5 dimensions, which stays"):
+    with pytest.raises(InputError, match="whitened by pairs to 5 dimensions and not"):
         update(address, [photos], network, whiten=5, whitening="pca")
     alone = tmp_path / "alone"
     for i in range(8):

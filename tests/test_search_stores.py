@@ -21,8 +21,9 @@ def needs(package):
     return pytest.mark.skipif(missing, reason=f"{package} is not installed")
 
 
-def about(precision="float32"):
-    return {"info": json.dumps({"precision": precision}), "long": "é" + "x" * 130_000}
+def about(precision="float32", compress=None):
+    info = json.dumps({"precision": precision, "compress": compress})
+    return {"info": info, "long": "é" + "x" * 130_000}
 
 
 def rows(count, seed=0):
@@ -182,25 +183,30 @@ def test_half_precision_halves_the_vectors(tmp_path):
 
 
 @needs("pymilvus")
-def test_milvus_has_no_half_precision(tmp_path):
-    with pytest.raises(InputError, match="holds vectors in float32. Leave --precision out"):
-        open_store(str(tmp_path / "a.db"), about("float16"), DIMENSION)
+@pytest.mark.parametrize("chosen", [("float16",), ("float32", "pq")])
+def test_milvus_has_vectors_in_float32_alone(chosen, tmp_path):
+    with pytest.raises(InputError, match="holds vectors in float32. Leave --precision and --com"):
+        open_store(str(tmp_path / "a.db"), about(*chosen), DIMENSION)
     assert not (tmp_path / "a.db").exists()
 
 
 @needs("lancedb")
-def test_approximate_search_finds_what_exact_search_finds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("compress", [None, "pq", "binary"])
+def test_approximate_search_finds_what_exact_search_finds(compress, tmp_path, monkeypatch):
     from cgd_jax.search import lancedb_store
 
     monkeypatch.setattr(lancedb_store, "APPROXIMATE_FROM", 1)
     monkeypatch.setattr(lancedb_store, "INDEX_IDS_FROM", 1)
-    store = open_store(str(tmp_path / "index"), about(), DIMENSION)
+    open_store(str(tmp_path / "index"), about(compress=compress), DIMENSION)
+    store = open_store(str(tmp_path / "index"))  # which learns from it how to compress
     records, vectors = rows(2000)
     upsert(store, records, vectors)
     assert not store.approximate()
     store.finish()
     assert store.approximate()
-    assert sorted(index.columns for index in store._table.list_indices()) == [["id"], ["vector"]]
+    kinds = {None: "IvfSq", "pq": "IvfPq", "binary": "IvfRq"}
+    built = sorted((index.columns, index.index_type) for index in store._table.list_indices())
+    assert built == [(["id"], "BTree"), (["vector"], kinds[compress])]
     new, new_vectors = rows(50, seed=3)
     upsert(store, new, new_vectors)  # which the approximate index does not hold yet
     queries = rows(20, seed=1)[1]
@@ -213,6 +219,16 @@ def test_approximate_search_finds_what_exact_search_finds(tmp_path, monkeypatch)
     assert np.mean(shared) >= 9.8
     (hits,) = store.search(new_vectors[7:8], 1)
     assert hits[0].id == "030007"
+    chosen = [record.id for record in records if record.label == "shoes" and record.size < 60]
+    similarity = {id: queries[0] @ vectors[int(id[2:])] for id in chosen}
+    (hits,) = store.search(queries[:1], 5, "label = 'shoes' AND size < 60 AND id < '02'")
+    assert {hit.id for hit in hits} == set(sorted(chosen, key=lambda id: -similarity[id])[:5])
+    for hit in hits:  # of the vectors as they are, however they are compressed
+        assert hit.similarity == pytest.approx(similarity[hit.id], abs=1e-6)
+    store.delete(chosen)
+    store.finish()
+    (hits,) = store.search(queries[:1], 50)
+    assert not {hit.id for hit in hits} & set(chosen)
 
 
 @needs("lancedb")

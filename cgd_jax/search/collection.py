@@ -30,7 +30,7 @@ class Collection:
     """The images of an index as they were when it was read.
 
     `table` has what is known of them but thumbnails; `vectors` are theirs, [N, D] float32 of unit
-    length, or None where they are too many.
+    length, or None where they are compressed or too many.
     """
 
     def __init__(self, index: Index):
@@ -38,7 +38,8 @@ class Collection:
         batches = [batch.cast(LISTED) for batch in index.store.read(LISTED.names)]
         self.table = pa.Table.from_batches(batches, LISTED).combine_chunks()
         self.vectors: np.ndarray | None = None
-        if len(self.table) * index.info.dimension <= IN_MEMORY:
+        small = len(self.table) * index.info.dimension <= IN_MEMORY
+        if small and not index.info.compress:
             ids, vectors = index.vectors()
             rows = pc.index_in(pa.array(ids, pa.string()), self.table["id"])
             known = rows.is_valid().to_numpy(zero_copy_only=False)  # not written in between

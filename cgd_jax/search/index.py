@@ -65,6 +65,7 @@ class IndexInfo(NamedTuple):
     scales: list[float] = [1.0]  # see `network.open_network`
     scales_p: float = 1.0
     whitened_by: str = "pca"  # or "pairs", see `rerank`
+    compress: str | None = None  # of `stores.COMPRESSED`: what stays in memory of the vectors
 
 
 class Index:
@@ -81,9 +82,10 @@ class Index:
 
     def __repr__(self) -> str:
         info = self.info
+        compressed = f", compress={info.compress!r}" if info.compress else ""
         return (
             f"Index({self.address!r}, network={info.network!r}, vector={info.vector!r}, "
-            f"dimension={info.dimension})"
+            f"dimension={info.dimension}{compressed})"
         )
 
     @classmethod
@@ -135,11 +137,15 @@ class Index:
         precision: str = "float32",
         whitening: Whitening | None = None,
         whitened_by: str = "pca",
+        compress: str | None = None,
     ) -> "Index":
         """Makes an empty index of a network's vectors; one that is there already is opened.
 
         Their precision is "float32" or "float16"; a whitening, and what it was learned by, of
-        "pca" or "pairs", is applied to them. Raises as `open`.
+        "pca" or "pairs", is applied to them. From some size on, searches keep them in memory
+        compressed: "pq" by product quantization (https://hal.inria.fr/inria-00514462), "binary" to
+        a bit a number by RaBitQ (https://arxiv.org/abs/2405.12497); the best are compared exactly.
+        Raises as `open`; InputError: D is no multiple of 8, which compression needs.
         """
         info = IndexInfo(
             network=network.name,
@@ -148,8 +154,14 @@ class Index:
             whitened_from=None if whitening is None else network.dimension,
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
             whitened_by=whitened_by,
+            compress=compress,
             **_remembered_of(network),
         )
+        if compress and (compress not in stores.COMPRESSED or info.dimension % 8):
+            raise InputError(
+                f"--compress={compress}: it is {' or '.join(stores.COMPRESSED)}, of vectors whose "
+                f"length is a multiple of 8, not {info.dimension}; --whiten= gives them another."
+            )
         about = {"info": json.dumps(info._asdict())}
         if whitening is not None:
             numbers = np.column_stack(whitening).astype("<f4")

@@ -75,6 +75,7 @@ def update(
     precision: str | None = None,
     whiten: int | None = None,
     whitening: str | None = None,
+    compress: str | None = None,
     prune: bool = False,
     share: tuple[int, int] = (0, 1),
     watch: Callable[[int, int], None] | None = None,
@@ -83,9 +84,10 @@ def update(
 
     Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
     stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`,
-    `whiten`, a dimension, and `whitening`, "pca" or "pairs", are of a new index. Of n
-    processes that fill an index together, process i calls this with the same sources and `share`
-    (i, n). `watch` is told how many files were read, of how many. Returns what this process did.
+    `whiten`, a dimension, `whitening`, "pca" or "pairs", and `compress`, see `Index.create`,
+    are of a new index. Of n processes that fill an index together, process i calls this with the
+    same sources and `share` (i, n). `watch` is told how many files were read, of how many. Returns
+    what this process did.
 
     Raises InputError, and changes nothing: a source is missing or holds no image, or the index is
     another than is asked for. BusyError, StoreError: what was written stays.
@@ -111,7 +113,7 @@ def update(
             wanted |= {record.id: (record, file) for record, file in listed}
             given.add(root)
             skipped += left_out
-        index = _existing(address, model, vector, precision, whiten, whitening)
+        index = _existing(address, model, vector, precision, whiten, whitening, compress)
         _meet(share, "everybody has looked whether there is an index")
         if index is None and is_first:
             network = model if isinstance(model, Network) else open_network(model, vector)
@@ -119,7 +121,12 @@ def update(
             learned = _learn_whitening(network, listed, whiten, by) if whiten else None
             precision = precision or "float32"
             index = Index.create(
-                address, network, precision=precision, whitening=learned, whitened_by=by
+                address,
+                network,
+                precision=precision,
+                whitening=learned,
+                whitened_by=by,
+                compress=compress,
             )
         _meet(share, "there is an index")
         if index is None:
@@ -137,7 +144,7 @@ def update(
     return changes
 
 
-def _existing(address, model, vector, precision, whiten, whitening) -> Index | None:
+def _existing(address, model, vector, precision, whiten, whitening, compress) -> Index | None:
     """Opens an index, if there is one; InputError if it is another than is asked for."""
     try:
         index = Index.open(address, model, vector=vector)
@@ -145,13 +152,16 @@ def _existing(address, model, vector, precision, whiten, whitening) -> Index | N
         return None
     info = index.info
     whitened = info.dimension if info.whitened_from else None
-    wanted = precision or info.precision, whiten or whitened, whitening or info.whitened_by
-    if wanted != (info.precision, whitened, info.whitened_by):
+    known = info.precision, whitened, info.whitened_by, info.compress
+    asked = precision, whiten, whitening, compress
+    if any(a is not None and a != k for a, k in zip(asked, known, strict=True)):
         how = f"whitened by {info.whitened_by} to {whitened} dimensions"
+        packed = f"compressed ({info.compress})" if info.compress else "not compressed"
         raise InputError(
             f"The index {address} holds vectors in {info.precision}, "
-            f"{how if whitened else 'not whitened'}, which stays as it is. Leave --precision, "
-            f"--whiten and --whitening out, or make another index with --index=."
+            f"{how if whitened else 'not whitened'} and {packed}, which stays as it is. Leave "
+            f"--precision, --whiten, --whitening and --compress out, or make another index with "
+            f"--index=."
         )
     return index
 

@@ -19,7 +19,7 @@ from cgd_jax.search.stores import HIT_COLUMNS, Hit, StoreError
 os.environ.setdefault("LANCEDB_LOG", "error")  # else it warns of what is as it should be
 try:
     import lancedb
-    from lancedb.index import BTree, IvfSq
+    from lancedb.index import BTree, IvfPq, IvfRq, IvfSq
 except ImportError as error:
     raise ImportError(
         "An index in a folder needs the package lancedb: pip install 'cgd_jax[search]', or "
@@ -33,9 +33,20 @@ INDEX_IDS_FROM = 10_000  # rows
 # Every write makes a part of the table. To join them writes all rows anew, so it waits until there
 # are more than these, or rows were deleted.
 PARTS = 10
-# Of the approximate search: clusters looked into, and candidates a neighbour that are compared
-# exactly.
-PROBES, REFINE = 80, 3
+# Of the approximate search: clusters looked into, at least, and one for so many rows, half of them
+# (a class is spread over more of them the more there are); and candidates a neighbour that are
+# compared exactly. Compressed vectors hardly tell a class apart: most of it are candidates.
+PROBES, ROWS_A_PROBE, REFINE = 80, 16_384, 3
+COMPRESSED_REFINE, CANDIDATES = 10, 1000  # the larger one of both
+PIECES = 48  # bytes of a vector in product quantization, at most
+
+
+def _quantizer(compress: str | None, dimension: int) -> Any:
+    """Returns how the approximate search keeps vectors: 8 bits a number, unless compressed."""
+    if compress == "pq":
+        pieces = max(n for n in range(1, PIECES + 1) if dimension % n == 0)
+        return IvfPq(distance_type="cosine", num_sub_vectors=pieces)
+    return (IvfRq if compress == "binary" else IvfSq)(distance_type="cosine")
 
 
 class LanceStore:
@@ -60,6 +71,7 @@ class LanceStore:
                 # Last: from now on there is an index.
                 self._database.create_table(IMAGES, schema=schema, exist_ok=True)
             self._table: Any = self._database.open_table(IMAGES)
+            self._compress = json.loads(self.about("info") or "{}").get("compress")
             if "taken" not in self._table.schema.names:  # of an earlier version
                 self._table.add_columns({"taken": f"CAST({stores.UNKNOWN} AS BIGINT)"})
 
@@ -89,9 +101,11 @@ class LanceStore:
 
     def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
         found: list[list[Hit]] = [[] for _ in vectors]
+        refine = max(COMPRESSED_REFINE, CANDIDATES // k) if self._compress else REFINE
         with self._failures("read", where):
+            probes = max(PROBES, self._table.count_rows() // ROWS_A_PROBE)
             query = self._table.search(list(vectors), vector_column_name="vector")
-            query = query.distance_type("cosine").nprobes(PROBES).refine_factor(REFINE)
+            query = query.distance_type("cosine").nprobes(probes).refine_factor(refine)
             query = query.select([*HIT_COLUMNS, "_distance"]).limit(k)
             rows = (query.where(where) if where else query).to_arrow().to_pylist()
         for row in rows:  # of one query, the database does not say of which
@@ -122,7 +136,7 @@ class LanceStore:
             dimension = self._table.schema.field("vector").type.list_size
             wanted: dict[str, Any] = {"id": BTree()} if rows >= INDEX_IDS_FROM else {}
             if rows * dimension >= APPROXIMATE_FROM:
-                wanted["vector"] = IvfSq(distance_type="cosine")
+                wanted["vector"] = _quantizer(self._compress, dimension)
             for index in self._table.list_indices():
                 wanted.pop(index.columns[0], None)
             for column, config in wanted.items():

@@ -48,10 +48,11 @@ class MilvusStore:
     def __init__(self, address: str, about: dict[str, str] | None = None, dimension: int = 0):
         for library in ("pymilvus", "milvus_lite"):
             logging.getLogger(library).setLevel(logging.CRITICAL)  # they log what they raise
-        if about is not None and json.loads(about["info"])["precision"] != "float32":
+        info = json.loads(about["info"]) if about else {"precision": "float32"}
+        if info["precision"] != "float32" or info.get("compress"):
             raise InputError(
                 f"--index={address}: an index in Milvus holds vectors in float32. Leave "
-                f"--precision out; --whiten= makes them smaller."
+                f"--precision and --compress out; --whiten= makes them smaller."
             )
         if stores.is_local(address):
             if about is None and not Path(address).exists():

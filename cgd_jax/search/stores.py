@@ -29,6 +29,7 @@ class BusyError(StoreError, BlockingIOError):
     """Another process writes to the index."""
 
 
+COMPRESSED = ("pq", "binary")  # see `Index.create`
 UNKNOWN = -1  # when an image was taken that an earlier version of this program indexed
 
 
