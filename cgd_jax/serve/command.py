@@ -13,8 +13,6 @@ from cgd_jax.runtime import console, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import Index
 
-__all__ = ["serve"]
-
 TOKEN = "CGD_JAX_TOKEN"  # the environment variable; command lines are seen by everybody
 SHORTEST = 16  # characters of a token
 
