@@ -76,9 +76,7 @@ class Alike(BaseModel):
     """Images that are nearly the same."""
 
     size: int
-    copies: list[Shown] = Field(
-        description=f"the most pixels first, then bytes, then the earliest; {COPIES} at most"
-    )
+    copies: list[Shown] = Field(description=f"the one with the most pixels first; at most {COPIES}")
 
 
 class Duplicates(BaseModel):

@@ -29,7 +29,7 @@ class Asked(Filters):
     """What a search is asked for."""
 
     id: str = Field(
-        "", max_length=400, description=f"of images or uploads, {EXAMPLES} at most: A,B"
+        "", max_length=400, description=f"of images or uploads: A,B; {EXAMPLES} at most"
     )
     crop: str = Field(
         "",
@@ -94,9 +94,7 @@ def _answer(service: Service, asked: Asked, data: bytes | None) -> Answer:
 def vector_of(service: Service, ids: list[str], crops: list[str]) -> np.ndarray:
     """Returns the mean vector [D] of images or parts of them; HTTPException 422, too many."""
     if len(ids) > EXAMPLES or len(crops) > len(ids):
-        raise HTTPException(
-            422, f"Search by {EXAMPLES} images at most, with no more crops than images."
-        )
+        raise HTTPException(422, f"Search by {EXAMPLES} images at most, with a crop each or none.")
     vectors = [service.vector(*one) for one in itertools.zip_longest(ids, crops, fillvalue="")]
     return np.mean([vector / np.linalg.norm(vector) for vector in vectors], axis=0)
 

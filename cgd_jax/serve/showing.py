@@ -14,10 +14,7 @@ from cgd_jax.serve.uploads import PREFIX
 SIDES = {"small": 192, "medium": 384, "large": 1024}  # pixels, the longer side of what is shown
 # What browsers show; anything else they are told to save, and not to guess what it is.
 KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
-SENT: dict[str, Any] = {
-    "response_class": Response,
-    "responses": {200: {"content": {"image/*": {}}}},
-}
+SENT: dict[int | str, dict[str, Any]] = {200: {"content": {"image/*": {}}}}
 router = APIRouter(tags=["images"])
 
 
@@ -27,7 +24,7 @@ def details(service: Served, id: str) -> Shown:
     return service.shown(service.record(id), service.collection().root)
 
 
-@router.get("/image/{id}", **SENT)
+@router.get("/image/{id}", response_class=Response, responses=SENT)
 async def image(
     request: Request, service: Served, id: str, size: Literal["small", "medium", "large"] = "small"
 ) -> Response:
@@ -39,7 +36,7 @@ async def image(
     return cacheable(request, content, "image/jpeg")
 
 
-@router.get("/original/{id}", **SENT)
+@router.get("/original/{id}", response_class=Response, responses=SENT)
 def original(request: Request, service: Served, id: str) -> Response:
     """Sends the file of an image as it is, where paths are shown."""
     if not service.show_paths:
