@@ -190,7 +190,7 @@ def measure(address: str, pid: int, minutes: float) -> None:
             )
             page.wait_for_timeout(700)
             if height % 4 == 0:
-                page.locator("#grid a").nth(9).click()
+                page.locator("#grid [data-id]").nth(9).click()
                 settle(page)
                 page.go_back()
                 settle(page)

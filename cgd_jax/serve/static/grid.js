@@ -15,7 +15,7 @@ let row = 200; // pixels
 let current = 0; // the one that the Tab key reaches
 
 export const contents = () => ({ items, total, current });
-export const indexOf = (id) => items.findIndex((item) => item?.id === id);
+export const indexOf = (id) => (id ? items.findIndex((item) => item?.id === id) : -1);
 export const visible = () => [...list.children].filter(({ item, place }) => item && near(place));
 const linkOf = (place) => [...list.children].find((node) => node.place === place)?.querySelector("a");
 
