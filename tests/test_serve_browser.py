@@ -611,6 +611,10 @@ def test_at_any_width(opened, url, width):
     page.goto("/?view=")
     page.locator("#grid [data-id]").first.wait_for()
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    page.locator("#filter").click()
+    for control in page.locator("#filters label:visible").all():
+        box = control.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
     boxes = [node.bounding_box() for node in page.locator("#grid li").all()[:12]]
     assert len({round(box["width"]) for box in boxes}) == 1
     left = page.locator("#heading").bounding_box()["x"]
@@ -715,6 +719,7 @@ def test_why_alike_is_shown_and_survives_a_reload(opened, tmp_path):
         page.locator("#grid [data-id]").first.click()
         page.locator("#why").click()
         page.locator("#legend").wait_for()
+        until(lambda: "why=1" in page.locator("#grid .look").first.get_attribute("href"))
         page.set_default_timeout(60_000)
         page.locator("#grid canvas").nth(3).wait_for()
         page.reload()

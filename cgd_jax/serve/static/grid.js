@@ -41,14 +41,16 @@ function measure() {
 const topOf = (place) => list.getBoundingClientRect().top + Math.floor(place / columns) * row;
 const near = (place) => topOf(place) > -row && topOf(place) < innerHeight;
 
-function draw() {
+export function draw() {
+  const { why } = read(); // is in the links
   const top = topOf(0);
   const rowAt = (y) => clamp((y - top) / row, 0, Math.ceil(total / columns));
   const first = Math.floor(rowAt(-MARGIN)) * columns;
   const last = Math.min(Math.ceil(rowAt(innerHeight + MARGIN)) * columns, total);
   const held = list.contains(document.activeElement);
   for (const node of [...list.children]) {
-    if (node.place < first || node.place >= last || node.item !== items[node.place]) node.remove();
+    const stale = node.item !== items[node.place] || node.why !== why;
+    if (node.place < first || node.place >= last || stale) node.remove();
   }
   for (let place = first; place < last; place++) {
     const there = list.children[place - first];
@@ -86,7 +88,7 @@ export const whereOf = ({ label, folder }) =>
 
 function tile(place, item) {
   const node = item ? stamp("tile") : element("li", {});
-  Object.assign(node, { place, item, ariaSetSize: total, ariaPosInSet: place + 1 });
+  Object.assign(node, { place, item, why: read().why, ariaSetSize: total, ariaPosInSet: place + 1 });
   if (!item) return node;
   const part = (name) => node.querySelector(name);
   const dense = row * Math.min(devicePixelRatio, 2) > 350;

@@ -30,7 +30,7 @@ export async function between(match, [image, canvas], ours) {
 }
 
 // Explains what is in the window, one after the other, so that searches get through.
-export async function explain() {
+async function explain() {
   const { id, known } = query;
   if (running || !on() || !id) return;
   running = true;

@@ -26,7 +26,7 @@ async function show(answer, back) {
   complain();
   filters.present(wanted);
   if (core() !== shown) await load(answer, back);
-  heat.explain();
+  grid.draw();
   await look();
 }
 
