@@ -10,7 +10,7 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cgd_jax import config_files, search_cli
+from cgd_jax import config_files, search_cli, study_files
 from cgd_jax.flags import Command, Flag, parse, program
 from cgd_jax.runtime import compiled, console, interrupts, memory, packages
 from cgd_jax.runtime.errors import UserError
@@ -19,7 +19,7 @@ from cgd_jax.runtime.errors import UserError
 
 __all__ = ["main"]
 
-STUDIES = config_files.listed(config_files.FOLDER / "studies")
+STUDIES = config_files.listed(study_files.FOLDER)
 
 COMMANDS = {
     "train": Command(
@@ -152,7 +152,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             if given.push_to_hub:
                 console.log(f"Uploaded to {export.push_to_hub(folder, given.push_to_hub)}")
         case "study":
-            chosen = study.load(given.study)
+            chosen = study_files.load(given.study)
             if chosen.space:
                 packages.require("A search", "tuning", "optuna")
                 from cgd_jax.studies import search

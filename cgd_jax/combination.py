@@ -37,7 +37,7 @@ def l2_normalize(x: jax.Array, axis: int = -1) -> jax.Array:
     Along `axis` of floating point `x`, any shape; in float32, for norms up to the end of its range.
     The norm is floored at the root of `EPS`, 1e-6: the zero vector stays zero. Shorter vectors have
     no direction worth learning from, and pass a gradient of zero in place of one of a million.
-    (`ranking.normalize` has no floor, but is not for differentiation.)
+    (`retrieval.normalize` has no floor, but is not for differentiation.)
 
     >>> l2_normalize(jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).tolist()
     [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from cgd_jax import metrics, retrieval
 from cgd_jax.labels import as_labels, own_index
-from cgd_jax.ranking import normalize
+from cgd_jax.retrieval import normalize
 
 __all__ = ["measure"]
 

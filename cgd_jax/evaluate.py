@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgd_jax import complementarity, geometry, metrics, rerank, retrieval
+from cgd_jax import complementarity, geometry, metrics, protocols, rerank, retrieval
 from cgd_jax.data import Dataset
 from cgd_jax.embed import (
     Embeddings,
@@ -236,7 +236,7 @@ def measure(run: Run, embeddings: Embeddings, **options) -> dict:
     if truth is None:
         inputs = ranking_inputs(embeddings, run.dataset) | ranking | options
         return metrics.evaluate(**inputs)
-    measured = truth.measure(*embeddings, **ranking)
+    measured = getattr(protocols, truth.protocol)(*embeddings, **truth.given, **ranking)
     return metrics.summarize(measured, run.dataset.query.labels, **options)
 
 

@@ -15,10 +15,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from cgd_jax.model_card import model_card
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import embed_model
 from cgd_jax.network import Network, open_network
-from cgd_jax.reports.model_card import model_card
 from cgd_jax.runtime import files, packages
 from cgd_jax.workdir import read_config
 

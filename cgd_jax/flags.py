@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from cgd_jax import config_files
+from cgd_jax import config_files, study_files
 from cgd_jax.config import flatten
-from cgd_jax.runtime import console, packages
+from cgd_jax.runtime import console
 from cgd_jax.runtime.errors import UserError
 
 __all__ = ["Command", "Flag", "parse", "program"]
@@ -105,10 +105,7 @@ def parse_config(
     word = next((word for word in argv[1:] if word[0] != "-"), "")
     chosen = (given.study or word) if name == "study" else ""
     if chosen and not named and not chosen.endswith(".csv"):
-        packages.require("study", "train", "jax", "flax", "optax")
-        from cgd_jax.studies import study
-
-        argv = [argv[0], f"--config={study.load(chosen).config}", *argv[1:]]
+        argv = [argv[0], f"--config={study_files.load(chosen).config}", *argv[1:]]
     argv = with_config_file(argv)
     try:
         if "workdir" in command.arguments.split() and not named and (given.workdir or word):

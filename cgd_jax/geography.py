@@ -8,7 +8,6 @@ series of `from_utm` Krüger 1912, https://doi.org/10.2312/GFZ.b103-krueger28.
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.spatial import KDTree
 
 __all__ = ["apart", "from_utm", "near", "on_globe"]
 
@@ -103,6 +102,8 @@ def near(
         )
     if not np.isfinite(query).all() or not np.isfinite(gallery).all():
         raise ValueError("positions must be finite")
+    from scipy.spatial import KDTree  # which every search would wait for
+
     found = KDTree(gallery).query_ball_point(query, radius, return_sorted=True)
     found = [np.array(items, int) for items in found]
     if query_heading is None or gallery_heading is None or turn >= 180:

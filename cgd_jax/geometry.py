@@ -22,8 +22,7 @@ from numpy.typing import ArrayLike
 from cgd_jax.labels import as_labels
 from cgd_jax.losses import pairwise_distances
 from cgd_jax.losses.miners import hardest
-from cgd_jax.ranking import normalize
-from cgd_jax.retrieval import check_matrix, check_rows
+from cgd_jax.retrieval import check_matrix, check_rows, normalize
 
 __all__ = ["cluster_agreement", "describe_batch", "describe_set"]
 

@@ -22,10 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
-from cgd_jax.retrieval import check_pair, check_rows
+from cgd_jax.retrieval import check_pair, check_rows, normalize
 from cgd_jax.runtime import processes, threads
 
-__all__ = ["TIE", "Relevance", "measure_ranks", "normalize"]
+__all__ = ["TIE", "Relevance", "measure_ranks"]
 
 # Two float32 cosines closer than this count as equal: the order of summation alone, which
 # differs between kernels, moves them as much.
@@ -211,21 +211,6 @@ def _ranks_in_block(gallery, query, positives, ignored, *, first, precision, mes
     specs = {"in_specs": (P(), of_query, of_query, of_query), "out_specs": of_query}
     local = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
     return local(gallery, query, positives, ignored)
-
-
-@jax.jit
-def normalize(x: jax.Array) -> jax.Array:
-    """Scales vectors [..., D] to unit length, in float32; zero vectors, and they alone, stay zero.
-
-    >>> normalize(np.array([[3e38, 3e38, 3e38, 3e38], [0, 0, 0, 0]])).tolist()
-    [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
-    """
-    x = x.astype(jnp.float32)
-    # First to about 1, so that no square overflows or vanishes. XLA makes x / a / b into
-    # x / (a * b), which would overflow.
-    x = x * (1 / jnp.clip(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-37, 8e37))
-    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-    return x * (1 / jnp.where(norm > 0, norm, 1))
 
 
 def _of_unit_length(x, rows=2**12):

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from cgd_jax.ranking import normalize
-from cgd_jax.retrieval import check_matrix, check_rows, top_k
+from cgd_jax.retrieval import check_matrix, check_rows, normalize, top_k
 
 __all__ = [
     "augment_database",
@@ -25,8 +24,6 @@ __all__ = [
     "matching_pairs",
     "whiten",
 ]
-
-WHITENINGS = ("pca", "pairs")  # learned by `learn_whitening`, by `learn_pair_whitening`
 
 
 def learn_whitening(embeddings: ArrayLike, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:

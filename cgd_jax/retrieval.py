@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from cgd_jax.runtime import processes, threads
 
-__all__ = ["PRECISIONS", "top_k"]
+__all__ = ["PRECISIONS", "normalize", "top_k"]
 
 PRECISIONS = ("highest", "high", "default")
 # Rows of queries and, at most, of the gallery in one product. Memory is ITEMS × D +
@@ -96,6 +96,21 @@ def top_k(
         merged.append(processes.merge_rows(everything, everyones))
     similarity, index = merged
     return similarity, index
+
+
+@jax.jit
+def normalize(x: jax.Array) -> jax.Array:
+    """Scales vectors [..., D] to unit length, in float32; zero vectors, and they alone, stay zero.
+
+    >>> normalize(np.array([[3e38, 3e38, 3e38, 3e38], [0, 0, 0, 0]])).tolist()
+    [[0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
+    """
+    x = x.astype(jnp.float32)
+    # First to about 1, so that no square overflows or vanishes. XLA makes x / a / b into
+    # x / (a * b), which would overflow.
+    x = x * (1 / jnp.clip(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-37, 8e37))
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x * (1 / jnp.where(norm > 0, norm, 1))
 
 
 def _is_one_cpu(mesh):

@@ -20,7 +20,6 @@ from cgd_jax import (
     data,
     losses,
     pooling,
-    rerank,
     retrieval,
     sharding,
 )
@@ -117,7 +116,7 @@ RULES: dict[str, Rule] = {
     ),
     "eval.matmul_precision": one_of(retrieval.PRECISIONS),
     "eval.scales_p": Rule(lambda p: 0 < p <= 10, "must be above 0 and at most 10"),
-    "eval.whitening": one_of(rerank.WHITENINGS),
+    "eval.whitening": one_of(("pca", "pairs")),
     "eval.projection": one_of(("pca", "umap", "")),
     "eval.scales": Rule(
         lambda scales: len(scales) > 0 and all(scale > 0 for scale in scales),

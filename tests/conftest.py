@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", str(SHARED / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Under nohup it would be ignored, also by what tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples every time, of which none has to be kept.
 settings.register_profile("tests", derandomize=True, database=None, deadline=None)

@@ -16,6 +16,7 @@ from cgd_jax.data.decode import decode
 from cgd_jax.models import cgd
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.sharding import shardings
+from tests import quick
 from tests.dataset_samples import encoded
 from tests.search_samples import photograph, write_network
 
@@ -116,7 +117,9 @@ def test_a_square_is_seen_as_before(network):
     assert squares.size == squares.resize == 32 and not squares.keeps_aspect
 
 
-@pytest.mark.parametrize("vector, p", [("embedding", 1.0), ("descriptor_G", 3.0), ("embedding", 3)])
+@pytest.mark.parametrize(
+    "vector, p", quick.first([("descriptor_G", 3.0), ("embedding", 1.0), ("embedding", 3)])
+)
 def test_scales_are_averaged(network, vector, p):
     """As by cirtorch's `extract_ms`: the mean, or GeM's, of vectors of unit length."""
     scales = (0.5**0.5, 1.0, 2**0.5)

@@ -12,10 +12,11 @@ from cgd_jax.models.cgd import CGD
 from cgd_jax.models.resnet import ResNet
 from cgd_jax.preprocess import IMAGENET, Normalization
 from cgd_jax.runtime.errors import InputError
+from tests import quick
 from tests.variables import random_variables
 
 
-@pytest.mark.parametrize("letter", attribution.MAPS)
+@pytest.mark.parametrize("letter", quick.first(attribution.MAPS, 2))
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_pooled_map_adds_up_to_the_descriptor(letter, ties):
     rng = np.random.default_rng(0)
@@ -44,7 +45,7 @@ def test_pooled_maps_of_other_exponents():
         attribution.pooled_map("X", features)
 
 
-@pytest.mark.parametrize("how", combination.COMBINATIONS)
+@pytest.mark.parametrize("how", quick.first(combination.COMBINATIONS))
 def test_contributions_add_up_to_the_similarity(how):
     rng, letters = np.random.default_rng(1), "SMGR"
     features = rng.exponential(size=(2, 4, 6, 8)).astype(np.float32)

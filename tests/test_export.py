@@ -17,11 +17,10 @@ import yaml
 from safetensors.numpy import load_file
 
 import cgd_jax
-from cgd_jax import checkpoint, export, pooling
+from cgd_jax import checkpoint, export, model_card, pooling
 from cgd_jax.models import pretrained, weight_files
 from cgd_jax.models.cgd import create_model
 from cgd_jax.preprocess import IMAGENET, Normalization
-from cgd_jax.reports import model_card
 from cgd_jax.runtime.errors import InputError
 from tests import tiny
 from tests.variables import random_variables

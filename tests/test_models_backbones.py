@@ -16,13 +16,14 @@ from cgd_jax.models.cgd import create_model
 from cgd_jax.models.family import Family, Scheme
 from cgd_jax.preprocess import Normalization
 from configs import base
+from tests import quick
 from tests.goldens import make_initial
 from tests.variables import random_variables
 
 GOLDEN = json.loads(make_initial.PATH.read_text())
 
 
-@pytest.mark.parametrize("backbone", GOLDEN)
+@pytest.mark.parametrize("backbone", quick.first(GOLDEN))
 def test_initial_weights_are_those_of_version_0_1_0(backbone):
     found, expected = make_initial.initial_weights(backbone), GOLDEN[backbone]
     assert found["shapes"] == expected["shapes"]
@@ -48,7 +49,7 @@ def shapes_of(backbone, size=224, **options):
     return jax.eval_shape(model.init_with_output, jax.random.key(0), images)
 
 
-@pytest.mark.parametrize("backbone", CHANNELS)
+@pytest.mark.parametrize("backbone", quick.first(CHANNELS, 3))
 def test_parameters_and_feature_maps(backbone):
     features, variables = shapes_of(backbone, last_stride=1)
     parameters = sum(a.size for a in jax.tree.leaves(variables["params"]))

@@ -19,6 +19,7 @@ from cgd_jax import losses
 from cgd_jax.models import efficientnet_lite, pretrained, resnet
 from cgd_jax.models.backbones import BACKBONES
 from cgd_jax.models.cgd import CGD
+from tests import quick
 from tests.goldens.draw import (
     CLASSES,
     EMBEDDING,
@@ -205,7 +206,7 @@ def check_statistics(updates, stats, names):
         assert relative_error(thin(value), expected) < 1e-4, path
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("mode", quick.first(["train", "eval"]))
 def test_the_whole_network_in_float32(mode):
     model, variables, names, images = cgd("float32")
     params, stats = variables["params"], variables["batch_stats"]

@@ -6,7 +6,7 @@ import pytest
 from cgd_jax import evaluate
 from cgd_jax.run import open_data
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.studies.study import Study, load
+from cgd_jax.study_files import Study, load
 
 optuna = pytest.importorskip("optuna")
 from cgd_jax.studies import search  # noqa: E402

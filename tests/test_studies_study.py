@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.studies.study import FOLDER, Study, ensembles, load, plan
+from cgd_jax.studies.study import ensembles, plan
+from cgd_jax.study_files import FOLDER, Study, load
 from configs import glyphs
 
 STUDIES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "search")

@@ -18,6 +18,7 @@ from cgd_jax.preprocess import IMAGENET
 from cgd_jax.reports.history import History
 from cgd_jax.reports.throughput import Meter
 from cgd_jax.sharding import shardings
+from tests import quick
 from tests.test_train import history_without_speed
 from tests.variables import assert_same
 
@@ -103,7 +104,9 @@ def steps_saved(folder):
 
 @pytest.mark.parametrize(
     "during,number",
-    [("training", signal.SIGINT), ("evaluation", signal.SIGTERM), ("training", signal.SIGHUP)],
+    quick.first(
+        [("evaluation", signal.SIGTERM), ("training", signal.SIGINT), ("training", signal.SIGHUP)]
+    ),
 )
 def test_a_run_that_is_stopped_at_every_step_ends_as_if_it_had_not_been(
     tiny_config, fit_line, tmp_path, during, number

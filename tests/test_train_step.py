@@ -19,7 +19,7 @@ from cgd_jax.models.efficientnet_lite import EfficientNetLite
 from cgd_jax.models.resnet import ResNet
 from cgd_jax.preprocess import IMAGENET
 from configs import base, glyphs
-from tests import tiny  # noqa: F401, the backbone resnet6
+from tests import quick, tiny  # noqa: F401, the backbone resnet6
 from tests.variables import assert_same
 
 
@@ -68,7 +68,7 @@ def test_total_loss_is_the_weighted_sum_and_a_weight_of_zero_switches_off():
     assert ranking == 0 and np.isfinite(total)
 
 
-@pytest.mark.parametrize("name", losses.RANKING_LOSSES)
+@pytest.mark.parametrize("name", quick.first(losses.RANKING_LOSSES, 4))
 def test_every_ranking_loss_takes_the_options_of_the_config(name):
     config = base.get_config().loss
     config.ranking = name

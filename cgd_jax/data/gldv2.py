@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cgd_jax import protocols
 from cgd_jax.data import archives, truth
 from cgd_jax.data.builder import ImageBuilder, ImageFile
 from cgd_jax.runtime.errors import InputError
@@ -54,8 +53,8 @@ class Gldv2(ImageBuilder):
         """Returns what is right, for images with these names."""
         stored = truth.read(self)
         usage = [stored[image].pop("usage") for image in query]
-        measure = protocols.landmarks
-        return truth.of_lists(measure, stored, query, gallery, ("positives",), usage=usage)
+        right = ("positives",)
+        return truth.of_lists("landmarks", stored, query, gallery, right, usage=usage)
 
 
 def _image(root: Path, folder: str, split: str, id: str, label: int, name: str) -> ImageFile:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cgd_jax import protocols
 from cgd_jax.data import archives, truth
 from cgd_jax.data.builder import ImageBuilder, ImageFile
 from cgd_jax.runtime.errors import InputError
@@ -69,7 +68,7 @@ class Roxford5k(ImageBuilder):
     def truth(self, query: Sequence[str], gallery: Sequence[str], **_: float) -> truth.Truth:
         """Returns what is right, for images with these names."""
         stored = truth.read(self)
-        return truth.of_lists(protocols.revisited, stored, query, gallery, ("easy", "hard"))
+        return truth.of_lists("revisited", stored, query, gallery, ("easy", "hard"))
 
 
 def read_plain(path: Path) -> Any:

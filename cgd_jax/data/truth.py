@@ -6,14 +6,11 @@ splits lose copies; `load` asks for it by the names that remain.
 
 import json
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cgd_jax import protocols
 from cgd_jax.geography import near
 from cgd_jax.runtime import files
 
@@ -27,18 +24,18 @@ class Truth(NamedTuple):
     """What a data set knows of its test images in place of classes."""
 
     positives: list[np.ndarray]  # for every query positions in the gallery
-    # (query [Q, D], gallery [G, D], ks=…, **options) → {metric: [Q]}, see `protocols`
-    measure: Callable[..., dict[str, np.ndarray]]
+    protocol: str  # the function of `protocols` that measures
+    given: dict[str, Any]  # what it takes beside embeddings
     # Of queries and of the gallery, [N, C] in metres; None: not of places.
     positions: tuple[np.ndarray, np.ndarray] | None = None
     lost: float = math.nan  # what a query without positives counts as; NaN: not at all
     ignores: bool = False  # whether some of the gallery is left out for some queries
 
 
-def of_lists(measure, stored, query, gallery, right, **more) -> Truth:
+def of_lists(protocol, stored, query, gallery, right, **more) -> Truth:
     """Makes a truth of {query's name: {list's name: names}}; `right` says which are positives.
 
-    `query` and `gallery` are the names of their images, `more` what else `measure` takes.
+    `query` and `gallery` are the names of their images, `more` what else the protocol takes.
     """
     place = {name: i for i, name in enumerate(gallery)}
     lists = {
@@ -46,7 +43,7 @@ def of_lists(measure, stored, query, gallery, right, **more) -> Truth:
         for kind in stored[query[0]]
     }
     positives = [np.concatenate(rows) for rows in zip(*(lists[k] for k in right), strict=True)]
-    return Truth(positives, partial(measure, **lists, **more), ignores="junk" in lists)
+    return Truth(positives, protocol, lists | more, ignores="junk" in lists)
 
 
 def of_positions(stored, query, gallery, radius=25.0, turn=180.0, lost=0.0) -> Truth:
@@ -54,8 +51,8 @@ def of_positions(stored, query, gallery, radius=25.0, turn=180.0, lost=0.0) -> T
     asked, searched = (np.array([stored[n] for n in names], float) for names in (query, gallery))
     headings = asked[:, 0], searched[:, 0]
     positives = near(asked[:, 1:], searched[:, 1:], radius, *headings, turn=turn)
-    measure = partial(protocols.places, positives=positives, lost=lost)
-    return Truth(positives, measure, (asked[:, 1:], searched[:, 1:]), lost)
+    measured = {"positives": positives, "lost": lost}
+    return Truth(positives, "places", measured, (asked[:, 1:], searched[:, 1:]), lost)
 
 
 def cells(positions: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -64,7 +64,7 @@ class IndexInfo(NamedTuple):
     shapes: list[list[int]] = []
     scales: list[float] = [1.0]  # see `network.open_network`
     scales_p: float = 1.0
-    whitened_by: str = "pca"  # see `rerank.WHITENINGS`
+    whitened_by: str = "pca"  # or "pairs", see `rerank`
 
 
 class Index:
@@ -139,7 +139,7 @@ class Index:
         """Makes an empty index of a network's vectors; one that is there already is opened.
 
         Their precision is "float32" or "float16"; a whitening, and what it was learned by, of
-        `rerank.WHITENINGS`, is applied to them. Raises as `open`.
+        "pca" or "pairs", is applied to them. Raises as `open`.
         """
         info = IndexInfo(
             network=network.name,

@@ -83,7 +83,7 @@ def update(
 
     Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
     stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`,
-    `whiten`, a dimension, and `whitening`, of `rerank.WHITENINGS`, are of a new index. Of n
+    `whiten`, a dimension, and `whitening`, "pca" or "pairs", are of a new index. Of n
     processes that fill an index together, process i calls this with the same sources and `share`
     (i, n). `watch` is told how many files were read, of how many. Returns what this process did.
 

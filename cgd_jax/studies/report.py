@@ -24,7 +24,8 @@ from cgd_jax.studies.comparison import (
     verdict_table,
     verdicts,
 )
-from cgd_jax.studies.study import TOGETHER, Run, Study, ensembles
+from cgd_jax.studies.study import Run, ensembles
+from cgd_jax.study_files import TOGETHER, Study
 
 # Of the members of an ensemble: what is added up, and what they have in common.
 COSTS = ("parameters", "embed_seconds", "training_seconds")

@@ -17,7 +17,8 @@ import jax
 from cgd_jax.runtime import console, interrupts
 from cgd_jax.runtime.errors import UserError
 from cgd_jax.studies.report import measured, write_report
-from cgd_jax.studies.study import Run, Study, ensembles
+from cgd_jax.studies.study import Run, ensembles
+from cgd_jax.study_files import Study
 
 
 def run_study(

@@ -19,7 +19,7 @@ from cgd_jax.rules import validate
 from cgd_jax.run import create_run, initial_state, open_data
 from cgd_jax.runtime import console, interrupts
 from cgd_jax.runtime.errors import ConfigError
-from cgd_jax.studies.study import Study
+from cgd_jax.study_files import Study
 from cgd_jax.train import Diverged, batch_size, train
 
 PLOTS = ("optimization_history", "intermediate_values", "param_importances", "slice")

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from cgd_jax.models import backbones
 from cgd_jax.reports import tables
 from cgd_jax.reports.names import markdown
-from cgd_jax.reports.torch_code import READ, reads_backbone, torch_code
+from cgd_jax.torch_code import READ, reads_backbone, torch_code
 
 if TYPE_CHECKING:
     from cgd_jax.network import Network

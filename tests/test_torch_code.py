@@ -12,7 +12,7 @@ from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model
 from cgd_jax.network import Network
 from cgd_jax.preprocess import Normalization
-from cgd_jax.reports.torch_code import reads_backbone, torch_code
+from cgd_jax.torch_code import reads_backbone, torch_code
 from configs import base
 
 NARROW = {"width": 4, "stem": "3x3", "stem_stride": 1}
