@@ -54,9 +54,9 @@ class Update(BaseModel):
     """How far an update of the index is."""
 
     running: bool = False
-    done: int = Field(0, description="files that were read")
-    files: int = Field(0, description="files to read; 0 before they are known")
-    said: str = Field("", description="what became of the last one")
+    done: int = Field(default=0, description="files that were read")
+    files: int = Field(default=0, description="files to read; 0 before they are known")
+    said: str = Field(default="", description="what became of the last one")
 
 
 class Service:
