@@ -106,10 +106,11 @@ def film(address: str, query: Path, out: Path) -> None:
         page.keyboard.press("Escape")
         page.locator("#why").click()
         frame = page.locator("#frame").bounding_box()
-        page.mouse.move(frame["x"] + 20, frame["y"] + 20)
+        left, top = frame["x"] + frame["width"] / 2, frame["y"] + 5
+        page.mouse.move(left, top)
         page.mouse.down()
         for i in range(1, 7):
-            page.mouse.move(frame["x"] + 20 + 25 * i, frame["y"] + 20 + 22 * i)
+            page.mouse.move(left + frame["width"] / 13 * i, top + frame["height"] / 18 * i)
             seen.take()
         page.mouse.up()
         settle(page)
@@ -190,7 +191,7 @@ def measure(address: str, pid: int, minutes: float) -> None:
             )
             page.wait_for_timeout(700)
             if height % 4 == 0:
-                page.locator("#grid a").nth(9).click()
+                page.locator("#grid [data-id]").nth(9).click()
                 settle(page)
                 page.go_back()
                 settle(page)

@@ -116,7 +116,7 @@ def test_a_part_of_the_query(client, index, photos):
         assert upload(client, query.read_bytes(), crop=crop).status_code == 422, crop
     for crop in ("1,1,1e-9,1e-9", "0.2,1,0.5,1e-7", "0.5,0.5,1e-30,0.5", "0.3,0.3,0,0.1"):
         refused = upload(client, query.read_bytes(), crop=crop)
-        assert refused.status_code == 422 and "part of the image is empty" in refused.text, crop
+        assert refused.status_code == 422 and "or is empty" in refused.text, crop
     tiny = upload(client, query.read_bytes(), crop="0.999999,0.5,0.000001,0.000001")
     assert tiny.status_code == 200
 

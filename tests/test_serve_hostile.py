@@ -1,6 +1,7 @@
 """Clients that are silent, slow, greedy or gone, over real sockets of this machine."""
 
 import contextlib
+import io
 import logging
 import socket
 import struct
@@ -219,6 +220,39 @@ def test_what_waits_for_a_client_that_has_left_is_never_begun(index, opened, mon
         go_on.set()
         time.sleep(0.2)
     assert len(decoded) == CORES
+
+
+def test_what_takes_long_to_decode_keeps_nobody_waiting(index, opened, monkeypatch):
+    """Large ones and those of many scans, one at a time; others go by, and find room."""
+    monkeypatch.setattr(service, "QUICK", 10_000)
+    monkeypatch.setattr(service, "CAPACITY", 2)
+    go_on, waiting, peak = threading.Event(), [], [0]
+
+    def slow(data, size, box):
+        if decoding.effort(data) > 10_000:
+            waiting.append(data)
+            peak[0] = max(peak[0], len(waiting))
+            assert go_on.wait(10)
+            waiting.remove(data)
+        return cut(data, size, box)
+
+    cut = service.cut
+    monkeypatch.setattr(service, "cut", slow)
+    jpeg = progressive(12)
+    width, height = Image.open(io.BytesIO(jpeg)).size
+    assert decoding.effort(jpeg) == width * height * 12 // 8
+    expensive = [picture(i, 200, 100, "PNG") for i in range(CORES + 2)]
+    with serving(create_app(index)) as (port, _):
+        crowd = [opened(port, post(expensive[0]))]
+        wait_until(lambda: waiting)
+        for data in expensive[1:]:
+            crowd.append(opened(port, post(data)))
+            time.sleep(0.1)
+        assert [status_of(opened(port, post(picture(i)))) for i in range(5)] == [200] * 5
+        assert status_of(opened(port, post(picture(9, 300, 200, "JPEG")))) == 200
+        go_on.set()
+        assert [status_of(client) for client in crowd] == [200] * len(crowd)
+    assert peak[0] == 1
 
 
 def test_who_reads_slowly_gets_the_whole_answer(opened, monkeypatch):

@@ -15,11 +15,9 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
 from cgd_jax.search import Index, StoreError
-from cgd_jax.serve import browsing, describing, explaining, searching, showing
+from cgd_jax.serve import browsing, describing, searching, showing
 from cgd_jax.serve.guard import Guard
 from cgd_jax.serve.service import Service
-
-__all__ = ["create_app"]
 
 
 class Refusal(BaseModel):
@@ -48,7 +46,7 @@ def create_app(index: Index, *, token: str | None = None, show_paths: bool = Fal
     )
     app.state.service = Service(index, show_paths or token is None)
     app.add_middleware(Guard, token=token)
-    for part in (searching, browsing, showing, explaining, describing):
+    for part in (searching, browsing, showing, describing):
         app.include_router(part.router)
     mimetypes.add_type("text/javascript", ".js")  # Windows may have been told otherwise
     if importlib.util.find_spec("fastapi_offline"):

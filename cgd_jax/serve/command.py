@@ -8,12 +8,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from cgd_jax import network
 from cgd_jax.runtime import console, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import Index
-
-__all__ = ["serve"]
 
 TOKEN = "CGD_JAX_TOKEN"  # the environment variable; command lines are seen by everybody
 SHORTEST = 16  # characters of a token
@@ -85,5 +82,4 @@ def warm_up(index: Index) -> None:
     """Compiles what queries need, so that none waits for it."""
     size = index.network.size
     for shape in [(size, size)] if isinstance(size, int) else size:
-        for count in network.batch_sizes():
-            index.embed_pixels([np.zeros((*shape, 3), np.uint8)] * count)
+        index.embed_pixels([np.zeros((*shape, 3), np.uint8)])

@@ -1,19 +1,16 @@
 """Connections that nobody can hoard: uvicorn itself waits for ever for the head of a request."""
 
 import asyncio
-import itertools
+import time
 from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["server_of"]
-
 SLOWEST = 10  # seconds for the head of a request, and without reading anything; twice at most
 MOST = 256  # connections at a time
 MOST_OF_ADDRESS = 64  # of one address
-MOMENTS = itertools.count()
 
 
 def server_of(application: ASGIApp) -> Server:
@@ -33,7 +30,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.idle_since = next(MOMENTS)
+        self.idle_since = time.perf_counter()
         self._task: asyncio.Task | None = None
         self._application, self.app = self.app, self._answer
 
@@ -66,7 +63,7 @@ class Connection(H11Protocol):
         """Returns whether it is the client's turn: there is no request, or not all of its body."""
         return self.idle() or self.cycle.more_body
 
-    def _look(self, before: tuple[int, int] | None = None) -> None:
+    def _look(self, before: tuple[float, int] | None = None) -> None:
         """Looks every few seconds whether a request has begun, and what is sent is being read."""
         state = self.idle_since, self.transport.get_write_buffer_size()
         if state == before and (self.idle() or state[1]):
@@ -76,7 +73,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Waits for the next request."""
-        self.idle_since = next(MOMENTS)
+        self.idle_since = time.perf_counter()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,15 +1,19 @@
 """What is served, and how it is kept like its files."""
 
+import logging
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, Field
 
-from cgd_jax.serve.service import Served
-from cgd_jax.serve.updating import Update
+from cgd_jax.runtime.errors import UserError
+from cgd_jax.search import indexing
+from cgd_jax.serve.service import Served, Service, Update
 from cgd_jax.serve.uploads import MAX_BYTES
 
+log = logging.getLogger(__name__)
 router = APIRouter(tags=["about"])
 
 
@@ -36,16 +40,41 @@ def about(service: Served) -> About:
         explains=service.heat.possible,
         files=service.show_paths,
         max_bytes=MAX_BYTES,
-        update=service.updater.update,
+        update=service.update,
     )
 
 
 @router.post("/update")
-def update(service: Served) -> Update:
+async def update(service: Served) -> Update:
     """Begins to bring the index up to date with the files that it was made from."""
     if not service.show_paths:
         raise HTTPException(403, "The index is updated on the server's own machine only.")
-    return service.updater.begin()
+    if not service.update.running:
+        service.update = Update(running=True)
+        Thread(target=_update, args=(service,), daemon=True).start()
+    return service.update
+
+
+def _update(service: Service) -> None:
+    def watch(done: int, files: int) -> None:
+        service.update = Update(running=True, done=done, files=files)
+
+    index, said = service.index, "The index was made from no folder: there is nothing to update."
+    try:
+        rows = (batch["source"].to_pylist() for batch in index.store.read(["source"]))
+        if sources := sorted({source for batch in rows for source in batch if source}):
+            made = indexing.update(index.address, sources, index.network, watch=watch)
+            said = (
+                f"{made.added:,} images added, {made.changed:,} changed, {made.removed:,} "
+                f"removed, {len(made.skipped):,} files left out."
+            )
+    except (UserError, OSError) as error:
+        said = f"The index was not updated: {error}"
+    except Exception:
+        log.exception("The index was not updated")
+        said = "The index was not updated; the server's output says why."
+    service.reread()
+    service.update = Update(said=said)
 
 
 @router.get("/healthz")

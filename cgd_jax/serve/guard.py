@@ -10,8 +10,6 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["LOOPBACK", "Guard"]
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE = "cgd_jax_token"
 # No script, style or image from elsewhere, none within the HTML, and no framing.

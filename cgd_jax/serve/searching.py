@@ -1,6 +1,7 @@
-"""POST /search: the images most similar to one, or to several."""
+"""POST /search: the images most similar to one, or to several; GET /explanation: why they are."""
 
 import contextlib
+import itertools
 import time
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import numpy as np
 from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, Field
 
-from cgd_jax.serve.filters import Filters
+from cgd_jax.serve.browsing import Filters
 from cgd_jax.serve.service import Served, Service, Shown, run
 from cgd_jax.serve.uploads import PREFIX
 
@@ -20,6 +21,7 @@ IMAGE_BODY = {
         "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+Id = Annotated[str, Query(max_length=200, description="of an indexed image or of an upload")]
 router = APIRouter(tags=["search"])
 
 
@@ -27,7 +29,7 @@ class Asked(Filters):
     """What a search is asked for."""
 
     id: str = Field(
-        "", max_length=400, description=f"of images or uploads, {EXAMPLES} at most: A,B"
+        "", max_length=400, description=f"of images or uploads: A,B; {EXAMPLES} at most"
     )
     crop: str = Field(
         "",
@@ -41,17 +43,11 @@ class Asked(Filters):
     offset: int = Field(0, ge=0, lt=FARTHEST)
 
 
-class Match(Shown):
-    """An image that was found."""
-
-    similarity: float = Field(description="cosine of the two vectors")
-
-
 class Answer(BaseModel):
     """What a search found."""
 
     query: str = Field(description="ids of the query; an upload is kept for a while")
-    hits: list[Match] = Field(description="most similar first")
+    hits: list[Shown] = Field(description="most similar first")
     more: bool = Field(description="whether a larger offset finds more")
     searched: int = Field(description="images that were searched")
     exact: bool = Field(description="whether every image was compared")
@@ -68,8 +64,8 @@ async def search(request: Request, service: Served, asked: Annotated[Asked, Quer
     sent = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
     body = service.uploads.received(request) if sent or not asked.id else contextlib.nullcontext()
     async with body as data:
-        async with service.gate():  # not before the body is there, which may take long
-            return await run(service.workers, _answer, service, asked, data)
+        # No gate before the body is there, which may take long.
+        return await service.work(_answer, service, asked, data, gate=service.gate())
 
 
 def _answer(service: Service, asked: Asked, data: bytes | None) -> Answer:
@@ -79,15 +75,15 @@ def _answer(service: Service, asked: Asked, data: bytes | None) -> Answer:
         ids.append(service.uploads.keep(data))
     vector = vector_of(service, ids, asked.crop.split(";"))
     images, last = service.collection(), min(asked.offset + asked.k, FARTHEST)
-    itself = list(map(itself_of, ids)) if asked.others else []
-    found, searched, exact = images.search(vector, last, asked.where(images.root), itself)
+    # An upload is told by its content.
+    itself = [("hash" if PREFIX in id else "id", id.removeprefix(PREFIX)) for id in ids]
+    found, searched, exact = images.search(
+        vector, last, asked.where(images.root), itself if asked.others else []
+    )
     near = [one for one in found if one[1] >= asked.similarity]
     return Answer(
         query=",".join(ids),
-        hits=[
-            Match(similarity=similarity, **service.shown(record, images.root))
-            for record, similarity in near[asked.offset :]
-        ],
+        hits=[service.shown(record, images.root, alike) for record, alike in near[asked.offset :]],
         more=len(near) == last < min(FARTHEST, searched),
         searched=searched,
         exact=exact,
@@ -98,14 +94,28 @@ def _answer(service: Service, asked: Asked, data: bytes | None) -> Answer:
 def vector_of(service: Service, ids: list[str], crops: list[str]) -> np.ndarray:
     """Returns the mean vector [D] of images or parts of them; HTTPException 422, too many."""
     if len(ids) > EXAMPLES or len(crops) > len(ids):
-        raise HTTPException(
-            422, f"Search by {EXAMPLES} images at most, with no more crops than images."
-        )
-    crops += [""] * (len(ids) - len(crops))
-    vectors = [service.vector(id, crop) for id, crop in zip(ids, crops, strict=True)]
+        raise HTTPException(422, f"Search by {EXAMPLES} images at most, with a crop each or none.")
+    vectors = [service.vector(*one) for one in itertools.zip_longest(ids, crops, fillvalue="")]
     return np.mean([vector / np.linalg.norm(vector) for vector in vectors], axis=0)
 
 
-def itself_of(id: str) -> tuple[str, str]:
-    """Returns what tells an image itself: a column and its value; of an upload, the same file."""
-    return ("hash", id.removeprefix(PREFIX)) if id.startswith(PREFIX) else ("id", id)
+class Explanation(BaseModel):
+    """What the regions of two images add to their similarity."""
+
+    query: list[list[float]] = Field(description="rows of the grid over the query")
+    match: list[list[float]] = Field(description="rows of the grid over the other image")
+    inset: float = Field(description="side of the grid, in the middle, as a part of the image's")
+
+
+@router.get("/explanation")
+async def explanation(
+    service: Served, query: Id, match: Id, crop: Annotated[str, Query(max_length=100)] = ""
+) -> Explanation:
+    """Says where two images are alike; the crop is the query's."""
+    if not service.heat.possible:
+        raise HTTPException(404, "The vectors of this index cannot be explained.")
+    ours = await service.work(service.pixels, query, crop)
+    theirs = await service.work(service.pixels, match)
+    maps = await run(service.explainer, service.heat.maps, np.stack([ours, theirs]))
+    grids = maps.round(6).tolist()
+    return Explanation(query=grids[0], match=grids[1], inset=service.heat.inset)

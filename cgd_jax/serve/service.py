@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import datetime
-from threading import Lock
-from typing import Annotated, Any, TypeVar
+from threading import Lock, current_thread
+from typing import Annotated, TypeVar
 
 import numpy as np
 from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, Field
 
-from cgd_jax.data.decode import MAX_PIXELS, dimensions
+from cgd_jax.data.decode import MAX_PIXELS, dimensions, effort
 from cgd_jax.data.images import Box, cut
 from cgd_jax.data.shapes import Size
 from cgd_jax.runtime.threads import CORES, Budget
@@ -24,11 +24,9 @@ from cgd_jax.search.heat import Heat
 from cgd_jax.search.images import as_jpeg, file_of
 from cgd_jax.search.stores import Record
 from cgd_jax.serve import uploads
-from cgd_jax.serve.updating import Updater
-
-__all__ = ["Served", "Service", "Shown", "run"]
 
 CAPACITY = 32  # searches at once; more are refused
+QUICK = 10_000_000  # pixels, as `decode.effort` counts them, that are decoded in some 100 ms
 VECTORS = 1000  # of uploads that are remembered
 NO_IMAGE = "The index has no such image."
 OLDEST = 60  # seconds that images are believed to be all where the database has no versions
@@ -49,6 +47,16 @@ class Shown(BaseModel):
     height: int
     bytes: int
     date: datetime = Field(description="by EXIF, else when the file was changed last")
+    similarity: float | None = Field(description="cosine, to the query or the nearest duplicate")
+
+
+class Update(BaseModel):
+    """How far an update of the index is."""
+
+    running: bool = False
+    done: int = Field(default=0, description="files that were read")
+    files: int = Field(default=0, description="files to read; 0 before they are known")
+    said: str = Field(default="", description="what became of the last one")
 
 
 class Service:
@@ -58,10 +66,11 @@ class Service:
         self.index, self.show_paths = index, show_paths
         self.uploads, self.pixels_at_a_time = uploads.Uploads(), Budget(MAX_PIXELS)
         # Of these, one does all of a search: with more than there are cores, all would be late.
-        self.workers = ThreadPoolExecutor(CORES, "worker")
-        # For what takes seconds or minutes: the first explanation compiles.
-        self.explainer, self.comparer = (ThreadPoolExecutor(1) for _ in range(2))
-        self.heat, self.updater = Heat(index), Updater(index, self.reread)
+        self._workers = ThreadPoolExecutor(CORES, "worker")
+        # For what takes long, which keeps nobody else waiting; the first explanation compiles.
+        names = "patient", "explainer", "comparer"
+        self._patient, self.explainer, self.comparer = (ThreadPoolExecutor(1, n) for n in names)
+        self.heat, self.update = Heat(index), Update()
         self._gate = asyncio.Semaphore(CAPACITY)
         self._vector_of_upload = functools.lru_cache(VECTORS)(self._embed)
         self._collection: collection.Collection | None = None
@@ -73,11 +82,23 @@ class Service:
             raise HTTPException(503, "Too many searches at once; try again.", {"Retry-After": "1"})
         return self._gate
 
+    async def work(
+        self,
+        function: Callable[..., T],
+        *args: object,
+        gate: contextlib.AbstractAsyncContextManager | None = None,
+    ) -> T:
+        """Calls a function in a worker, and if it takes long, again where it keeps nobody."""
+        try:
+            async with gate or contextlib.nullcontext():
+                return await run(self._workers, function, *args)
+        except TakesLong:
+            return await run(self._patient, function, *args)
+
     def collection(self) -> collection.Collection:
         """Returns the images of the index; while a large one changes, as they were moments ago."""
-        begin, counted = time.monotonic(), self.index.store.version()
-        version = begin // OLDEST if counted is None else counted
-        known = self._collection
+        begin, known = time.monotonic(), self._collection
+        version = self.index.store.version() or begin // OLDEST
         fresh = known and (version == self._version or begin < self._next)
         # Whoever comes while they are read takes those that are known.
         if not fresh and self._reading.acquire(blocking=known is None):
@@ -95,17 +116,13 @@ class Service:
         """Lets the images be read again, however long that takes."""
         self._next = 0.0
 
-    def shown(self, image: Record, root: str) -> dict[str, Any]:
-        """Returns the fields of `Shown`; `root` is that of the collection."""
+    def shown(self, image: Record, root: str, similarity: float | None = None) -> Shown:
+        """Returns what an answer says of an image; `root` is that of the collection."""
         folder, name = collection.split(image.path, root)
-        return {
-            **image._asdict(),
-            "name": name,
-            "folder": folder,
-            "path": image.path if self.show_paths else None,
-            "bytes": image.size,
-            "date": datetime.fromtimestamp((max(image.taken, 0) or image.modified) / 1e9),
-        }
+        date = datetime.fromtimestamp((max(image.taken, 0) or image.modified) / 1e9)
+        path = image.path if self.show_paths else None
+        said = image._asdict() | {"name": name, "folder": folder, "path": path, "date": date}
+        return Shown(**said, bytes=image.size, similarity=similarity)
 
     def record(self, id: str) -> Record:
         """Returns what is known of an indexed image; HTTPException 404 if there is none."""
@@ -144,6 +161,8 @@ class Service:
             record = self.record(id)
             data = file_of(record) or record.thumbnail
         try:
+            if effort(data) > QUICK and not current_thread().name.startswith("patient"):
+                raise TakesLong
             height, width = dimensions(data)
             box = box_of(crop, height, width) if crop else None
             with self.pixels_at_a_time.holding(height * width):
@@ -151,6 +170,10 @@ class Service:
         except ValueError as error:
             status = 413 if "decompression bomb" in str(error) else 415
             raise HTTPException(status, f"The image cannot be read: {error}.") from error
+
+
+class TakesLong(Exception):
+    """What a worker leaves to the patient one."""
 
 
 async def run(threads: Executor, function: Callable[..., T], *args: object) -> T:
@@ -174,12 +197,9 @@ def box_of(crop: str, height: int, width: int) -> Box:
         x, y, w, h = map(float, crop.split(","))
     except ValueError:
         x = y = w = h = math.nan
-    right, lower = x + w, y + h
-    if not (0 <= x <= right <= 1 + 1e-6 and 0 <= y <= lower <= 1 + 1e-6):  # false for NaN
-        raise HTTPException(
-            422, "crop: give x,y,width,height as fractions of the image: 0.25,0.1,0.5,0.5."
-        )
-    x0, y0, x1, y1 = x * width, y * height, min(right, 1) * width, min(lower, 1) * height
-    if x0 >= x1 or y0 >= y1:
-        raise HTTPException(422, f"crop={crop}: this part of the image is empty.")
+    x0, y0, x1, y1 = x * width, y * height, min(x + w, 1) * width, min(y + h, 1) * height
+    inside = x + w <= 1 + 1e-6 and y + h <= 1 + 1e-6
+    if not (inside and 0 <= x0 < x1 and 0 <= y0 < y1):  # also for NaN
+        how = "x,y,width,height as fractions of the image, such as 0.25,0.1,0.5,0.5"
+        raise HTTPException(422, f"crop={crop} lies outside of the image or is empty; give {how}.")
     return x0, y0, x1, y1

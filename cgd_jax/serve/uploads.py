@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from threading import Lock
@@ -11,8 +12,6 @@ from starlette.requests import ClientDisconnect
 
 from cgd_jax.search.images import hash_of
 
-__all__ = ["PREFIX", "Uploads"]
-
 PATIENCE = 30  # seconds that an upload may take
 KEPT_BYTES = 256_000_000  # of all uploads that are remembered
 ARRIVING_BYTES = KEPT_BYTES // 2  # of those that are received, or searched by for the first time
@@ -20,8 +19,11 @@ MAX_BYTES = ARRIVING_BYTES // 2  # of an upload: telephones write 200 megapixels
 PREFIX = "upload-"  # of their ids; those of an index have no such prefix
 # How files of the formats begin that browsers and telephones send. Of those that can be decoded
 # beside them, none is worth what its decoder may have of errors.
-BEGINNINGS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*"
-BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM|II\*\0|MM\0\*|RIFF....WEBP|"
+    rb"....ftyp(avi[fs]|hei[cx]|hevc|m[is]f1)",
+    re.DOTALL,
+)
 FORMATS = "This is not an image that can be read: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC."
 
 
@@ -38,9 +40,7 @@ class Uploads:
 
         HTTPException 415: it does not begin as an image does, whatever its name or type.
         """
-        webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-        heif = data[4:8] == b"ftyp" and data[8:12] in BRANDS
-        if not (data.startswith(BEGINNINGS) or webp or heif):
+        if not BEGINNINGS.match(data):
             raise HTTPException(415, FORMATS)
         id = PREFIX + hash_of(data)
         with self._lock:

@@ -23,8 +23,8 @@ export const read = (url = location) => Object.fromEntries(new URL(url).searchPa
 export const pick = (wanted, names) => Object.fromEntries(names.map((name) => [name, wanted[name]]));
 
 export function address(wanted, path = "/") {
-  const text = new URLSearchParams(Object.entries(wanted).filter(([, value]) => value)).toString();
-  return text ? `${path}?${text}` : path;
+  const text = new URLSearchParams(Object.entries(wanted).filter(([, value]) => value));
+  return text.size ? `${path}?${text}` : path;
 }
 
 // Goes to what is wanted, as by a link. Browsers without the Navigation API load the page anew.
@@ -37,10 +37,10 @@ export function go(wanted, { replace = false, info } = {}) {
 // Requests. Those that somebody waits for show it.
 
 let waiting = 0;
+const wait = (more) => root.classList.toggle("busy", (waiting += more) > 0);
 
 export async function ask(path, { quiet = false, ...options } = {}) {
-  waiting += quiet ? 0 : 1;
-  root.classList.toggle("busy", waiting > 0);
+  wait(quiet ? 0 : 1);
   try {
     const answer = await fetch(path, options);
     if (answer.ok) return await answer.json();
@@ -50,15 +50,13 @@ export async function ask(path, { quiet = false, ...options } = {}) {
   } catch (error) {
     throw error instanceof TypeError ? new Error("The server does not answer. Is it still running?") : error;
   } finally {
-    waiting -= quiet ? 0 : 1;
-    root.classList.toggle("busy", waiting > 0);
+    wait(quiet ? 0 : -1);
   }
 }
 
-// Says what is wrong; nothing calms.
+// Says what is wrong; nothing calms. What was given up is not wrong.
 export function complain(error = "") {
-  if (error.name === "AbortError") return;
-  $("error").textContent = error.message ?? error;
+  if (error.name !== "AbortError") $("error").textContent = error.message ?? error;
 }
 
 // Copies a text, or shows it where the browser lets no page copy: without https, but on localhost.

@@ -1,6 +1,6 @@
 // Images that are nearly the same: groups, of which all but the best are chosen, to be exported.
 
-import { $, FILTERS, about, address, ask, count, element, imageOf, nameOf, pick, read, stamp } from "./core.js";
+import { $, FILTERS, address, ask, count, element, imageOf, nameOf, pick, read, stamp } from "./core.js";
 import { facts } from "./view.js";
 
 let groups = []; // of copies, which are chosen or not
@@ -14,7 +14,8 @@ export async function load(wanted, { signal }) {
   const status = total
     ? `${count(total, "group")} of images that are nearly the same.${more}`
     : "No two images are as similar as that.";
-  for (const one of groups.flatMap((group) => group.copies)) one.chosen = !one.best;
+  groups.forEach(({ copies }, group) =>
+    copies.forEach((one, i) => Object.assign(one, { group: group + 1, best: !i, chosen: i > 0 })));
   return { items: [], total: 0, status: [status], groups };
 }
 
@@ -25,14 +26,12 @@ export function present({ groups: found = [] }) {
 }
 
 function tally() {
-  const chosen = groups.flat().filter((one) => one.chosen).length;
-  $("chosen").textContent = `${count(chosen, "image")} chosen`;
-  for (const button of document.querySelectorAll("[data-export]")) button.disabled = !chosen;
+  $("chosen").textContent = `${count(groups.flat().filter((one) => one.chosen).length, "image")} chosen`;
 }
 
-function section({ size, copies }, i) {
+function section({ size, copies }) {
   const least = Math.min(...copies.map((one) => one.similarity)).toFixed(3);
-  const title = `Group ${i + 1}: ${count(size, "image")}, similarity from ${least}`;
+  const title = `Group ${copies[0].group}: ${count(size, "image")}, similarity from ${least}`;
   return element("section", { className: "group" },
     element("h3", { textContent: title }), element("ul", {}, ...copies.map(copyOf)));
 }
@@ -78,8 +77,7 @@ const exported = {
 for (const button of document.querySelectorAll("[data-export]")) {
   button.addEventListener("click", () => {
     const kind = button.dataset.export;
-    const all = groups.flatMap((group, i) => group.map((one) => ({ ...one, group: i + 1 })));
-    const href = URL.createObjectURL(new Blob(exported[kind](all)));
+    const href = URL.createObjectURL(new Blob(exported[kind](groups.flat())));
     element("a", { href, download: `duplicates.${kind}` }).click();
     setTimeout(() => URL.revokeObjectURL(href), 10_000);
   });

@@ -1,6 +1,6 @@
 // A grid of any number of images, of which those near the window are in the document.
 
-import { $, FILTERS, address, clamp, complain, imageOf, nameOf, pick, read, stamp } from "./core.js";
+import { $, FILTERS, address, clamp, complain, element, imageOf, nameOf, pick, read, stamp } from "./core.js";
 
 export const BLOCK = 100; // images that are asked for at a time
 const MARGIN = 500; // pixels above and below the window
@@ -13,11 +13,9 @@ let asked = new Set(); // offsets of what is on its way
 let columns = 1;
 let row = 200; // pixels
 let current = 0; // the one that the Tab key reaches
-let drawn = () => {};
 
-export const whenDrawn = (listener) => (drawn = listener);
 export const contents = () => ({ items, total, current });
-export const indexOf = (id) => items.findIndex((item) => item?.id === id);
+export const indexOf = (id) => (id ? items.findIndex((item) => item?.id === id) : -1);
 export const visible = () => [...list.children].filter(({ item, place }) => item && near(place));
 const linkOf = (place) => [...list.children].find((node) => node.place === place)?.querySelector("a");
 
@@ -25,10 +23,6 @@ const linkOf = (place) => [...list.children].find((node) => node.place === place
 export function fill(from, first) {
   [source, items, total, current] = [from, first.items, first.total, first.current ?? 0];
   asked = new Set();
-  redraw();
-}
-
-export function redraw() {
   const held = list.contains(document.activeElement);
   list.replaceChildren();
   measure();
@@ -47,14 +41,16 @@ function measure() {
 const topOf = (place) => list.getBoundingClientRect().top + Math.floor(place / columns) * row;
 const near = (place) => topOf(place) > -row && topOf(place) < innerHeight;
 
-function draw() {
+export function draw() {
+  const { why } = read(); // is in the links
   const top = topOf(0);
   const rowAt = (y) => clamp((y - top) / row, 0, Math.ceil(total / columns));
   const first = Math.floor(rowAt(-MARGIN)) * columns;
   const last = Math.min(Math.ceil(rowAt(innerHeight + MARGIN)) * columns, total);
   const held = list.contains(document.activeElement);
   for (const node of [...list.children]) {
-    if (node.place < first || node.place >= last || node.item !== items[node.place]) node.remove();
+    const stale = node.item !== items[node.place] || node.why !== why;
+    if (node.place < first || node.place >= last || stale) node.remove();
   }
   for (let place = first; place < last; place++) {
     const there = list.children[place - first];
@@ -64,7 +60,7 @@ function draw() {
   if (held && !document.activeElement.closest("#grid li")) refocus();
   clearTimeout(draw.later); // what is only passed by is not asked for
   draw.later = setTimeout(load, 40, first, last);
-  drawn();
+  list.dispatchEvent(new Event("drawn"));
 }
 
 async function load(first, last) {
@@ -91,17 +87,14 @@ export const whereOf = ({ label, folder }) =>
   [folder.split("/").includes(label) ? "" : label, folder].filter(Boolean).join(" · ");
 
 function tile(place, item) {
-  const node = Object.assign(stamp("tile"), { place, item, ariaSetSize: total, ariaPosInSet: place + 1 });
-  if (!item) {
-    node.replaceChildren();
-    return node;
-  }
+  const node = item ? stamp("tile") : element("li", {});
+  Object.assign(node, { place, item, why: read().why, ariaSetSize: total, ariaPosInSet: place + 1 });
+  if (!item) return node;
   const part = (name) => node.querySelector(name);
   const dense = row * Math.min(devicePixelRatio, 2) > 350;
   Object.assign(part("img"), { src: imageOf(item.id, dense ? "medium" : "small"), alt: nameOf(item) });
-  part("a").href = address({ ...pick(read(), KEPT), id: item.id });
-  part("a").title = item.path ?? nameOf(item);
-  part("a").tabIndex = place === current ? 0 : -1;
+  const href = address({ ...pick(read(), KEPT), id: item.id });
+  Object.assign(part("a"), { href, title: item.path ?? nameOf(item), tabIndex: place === current ? 0 : -1 });
   part("a").dataset.id = item.id;
   part(".what").textContent = nameOf(item);
   part(".alike").textContent = item.similarity?.toFixed(3) ?? "";

@@ -3,40 +3,44 @@
 import { $, address, ask, clamp, complain, element } from "./core.js";
 import { visible } from "./grid.js";
 
-// From what adds nothing to what adds most: red, green, blue, opacity.
-const STOPS = [[18, 22, 60, 0.66], [150, 40, 110, 0.42], [250, 130, 60, 0.3], [255, 235, 90, 0.46]];
+// From dark blue, which dims, over violet and orange to yellow, which lights: red, green, blue, opacity.
+const color = (value) => [18 + 237 * value * (2 - value), 22 + 213 * value ** 2, 60 + 200 * value * (1 - value) ** 2,
+  255 * (0.66 - 0.95 * value + 0.75 * value ** 2)];
 let query = {}; // id, crop, and what was explained, by the other's id
 let running = false;
 
 export const on = () => $("heat").checked;
 
+$("grid").addEventListener("drawn", explain);
+
 export function begin(example) {
   query = { ...example, known: new Map() };
-  clear($("queryheat"));
+  $("queryheat").width = 1;
 }
 
-// Asks for the maps of the query and another image.
-export async function between(match) {
+// Explains an image on the canvas over it, and the query on that over its.
+export async function between(match, [image, canvas], ours) {
   const { id, crop, known } = query;
   const path = address({ query: id, match, crop }, "/explanation");
   if (!known.has(match)) known.set(match, await ask(path, { quiet: true }));
   if (known !== query.known) throw new DOMException("another query", "AbortError");
-  return known.get(match);
+  const heat = known.get(match);
+  draw([image, canvas], heat.match, heat.inset);
+  if (ours) draw(ours, heat.query, heat.inset, crop);
 }
 
 // Explains what is in the window, one after the other, so that searches get through.
-export async function explain() {
-  if (running || !on() || !query.id) return;
+async function explain() {
+  const { id, known } = query;
+  if (running || !on() || !id) return;
   running = true;
-  const { crop, known } = query;
   try {
     let node;
     while (on() && (node = visible().find((one) => !one.querySelector("canvas")))) {
       const canvas = element("canvas", {});
       node.querySelector(".tile").append(canvas);
-      const heat = await between(node.item.id);
-      draw(canvas, node.querySelector("img"), heat.match, heat.inset);
-      if (node.place === 0) draw($("queryheat"), $("image"), heat.query, heat.inset, crop);
+      const ours = node.place === 0 && $("frame").children;
+      await between(node.item.id, [node.querySelector("img"), canvas], ours);
     }
   } catch (error) {
     if (error.name !== "AbortError") $("heat").checked = false;
@@ -47,19 +51,8 @@ export async function explain() {
   }
 }
 
-export function clear(canvas) {
-  canvas.width = 1;
-}
-
-function color(value) {
-  const at = clamp(value) * (STOPS.length - 1);
-  const [low, high] = [STOPS[Math.floor(at)], STOPS[Math.ceil(at)]];
-  const [r, g, b, opacity] = low.map((part, i) => part + (high[i] - part) * (at % 1));
-  return [r, g, b, 255 * opacity];
-}
-
 // Draws a grid, which lies in the middle of an image, or of the part that was searched by.
-export async function draw(canvas, image, grid, inset, crop) {
+async function draw([image, canvas], grid, inset, crop) {
   await image.decode().catch(() => {});
   const most = Math.max(...grid.flat(), 1e-9);
   const colors = grid.flat().flatMap((value) => color(Math.sqrt(clamp(value / most))));

@@ -22,15 +22,12 @@ function core(url) {
 }
 
 async function show(answer, back) {
-  const before = wanted;
   wanted = read();
   complain();
   filters.present(wanted);
   if (core() !== shown) await load(answer, back);
-  else if (wanted.why !== before.why) grid.redraw();
-  $("legend").hidden = !heat.on();
-  if (!heat.on()) heat.clear($("queryheat"));
-  look();
+  grid.draw();
+  await look();
 }
 
 // Loads what is to be shown, but for the answer to an upload, and what Back finds as it was.
@@ -48,10 +45,7 @@ async function load(answer, back) {
   $("near").ariaCurrent = kind === "duplicates" ? "page" : null;
   const from = wanted;
   const source = (offset, known) => sources[kind](from, { offset, signal, quiet: offset > 0 }, known);
-  if (kind === "duplicates") {
-    grid.fill(source, NOTHING);
-    $("status").textContent = "Comparing all with all…";
-  }
+  if (kind === "duplicates") $("status").textContent = "Comparing all with all…";
   try {
     found = (back && kept.get(shown)) || (await source(0, answer));
   } catch (error) {
@@ -88,19 +82,21 @@ const sources = {
 };
 
 // Opens the large view, or closes it.
-function look() {
-  if (!wanted.view) {
+async function look() {
+  const { view: id } = wanted;
+  if (!id) {
     const place = grid.indexOf(view.hide());
     if (place >= 0) grid.focus(place);
     return;
   }
-  const all = wanted.near ? duplicates.groupOf(wanted.view) : grid.contents().items;
-  const at = all.findIndex((one) => one?.id === wanted.view);
-  const { id, crop } = query.example();
-  const best = all.find((one) => one?.best && one.id !== wanted.view);
-  const other = id ? { id, crop, text: "Query" } : best && { id: best.id, text: `Best copy: ${nameOf(best)}` };
-  const around = [all[at - 1]?.id, at >= 0 && all[at + 1]?.id];
-  view.show(wanted.view, other, around, all[at]?.similarity);
+  const all = wanted.near ? duplicates.groupOf(id) : grid.contents().items;
+  const at = all.findIndex((one) => one?.id === id);
+  const item = all[at] ?? (await ask(`/details/${encodeURIComponent(id)}`).catch(complain));
+  if (!item || id !== wanted.view) return;
+  const best = all.find((one) => one?.best && one.id !== id);
+  const twin = best && { id: best.id, text: `Best copy: ${nameOf(best)}` };
+  const other = wanted.id ? { id: query.example().id, text: "Query" } : twin;
+  view.show(item, other, [all[at - 1]?.id, at >= 0 && all[at + 1]?.id]);
 }
 
 // Every change of the address, but for those that leave the page.
@@ -133,19 +129,15 @@ async function live() {
     $("size").textContent = count(about.images, "image");
     $("update").disabled = running;
     $("update").textContent = !running ? "Update" : files ? `${done} of ${files}` : "Looking…";
-    if (before.update?.running && !running) await renew(said);
+    if (before.update?.running && !running) {
+      kept.clear();
+      shown = null;
+      await show();
+      $("status").textContent = said;
+    }
   } catch { /* it is said when something is asked for */ }
   clearTimeout(live.next);
   live.next = setTimeout(live, about.update?.running ? 500 : document.hidden ? 60_000 : 10_000);
-}
-
-async function renew(said) {
-  kept.clear();
-  if (root.dataset.shows === "collection") {
-    shown = null;
-    await show();
-  }
-  $("status").textContent = said;
 }
 
 $("update").onclick = async () => {
@@ -153,7 +145,6 @@ $("update").onclick = async () => {
   live();
 };
 $("link").onclick = () => copy(location.href, $("link"));
-grid.whenDrawn(heat.explain);
 addEventListener("pagehide", () => window.navigation?.updateCurrentEntry({ state: scrollY }));
 show().then(() => scrollTo(0, window.navigation?.currentEntry.getState() ?? 0)); // as before a reload
 live();

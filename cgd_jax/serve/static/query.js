@@ -1,6 +1,6 @@
 // The query: images that are brought, one or several of them, and the parts that are searched by.
 
-import { $, FILTERS, about, address, ask, clamp, complain, element, go, imageOf, pick, read, root, stamp } from "./core.js";
+import { $, FILTERS, about, address, ask, clamp, complain, go, imageOf, pick, read, root, stamp } from "./core.js";
 import { BLOCK } from "./grid.js";
 
 const MOST = 8; // images of a query
@@ -22,7 +22,7 @@ export function present(wanted) {
   const before = ids[active];
   const held = $("examples").contains(document.activeElement);
   ids = wanted.id?.split(",") ?? [];
-  crops = ids.map((_, i) => wanted.crop?.split(";")[i] ?? "");
+  crops = ids.map((_, i) => wanted.crop?.split(";")[i] || undefined);
   active = Math.min(wanted.active ?? Infinity, ids.length - 1);
   root.dataset.shows = ids.length ? "results" : wanted.near ? "duplicates" : "collection";
   $("examples").replaceChildren(...(ids.length > 1 ? ids.map(thumbnail) : []));
@@ -130,38 +130,30 @@ addEventListener("drop", (event) => {
 
 const frame = $("frame");
 const STEP = 0.04;
-let box = null;
+let box = null; // x, y, width, height
 let selecting = false;
 let drag = null; // from where the pointer is to the box
-
-function parse(text) {
-  const [x, y, w, h] = text?.split(",").map(Number) ?? [];
-  return w > 0 && h > 0 ? { x, y, w, h } : null;
-}
 
 function draw(wanted) {
   box = wanted;
   $("box").hidden = !box;
-  const { x = 0, y = 0, w = 0, h = 0 } = box ?? {};
-  const style = { left: x, top: y, width: w, height: h };
-  for (const [name, part] of Object.entries(style)) $("box").style[name] = `${100 * part}%`;
+  ["left", "top", "width", "height"].forEach((name, i) => ($("box").style[name] = `${100 * (box?.[i] ?? 0)}%`));
 }
 
 // Begins or ends the mode in which a part is selected.
 function select(begun) {
   selecting = begun;
   root.classList.toggle("cropping", begun);
-  $("part").textContent = begun ? "Search this part" : "Select a part";
-  $("whole").textContent = begun ? "Cancel" : "Whole image";
-  $("whole").hidden = !begun && !crops[active];
-  draw(parse(crops[active]) ?? (begun ? { x: 0.25, y: 0.25, w: 0.5, h: 0.5 } : null));
+  $("whole").hidden = !crops[active];
+  if ($("actions").contains(document.activeElement)) frame.focus({ preventScroll: true });
+  draw(crops[active]?.split(",").map(Number) ?? (begun ? [0.25, 0.25, 0.5, 0.5] : null));
 }
 
 const searchBy = (crop) => go(changed(ids, crops.with(active, crop), { active: read().active }));
-const searchBox = () => searchBy([box.x, box.y, box.w, box.h].map((part) => +part.toFixed(4)).join(","));
-const between = (a, b) => ({ x: Math.min(a.x, b.x), y: Math.min(a.y, b.y), w: Math.abs(a.x - b.x), h: Math.abs(a.y - b.y) });
-const moved = ({ x, y, w, h }, dx, dy) => ({ x: clamp(x + dx, 0, 1 - w), y: clamp(y + dy, 0, 1 - h), w, h });
-const resized = ({ x, y, w, h }, dx, dy) => ({ x, y, w: clamp(w + dx, STEP, 1 - x), h: clamp(h + dy, STEP, 1 - y) });
+const searchBox = () => searchBy(box.map((part) => +part.toFixed(4)).join(","));
+const between = (a, b) => [Math.min(a.x, b.x), Math.min(a.y, b.y), Math.abs(a.x - b.x), Math.abs(a.y - b.y)];
+const moved = ([x, y, w, h], dx, dy) => [clamp(x + dx, 0, 1 - w), clamp(y + dy, 0, 1 - h), w, h];
+const resized = ([x, y, w, h], dx, dy) => [x, y, clamp(w + dx, STEP, 1 - x), clamp(h + dy, STEP, 1 - y)];
 
 function pointAt(event) {
   const { left, top, width, height } = frame.getBoundingClientRect();
@@ -171,7 +163,7 @@ function pointAt(event) {
 frame.onpointerdown = (event) => {
   if (event.button || (event.pointerType === "touch" && !selecting)) return;
   const [from, before, corner] = [pointAt(event), box, [...$("box").children].indexOf(event.target)];
-  const opposite = () => ({ x: before.x + (corner % 2 ? 0 : before.w), y: before.y + (corner > 1 ? 0 : before.h) });
+  const opposite = () => ({ x: before[0] + (corner % 2 ? 0 : before[2]), y: before[1] + (corner > 1 ? 0 : before[3]) });
   if (corner >= 0) drag = (to) => between(opposite(), to);
   else if (selecting && event.target === $("box")) drag = (to) => moved(before, to.x - from.x, to.y - from.y);
   else drag = (to) => between(from, to);
@@ -192,8 +184,10 @@ frame.onkeydown = (event) => {
   else return;
   event.preventDefault();
 };
-$("part").onclick = () => (selecting ? searchBox() : select(true));
-$("whole").onclick = () => (selecting ? select(false) : searchBy(""));
+$("part").onclick = () => select(true);
+$("whole").onclick = () => searchBy("");
+$("done").onclick = searchBox;
+$("cancel").onclick = () => select(false);
 $("image").onload = ({ target }) => {
   frame.style.setProperty("--shape", target.naturalWidth / target.naturalHeight);
   URL.revokeObjectURL(target.src);

@@ -1,13 +1,12 @@
 // The large view: an image, beside the query or the best of its copies.
 
-import { $, FILTERS, about, address, ask, clamp, copy, go, imageOf, nameOf, number, pick, read } from "./core.js";
+import { $, FILTERS, about, address, clamp, complain, copy, element, go, imageOf, nameOf, number, pick, read } from "./core.js";
 import { whereOf } from "./grid.js";
 import * as heat from "./heat.js";
 import { add } from "./query.js";
 
 const view = $("view");
-let shown = null; // id
-let other = null; // what stands on the left: {id, text, crop}
+let shown = null; // the image
 let around = []; // ids of the one before and the one behind
 let zoom = 1;
 
@@ -15,48 +14,35 @@ const size = (bytes) => (bytes < 1e6 ? `${Math.max(Math.round(bytes / 1e3), 1)} 
 export const facts = (of) =>
   [`${number(of.width)} × ${number(of.height)}`, size(of.bytes), of.date.slice(0, 10)].join(" · ");
 
-const imageIn = (side) => $(side).querySelector("img");
-const canvasIn = (side) => $(side).querySelector("canvas");
+const within = (side) => $(side).querySelectorAll("img, canvas, figcaption");
 
 function picture(side, id, text) {
-  imageIn(side).src = imageOf(id, "large");
-  caption(side, text);
-  heat.clear(canvasIn(side));
+  const [image, canvas, caption] = within(side);
+  image.src = imageOf(id, "large");
+  image.alt = caption.textContent = text;
+  canvas.replaceWith(element("canvas", {})); // what is on its way to the former one is not seen
 }
 
-function caption(side, text) {
-  imageIn(side).alt = $(side).querySelector("figcaption").textContent = text;
-}
-
-export async function show(id, left, neighbours, similarity) {
+export function show(item, left, neighbours) {
   if (!view.open) {
     enlarge(1);
     view.showModal();
   }
-  [shown, other, around] = [id, left, neighbours];
+  [shown, around] = [item, neighbours];
   [$("previous").disabled, $("next").disabled] = around.map((near) => !near);
   $("viewwhy").ariaPressed = heat.on();
-  picture("right", id, "This image");
-  if (other) picture("left", other.id, other.text);
-  $("left").hidden = $("sides").hidden = !other;
-  $("by").href = address({ ...pick(read(), FILTERS), id });
-  $("open").href = `/original/${id}`;
-  $("save").href = `/original/${id}?save=true`;
-  $("viewname").textContent = $("facts").textContent = "";
-  if (heat.on() && read().id) explain(id);
-  try {
-    const found = await ask(`/details/${encodeURIComponent(id)}`, { quiet: true });
-    if (shown !== id) return;
-    $("viewname").textContent = nameOf(found);
-    caption("right", nameOf(found));
-    const parts = [whereOf(found), facts(found), similarity && `similarity ${similarity.toFixed(3)}`];
-    $("facts").textContent = parts.filter(Boolean).join(" · ");
-    $("there").hidden = !found.folder;
-    $("there").href = address({ folder: found.folder, order: "folder" });
-    $("copy").onclick = () => copy(found.path, $("copy"));
-  } catch (error) {
-    $("facts").textContent = error.message;
-  }
+  picture("right", item.id, nameOf(item));
+  if (left) picture("left", left.id, left.text);
+  $("left").hidden = $("sides").hidden = !left;
+  if (heat.on() && read().id) heat.between(item.id, within("right"), within("left")).catch(complain);
+  $("viewname").textContent = nameOf(item);
+  const parts = [whereOf(item), facts(item), item.similarity && `similarity ${item.similarity.toFixed(3)}`];
+  $("facts").textContent = parts.filter(Boolean).join(" · ");
+  $("by").href = address({ ...pick(read(), FILTERS), id: item.id });
+  $("open").href = $("save").href = `/original/${item.id}`;
+  $("save").download = nameOf(item);
+  $("there").hidden = !item.folder;
+  $("there").href = address({ folder: item.folder, order: "folder" });
   for (const near of around) if (near) new Image().src = imageOf(near, "large");
 }
 
@@ -65,18 +51,7 @@ export function hide() {
   const last = shown;
   shown = null;
   view.close();
-  return last;
-}
-
-async function explain(id) {
-  try {
-    const found = await heat.between(id);
-    if (id !== shown) return;
-    heat.draw(canvasIn("left"), imageIn("left"), found.query, found.inset, other.crop);
-    heat.draw(canvasIn("right"), imageIn("right"), found.match, found.inset);
-  } catch (error) {
-    if (error.name !== "AbortError") $("facts").textContent = error.message;
-  }
+  return last?.id;
 }
 
 // Zooms both; from twice the size on, by the file itself where it is sent.
@@ -84,10 +59,10 @@ function enlarge(wanted) {
   zoom = clamp(wanted, 1, 8);
   $("panes").style.setProperty("--zoom", zoom);
   $("smaller").disabled = zoom === 1;
-  const image = imageIn("right");
+  const [image] = within("right");
   if (zoom < 2 || !about.files || image.src.includes("/original/")) return;
-  const file = Object.assign(new Image(), { src: `/original/${shown}` });
-  file.onload = () => image.src.includes(shown) && (image.src = file.src);
+  const file = Object.assign(new Image(), { src: `/original/${shown.id}` });
+  file.onload = () => image.src.includes(shown.id) && (image.src = file.src);
 }
 
 const move = (id) => id && go({ ...read(), view: id }, { replace: true });
@@ -102,19 +77,21 @@ function leave() {
 }
 
 view.addEventListener("close", leave);
+const keys = {
+  ArrowLeft: () => move(around[0]),
+  ArrowRight: () => move(around[1]),
+  "+": () => enlarge(zoom * 1.5),
+  "-": () => enlarge(zoom / 1.5),
+};
 view.addEventListener("keydown", (event) => {
-  const scrolls = zoom > 1 && event.target.closest(".pane");
-  if (event.key === "ArrowLeft" && !scrolls) move(around[0]);
-  else if (event.key === "ArrowRight" && !scrolls) move(around[1]);
-  else if (event.key === "+" || event.key === "=") enlarge(zoom * 1.5);
-  else if (event.key === "-") enlarge(zoom / 1.5);
-  else return;
+  const scrolls = zoom > 1 && event.target.closest(".pane") && event.key.startsWith("Arrow");
+  const act = keys[event.key === "=" ? "+" : event.key];
+  if (!act || scrolls) return;
+  act();
   event.preventDefault();
 });
-$("previous").onclick = () => move(around[0]);
-$("next").onclick = () => move(around[1]);
-$("larger").onclick = () => enlarge(zoom * 1.5);
-$("smaller").onclick = () => enlarge(zoom / 1.5);
+view.addEventListener("click", ({ target }) => keys[target.dataset.key]?.());
 $("panes").ondblclick = () => enlarge(zoom > 1 ? 1 : 2.5);
-$("adding").onclick = () => add(shown);
+$("adding").onclick = () => add(shown.id);
+$("copy").onclick = () => copy(shown.path, $("copy"));
 $("viewwhy").onclick = () => $("heat").click();
