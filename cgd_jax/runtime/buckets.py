@@ -142,7 +142,7 @@ class Copy:
         keys = {key[len(base) + 1 :]: key for key in found}
         keys = {name: key for name, key in keys.items() if not ignored.match(name)}
         commits = sorted(name for name in keys if name.startswith(".commits/"))
-        last = {"by": "", "steps": []}
+        last: dict = {"by": "", "steps": []}
         if commits:  # else it was put there by hand
             last = json.loads(self.store.cat_file(keys[commits[-1]]))
             steps = ["", *last["steps"]]
