@@ -316,7 +316,7 @@ def test_folders_that_go_while_they_are_listed_are_passed_over(store, monkeypatc
     scandir = os.scandir
 
     def delete_and_scan(path):
-        if Path(path).name == "checkpoints":
+        if not isinstance(path, int) and Path(path).name == "checkpoints":
             found = list(scandir(path))
             shutil.rmtree(Path(path, "4"))
             return contextlib.nullcontext(iter(found))
