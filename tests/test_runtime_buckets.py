@@ -246,7 +246,7 @@ def test_two_runs_do_not_mix(store, tmp_path, monkeypatch, caplog):
     write(copy.folder, checkpoints__5__a="5")
     there = copy.there
     monkeypatch.setattr(copy, "there", lambda: (*there()[:2], copy.commits, copy.by))
-    store.pipe_file("bucket/run/.commits/00000002.json", b"{}")
+    store.pipe_file("bucket/run/.commits/00000002.json", b'{"by": "another", "steps": []}')
     with pytest.raises(buckets.BucketError, match="pre-conditions you specified did not hold"):
         copy.send(trains=True)
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -164,7 +165,8 @@ class Copy:
     def files(self) -> dict[str, list[int]]:
         """Returns name → size and time of all files, without checkpoints that are not complete."""
         found = {}
-        for path in self.folder.rglob("*"):
+        walked = os.walk(self.folder)  # which passes over folders that go meanwhile
+        for path in (Path(folder, name) for folder, _, names in walked for name in names):
             name = path.relative_to(self.folder).as_posix()
             passing = path.name == ".lock" or path.name.startswith("incomplete.")
             if not passing and Path(step_of(name) or "0").name.isdigit():
