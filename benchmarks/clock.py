@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "faiss-cpu", "pytorch-metric-learning", "pillow")
 
 
@@ -150,6 +152,22 @@ def peak_anonymous_mb(call: Callable[[], Any]) -> float:
         done.set()
         thread.join()
     return max(seen) - before
+
+
+def searches(ask: Callable, queries: np.ndarray, truth: np.ndarray) -> str:
+    """Asks one by one; returns the recall of the true ids [Q, K], times and processor time."""
+    times, shared, used = [], [], time.process_time()
+    for query, right in zip(queries, truth, strict=True):
+        begin = time.perf_counter()
+        found = ask(query)
+        times.append(1e3 * (time.perf_counter() - begin))
+        shared.append(len(set(map(int, found)) & set(right.tolist())) / len(right))
+    used = 1e3 * (time.process_time() - used) / len(times)
+    median, slow = np.percentile(times, [50, 99])
+    return (
+        f"recall@{truth.shape[1]} {np.mean(shared):.4f}, median {median:.1f} ms, 99th percentile "
+        f"{slow:.1f} ms, {used:.1f} ms of the processor"
+    )
 
 
 def resident_mb(field: str = "VmRSS") -> float:

@@ -29,6 +29,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import clock  # noqa: E402
+
 
 def peak_memory() -> float:
     """Returns the most memory that this process had, in MB."""
@@ -239,19 +241,10 @@ def search(name: str, count: int, dimension: int, scratch: str) -> None:
         del x
         ask = lambda q: index.search(q[None], 10)[1][0]
     built, to_build = time.perf_counter() - begin, time.process_time() - used
-    before, used = resident(), time.process_time()
-    times, shared = [], []
-    for q, right in zip(queries, truth, strict=True):
-        begin = time.perf_counter()
-        found = ask(q)
-        times.append(1e3 * (time.perf_counter() - begin))
-        shared.append(len(set(map(int, found)) & set(right.tolist())) / 10)
-    cost = 1e3 * (time.process_time() - used) / len(times)
-    median, slow = np.percentile(times, [50, 99])
+    before, said = resident(), clock.searches(ask, queries, truth)
     print(
-        f"recall@10 {np.mean(shared):.4f}, median {median:.1f} ms, 99th percentile {slow:.1f} ms, "
-        f"{cost:.1f} ms of the processor, built in {built:.0f} s, {to_build:.0f} s of the "
-        f"processor, {max(before, resident()):.0f} MB while searching"
+        f"{said}, built in {built:.0f} s, {to_build:.0f} s of the processor, "
+        f"{max(before, resident()):.0f} MB while searching"
     )
 
 
