@@ -158,11 +158,12 @@ def upload(page, *files, input="#file"):
     page.locator("#grid [data-id]").first.wait_for()
 
 
-def until(holds):
-    deadline = time.monotonic() + 10
+def until(page, holds):
+    """Waits; the page's events, requests among them, are handled meanwhile."""
+    deadline = time.monotonic() + 30
     while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        page.wait_for_timeout(50)
 
 
 def carry(page, kind, script):
@@ -202,7 +203,7 @@ def test_everything_is_there_before_anything_is_asked(page):
     page.locator("#status", has_text="34 images").wait_for()
     assert page.title() == "shoes · Image search"
     page.locator("#folders a", has_text="red 4").click()
-    until(lambda: page.locator("#trail").inner_text() == "All › shoes › red")
+    until(page, lambda: page.locator("#trail").inner_text() == "All › shoes › red")
     assert page.locator("#status").inner_text() == "4 images"
     page.locator("#trail a", has_text="shoes").click()
     page.locator("#status", has_text="34 images").wait_for()
@@ -223,7 +224,7 @@ def test_any_number_of_images_are_scrolled_and_few_are_in_the_document(opened, l
     page.locator(f'#grid a[data-id="{MANY - 1:020x}"]').wait_for()
     page.evaluate("() => scrollTo(0, document.documentElement.scrollHeight / 2)")
     numbers = lambda: sorted(int(id, 16) for id in ids(page))
-    until(lambda: numbers() and abs(numbers()[0] - MANY / 2) < 500)
+    until(page, lambda: numbers() and abs(numbers()[0] - MANY / 2) < 500)
     page.wait_for_load_state("networkidle")
     middle = numbers()
     assert len(middle) < 200
@@ -281,13 +282,13 @@ def test_a_part_is_dragged_or_chosen_with_keys(page, photos):
     page.mouse.up()
     page.wait_for_url("**crop=**")
     asked = dict(parse_qsl(urlsplit(page.url).query))
-    until(lambda: ids(page) == expected(page, **asked) != whole)
+    until(page, lambda: ids(page) == expected(page, **asked) != whole)
     # The image has 24 x 16 pixels, as its frame.
     x, y, w, h = map(float, asked["crop"].split(","))
     assert (x, y) == pytest.approx((60 / box["width"], 40 / box["height"]), abs=0.01)
     assert (w, h) == pytest.approx((100 / box["width"], 70 / box["height"]), abs=0.01)
     page.locator("#whole").click()
-    until(lambda: ids(page) == whole)
+    until(page, lambda: ids(page) == whole)
     assert "crop" not in page.url
     frame.focus()
     for key in ("Enter", "ArrowRight", "Shift+ArrowDown"):
@@ -295,7 +296,7 @@ def test_a_part_is_dragged_or_chosen_with_keys(page, photos):
     with page.expect_response(re.compile("crop=0.29%2C0.25%2C0.5%2C0.54")):
         page.keyboard.press("Enter")
     page.locator("#part").press("Enter")  # the focus goes to what the arrows move
-    until(lambda: page.evaluate("() => document.activeElement.id") == "frame")
+    until(page, lambda: page.evaluate("() => document.activeElement.id") == "frame")
 
 
 def test_several_examples(page, photos):
@@ -306,11 +307,11 @@ def test_several_examples(page, photos):
     assert ids(page) == expected(page, id=both)
     assert page.locator("#examples li").count() == 2
     upload(page, photos / "shoes/005.png", input="#another")
-    until(lambda: page.locator("#examples li").count() == 3)
+    until(page, lambda: page.locator("#examples li").count() == 3)
     page.locator("#examples a").first.press("Enter")
     page.wait_for_url("**active=0")
     chosen = page.locator("#examples [aria-current]")
-    until(lambda: chosen.evaluate("link => link === document.activeElement"))
+    until(page, lambda: chosen.evaluate("link => link === document.activeElement"))
     assert both.split(",")[0] in page.locator("#image").get_attribute("src")
     page.locator("#examples .remove").last.click()
     page.wait_for_url(f"**id={both.replace(',', '%2C')}")
@@ -362,7 +363,7 @@ def test_an_image_is_looked_at(page, photos):
     page.keyboard.press("Escape")
     page.wait_for_url(lambda url: "view" not in url)
     page.locator("#view").wait_for(state="hidden")
-    until(lambda: page.evaluate("() => document.activeElement.dataset.id") == shown)
+    until(page, lambda: page.evaluate("() => document.activeElement.dataset.id") == shown)
     page.keyboard.press("v")
     page.locator("#viewname", has_text="1.png").wait_for()
     with page.expect_download() as download:
@@ -429,7 +430,7 @@ def test_filters_combine_and_are_in_the_link(page):
     least = search(page, **dict(parse_qsl(urlsplit(page.url).query)))["hits"][3]["similarity"]
     page.locator("[name=similarity]").fill(f"{least - 0.001:.3f}")
     page.locator("[name=similarity]").press("Enter")
-    until(lambda: page.locator("#grid li").count() == 4)
+    until(page, lambda: page.locator("#grid li").count() == 4)
 
 
 # Near-duplicates.
@@ -444,7 +445,7 @@ def test_duplicates_are_grouped_and_exported(page, photos, tmp_path):
     page.wait_for_url("**near=0.99")
     group = page.locator(".group", has_text="larger.png")
     best = group.locator("li").first.filter(has_text="larger.png").filter(has_text="Best copy")
-    until(lambda: best.is_visible() and page.locator(".busy").count() == 0)
+    until(page, lambda: best.is_visible() and page.locator(".busy").count() == 0)
     chosen = page.locator(".group input:checked").count()
     assert page.locator("#chosen").inner_text().startswith(f"{chosen} image")
     saved = {}
@@ -491,7 +492,7 @@ def test_progress_is_shown_while_one_waits(page, photos):
     seen = page.evaluate("() => getComputedStyle(document.getElementById('progress')).animation")
     assert "0.08s" in seen  # after which it is to be seen
     assert page.locator("#image").get_attribute("src").startswith("blob:")
-    until(lambda: held)
+    until(page, lambda: held)
     held[0].continue_()
     page.locator("#grid .alike").first.wait_for()
     assert page.locator("#progress").is_hidden()
@@ -514,11 +515,11 @@ def test_back_returns_to_the_same_place(opened, large):
     assert page.evaluate("() => document.activeElement.dataset.id") == focused  # the first hit
     page.on("request", lambda request: "/collection" in request.url and asked.append(request.url))
     page.go_back()
-    until(lambda: page.evaluate("() => scrollY") == top)
-    until(lambda: ids(page) == before)
+    until(page, lambda: page.evaluate("() => scrollY") == top)
+    until(page, lambda: ids(page) == before)
     assert not asked
     page.reload()
-    until(lambda: page.evaluate("() => scrollY") == top)
+    until(page, lambda: page.evaluate("() => scrollY") == top)
 
 
 def test_what_was_left_before_it_came_is_asked_for_again(page):
@@ -526,7 +527,7 @@ def test_what_was_left_before_it_came_is_asked_for_again(page):
     held = []
     page.route("**/search**", lambda route: held.append(route))
     page.locator("#grid [data-id]").first.click()
-    until(lambda: held)
+    until(page, lambda: held)
     page.go_back()
     page.locator("#status", has_text="65 images").wait_for()
     page.unroute("**/search**")
@@ -562,7 +563,7 @@ def test_the_index_is_brought_up_to_date_from_the_page(opened, tmp_path):
         page.locator("#update").click()
         page.locator("#status", has_text="1 images added").wait_for()
         page.locator("#size", has_text="5 images").wait_for()
-        until(lambda: page.locator("#grid li").count() == 5)
+        until(page, lambda: page.locator("#grid li").count() == 5)
 
 
 # Fingers, widths, everybody.
@@ -587,7 +588,7 @@ def test_fingers_scroll_and_a_part_is_a_mode(opened, url, photos):
 
     frame = page.locator("#frame").bounding_box()
     swipe(frame["x"] + 50, frame["y"] + 90, 0, -200)
-    until(lambda: page.evaluate("() => scrollY") > 50)
+    until(page, lambda: page.evaluate("() => scrollY") > 50)
     assert "crop" not in page.url
     page.evaluate("() => scrollTo(0, 0)")
     page.locator("#part").tap()
@@ -627,12 +628,12 @@ def test_arrows_titles_and_names(page, photos):
     assert page.evaluate("() => document.activeElement.className") == "skip"
     page.keyboard.press("Enter")
     place = lambda: page.evaluate("() => document.activeElement.closest('li')?.ariaPosInSet")
-    until(lambda: place() == "1")
+    until(page, lambda: place() == "1")
     for key, at in (("ArrowRight", "2"), ("End", "65"), ("Home", "1"), ("ArrowLeft", "1")):
         page.keyboard.press(key)
-        until(lambda at=at: place() == at)
+        until(page, lambda at=at: place() == at)
     page.keyboard.press("ArrowDown")
-    until(lambda: int(place()) > 3)
+    until(page, lambda: int(place()) > 3)
     assert page.locator("#grid a[tabindex='0']").count() == 1
     assert page.locator("h1").count() == 1
     names = page.locator("#grid img").evaluate_all("images => images.map(image => image.alt)")
@@ -640,9 +641,9 @@ def test_arrows_titles_and_names(page, photos):
     titles = {page.title()}
     for where in ("/?folder=hats", "/?near=0.9", f"/?id={ids(page)[0]}"):
         page.goto(where)
-        until(lambda: page.title() not in titles)
+        until(page, lambda: page.title() not in titles)
         titles.add(page.title())
-    until(lambda: page.title().startswith("Like "))
+    until(page, lambda: page.title().startswith("Like "))
 
 
 def test_dark_where_the_system_is(page):
@@ -718,7 +719,7 @@ def test_why_alike_is_shown_and_survives_a_reload(opened, tmp_path):
         page.locator("#grid [data-id]").first.click()
         page.locator("#why").click()
         page.locator("#legend").wait_for()
-        until(lambda: "why=1" in page.locator("#grid .look").first.get_attribute("href"))
+        until(page, lambda: "why=1" in page.locator("#grid .look").first.get_attribute("href"))
         page.set_default_timeout(60_000)
         page.locator("#grid canvas").nth(3).wait_for()
         page.reload()
@@ -726,11 +727,11 @@ def test_why_alike_is_shown_and_survives_a_reload(opened, tmp_path):
         assert "why=1" in page.url and page.locator("#heat").is_checked()
         painted = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width,
           canvas.height).data.some((value) => value)"""
-        until(lambda: page.locator("#queryheat").evaluate(painted))
+        until(page, lambda: page.locator("#queryheat").evaluate(painted))
         page.locator("#grid li").nth(1).hover()
         page.locator("#grid .look").nth(1).click()
-        until(lambda: page.locator("#left canvas").evaluate(painted))
-        until(lambda: page.locator("#right canvas").evaluate(painted))
+        until(page, lambda: page.locator("#left canvas").evaluate(painted))
+        until(page, lambda: page.locator("#right canvas").evaluate(painted))
         page.locator("#viewwhy").click()
         page.locator("#right canvas").wait_for(state="hidden")
         assert "why" not in page.url
