@@ -113,13 +113,13 @@ def embed_alone(count: int) -> None:
 
 def index_alone(address: str, photos: str) -> None:
     from cgd_jax import network
-    from cgd_jax.search import indexing
+    from cgd_jax.search import filling
 
     opened = network.open_network()
     blank = np.zeros((1, 224, 224, 3), np.uint8)
     opened.embed_pixels(blank)  # compiles
     begin, used = time.perf_counter(), time.process_time()
-    changes = indexing.update(address, [photos], opened)
+    changes = filling.update(address, [photos], opened)
     rate = changes.added / (time.perf_counter() - begin)
     cost = (time.process_time() - used) / changes.added
     print(
@@ -183,7 +183,7 @@ def everything(address: str) -> dict:
 
 def index_slowly(address: str, photos: str) -> None:
     """Indexes with a projection for a network, a few images a write."""
-    from cgd_jax.search import embedding, indexing
+    from cgd_jax.search import embedding, filling, indexing
     from tests.search_samples import stand_in
 
     network, slow = stand_in(), stand_in()
@@ -194,7 +194,7 @@ def index_slowly(address: str, photos: str) -> None:
 
     embedding.enough, indexing.WRITE_EVERY = lambda: 8, 8
     slow.embed_batch = embed
-    indexing.update(address, [photos], slow)
+    filling.update(address, [photos], slow)
 
 
 def clusters(count: int, dimension: int, seed: int) -> np.ndarray:

@@ -21,10 +21,10 @@ class Network(network.Network):
           images: a folder, an archive, or a CSV with the columns path and label.
           address: where the index lies; None is the folder `index` of a run, or runs/index.
         """
-        from cgd_jax.search import Index, indexing  # an extra of its own
+        from cgd_jax.search import Index, filling  # an extra of its own
 
         address = address or f"{self.name if network.is_run(self.name) else 'runs'}/index"
-        indexing.update(str(address), [images], self)
+        filling.update(str(address), [images], self)
         return Index.open(address, self)
 
 

@@ -275,7 +275,7 @@ def test_the_sweep_through_an_index_and_uploads(tmp_path):
     """Index and server take and refuse what decoding does, and see the same in it."""
     pytest.importorskip("lancedb", reason="lancedb is not installed")
     testclient = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
-    from cgd_jax.search import Index, images, indexing
+    from cgd_jax.search import Index, filling, images
     from cgd_jax.serve.app import create_app
 
     good, damaged = swept()
@@ -285,7 +285,7 @@ def test_the_sweep_through_an_index_and_uploads(tmp_path):
         with contextlib.suppress(ValueError):
             pixels[name] = decode.decode(data, size=8)
     write(tmp_path / "in", {f"{name}.jpg": data for name, data in files.items()})
-    changes = indexing.update(str(tmp_path / "index"), [tmp_path / "in"], stand_in())
+    changes = filling.update(str(tmp_path / "index"), [tmp_path / "in"], stand_in())
     refused = {os.path.basename(path)[:-4]: reason for path, reason in changes.skipped}
     assert refused.keys() == files.keys() - pixels.keys() and all(refused.values())
     index = Index.open(tmp_path / "index", stand_in())

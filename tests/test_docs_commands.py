@@ -13,7 +13,7 @@ pytest.importorskip("lancedb", reason="lancedb is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 from cgd_jax import cli  # noqa: E402
-from cgd_jax.search import indexing  # noqa: E402
+from cgd_jax.search import filling  # noqa: E402
 from tests.search_samples import photograph, write_network  # noqa: E402
 from tests.test_docs import ROOT, TRUE_TODAY, commands  # noqa: E402
 from tests.test_main import run_here  # noqa: E402
@@ -60,10 +60,10 @@ def folder(finished_run, tmp_path_factory):
     for name in ("a.jpg", "b.jpg", "A.jpg", "B.jpg", "A.png", "B.png"):
         photograph(folder / name, len(name))
     network = str(write_network(folder / "network"))
-    indexing.update(str(folder / "runs/index"), [str(folder / "images")], network)
+    filling.update(str(folder / "runs/index"), [str(folder / "images")], network)
     shutil.copytree(finished_run[1], folder / "runs/glyphs")
     run = str(folder / "runs/glyphs")
-    indexing.update(f"{run}/index", [str(folder / "images")], run)
+    filling.update(f"{run}/index", [str(folder / "images")], run)
     shutil.copytree(finished_run[1], folder / "evaluated")
     return folder
 

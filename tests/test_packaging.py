@@ -115,10 +115,10 @@ import sys
 absent = ("tensorflow_datasets", "orbax", "optax", "array_record", "tensorboardX", "matplotlib")
 sys.modules |= dict.fromkeys(absent)  # to import them is a ModuleNotFoundError
 from fastapi.testclient import TestClient
-from cgd_jax.search import Index, indexing
+from cgd_jax.search import Index, filling
 from cgd_jax.serve.app import create_app
 import tests.tiny  # the backbone of the network
-indexing.update({str(tmp_path / "index")!r}, [{str(photos)!r}], {str(tmp_path / "network")!r})
+filling.update({str(tmp_path / "index")!r}, [{str(photos)!r}], {str(tmp_path / "network")!r})
 index = Index.open({str(tmp_path / "index")!r})
 client = TestClient(create_app(index), base_url="http://localhost")
 query, match = index.vectors()[0][:2]

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cgd_jax.search import Index, StoreError, digests, indexing
+from cgd_jax.search import Index, StoreError, digests, filling
 from tests.search_samples import folder_of_photographs, photograph, stand_in
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
@@ -19,10 +19,10 @@ pytest.importorskip("lancedb", reason="lancedb is not installed")
 def filled(folder, name="index"):
     """Makes an index of several parts, with a deleted image, and a whitening."""
     photos, address = folder_of_photographs(folder / "photos", 30), folder / name
-    indexing.update(str(address), [photos], stand_in(), whiten=5)
+    filling.update(str(address), [photos], stand_in(), whiten=5)
     photograph(photos / "new.png", 99)
     (photos / "hats/000.png").unlink()
-    indexing.update(str(address), [photos], stand_in())
+    filling.update(str(address), [photos], stand_in())
     closed(address)
     return address
 
@@ -120,7 +120,7 @@ def test_writing_blesses_no_damage(address, tmp_path):
     file.write_bytes(data)
     digests.record(str(copy))
     photograph(tmp_path / "n.png", 5)
-    update = lambda: indexing.update(str(copy), [tmp_path])
+    update = lambda: filling.update(str(copy), [tmp_path])
     for use in (lambda: Index.open(copy), update, index.count):
         with pytest.raises(StoreError, match=f"{file.name} is not what was written. Delete"):
             use()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cgd_jax.preprocess import IMAGENET
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import Hit, Index, Record, StoreError, images, indexing, queries, report
+from cgd_jax.search import Hit, Index, Record, StoreError, filling, images, queries, report
 from cgd_jax.search import index as indexes
 from cgd_jax.search.collection import Collection
 from cgd_jax.search.duplicates import Group, find_duplicates
@@ -289,7 +289,7 @@ def test_a_strangers_index_makes_nobody_ask_the_hub(tmp_path, name, monkeypatch)
         with pytest.raises(InputError, match=f"of Hugging Face, .* say --model={name}.$"):
             use(["a.png"])
     with pytest.raises(InputError, match="of Hugging Face"):
-        indexing.update("index", [photograph(tmp_path / "photos/b.png", 2).parent])
+        filling.update("index", [photograph(tmp_path / "photos/b.png", 2).parent])
     with pytest.raises(InputError, match="of Hugging Face"):
         serving.warm_up(index)
     assert not asked
@@ -331,7 +331,7 @@ def test_what_a_strangers_index_says_is_compared_before_it_is_used(
         lambda: Index.open(address).search(photos / "a.png"),
         lambda: Index.open(address).add([photos / "a.png"]),
         lambda: Index.open(address, stand_in()),
-        lambda: indexing.update(address, [photos]),
+        lambda: filling.update(address, [photos]),
         lambda: serving.warm_up(Index.open(address)),
     ):
         with pytest.raises((InputError, StoreError), match=message):

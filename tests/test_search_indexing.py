@@ -18,8 +18,8 @@ from filelock import FileLock
 
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images, indexing
+from cgd_jax.search.filling import update
 from cgd_jax.search.index import Index
-from cgd_jax.search.indexing import update
 from cgd_jax.search.stores import BusyError, StoreError
 from tests.search_samples import folder_of_photographs, photograph, stand_in, vectors_of
 
@@ -227,7 +227,7 @@ def test_several_processes_fill_one_index(photos, tmp_path, monkeypatch):
 
     address = str(tmp_path / "index")
     barrier = threading.Barrier(3)
-    monkeypatch.setattr(indexing, "_meet", lambda share, where: barrier.wait(timeout=30))
+    monkeypatch.setattr(indexing, "meet", lambda share, where: barrier.wait(timeout=30))
     monkeypatch.setattr(indexing, "WRITE_EVERY", 1)
     done = [None] * 3
 
@@ -287,7 +287,7 @@ def test_an_interrupted_run_goes_on(photos, tmp_path, monkeypatch):
 SERVES_AND_INDEXES = """
 import sys, threading, time
 import uvicorn
-from cgd_jax.search import Index, embedding, indexing
+from cgd_jax.search import Index, embedding, filling, indexing
 from cgd_jax.serve import app, command
 from tests.search_samples import stand_in
 
@@ -307,7 +307,7 @@ def embed(images):
 embedding.enough, indexing.WRITE_EVERY = lambda: 1, 1
 slow = stand_in()
 slow.embed_batch = embed
-indexing.update(address, [photos], slow)
+filling.update(address, [photos], slow)
 """
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from cgd_jax.data import decode
 from cgd_jax.reports import plots
 from cgd_jax.runtime import files as writing
-from cgd_jax.search import Index, commands, images, indexing, queries
-from cgd_jax.search.indexing import update
+from cgd_jax.search import Index, commands, filling, images, indexing, queries
+from cgd_jax.search.filling import update
 from tests.search_samples import folder_of_photographs, photograph, stand_in
 from tests.test_search_indexing import content, numbers
 
@@ -263,7 +263,7 @@ def test_nothing_of_ours_is_an_image(tmp_path, monkeypatch):
     """The index, another index, what search draws, and other pictures of this program."""
     photos = folder_of_photographs(tmp_path / "photos", 4)
     monkeypatch.chdir(photos)
-    monkeypatch.setattr(indexing, "open_network", lambda *args: stand_in())
+    monkeypatch.setattr(filling, "open_network", lambda *args: stand_in())
     assert filled("runs/index", photos) == (4, 0, 0, 0, 0)
     assert filled("other/index", photos)[0] == 4
     commands.search_index("runs/index", ["hats/000.png"], stand_in())

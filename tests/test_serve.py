@@ -18,7 +18,7 @@ testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2
 
 from cgd_jax.data.decode import MAX_PIXELS  # noqa: E402
 from cgd_jax.search import Index  # noqa: E402
-from cgd_jax.search.indexing import update  # noqa: E402
+from cgd_jax.search.filling import update  # noqa: E402
 from cgd_jax.serve import service, uploads  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from tests.search_samples import folder_of_photographs, photograph, stand_in  # noqa: E402

@@ -20,7 +20,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 from cgd_jax import network as networks  # noqa: E402
 from cgd_jax.search import Index, Record  # noqa: E402
-from cgd_jax.search.indexing import update  # noqa: E402
+from cgd_jax.search.filling import update  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from cgd_jax.serve.command import listen  # noqa: E402
 from cgd_jax.serve.connections import server_of  # noqa: E402

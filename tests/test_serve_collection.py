@@ -15,7 +15,7 @@ lancedb = pytest.importorskip("lancedb", reason="lancedb is not installed")
 testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
 from cgd_jax.search import Index, Record, collection, indexing  # noqa: E402
-from cgd_jax.search.indexing import update  # noqa: E402
+from cgd_jax.search.filling import update  # noqa: E402
 from cgd_jax.serve import service  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
 from tests.search_samples import photograph, stand_in  # noqa: E402

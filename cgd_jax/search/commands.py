@@ -8,7 +8,7 @@ from pathlib import Path
 from cgd_jax.network import Network
 from cgd_jax.runtime import console
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import indexing, queries, report
+from cgd_jax.search import filling, queries, report
 from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import StoreError
@@ -29,9 +29,9 @@ def fill_index(
     share: tuple[int, int] = (0, 1),
     **options,
 ) -> None:
-    """Brings an index up to date and says what was done; takes what `indexing.update` does."""
+    """Brings an index up to date and says what was done; takes what `filling.update` does."""
     begin = time.monotonic()
-    changes = indexing.update(address, sources, model, share=share, **options)
+    changes = filling.update(address, sources, model, share=share, **options)
     mine = f" (by process {share[0]} of {share[1]})" if share[1] > 1 else ""
     console.log(
         f"{address}: {changes.added:,} images added, {changes.changed:,} changed, "

@@ -14,10 +14,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -29,13 +29,11 @@ from cgd_jax.data.images import is_one, listed
 from cgd_jax.network import Network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import digests, stores
+from cgd_jax.search import digests, indexing, stores
 from cgd_jax.search import images as reading
+from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import open_store, writing
 from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
-
-if TYPE_CHECKING:
-    from cgd_jax.search.indexing import Changes
 
 __all__ = ["Index", "IndexInfo", "Query"]
 
@@ -430,11 +428,12 @@ class Index:
         with writing(self.address):
             self.store.delete(list(ids))
 
-    def update(self, *sources: str | Path) -> "Changes":
-        """Brings the index up to date with folders, archives and CSVs; see `indexing.update`."""
-        from cgd_jax.search import indexing  # which is written in terms of this class
-
-        return indexing.update(self.address, sources, self.network)
+    def update(
+        self, *sources: str | Path, watch: Callable[[int, int], None] | None = None
+    ) -> Changes:
+        """Brings the index up to date with folders, archives and CSVs; see `filling.update`."""
+        with writing(self.address), indexing.listed(sources, self.address) as listing:
+            return indexing.update(self, listing, watch=watch)
 
 
 def _in_order(hits: list[Hit]) -> list[Hit]:

@@ -13,29 +13,27 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from cgd_jax import rerank
 from cgd_jax.data.decode import read_file
 from cgd_jax.data.shapes import Size
-from cgd_jax.network import Network, open_network
+from cgd_jax.network import Network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import files, processes
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images, stores
 from cgd_jax.search.images import LeftOut, Listed
-from cgd_jax.search.index import Index, Whitening
-from cgd_jax.search.opening import writing
 from cgd_jax.search.stores import COLUMNS, Record
 
-__all__ = ["Changes", "update"]
+__all__ = ["Changes", "learn_whitening", "listed", "meet", "update"]
 
 log = logging.getLogger(__name__)
 
@@ -66,113 +64,82 @@ class Changes(NamedTuple):
     skipped: list[LeftOut]
 
 
-def update(
-    address: str,
-    sources: Sequence[str | Path],
-    model: Network | str | Path | None = None,
-    *,
-    vector: str | None = None,
-    precision: str | None = None,
-    whiten: int | None = None,
-    whitening: str | None = None,
-    compress: str | None = None,
-    prune: bool = False,
-    share: tuple[int, int] = (0, 1),
-    watch: Callable[[int, int], None] | None = None,
-) -> Changes:
-    """Brings an index up to date with folders, archives and CSVs; makes it if there is none.
+class Listing(NamedTuple):
+    """What sources hold."""
 
-    Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
-    stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`,
-    `whiten`, a dimension, `whitening`, "pca" or "pairs", and `compress`, see `Index.create`,
-    are of a new index. Of n processes that fill an index together, process i calls this with the
-    same sources and `share` (i, n). `watch` is told how many files were read, of how many. Returns
-    what this process did.
+    images: dict[str, Listed]
+    sources: set[str]
+    left_out: list[LeftOut]
 
-    Raises InputError, and changes nothing: a source is missing or holds no image, or the index is
-    another than is asked for. BusyError, StoreError: what was written stays.
+
+class Index(Protocol):
+    """What an index, `index.Index`, is asked for here."""
+
+    address: str
+
+    @property
+    def store(self) -> stores.Store: ...
+    @property
+    def network(self) -> Network: ...
+    def embed_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray: ...
+    def write(self, records: Sequence[Record], vectors: np.ndarray) -> None: ...
+
+
+@contextlib.contextmanager
+def listed(sources: Iterable[str | Path], address: str) -> Iterator[Listing]:
+    """Lists the images of folders, archives and CSVs, which can be read inside.
+
+    Sources are those of `images.list_images`. Raises InputError: one is missing or holds no image.
     """
-    is_first = share[0] == 0
     scratch = Path(address).parent if stores.is_local(address) else Path.cwd()
-    wanted: dict[str, Listed] = {}
-    given: set[str] = set()
-    skipped: list[LeftOut] = []
+    found = Listing({}, set(), [])
     with contextlib.ExitStack() as stack:
-        if is_first:  # for all of them
-            stack.enter_context(writing(address))
         # Lists come last: what they say of an image counts.
         for source in sorted(map(str, sources), key=images.is_list):
             root = os.path.abspath(Path(source).expanduser())
-            listing = images.list_images(Path(root), scratch, address)
-            listed, left_out = stack.enter_context(listing)
-            if not listed:
+            rows, left_out = stack.enter_context(images.list_images(Path(root), scratch, address))
+            if not rows:
                 raise InputError(
                     f"--images={source} holds no image, but {len(left_out):,} other files. "
                     f"Nothing was changed; to empty an index, delete it."
                 )
-            wanted |= {record.id: (record, file) for record, file in listed}
-            given.add(root)
-            skipped += left_out
-        index = _existing(address, model, vector, precision, whiten, whitening, compress)
-        _meet(share, "everybody has looked whether there is an index")
-        if index is None and is_first:
-            network = model if isinstance(model, Network) else open_network(model, vector)
-            by, listed = whitening or "pca", list(wanted.values())
-            learned = _learn_whitening(network, listed, whiten, by) if whiten else None
-            precision = precision or "float32"
-            index = Index.create(
-                address,
-                network,
-                precision=precision,
-                whitening=learned,
-                whitened_by=by,
-                compress=compress,
-            )
-        _meet(share, "there is an index")
-        if index is None:
-            index = Index.open(address, model, vector=vector)
-        rows = (row for batch in index.store.read(KNOWN) for row in batch.to_pylist())
-        known = {row["id"]: Record(**row) for row in rows}
-        wanted = _settle(wanted, known, given)
-        missing = _missing(wanted, known, given, {path for path, _ in skipped})
-        changes = _update(index, wanted, known, missing, prune, share, watch)
-        _meet(share, "everything is written")
-        if is_first and (share[1] > 1 or changes.added or changes.changed or changes.removed):
-            index.store.finish()
-    changes = changes._replace(skipped=skipped * is_first + changes.skipped)
-    _report(address, changes.skipped)
+            found.images.update((record.id, (record, file)) for record, file in rows)
+            found.sources.add(root)
+            found.left_out.extend(left_out)
+        yield found
+
+
+def update(
+    index: Index,
+    listing: Listing,
+    prune: bool = False,
+    share: tuple[int, int] = (0, 1),
+    watch: Callable[[int, int], None] | None = None,
+) -> Changes:
+    """Brings an index up to date with what was listed, within `writing`; see `filling.update`."""
+    is_first = share[0] == 0
+    rows = (row for batch in index.store.read(KNOWN) for row in batch.to_pylist())
+    known = {row["id"]: Record(**row) for row in rows}
+    wanted = _settle(listing.images, known, listing.sources)
+    missing = _missing(wanted, known, listing.sources, {path for path, _ in listing.left_out})
+    changes = _update(index, wanted, known, missing, prune, share, watch)
+    meet(share, "everything is written")
+    if is_first and (share[1] > 1 or changes.added or changes.changed or changes.removed):
+        index.store.finish()
+    changes = changes._replace(skipped=listing.left_out * is_first + changes.skipped)
+    _report(index.address, changes.skipped)
     return changes
 
 
-def _existing(address, model, vector, precision, whiten, whitening, compress) -> Index | None:
-    """Opens an index, if there is one; InputError if it is another than is asked for."""
-    try:
-        index = Index.open(address, model, vector=vector)
-    except stores.NoIndexError:
-        return None
-    info = index.info
-    whitened = info.dimension if info.whitened_from else None
-    known = info.precision, whitened, info.whitened_by, info.compress
-    asked = precision, whiten, whitening, compress
-    if any(a is not None and a != k for a, k in zip(asked, known, strict=True)):
-        how = f"whitened by {info.whitened_by} to {whitened} dimensions"
-        packed = f"compressed ({info.compress})" if info.compress else "not compressed"
-        raise InputError(
-            f"The index {address} holds vectors in {info.precision}, "
-            f"{how if whitened else 'not whitened'} and {packed}, which stays as it is. Leave "
-            f"--precision, --whiten, --whitening and --compress out, or make another index with "
-            f"--index=."
-        )
-    return index
-
-
-def _meet(share: tuple[int, int], where: str) -> None:
+def meet(share: tuple[int, int], where: str) -> None:
     """Waits for the other processes."""
     if share[1] > 1:
         processes.wait_for_all(where)
 
 
-def _learn_whitening(network: Network, listed: list[Listed], dimension: int, by: str) -> Whitening:
+def learn_whitening(
+    network: Network, listed: list[Listed], dimension: int, by: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Learns a whitening from some of the images; they say what matters among them."""
     listed = [listed[i] for i in np.random.default_rng(0).permutation(len(listed))]
     if by == "pairs":  # of whole classes, in any order

@@ -9,7 +9,6 @@ from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, Field
 
 from cgd_jax.runtime.errors import UserError
-from cgd_jax.search import indexing
 from cgd_jax.serve.service import Served, Service, Update
 from cgd_jax.serve.uploads import MAX_BYTES
 
@@ -63,7 +62,7 @@ def _update(service: Service) -> None:
     try:
         rows = (batch["source"].to_pylist() for batch in index.store.read(["source"]))
         if sources := sorted({source for batch in rows for source in batch if source}):
-            made = indexing.update(index.address, sources, index.network, watch=watch)
+            made = index.update(*sources, watch=watch)
             said = (
                 f"{made.added:,} images added, {made.changed:,} changed, {made.removed:,} "
                 f"removed, {len(made.skipped):,} files left out."
