@@ -204,6 +204,7 @@ def measure(address: str, pid: int, clients: int, hostile: int, seconds: float) 
     for image in images[:10]:
         ask(connection, image)
     crowd(address, pid, images, 1, 0, min(seconds, 15))
+    connection.close()  # as the server has done meanwhile; the next request opens it
 
     # The server keeps the latest 256 MB of uploads. It is full of them from the beginning, so
     # that what grows in the minute is a leak.
