@@ -113,7 +113,10 @@ def embed_alone(count: int) -> None:
 
 def index_alone(address: str, photos: str) -> None:
     from cgd_jax import network
-    from cgd_jax.search import filling
+    from cgd_jax.search import (
+        filling,
+        lancedb_store,  # noqa: F401  # imported before the clock starts, as JAX is
+    )
 
     opened = network.open_network()
     blank = np.zeros((1, 224, 224, 3), np.uint8)

@@ -123,7 +123,7 @@ class Network:
             return np.asarray(self.embed_batch(images), np.float32)
 
         vectors = np.empty((len(pixels), self.dimension), np.float32)
-        each = map if _on_accelerator() else parallel
+        each = map if _on_accelerator() or len(batches) == 1 else parallel
         for batch, found in zip(batches, each(embed, batches), strict=True):
             vectors[batch] = found
         return vectors

@@ -14,7 +14,17 @@ from PIL import Image
 
 from cgd_jax.preprocess import IMAGENET
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import Hit, Index, Record, StoreError, filling, images, queries, report
+from cgd_jax.search import (
+    Hit,
+    Index,
+    Record,
+    StoreError,
+    duplicates,
+    filling,
+    images,
+    queries,
+    report,
+)
 from cgd_jax.search import index as indexes
 from cgd_jax.search.collection import Collection
 from cgd_jax.search.duplicates import Group, find_duplicates
@@ -368,7 +378,15 @@ def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
         Index.create(tmp_path / "index", stand_in())
 
 
-def test_duplicates_are_chained_into_groups(tmp_path):
+@pytest.mark.parametrize(
+    ("block", "candidates", "directions"), [(256, 100, 128), (3, 100, 1), (1, 1, 8)]
+)
+def test_duplicates_are_chained_into_groups(tmp_path, monkeypatch, block, candidates, directions):
+    """In blocks too; where few directions tell little apart, and where an image has many copies."""
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    monkeypatch.setattr(duplicates, "TILE", block + 1)
+    monkeypatch.setattr(duplicates, "CANDIDATES", candidates)
+    monkeypatch.setattr(duplicates, "DIRECTIONS", directions)
     index = Index.create(tmp_path / "index", stand_in())
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(6)]
@@ -396,6 +414,18 @@ def test_duplicates_are_chained_into_groups(tmp_path):
     assert find_duplicates(index, 1.0, "width > 100") == []
     with pytest.raises(ValueError, match="--similarity=0: must be above 0"):
         find_duplicates(index, 0)
+
+
+def test_an_image_that_is_there_many_times_is_one_group(tmp_path, monkeypatch):
+    """The last few of many, whose nearest are the first ones, belong to them."""
+    for name, number in (("BLOCK", 8), ("CANDIDATES", 3), ("NEIGHBOURS", 2)):
+        monkeypatch.setattr(duplicates, name, number)
+    index = Index.create(tmp_path / "index", stand_in())
+    vectors = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
+    vectors[:42] = vectors[0]
+    index.write([Record(f"{i:02}", f"{i}.jpg") for i in range(60)], vectors)
+    (group,) = find_duplicates(index, 0.999)
+    assert sorted(hit.id for hit in group.members) == [f"{i:02}" for i in range(42)]
 
 
 def test_names_of_one_file_are_no_duplicates(tmp_path):

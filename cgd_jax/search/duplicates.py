@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,10 @@ __all__ = ["SIMILARITY", "Group", "find_duplicates"]
 
 # Of the packaged network; docs/searching.md has the copies and the look-alikes above it.
 SIMILARITY = 0.94
-NEIGHBOURS = 16  # of every image that are looked at; larger groups hang together by chains
+# Of an image that may be near; and that are looked at if more are: groups hang together by chains.
+CANDIDATES, NEIGHBOURS = 100, 16
+DIRECTIONS, SAMPLE = 128, 4096  # that are looked at first, and images that they are found by
+BLOCK, TILE = 256, 4096  # rows and columns that are compared at a time, in the cache
 
 
 class Group(NamedTuple):
@@ -67,17 +71,50 @@ def find_duplicates(
 
 def _chained(vectors: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns of [N, D] vectors the similarity to the nearest, 0 if below, and the group [N]."""
-    count = len(vectors)
-    k = min(NEIGHBOURS, count - 1)
-    values, neighbours = retrieval.top_k(vectors, vectors, k, exclude=np.arange(count))
-    # By rounding, two equal images may be below 1.
-    near = values >= similarity - 1e-5
-    rows, columns = np.nonzero(near)[0], neighbours[near]
-    nearest = np.zeros(count)
-    np.maximum.at(nearest, rows, values[near])
-    np.maximum.at(nearest, columns, values[near])
-    graph = coo_array((values[near], (rows, columns)), (count, count))
+    rows, columns, values = map(np.concatenate, zip(*_near(vectors, similarity), strict=True))
+    nearest, count = np.zeros(len(vectors)), len(vectors)
+    np.maximum.at(nearest, rows, values)
+    np.maximum.at(nearest, columns, values)
+    graph = coo_array((values, (rows, columns)), (count, count))
     return nearest, connected_components(graph, directed=False)[1]
+
+
+def _near(vectors: np.ndarray, similarity: float) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields rows, columns and similarities of what is near, some rows of [N, D] at a time.
+
+    Of vectors in any orthogonal basis, some numbers are never farther apart than all of them:
+    along the principal directions, few tell nearly all pairs apart.
+    """
+    similarity -= 1e-5  # by rounding, two equal images may be below 1
+    count = len(vectors)
+    some = vectors[:: -(-count // SAMPLE)]
+    middle = some.mean(0)
+    spread = (some - middle).T @ (some - middle)
+    drawn = np.random.default_rng(0).standard_normal((len(middle), DIRECTIONS), np.float32)
+    basis = np.linalg.qr(spread @ (spread @ drawn))[0]  # about the principal directions
+    short = (vectors - middle) @ basis
+    half, ones = -(short**2).sum(1, keepdims=True) / 2, np.ones((count, 1), np.float32)
+    # Their product is minus half of the squared distance, which of unit vectors is 1 - cosine.
+    left, right = np.hstack([short, half, ones]), np.hstack([short, ones, half]).T
+    before = True  # whether what is near to rows before has been found with them
+    for at in range(0, count, BLOCK):
+        block, found, many = np.arange(at, min(at + BLOCK, count)), [], False
+        for start in range(at if before else 0, count, TILE):
+            near = left[block] @ right[:, start : start + TILE] >= similarity - 1 - 1e-4
+            pairs = np.argwhere(near) + [at, start]
+            found.append(pairs[pairs[:, 0] != pairs[:, 1]])
+            if many := sum(map(len, found)) > CANDIDATES * len(block):
+                break
+        if many:
+            before = False
+            k = min(NEIGHBOURS, count - 1)
+            values, columns = retrieval.top_k(vectors[block], vectors, k, exclude=block)
+            rows, columns, values = np.repeat(block, k), columns.ravel(), values.ravel()
+        else:
+            rows, columns = np.concatenate(found).T
+            values = np.vecdot(vectors[rows], vectors[columns])
+        near = values >= similarity
+        yield rows[near], columns[near], values[near]
 
 
 def _links(rows: np.ndarray, paths: list[str]) -> np.ndarray:

@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -65,8 +64,7 @@ def read(image: Any, size: Size, crop: Box | None = None) -> tuple[np.ndarray, d
     if isinstance(content, np.ndarray):
         content = f"{content.shape}".encode() + content.tobytes()
     pixels, width, height = resize(found.pixels, shape), x1 - x0, y1 - y0
-    small = pixels if max(shape) >= THUMBNAIL else resize(found.pixels, THUMBNAIL)
-    thumbnail, digest = as_jpeg(small, width, height), hash_of(content)
+    thumbnail, digest = as_jpeg(found.pixels, width, height), hash_of(content)
     fields = {"hash": digest, "width": width, "height": height, "thumbnail": thumbnail}
     return pixels, {**fields, "taken": date}
 
@@ -82,10 +80,9 @@ def taken(data: bytes) -> int:
 
 
 def as_jpeg(pixels: np.ndarray, width: int, height: int, side: int = THUMBNAIL) -> bytes:
-    """Gives an image that was resized its own shape again, as a JPEG of at most `side`."""
+    """Makes a JPEG of at most `side` of an image, whose pixels may have any other shape."""
     scale = min(1.0, side / max(width, height))
-    size = max(round(width * scale), 1), max(round(height * scale), 1)
-    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    small = resize(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
     return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=QUALITY)
 
 

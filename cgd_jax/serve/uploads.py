@@ -32,7 +32,7 @@ class Uploads:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._lock = Lock()
+        self._lock, self._bytes = Lock(), 0
         self._arriving: Counter[str] = Counter()  # bytes by the client's address
 
     def keep(self, data: bytes) -> str:
@@ -44,10 +44,12 @@ class Uploads:
             raise HTTPException(415, FORMATS)
         id = PREFIX + hash_of(data)
         with self._lock:
-            self._kept[id] = data
+            if id not in self._kept:
+                self._kept[id] = data
+                self._bytes += len(data)
             self._kept.move_to_end(id)
-            while sum(map(len, self._kept.values())) > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            while self._bytes > KEPT_BYTES:
+                self._bytes -= len(self._kept.popitem(last=False)[1])
         return id
 
     def get(self, id: str) -> bytes:
