@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cgd_jax import embed, retrieval, run
+from cgd_jax import retrieval, run
 from cgd_jax.attribution import why_no_map
 from cgd_jax.data import Dataset
+from cgd_jax.evaluation import embed
 from cgd_jax.network import open_network
 from cgd_jax.preprocess import center_crop
 from cgd_jax.reports import plots

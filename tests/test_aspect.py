@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 import cgd_jax
-from cgd_jax import embed, evaluate, run
 from cgd_jax import network as networks
+from cgd_jax import run
 from cgd_jax.data import cache, shapes
 from cgd_jax.data.dataset import Split, rows_of
 from cgd_jax.data.decode import decode
+from cgd_jax.evaluation import embed, evaluate
 from cgd_jax.models import cgd
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.sharding import shardings

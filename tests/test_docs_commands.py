@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
-from cgd_jax import cli  # noqa: E402
+from cgd_jax import __main__ as cli  # noqa: E402
 from cgd_jax.search import filling  # noqa: E402
 from tests.search_samples import photograph, write_network  # noqa: E402
 from tests.test_docs import ROOT, TRUE_TODAY, commands  # noqa: E402

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageColor
 
 import cgd_jax
-from cgd_jax import cli
+from cgd_jax import __main__ as cli
 from cgd_jax.reports import plots
 from cgd_jax.reports.history import read_history
 

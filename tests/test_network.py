@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import cgd_jax
-from cgd_jax import evaluate, export, run
+from cgd_jax import export, run
 from cgd_jax import network as networks
 from cgd_jax.data.decode import decode
+from cgd_jax.evaluation import evaluate
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model, embed_model
 from cgd_jax.models.resnet import BACKBONES

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import checkpoint, evaluate, run, train, train_step, workdir
+from cgd_jax import checkpoint, run, train, train_step, workdir
 from cgd_jax.config import to_dict
 from cgd_jax.data import batches
+from cgd_jax.evaluation import evaluate
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import network_params
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax import checkpoint, evaluate, train
+from cgd_jax import checkpoint, train
 from cgd_jax.data import Dataset, Split, describe_difference, fingerprint
 from cgd_jax.data.validation import hold_out
+from cgd_jax.evaluation import evaluate
 from cgd_jax.reports import summary
 from cgd_jax.run import open_data
 from cgd_jax.runtime.errors import InputError

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import complementarity, geometry, metrics, protocols, rerank, retrieval
 from cgd_jax.data import Dataset
-from cgd_jax.embed import (
+from cgd_jax.evaluation.embed import (
     Embeddings,
     embed_dataset,
     embed_split,
