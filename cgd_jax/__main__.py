@@ -24,8 +24,6 @@ from cgd_jax.runtime.errors import UserError
 
 # Whatever imports JAX is imported where it is needed: --help ends before it would be there.
 
-__all__ = ["main"]
-
 STUDIES = config_files.listed(study_files.FOLDER)
 
 COMMANDS = {

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-__all__ = ["FOLDER", "base_config", "find", "listed", "make_importable"]
-
 _PACKAGE = Path(__file__).resolve().parent
 FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 

@@ -28,8 +28,6 @@ from cgd_jax.data import shapes
 from cgd_jax.models import backbones, cgd, resnet
 from cgd_jax.runtime.errors import ConfigError
 
-__all__ = ["AUTO", "Rule", "check_values", "rule_of", "validate"]
-
 AUTO = "auto"  # the backbone that `model.pretrained` has the weights of
 
 

@@ -30,8 +30,6 @@ from cgd_jax.sharding import lay_out, shardings
 from cgd_jax.train_step import State, create_state, draw_state
 from cgd_jax.workdir import check_workdir, data_changes, read_config
 
-__all__ = ["Run", "create_run", "initial_state", "name_backbone", "open_data", "open_run"]
-
 
 class Run(NamedTuple):
     """All that training, evaluation and explanation start from, but for the weights."""

@@ -52,6 +52,12 @@ settings.register_profile("tests", derandomize=True, database=None, deadline=Non
 settings.load_profile("tests")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out files of slow tests alone, whose imports take seconds, where none is asked for."""
+    only_slow = collection_path.name in ("test_runtime_buckets.py", "test_serve_browser.py")
+    return True if only_slow and config.option.markexpr == "not slow" else None
+
+
 @pytest.fixture
 def fully_optimized():
     """Optimizes programs as outside of the tests: for those that compare results bit for bit."""

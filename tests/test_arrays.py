@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from cgd_jax import combination, geometry, losses, metrics, pooling, rerank, retrieval
+from tests import quick
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.random((8, 3, 4, 6), np.float32)
@@ -61,8 +62,20 @@ def tensor_of_pytorch(array):
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-@pytest.mark.parametrize("kind", [np.ndarray.tolist, Tensor, tensor_of_pytorch])
-@pytest.mark.parametrize("name", FUNCTIONS)
+KINDS = [np.ndarray.tolist, Tensor, tensor_of_pytorch]
+# A tensor takes the way of `Tensor`; of functions alike some are enough at once.
+QUICK = [name for name in FUNCTIONS if name not in losses.RANKING_LOSSES]
+QUICK += ["batch_hard_triplet", "multi_similarity"]
+EVERY = [(name, kind) for name in FUNCTIONS for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    "name,kind",
+    quick.first(
+        sorted(EVERY, key=lambda of: of[0] not in QUICK or of[1] is tensor_of_pytorch),
+        2 * len(QUICK),
+    ),
+)
 def test_lists_and_tensors_are_arrays(name, kind):
     function, *arrays = FUNCTIONS[name]
     expected, found = function(*arrays), function(*map(kind, arrays))

@@ -130,7 +130,7 @@ def test_scales_are_averaged(network, vector, p):
         shape = (1, round(24 * scale), round(32 * scale), 3)
         view = jax.image.resize(np.float32(image[None]), shape, "linear")
         normal = (view / 255 - network.normalization.mean) / network.normalization.std
-        output = network.model.apply(network.variables, normal)
+        output = jax.jit(network.model.apply)(network.variables, normal)
         found = np.asarray(cgd.select_vector(output, network.model.descriptors, vector)[0])
         vectors.append(found / np.linalg.norm(found))
     assert (np.min(vectors) < 0) == (vector == "embedding")

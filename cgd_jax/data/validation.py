@@ -9,8 +9,6 @@ import numpy as np
 from cgd_jax.data.dataset import Dataset, Split, rows_of
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["hold_out"]
-
 
 def hold_out(
     dataset: Dataset, fraction: float = 0.0, fold: str = "", seed: int = 0

@@ -13,8 +13,6 @@ from cgd_jax.evaluation.evaluate import embed_test, measure
 from cgd_jax.run import Run, initial_state
 from cgd_jax.runtime import files
 
-__all__ = ["measure_baselines"]
-
 
 def measure_baselines(run: Run) -> dict:
     """Measures raw pixels and the network before training; baselines.json keeps it for the run."""

@@ -18,8 +18,6 @@ from cgd_jax.run import open_run
 from cgd_jax.runtime import console, files
 from cgd_jax.runtime.errors import ConfigError
 
-__all__ = ["evaluate_together", "join"]
-
 
 def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
     """Measures each of several runs, all of them joined, and that by PCA in one's dimension.

@@ -32,8 +32,6 @@ from cgd_jax.runtime import console, files, interrupts
 from cgd_jax.train_step import State
 from cgd_jax.workdir import count_classes
 
-__all__ = ["evaluate_run", "evaluate_state", "evaluate_step"]
-
 
 def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
     """Evaluates a checkpoint of an earlier run; arguments and errors as of `run.open_run`.

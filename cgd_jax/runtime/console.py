@@ -119,15 +119,14 @@ class _LogLines:
 
 @contextlib.contextmanager
 def progress(
-    total: int, what: str, unit: str = "image", log_every: float | None = 10.0, initial: int = 0
+    total: int, what: str, unit: str = "image", log_every: float | None = 10.0
 ) -> Iterator[tqdm]:
     """Yields a progress bar, which goes when it is done; without a terminal, log lines.
 
     `total` is 0 if it is not known; the unit "B" counts bytes in kB, MB and GB; `log_every` is in
     seconds, None for no lines.
     """
-    options: dict[str, Any]
-    options = {"total": total or None, "desc": escaped(what), "initial": initial}
+    options: dict[str, Any] = {"total": total or None, "desc": escaped(what)}
     options |= {"unit": unit, "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
     if sys.stderr.isatty() or log_every is None:
         # "disable": where there is no terminal.

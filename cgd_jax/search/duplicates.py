@@ -14,8 +14,6 @@ from cgd_jax.runtime.errors import InputError
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import Hit
 
-__all__ = ["SIMILARITY", "Group", "find_duplicates"]
-
 # Of the packaged network; docs/searching.md has the copies and the look-alikes above it.
 SIMILARITY = 0.94
 NEIGHBOURS = 16  # of every image that are looked at; larger groups hang together by chains
