@@ -111,7 +111,7 @@ def right_and_wrong(
     labels = dataset.query.labels
     found = (dataset.gallery or dataset.query).labels[index]
 
-    def choose(rows: np.ndarray) -> np.ndarray:
+    def one_of_each_class(rows: np.ndarray) -> np.ndarray:
         pairs, seen = [], set()
         for row in rows:
             if len(pairs) < count and not {labels[row], found[row]} & seen:
@@ -122,7 +122,8 @@ def right_and_wrong(
     shuffled = np.random.default_rng(seed).permutation(len(query))
     surest = np.argsort(-similarity, kind="stable")
     is_right = dataset.is_match(np.arange(len(query)), index[:, None])[:, 0]
-    return choose(shuffled[is_right[shuffled]]), choose(surest[~is_right[surest]])
+    right, wrong = shuffled[is_right[shuffled]], surest[~is_right[surest]]
+    return one_of_each_class(right), one_of_each_class(wrong)
 
 
 def pairs_of(dataset: Dataset, positions: np.ndarray, right: bool) -> list[tuple]:

@@ -95,7 +95,7 @@ def fold(text: str) -> str:
 def show_log() -> None:
     """Prints what the modules of this package log: what is built, skipped or repaired."""
 
-    class Say(logging.Handler):
+    class Console(logging.Handler):
         def emit(self, record):
             text = record.getMessage()
             log(fold(text) if sys.stdout.isatty() else text)
@@ -103,7 +103,7 @@ def show_log() -> None:
     logger = logging.getLogger("cgd_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers = [Say()]
+    logger.handlers = [Console()]
 
 
 class _LogLines:
