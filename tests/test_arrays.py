@@ -62,20 +62,12 @@ def tensor_of_pytorch(array):
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-KINDS = [np.ndarray.tolist, Tensor, tensor_of_pytorch]
-# A tensor takes the way of `Tensor`; of functions alike some are enough at once.
-QUICK = [name for name in FUNCTIONS if name not in losses.RANKING_LOSSES]
-QUICK += ["batch_hard_triplet", "multi_similarity"]
-EVERY = [(name, kind) for name in FUNCTIONS for kind in KINDS]
+LOSSES = {**losses.RANKING_LOSSES, **losses.PROXY_LOSSES, **losses.CENTER_LOSSES}  # all alike
+NAMES = quick.first(sorted(FUNCTIONS, key=LOSSES.__contains__), len(FUNCTIONS) - len(LOSSES) + 1)
 
 
-@pytest.mark.parametrize(
-    "name,kind",
-    quick.first(
-        sorted(EVERY, key=lambda of: of[0] not in QUICK or of[1] is tensor_of_pytorch),
-        2 * len(QUICK),
-    ),
-)
+@pytest.mark.parametrize("kind", quick.first([np.ndarray.tolist, Tensor, tensor_of_pytorch], 2))
+@pytest.mark.parametrize("name", NAMES)
 def test_lists_and_tensors_are_arrays(name, kind):
     function, *arrays = FUNCTIONS[name]
     expected, found = function(*arrays), function(*map(kind, arrays))

@@ -8,10 +8,13 @@ import pytest
 
 from tests import quick
 
-MODULES = "combination metrics losses labels ranking retrieval rerank complementarity".split()
-MODULES += "protocols geography losses.pairs losses.listwise".split()
+MODULES = (
+    "combination metrics losses labels ranking retrieval rerank complementarity protocols".split()
+)
+MODULES += "geography losses.pairs".split()
 # Those that compile for seconds.
-DEAR = "pooling losses.ranking losses.miners losses.classification attribution".split()
+DEAR = "pooling losses.ranking losses.listwise losses.miners losses.classification".split()
+DEAR += ["attribution"]
 
 
 @pytest.mark.parametrize("name", quick.first(MODULES + DEAR, len(MODULES)))

@@ -57,7 +57,7 @@ def test_a_run_and_its_export_are_one_network(finished_run, tmp_path):
     same(trained.embed(images), expected)
     same(exported.embed(images), expected)
     pooled = cgd_jax.open(tmp_path / "elsewhere/model.safetensors", vector="descriptor_S")
-    assert pooled.embed(images).shape == (5, 16)
+    assert pooled.embed(images).shape == (5, 4)
     assert repr(trained) == (
         f"Network(name={str(workdir)!r}, weights_hash={trained.weights_hash!r}, "
         f"vector='embedding', step={result['step']})"

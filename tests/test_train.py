@@ -194,7 +194,7 @@ def test_inference_options_are_measured_beside_the_plain_embedding(
     assert (projector / "metadata.tsv").read_text().splitlines()[1] == "colour 6\t6\t6-0\tquery"
     assert not list(folder.rglob("*.tmp"))
     saved = np.load(folder / "embeddings.npz")
-    assert saved["query"].shape == (24, 16)
+    assert saved["query"].shape == (24, 4)
     np.testing.assert_allclose(np.linalg.norm(saved["query"], axis=1), 1, atol=1e-5)
     assert list(saved["query_ids"][:2]) == ["6-0", "6-1"] and saved["query_labels"][0] == 6
     config.eval.update(projection="", projector=False, complementarity=False, clustering=False)
