@@ -228,7 +228,7 @@ def _per_query(measure, *searched, query_ids=None, gallery_ids=None, **options):
         raise ValueError("give both query_ids and gallery_ids, or neither")
     code, gallery_code = shared_codes("labels", query_labels, gallery_labels)
     for x, labels in ((query, code), (gallery, gallery_code)):
-        if len(x) != len(labels):
+        if labels.shape != np.shape(x)[:1]:
             raise ValueError(f"labels must be one per row: {np.shape(x)}, labels {labels.shape}")
     own = np.full(len(query), -1)  # where the query itself is, -1 for nowhere
     if query_ids is not None:
