@@ -1,6 +1,6 @@
 """Figures of why a run's network finds images alike; how, says `cgd_jax.attribution`.
 
-cgd_jax --mode=explain --workdir=runs/glyphs --query=a.png --match=b.png
+`cgd_jax explain runs/glyphs a.png b.png`
 """
 
 import os

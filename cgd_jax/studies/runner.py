@@ -1,7 +1,4 @@
-"""Trains the runs of a study, each in a process of its own.
-
-cgd_jax --mode=study --study=descriptors
-"""
+"""Trains the runs of a study, each in a process of its own: `cgd_jax study descriptors`."""
 
 import os
 import shlex
