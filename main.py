@@ -1,4 +1,4 @@
-"""The command line of a clone: `python main.py --config=glyphs`; see cgd_jax/cli.py."""
+"""The command line of a clone: `python main.py --config=glyphs`; see cgd_jax/__main__.py."""
 
 from cgd_jax.__main__ import main
 

@@ -21,9 +21,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import evaluate, metrics
+from cgd_jax import metrics
 from cgd_jax.combination import combine, kernel_shapes
-from cgd_jax.embed import embed_images
+from cgd_jax.evaluation import evaluate
+from cgd_jax.evaluation.embed import embed_images
 from cgd_jax.losses import batch_hard_triplet_loss
 from cgd_jax.models.cgd import FC_INITS
 from cgd_jax.preprocess import center_crop

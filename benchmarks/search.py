@@ -314,7 +314,8 @@ def _embed_photographs(photos: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _embed_glyphs(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns vectors and labels of the glyphs that a network was not trained on."""
-    from cgd_jax import embed, network, run
+    from cgd_jax import network, run
+    from cgd_jax.evaluation import embed
     from cgd_jax.train import train_and_evaluate
     from configs import glyphs
 

@@ -1,4 +1,7 @@
-"""What happens to a batch of uint8 images on the device, inside the jitted step."""
+"""What happens to a batch of uint8 images on the device, inside the jitted step.
+
+All take a random key and images [B, H, W, C], and do to every image something of its own.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +10,10 @@ from cgd_jax.preprocess import Normalization, normalize
 
 
 def random_crop(key: jax.Array, images: jax.Array, size: int, pad: int = 0) -> jax.Array:
-    """Cuts a square out of every image, each at a place of its own.
+    """Cuts out a square, [B, size, size, C] in the dtype of the images.
 
-    Args:
-      key: random key.
-      images: [B, H, W, C].
-      size: side of the square, in pixels.
-      pad: pixels by which every image is first enlarged on every side, repeating
-        its edge.
-
-    Returns:
-      [B, size, size, C], the dtype of `images`.
-
-    Raises:
-      ValueError: the padded images are smaller than the square.
+    They are first enlarged by `pad` pixels on every side, repeating the edge. Raises ValueError if
+    they are smaller than the square even so.
     """
     if pad:
         images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
@@ -40,26 +33,17 @@ def random_crop(key: jax.Array, images: jax.Array, size: int, pad: int = 0) -> j
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability one half. [B, H, W, C] → same."""
+    """Mirrors left to right with probability one half."""
     mirrored = jax.random.bernoulli(key, 0.5, (len(images),))
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def random_resized_crop(key: jax.Array, images: jax.Array, size: int, min_area: float) -> jax.Array:
-    """Cuts out a random rectangle of every image and scales it to a square.
+    """Cuts out a rectangle and scales it to a square, [B, size, size, C] float32.
 
-    Szegedy et al., https://arxiv.org/abs/1409.4842: the area is drawn evenly between
-    `min_area` and the whole, the aspect ratio between 3:4 and 4:3 on a log scale. A
-    rectangle that is longer than the image is cut to it.
-
-    Args:
-      key: random key.
-      images: [B, H, W, C].
-      size: side of the square, in pixels.
-      min_area: the smallest share of the area, in (0, 1].
-
-    Returns:
-      [B, size, size, C] float32.
+    Szegedy et al., https://arxiv.org/abs/1409.4842: its share of the area is drawn evenly between
+    `min_area`, in (0, 1], and 1, the aspect ratio between 3:4 and 4:3 on a log scale. A rectangle
+    that is longer than the image is cut to it.
     """
     height, width, channels = images.shape[1:]
 
@@ -81,15 +65,9 @@ def random_resized_crop(key: jax.Array, images: jax.Array, size: int, min_area: 
 
 
 def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
-    """Changes brightness, contrast and saturation, each by a random factor.
+    """Changes brightness, contrast and saturation, each by a factor of 1 ± `strength` at most.
 
-    Args:
-      key: random key.
-      images: [B, H, W, 3], values from 0 to 255.
-      strength: factors are drawn between 1 - strength and 1 + strength.
-
-    Returns:
-      [B, H, W, 3] float32, clipped to 0 to 255.
+    Images, of three channels, have values from 0 to 255; the result is float32, clipped to these.
     """
     factors = jax.random.uniform(
         key, (3, len(images), 1, 1, 1), minval=max(0.0, 1 - strength), maxval=1 + strength
@@ -103,18 +81,10 @@ def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Arra
 
 
 def random_erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Sets a random rectangle to zero, which is the mean of normalized images.
+    """Sets a rectangle of some images to zero, which is the mean of normalized ones.
 
-    Zhong et al., https://arxiv.org/abs/1708.04896, with their ranges: 2 to 40 % of the
-    area, aspect ratio between 0.3 and 1/0.3.
-
-    Args:
-      key: random key.
-      images: [B, H, W, C], normalized.
-      probability: of an image to be touched.
-
-    Returns:
-      Same shape and dtype.
+    Zhong et al., https://arxiv.org/abs/1708.04896, with their ranges: 2 to 40 % of the area, aspect
+    ratio between 0.3 and 1/0.3. `probability` is that of an image to be touched.
     """
     batch, height, width, _ = images.shape
     keys = jax.random.split(key, 4)
@@ -134,18 +104,7 @@ def random_erase(key: jax.Array, images: jax.Array, probability: float) -> jax.A
 def augment(
     key: jax.Array, images: jax.Array, config, size: int, normalization: Normalization
 ) -> jax.Array:
-    """Everything that a config asks for, in order; the result is normalized.
-
-    Args:
-      key: random key; the same key and images give the same batch.
-      images: [B, H, W, 3] uint8.
-      config: the `augment` part of an experiment's config.
-      size: side of what the network sees, in pixels.
-      normalization: what the network expects.
-
-    Returns:
-      [B, size, size, 3] float32.
-    """
+    """Does what the `augment` part of a config asks for: uint8 → normalized [B, size, size, 3]."""
     crop_key, flip_key, jitter_key, erase_key = jax.random.split(key, 4)
     if config.min_area < 1:
         images = random_resized_crop(crop_key, images, size, config.min_area)

@@ -230,13 +230,7 @@ def _read_chosen(checkpoints: ocp.CheckpointManager, step: int | None, state=Non
 
 
 def _first_readable(checkpoints: ocp.CheckpointManager, steps: list[int], state):
-    """Returns the first step that can be read, its fields, and what is wrong with those before.
-
-    Raises:
-      ConfigError: As `_check_classes`.
-      PermissionError: One must not be read by this user, which is no damage.
-      OSError: None can be read.
-    """
+    """Returns the first step that can be read, its fields, and what is wrong with those before."""
     damaged: dict[int, str] = {}
     for step in steps:
         try:

@@ -10,8 +10,6 @@ from ml_collections import ConfigDict
 
 from cgd_jax import config_files
 
-__all__ = ["complete", "complete_flat", "differences", "flatten", "from_dict", "to_dict"]
-
 # What may differ when a run is continued: none of it changes what is trained.
 FREE_TO_CHANGE = (
     "data.dir data.source data.test_name data.test_source data.radius data.turn data.aspect "

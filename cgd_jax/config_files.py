@@ -7,8 +7,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-__all__ = ["FOLDER", "base_config", "find", "listed", "make_importable"]
-
 _PACKAGE = Path(__file__).resolve().parent
 FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
@@ -21,10 +19,8 @@ def listed(folder: Path = FOLDER) -> str:
 def find(config: str, folder: Path = FOLDER) -> Path | None:
     """Returns the file of a config or a study; None if there is no such file.
 
-    Args:
-      config: a file of the user's; else the name of one in `folder`, such as "glyphs", or its path
-        as in a clone, such as "configs/glyphs.py".
-      folder: where files are known by name.
+    It is a file of the user's, or one of `folder` by its name, such as "glyphs", or its path in a
+    clone, such as "configs/glyphs.py".
     """
     for path in (Path(config), folder / f"{config}.py", FOLDER.parent / config):
         if path.suffix == ".py" and path.is_file():

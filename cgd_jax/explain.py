@@ -1,6 +1,6 @@
 """Figures of why a run's network finds images alike; how, says `cgd_jax.attribution`.
 
-cgd_jax --mode=explain --workdir=runs/glyphs --query=a.png --match=b.png
+`cgd_jax explain runs/glyphs a.png b.png`
 """
 
 import os
@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cgd_jax import embed, retrieval, run
+from cgd_jax import retrieval, run
 from cgd_jax.attribution import why_no_map
 from cgd_jax.data import Dataset
+from cgd_jax.evaluation import embed
 from cgd_jax.network import open_network
 from cgd_jax.preprocess import center_crop
 from cgd_jax.reports import plots
@@ -110,7 +111,7 @@ def right_and_wrong(
     labels = dataset.query.labels
     found = (dataset.gallery or dataset.query).labels[index]
 
-    def choose(rows: np.ndarray) -> np.ndarray:
+    def one_of_each_class(rows: np.ndarray) -> np.ndarray:
         pairs, seen = [], set()
         for row in rows:
             if len(pairs) < count and not {labels[row], found[row]} & seen:
@@ -121,7 +122,8 @@ def right_and_wrong(
     shuffled = np.random.default_rng(seed).permutation(len(query))
     surest = np.argsort(-similarity, kind="stable")
     is_right = dataset.is_match(np.arange(len(query)), index[:, None])[:, 0]
-    return choose(shuffled[is_right[shuffled]]), choose(surest[~is_right[surest]])
+    right, wrong = shuffled[is_right[shuffled]], surest[~is_right[surest]]
+    return one_of_each_class(right), one_of_each_class(wrong)
 
 
 def pairs_of(dataset: Dataset, positions: np.ndarray, right: bool) -> list[tuple]:

@@ -84,7 +84,7 @@ def write_program(path: str | Path, network: Network) -> None:
 
 
 def _measured(workdir: str | Path, step: int | None) -> dict:
-    """Returns what was measured of a checkpoint, see `evaluate.evaluate_checkpoint`."""
+    """Returns what was measured of a checkpoint, see `evaluate.evaluate_state`."""
     for name in ("results.json", f"eval-{step}.json"):
         path = Path(workdir, name)
         if path.exists():

@@ -16,8 +16,6 @@ from cgd_jax.config import flatten
 from cgd_jax.runtime import buckets, console
 from cgd_jax.runtime.errors import UserError
 
-__all__ = ["Command", "Flag", "parse", "program"]
-
 CONFIG = (
     f"The experiment: {config_files.listed()}, or a file of your own; behind a colon the argument "
     f"that it takes, as in glyphs:SMG. --KEY=VALUE changes a value, as in --train.steps=500; "

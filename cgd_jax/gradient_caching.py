@@ -25,8 +25,6 @@ from cgd_jax.models.cgd import CGD
 from cgd_jax.sharding import shardings
 from cgd_jax.train_step import State, TrainStep, measure_losses
 
-__all__ = ["make_gradients_of_batch", "make_train_step"]
-
 
 def make_train_step(
     config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh

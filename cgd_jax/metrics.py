@@ -90,13 +90,8 @@ def evaluate(
 ) -> dict:
     """Every metric of a ranking, with its uncertainty.
 
-    Args:
-      query: and the other arrays, as above.
-      ks: the values of k.
-      bootstrap: resamplings of the classes, see `confidence_intervals`; 0 for none.
-      per_class: True adds the means over the queries of each class.
-      seed: of the resampling.
-      **options: as above.
+    `bootstrap` is how often classes are resampled, by `seed`, see `confidence_intervals`; 0 for
+    none. `per_class` adds the means over the queries of each class.
 
     Returns:
       dict of plain numbers. With R the number of the query's true matches, means of:
@@ -115,8 +110,8 @@ def evaluate(
     {'recall@1': 0.75, 'precision@1': 0.75, 'r_precision': 0.75, 'map@r': 0.75, 'map': 0.833,
      'mrr': 0.833, 'queries': 4, 'excluded': 0}
     """
-    measure = partial(_measure, ks=_check_ks(ks))
-    measured = _per_query(measure, query, query_labels, gallery, gallery_labels, **options)
+    given = (query, query_labels, gallery, gallery_labels)
+    measured = _per_query(partial(_measure, ks=_check_ks(ks)), *given, **options)
     return summarize(measured, query_labels, bootstrap, per_class, seed)
 
 
@@ -178,12 +173,8 @@ def recall_of_ranking(
 ) -> dict[int, float]:
     """`recall_at_k` of rankings that do not come from embeddings, as `rerank.k_reciprocal`'s.
 
-    Args:
-      index: [Q, K], gallery items in order, the query itself left out; K is at least every k.
-      query_labels: [Q].
-      gallery_labels: [G].
-      ks: the values of k.
-      itself: True where the gallery holds the query itself, bool or [Q] bools.
+    `index` [Q, K] are gallery items in order, the query itself left out; K is at least every k.
+    `itself`, bool or [Q] bools, says where the gallery holds the query itself.
 
     >>> recall_of_ranking([[2, 0], [1, 2]], ["a", "b"], ["b", "c", "a"], ks=(1, 2))
     {1: 0.5, 2: 0.5}
@@ -235,32 +226,21 @@ def _per_query(measure, *searched, query_ids=None, gallery_ids=None, **options):
             query_ids = gallery_ids = np.arange(len(query)) if query_ids is None else query_ids
     if (query_ids is None) != (gallery_ids is None):
         raise ValueError("give both query_ids and gallery_ids, or neither")
-    query_labels = _check_labels("query", query, query_labels)
-    gallery_labels = _check_labels("gallery", gallery, gallery_labels)
+    code, gallery_code = shared_codes("labels", query_labels, gallery_labels)
+    for x, labels in ((query, code), (gallery, gallery_code)):
+        if labels.shape != np.shape(x)[:1]:
+            raise ValueError(f"labels must be one per row: {np.shape(x)}, labels {labels.shape}")
     own = np.full(len(query), -1)  # where the query itself is, -1 for nowhere
     if query_ids is not None:
         own = own_index(query_ids, gallery_ids, len(query), len(gallery))
-    relevance = _same_label(query_labels, gallery_labels, own)
-    return measure_ranks(measure, query, gallery, relevance, **options)
-
-
-def _same_label(query_labels, gallery_labels, own):
-    code, gallery_code = shared_codes("labels", query_labels, gallery_labels)
-    members = np.bincount(gallery_code, minlength=code.max() + 1)
+    itself, members = own >= 0, np.bincount(gallery_code, minlength=code.max() + 1)
     by_class = np.split(np.argsort(gallery_code, kind="stable"), np.cumsum(members)[:-1])
-    itself = own >= 0
-    return Relevance(
+    relevance = Relevance(
         positives=[by_class[c] for c in code],
         ignored=[own[q : q + known] for q, known in enumerate(itself.tolist())],
         matches=members[code] - (itself & (gallery_code[own] == code)),
     )
-
-
-def _check_labels(name, embeddings, labels):
-    labels, shape = as_labels("labels", labels), np.shape(embeddings)
-    if labels.shape != shape[:1]:
-        raise ValueError(f"labels must be one per row: {name} {shape}, labels {labels.shape}")
-    return labels
+    return measure_ranks(measure, query, gallery, relevance, **options)
 
 
 def _check_ks(ks):

@@ -16,14 +16,6 @@ from ml_collections import ConfigDict
 from cgd_jax import losses
 from cgd_jax.models.cgd import Output
 
-__all__ = [
-    "create_loss_params",
-    "create_memory",
-    "loss_param_counts",
-    "measure_losses",
-    "triplet_margin",
-]
-
 
 def measure_losses(
     config: ConfigDict,

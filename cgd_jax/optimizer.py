@@ -12,8 +12,6 @@ from ml_collections import ConfigDict
 from cgd_jax.models import backbones
 from cgd_jax.models.cgd import LOSS_PARAMS
 
-__all__ = ["learning_rate_schedule", "make_optimizer", "moving_average"]
-
 
 def learning_rate_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step, in a run of `steps`."""

@@ -30,24 +30,12 @@ EFFICIENTNET_LITE = Normalization.of(127 / 255, 128 / 255)
 
 
 def normalize(images: jax.Array, normalization: Normalization) -> jax.Array:
-    """Scales pixels as a network expects them.
-
-    Args:
-      images: [..., 3], values from 0 to 255.
-      normalization: what it expects.
-
-    Returns:
-      Same shape, float32.
-    """
+    """Scales pixels [..., 3] from 0 to 255 as a network expects them, in float32."""
     return (images.astype(jnp.float32) / 255.0 - normalization.mean) / normalization.std
 
 
 def center_crop(images: Images, size: int) -> Images:
-    """Cuts the middle out: [B, H, W, C] → [B, size, size, C].
-
-    Raises:
-      ValueError: the images are smaller than that, or no batch of images.
-    """
+    """Cuts the middle out: [B, H, W, C] → [B, size, size, C]; ValueError if they are smaller."""
     if len(images.shape) != 4 or min(images.shape[1:3]) < size:
         raise ValueError(
             f"cannot cut {size} × {size} pixels out of the middle of {tuple(images.shape)}; "

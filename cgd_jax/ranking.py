@@ -57,24 +57,14 @@ def measure_ranks(
     precision: str = "highest",
     mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
-    """Measures the ranks at which the positives of every query stand.
+    """Measures the ranks at which the positives of every query stand: {name: [Q] float64}.
 
-    Args:
-      measure: makes {name: [B]} of ranks [B, M] float64, in ascending order from 1, and infinite
-        beyond a query's last positive.
-      query: [Q, D] of any real dtype and length.
-      gallery: [G, D], likewise.
-      relevance: of the gallery for the queries.
-      first: True ranks only the most similar positive.
-      precision: of the product, see `retrieval.top_k`; a CPU knows only "highest".
-      mesh: whose devices share the queries; None for one device. Of several processes each
-        ranks its share of the queries, and all must call.
-
-    Returns:
-      {name: [Q] float64}, NaN for queries without a positive.
-
-    Raises:
-      ValueError: no query has a positive, or vectors do not fit or are not finite.
+    `measure` makes {name: [B]} of ranks [B, M] float64, in ascending order from 1, and infinite
+    beyond a query's last positive; a query without any has NaN. `query` [Q, D] and `gallery`
+    [G, D] are of any real dtype and length. With `first` only the most similar positive is ranked.
+    `precision` is that of `retrieval.top_k`, of which a CPU knows only "highest"; the devices of
+    `mesh` share the queries, as do several processes, all of which must call. Raises ValueError:
+    no query has a positive, or vectors do not fit or are not finite.
 
     >>> relevance = Relevance([np.array([2])], ignored=[np.array([0])], matches=np.array([1]))
     >>> query, gallery = [[1, 0]], [[1, 0], [1, 1], [0, 1]]
@@ -97,8 +87,8 @@ def measure_ranks(
     for some, ranks in blocks:
         for name, values in measure(ranks).items():
             found.setdefault(name, np.full(len(asked), -np.inf))[some] = values
-    found = {name: processes.merge_rows(column, mesh) for name, column in found.items()}
-    return {name: np.where(column > -np.inf, column, np.nan) for name, column in found.items()}
+    columns = {name: processes.merge_rows(column, mesh) for name, column in found.items()}
+    return {name: np.where(x > -np.inf, x, np.nan) for name, x in columns.items()}
 
 
 def check_matches(matches: np.ndarray, items: int) -> None:

@@ -14,21 +14,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cgd_jax import (
-    combination,
-    config_files,
-    data,
-    losses,
-    pooling,
-    retrieval,
-    sharding,
-)
+from cgd_jax import combination, config_files, data, losses, pooling, retrieval, sharding
 from cgd_jax.config import flatten
 from cgd_jax.data import shapes
 from cgd_jax.models import backbones, cgd, resnet
 from cgd_jax.runtime.errors import ConfigError
-
-__all__ = ["AUTO", "Rule", "check_values", "rule_of", "validate"]
 
 AUTO = "auto"  # the backbone that `model.pretrained` has the weights of
 
@@ -148,11 +138,7 @@ def rule_of(key: str, default: Any) -> Rule:
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks a whole config before any work starts.
-
-    Raises:
-      ConfigError: names the key, its value, and the values that are valid.
-    """
+    """Raises ConfigError with a key, its value, and the values that are valid."""
     check_values(flatten(config.to_dict()))
     for problem in _problems(config):
         raise ConfigError(problem)

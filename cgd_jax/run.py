@@ -30,8 +30,6 @@ from cgd_jax.sharding import lay_out, shardings
 from cgd_jax.train_step import State, create_state, draw_state
 from cgd_jax.workdir import check_workdir, data_changes, read_config
 
-__all__ = ["Run", "create_run", "initial_state", "name_backbone", "open_data", "open_run"]
-
 
 class Run(NamedTuple):
     """All that training, evaluation and explanation start from, but for the weights."""
@@ -78,9 +76,8 @@ class Run(NamedTuple):
 def create_run(config: ConfigDict, workdir: str) -> Run:
     """Opens the data set of a config, building it first if need be, and makes its network.
 
-    Raises:
-      ConfigError: The config cannot be run, the work folder holds a run of another one, the data
-        cannot be used, or a batch does not fit the data or the devices.
+    Raises ConfigError: the config cannot be run, the work folder holds a run of another one, the
+    data cannot be used, or a batch does not fit the data or the devices.
     """
     config = name_backbone(config)
     check_workdir(config, workdir)
@@ -105,11 +102,8 @@ def open_run(
 ) -> tuple[Run, State]:
     """Opens a run of the past at one of its checkpoints; step None is the chosen one.
 
-    `config` is the run's own, perhaps with another `eval` part; None for just the run's.
-
-    Raises:
-      FileNotFoundError: There is no run in `workdir`, or no such checkpoint.
-      ConfigError: As `create_run`.
+    `config` is the run's own, perhaps with another `eval` part. Raises as `create_run`, and
+    FileNotFoundError: there is no run in `workdir`, or no such checkpoint.
     """
     config = read_config(workdir) if config is None else config
     run = create_run(config, workdir)

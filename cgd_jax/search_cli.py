@@ -7,8 +7,6 @@ from absl import flags
 from cgd_jax.data import shapes
 from cgd_jax.flags import Command, Flag
 
-__all__ = ["COMMANDS", "FLAGS", "check", "run"]
-
 COMMANDS = {
     "index": Command(
         "embeds your own images into an index, or brings it up to date",

@@ -12,8 +12,6 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["SHARDS", "lay_out", "shardings"]
-
 SHARDS = ("none", "parameters")
 SMALL = 2**14  # numbers in an array that is not worth dividing
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 from cgd_jax import config_files
 from cgd_jax.runtime.errors import ConfigError
 
-__all__ = ["FOLDER", "TOGETHER", "Study", "load"]
-
 FOLDER = config_files.FOLDER / "studies"
 # What is measured of runs together: the mean of their metrics, their embeddings side by side, and
 # these in the dimension of one.

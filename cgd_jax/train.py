@@ -10,10 +10,10 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, gradient_caching, train_step
-from cgd_jax.baselines import measure_baselines
 from cgd_jax.config import to_dict
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
-from cgd_jax.evaluate import embed_test, evaluate_state, evaluate_step, measure
+from cgd_jax.evaluation.baselines import measure_baselines
+from cgd_jax.evaluation.evaluate import embed_test, evaluate_state, evaluate_step, measure
 from cgd_jax.models.cgd import network_params
 from cgd_jax.objective import triplet_margin
 from cgd_jax.reports import collapse, plots, tables, trackers

@@ -17,17 +17,6 @@ from cgd_jax.rules import check_values
 from cgd_jax.runtime import files, processes
 from cgd_jax.runtime.errors import ConfigError
 
-__all__ = [
-    "check_data",
-    "check_workdir",
-    "check_writable",
-    "count_classes",
-    "data_changes",
-    "default_workdir",
-    "read_config",
-    "record_data",
-]
-
 PARTS = ("data", "augment", "model", "loss", "optimizer", "train", "eval")  # of a config
 DATA = "data.json"  # what the run is trained on, see `data.fingerprint`
 

@@ -22,14 +22,11 @@ if (0, 7) <= jaxlib.version.__version_info__ < (0, 11):
     _FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
-import jax
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from matplotlib.figure import Figure
 
-from cgd_jax import train
-from tests import tiny
+# What takes seconds to import is imported where it is used: the first process only hands out tests.
 
 # What all test processes share, which inherit the folder from the first one: many tests compile the
 # same tiny networks, as do the commands that they start, and many read one finished run.
@@ -40,9 +37,6 @@ SHARED = Path(os.environ["CGD_JAX_TESTS"])
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(SHARED / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # below it, keeping costs more
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-jax.config.update("jax_compilation_cache_dir", str(SHARED / "compiled"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Under nohup it would be ignored, also by what tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -52,9 +46,17 @@ settings.register_profile("tests", derandomize=True, database=None, deadline=Non
 settings.load_profile("tests")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out files of slow tests alone, whose imports take seconds, where none is asked for."""
+    only_slow = collection_path.name in ("test_runtime_buckets.py", "test_serve_browser.py")
+    return True if only_slow and config.option.markexpr == "not slow" else None
+
+
 @pytest.fixture
 def fully_optimized():
     """Optimizes programs as outside of the tests: for those that compare results bit for bit."""
+    import jax
+
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -65,6 +67,8 @@ def fully_optimized():
 @pytest.fixture
 def tiny_config(tmp_path):
     """An experiment of 12 steps that takes seconds."""
+    from tests import tiny
+
     config = tiny.get_config()
     config.data.dir = str(tmp_path / "data")
     return config
@@ -76,9 +80,11 @@ def finished_run(tmp_path_factory):
 
     The first test process that needs it trains it; each has a copy of the folder.
     """
+    from cgd_jax import train
+    from tests import tiny
+
     config, trained = tiny.get_config(), SHARED / "run"
     config.data.dir = str(SHARED / "data")
-    config.model.backbone = "resnet10"  # which other processes know, that open its export
     with FileLock(SHARED / "run.lock"):
         if not (trained / "output.txt").exists():
             output = io.StringIO()
@@ -92,6 +98,8 @@ def finished_run(tmp_path_factory):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are written, in their order."""
+    from matplotlib.figure import Figure
+
     figures, savefig = [], Figure.savefig
 
     def record(figure, *arguments, **options):

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 import cgd_jax
-from cgd_jax import embed, evaluate, run
 from cgd_jax import network as networks
+from cgd_jax import run
 from cgd_jax.data import cache, shapes
 from cgd_jax.data.dataset import Split, rows_of
 from cgd_jax.data.decode import decode
+from cgd_jax.evaluation import embed, evaluate
 from cgd_jax.models import cgd
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.sharding import shardings
@@ -129,7 +130,7 @@ def test_scales_are_averaged(network, vector, p):
         shape = (1, round(24 * scale), round(32 * scale), 3)
         view = jax.image.resize(np.float32(image[None]), shape, "linear")
         normal = (view / 255 - network.normalization.mean) / network.normalization.std
-        output = network.model.apply(network.variables, normal)
+        output = jax.jit(network.model.apply)(network.variables, normal)
         found = np.asarray(cgd.select_vector(output, network.model.descriptors, vector)[0])
         vectors.append(found / np.linalg.norm(found))
     assert (np.min(vectors) < 0) == (vector == "embedding")

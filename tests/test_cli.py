@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from absl.flags import Error
 
-from cgd_jax import cli, config_files, flags
+from cgd_jax import __main__ as cli
+from cgd_jax import config_files, flags
 from cgd_jax.config import to_dict
 from cgd_jax.runtime import console, files
 from configs import glyphs

@@ -50,7 +50,7 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 import cgd_jax
-from cgd_jax import cli
+from cgd_jax import __main__ as cli
 from cgd_jax.models import pretrained
 from cgd_jax.models.plain import PlainNet
 from tests.variables import random_variables

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 import cgd_jax
-from cgd_jax import embed, evaluate, explain, export, metrics, train
+from cgd_jax import explain, export, metrics, train
 from cgd_jax.data import decode
 from cgd_jax.data.dataset import printable
 from cgd_jax.data.load import load_dataset
+from cgd_jax.evaluation import embed, evaluate
 from configs import image_folder
 from tests import color_profiles, tiny
 from tests.dataset_samples import TURNS, encoded, pack, picture, write

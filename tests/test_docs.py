@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cgd_jax import cli, config, config_files
+from cgd_jax import __main__ as cli
+from cgd_jax import config, config_files
 from cgd_jax import flags as command_flags
 from configs import base
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
-from cgd_jax import cli  # noqa: E402
+from cgd_jax import __main__ as cli  # noqa: E402
 from cgd_jax.search import filling  # noqa: E402
 from tests.search_samples import photograph, write_network  # noqa: E402
 from tests.test_docs import ROOT, TRUE_TODAY, commands  # noqa: E402
@@ -93,8 +93,7 @@ def test_a_command_of_the_pages(text, folder, finished_run, monkeypatch):
     if command == "study":
         words += ["--dry_run"]
     elif "tests/tiny.py" in text:  # as the finished run is, which is what it goes on with
-        words += ["--data.dir=" + finished_run[0].data.dir, "--model.backbone=resnet10"]
-        words += ["--eval.baselines=False"]
+        words += ["--data.dir=" + finished_run[0].data.dir, "--eval.baselines=False"]
         shutil.rmtree(folder / "runs/tiny", ignore_errors=True)
         if command != "train":
             shutil.copytree(folder / "evaluated", folder / "runs/tiny")

@@ -6,13 +6,18 @@ import inspect
 
 import pytest
 
-MODULES = "pooling combination metrics losses losses.ranking losses.pairs losses.miners".split()
-MODULES += ["losses.listwise", "losses.classification"]
-MODULES += ["labels", "ranking", "retrieval", "rerank", "attribution", "complementarity"]
-MODULES += ["protocols", "geography"]
+from tests import quick
+
+MODULES = (
+    "combination metrics losses labels ranking retrieval rerank complementarity protocols".split()
+)
+MODULES += "geography losses.pairs".split()
+# Those that compile for seconds.
+DEAR = "pooling losses.ranking losses.listwise losses.miners losses.classification".split()
+DEAR += ["attribution"]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", quick.first(MODULES + DEAR, len(MODULES)))
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     module = importlib.import_module(f"cgd_jax.{name}")

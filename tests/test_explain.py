@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax import embed, explain
+from cgd_jax import explain
 from cgd_jax.data import Dataset, Split
+from cgd_jax.evaluation import embed
 from cgd_jax.runtime.errors import ConfigError, InputError
 
 

@@ -37,7 +37,7 @@ def test_what_is_exported(finished_run, folder):
     _, workdir, result = finished_run
     variables, _, step = checkpoint.read_weights(workdir)
     assert folder == workdir / "export" and step == result["step"]
-    loaded, normalization = pretrained.load(variables, str(folder), "resnet10")
+    loaded, normalization = pretrained.load(variables, str(folder), "resnet6")
     np.testing.assert_array_equal(loaded["params"]["fc_S"], variables["params"]["fc_S"])
     np.testing.assert_array_equal(normalization.std, IMAGENET.std)
     backbone = load_file(folder / "backbone.safetensors")
@@ -49,7 +49,7 @@ def test_the_backbone_keeps_its_normalization(small_network):
     """Other than the one that its backbone is published with."""
     variables, folder = small_network
     fresh = jax.tree.map(np.zeros_like, pretrained.backbone_of(variables))
-    loaded, normalization = pretrained.load(fresh, str(folder / "backbone.safetensors"), "resnet10")
+    loaded, normalization = pretrained.load(fresh, str(folder / "backbone.safetensors"), "resnet6")
     np.testing.assert_array_equal([*normalization], [[0.5] * 3, [0.25] * 3])
     kernel = loaded["params"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, variables["params"]["backbone"]["conv1"]["kernel"])
@@ -78,7 +78,7 @@ def test_the_card_and_the_metadata_say_what_was_measured(finished_run, folder):
     assert "blobs" in body and "random weights" in body
     weights, metadata = weight_files.read(folder / "model.safetensors")
     assert json.loads(metadata["metrics"])["embedding"] == result["metrics"]
-    assert weights["params/fc_S"].shape == (16, 4)
+    assert weights["params/fc_S"].shape == (4, 4)
     assert not list(folder.glob("*.tmp"))
 
 

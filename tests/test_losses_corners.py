@@ -51,7 +51,7 @@ def rows(kind, dtype):
 KINDS = ("unit", "a zero row", "zero", "tiny", "huge", "one huge row")
 
 
-@pytest.mark.parametrize("dtype", HUGE)
+@pytest.mark.parametrize("dtype", quick.first(["float32", "bfloat16", "float16"], 2))
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_finite(kind, dtype):
     ordinary = every_loss(rows("unit", dtype), LABELS, VECTORS)
@@ -82,7 +82,7 @@ def test_what_is_not_finite_is_not_lost(bad, labels):
         assert np.isnan(found[name][0]), name
 
 
-@pytest.mark.parametrize("dtype", HUGE)
+@pytest.mark.parametrize("dtype", quick.first(["bfloat16", "float16", "float32"], 2))
 def test_l2_normalize(dtype):
     x = jnp.asarray(UNIT, dtype)
     weights = jnp.asarray(RNG.normal(size=UNIT.shape), jnp.float32)
@@ -134,10 +134,10 @@ def test_the_hardest_pairs_are_the_same_in_blocks(loss, size, monkeypatch):
     for _ in range(2 * bool(size)):  # 32 of 40 are known
         vectors = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
         memory = losses.push(memory, vectors, jnp.asarray(rng.integers(0, 8, 16)))
-    measure = jax.value_and_grad(lambda x: loss(x, labels, memory=memory if size else None))
-    at_once = measure(x)
+    measured = lambda x: loss(x, labels, memory=memory if size else None)
+    at_once = jax.jit(jax.value_and_grad(measured))(x)
     monkeypatch.setattr(ranking, "BLOCK", 600)
-    in_blocks = measure(x)
+    in_blocks = jax.jit(jax.value_and_grad(lambda x: measured(x)))(x)
     np.testing.assert_allclose(in_blocks[0], at_once[0], rtol=1e-6)
     np.testing.assert_allclose(in_blocks[1], at_once[1], atol=1e-6)
 

@@ -9,6 +9,7 @@ import pytest
 
 from cgd_jax import losses
 from cgd_jax.combination import l2_normalize
+from tests import quick
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "losses.npz"))
 WITH_CENTERS = {
@@ -37,7 +38,7 @@ def value_and_gradients(x, labels, centers):
     return found
 
 
-@pytest.mark.parametrize("batch", range(3))
+@pytest.mark.parametrize("batch", quick.first(range(3)))
 def test_value_and_gradients(batch):
     golden = lambda part: GOLDENS[f"{part}{batch}"]
     found = value_and_gradients(golden("embeddings"), golden("labels"), golden("centers"))

@@ -357,6 +357,7 @@ NAN, INF = np.where(X == 1, np.nan, X), np.where(X == 1, np.inf, X)
         (r"query must be \[N, D\].*\(4, 0\)", (X[:, :0], LABELS), {}),
         (r"query must be \[N, D\].*\(4,\)", (X[0], LABELS), {}),
         (r"one per row.*\(4, 4\).*\(3,\)", (X, LABELS[:3]), {}),
+        (r"one per row.*\(4, 4\).*\(4, 1\)", (X, LABELS[:, None]), {}),
         (r"one size, got \(4, 4\) and \(4, 3\)", (X, LABELS, X[:, :3], LABELS), {}),
         ("both gallery and gallery_labels", (X, LABELS, X), {}),
         ("real numbers, not complex", (X * 1j, LABELS), {}),

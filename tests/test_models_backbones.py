@@ -76,7 +76,7 @@ def test_where_the_last_stride_is(stage_strides, expected):
     assert layers.ConvNet(last_stride=2).strides(stage_strides) == stage_strides
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("backbone", quick.first(["resnet18", "efficientnet_lite0"]))
 def test_what_is_injected_changes_nothing_but_the_speed(backbone):
     config = base.get_config().model
     config.backbone = backbone

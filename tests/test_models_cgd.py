@@ -147,7 +147,8 @@ def test_fc_layers_begin_with_orthogonal_columns_or_rows(how, shape):
         dim = shape[1] * (2 if how == "concat" else 1)
         model = CGD(None, 3, embedding_dim=dim, combination=how, fc_init=fc_init)
         descriptors = [jnp.zeros((2, 320))] * 2
-        variables = model.init(jax.random.key(0), None, descriptors=descriptors)
+        init = jax.jit(lambda key: model.init(key, None, descriptors=descriptors))
+        variables = init(jax.random.key(0))
         assert variables["params"]["fc_G"].shape == shape
         return variables["params"]["fc_G"]
 

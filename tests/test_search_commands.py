@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cgd_jax import cli
+from cgd_jax import __main__ as cli
 from cgd_jax import network as networks
 from cgd_jax.search import commands, duplicates, queries
 from tests.search_samples import folder_of_photographs, photograph, stand_in

@@ -14,6 +14,7 @@ from cgd_jax.reports import plots
 from cgd_jax.runtime import files as writing
 from cgd_jax.search import Index, commands, filling, images, indexing, queries
 from cgd_jax.search.filling import update
+from tests import quick
 from tests.search_samples import folder_of_photographs, photograph, stand_in
 from tests.test_search_indexing import content, numbers
 
@@ -52,7 +53,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", quick.first(ORDERS, 2))
 def test_folders_in_each_other_are_one_source(photos, tmp_path, order, embedded):
     for i, sources in enumerate(order):
         filled(tmp_path / "index", *(f"{tmp_path}/{source}" for source in sources))

@@ -17,6 +17,12 @@ UNSEEN = {"tested": 40, "trained on": 0}
 SEEN = {"tested": 40, "trained on": 3}
 
 
+@pytest.fixture(autouse=True)
+def only_figures_that_are_looked_at(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("cgd_jax.studies.report.plot", lambda *arguments: None)
+
+
 def report(folder, study=TWO, seeds=(0, 1), classes=(UNSEEN,), options=(), **more):
     """The report of a study whose runs have these results; `classes` is of each seed or of all."""
     runs = plan(study, glyphs.get_config(), {}, str(folder), seeds=list(seeds))

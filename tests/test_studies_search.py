@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cgd_jax import evaluate
+from cgd_jax.evaluation import evaluate
 from cgd_jax.run import open_data
 from cgd_jax.runtime.errors import ConfigError
 from cgd_jax.study_files import Study, load

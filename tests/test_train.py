@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import checkpoint, evaluate, run, train, train_step, workdir
+from cgd_jax import checkpoint, run, train, train_step, workdir
 from cgd_jax.config import to_dict
 from cgd_jax.data import batches
+from cgd_jax.evaluation import evaluate
 from cgd_jax.models import pretrained
 from cgd_jax.models.cgd import network_params
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
@@ -193,7 +194,7 @@ def test_inference_options_are_measured_beside_the_plain_embedding(
     assert (projector / "metadata.tsv").read_text().splitlines()[1] == "colour 6\t6\t6-0\tquery"
     assert not list(folder.rglob("*.tmp"))
     saved = np.load(folder / "embeddings.npz")
-    assert saved["query"].shape == (24, 16)
+    assert saved["query"].shape == (24, 4)
     np.testing.assert_allclose(np.linalg.norm(saved["query"], axis=1), 1, atol=1e-5)
     assert list(saved["query_ids"][:2]) == ["6-0", "6-1"] and saved["query_labels"][0] == 6
     config.eval.update(projection="", projector=False, complementarity=False, clustering=False)

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from cgd_jax import checkpoint, evaluate, run, train, train_step
+from cgd_jax import checkpoint, run, train, train_step
 from cgd_jax.data import Dataset, Split
+from cgd_jax.evaluation import evaluate
 from cgd_jax.preprocess import IMAGENET
 from cgd_jax.reports.history import History
 from cgd_jax.reports.throughput import Meter

@@ -157,22 +157,25 @@ def test_a_step_tells_which_loss_pulls_how_much():
 
     def described(ranking, classification):
         config.loss.update(ranking_weight=ranking, classification_weight=classification)
-        describe = functools.partial(train_step.describe_step, config, model)
-        found = jax.jit(describe)(state, pooled, labels)
+        return jax.jit(functools.partial(train_step.describe_step, config, model))(
+            state, pooled, labels
+        )
 
+    def norm_of_gradient():
         def total(descriptors):
             output, _ = model.apply(
                 variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
             )
             return train_step.measure_losses(config, state, labels, output)[0]
 
-        return found, optax.tree.norm(jax.jit(jax.grad(total))(pooled.descriptors))
+        return optax.tree.norm(jax.jit(jax.grad(total))(pooled.descriptors))
 
-    both, _ = described(2.0, 3.0)
-    ranking, norm = described(2.0, 0.0)  # each alone: the gradient of the total is its own
+    both = described(2.0, 3.0)
+    ranking = described(2.0, 0.0)  # each alone: the gradient of the total is its own
+    norm = norm_of_gradient()
     np.testing.assert_allclose([both["ranking_gradient"], ranking["ranking_gradient"]], norm, 1e-4)
     assert ranking["classification_gradient"] == 0 < norm
-    classification, norm = described(0.0, 3.0)
+    classification, norm = described(0.0, 3.0), norm_of_gradient()
     np.testing.assert_allclose(both["classification_gradient"], norm, 1e-4)
     assert classification["ranking_gradient"] == 0 < norm
     assert both["active_triplets"] == 1 and both["mean_embedding_norm"] < 0.5  # centered
@@ -183,7 +186,8 @@ def test_a_step_in_bfloat16_measures_itself_in_float32():
     config, model, (state, images, labels) = problem(
         {"classification_weight": 1.0}, dtype="bfloat16"
     )
-    *_, output = direct(config, model, (state, images, labels))
+    forward = lambda images: model.apply(state.variables(), images, True, mutable=["batch_stats"])
+    output, _ = jax.jit(forward)(images)
     assert {pooled.dtype for pooled in output.descriptors} == {jnp.dtype("bfloat16")}
     describe = functools.partial(train_step.describe_step, config, model)
     found = jax.jit(describe)(state, output, labels)

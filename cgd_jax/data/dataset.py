@@ -170,14 +170,10 @@ def fingerprint(dataset: Dataset) -> dict:
     return found
 
 
-def describe_difference(
-    old: dict,
-    new: dict,
-    splits: Sequence[str] = ("train", "query", "gallery", "validation"),
-) -> list[str]:
+def describe_difference(old: dict, new: dict) -> list[str]:
     """Says how two data sets differ, a line for each kind of difference between fingerprints."""
     lines = []
-    for name in splits:
+    for name in Dataset._fields:
         before, now = old.get(name), new.get(name)
         if before is not None and now is not None:
             lines += [f"{name}: {text}" for text in _differences(before, now)]

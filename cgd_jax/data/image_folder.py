@@ -33,7 +33,8 @@ class ImageFolder(ImageBuilder):
     """Images of one's own, in any of three forms.
 
     - `root/class_name/*.jpg` (or any other format that Pillow reads; deeper folders count to
-      the class): the classes are divided at random into train and test;
+      the class, or with `nested_classes` are one each, named by their whole paths): the classes are
+      divided at random, by `split_seed`, and a `test_fraction` of them goes to the test split;
     - `root/train/class_name/*` beside `root/test/...`, or beside `root/query/...` and
       `root/gallery/...`: used as they are. Images in `root/val/...` choose the step; where
       there is no other split to test on, they test. Capital letters do not matter;
@@ -41,13 +42,6 @@ class ImageFolder(ImageBuilder):
 
     The root may lie in folders that hold nothing else. An archive of one of the first two
     forms will do as well.
-
-    Args:
-      split_seed: of the random division of the classes.
-      test_fraction: share of the classes that go to the test split, between 0 and 1.
-      nested_classes: every folder that holds images is a class of its own, named by its
-        whole path, instead of every folder directly below the root.
-      **keywords: of `ImageBuilder`.
     """
 
     VERSION = tfds.core.Version("1.1.0")  # with the split val, if the source has it

@@ -24,8 +24,6 @@ from cgd_jax.data.decode import (
 from cgd_jax.data.shapes import Shape, Size, nearest
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["Box", "at_least", "cut", "extent", "is_one", "listed", "load", "naming", "read_image"]
-
 AN_IMAGE = (
     "An image is a file, an image of Pillow, or an array [H, W, 3] of whole numbers from 0 to 255; "
     "several are a list of these, or an array [B, H, W, 3]."
@@ -49,15 +47,10 @@ def listed(images: Any) -> list | np.ndarray:
 
 
 def read_image(image: Any, size: Size) -> np.ndarray:
-    """Reads one image, and resizes it as those of the data sets are.
+    """Reads one image, and resizes it as those of the data sets are: [size, size, 3] uint8.
 
-    Returns:
-      [size, size, 3] uint8, or [H, W, 3] of the nearest of several shapes.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      InputError: it is no image.
-      ValueError: the bytes are none; the message is the reason in a few words.
+    Of several shapes it gets the nearest. Raises FileNotFoundError; InputError if it is no image,
+    and ValueError, with the reason in a few words, if bytes are none.
     """
     with naming(image):
         return cut(load(image), size)
@@ -66,10 +59,7 @@ def read_image(image: Any, size: Size) -> np.ndarray:
 def load(image: Any) -> bytes | np.ndarray:
     """Returns what there is of an image: the bytes of a file, or pixels [H, W, 3] uint8.
 
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: it is a pipe or a device, or too large.
-      InputError: it is no image.
+    Raises OSError, ValueError for a pipe, a device or what is too large, InputError for no image.
     """
     if isinstance(image, bytes):
         return image

@@ -8,8 +8,6 @@ change by a few percent in width; what is longer than 3:1 is pressed into 3:1.
 import math
 from functools import lru_cache
 
-__all__ = ["ASPECTS", "RATIOS", "Shape", "Size", "as_shape", "nearest", "shapes_around"]
-
 ASPECTS = ("square", "keep")  # what may become of the aspect of images
 Shape = tuple[int, int]  # height, width in pixels
 Size = int | tuple[Shape, ...]  # the side of a square, or shapes of which an image takes one

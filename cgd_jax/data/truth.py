@@ -14,8 +14,6 @@ import numpy as np
 from cgd_jax.geography import near
 from cgd_jax.runtime import files
 
-__all__ = ["Truth", "cells", "of_lists", "of_positions", "read", "write"]
-
 CELL = 100.0  # metres
 NAME = "truth.json"
 

@@ -9,27 +9,17 @@ import numpy as np
 from cgd_jax.data.dataset import Dataset, Split, rows_of
 from cgd_jax.runtime.errors import InputError
 
-__all__ = ["hold_out"]
-
 
 def hold_out(
     dataset: Dataset, fraction: float = 0.0, fold: str = "", seed: int = 0
 ) -> tuple[Dataset, Dataset | None]:
     """Takes classes from the training images, unless the source has a split for validation.
 
-    Args:
-      dataset: with all training classes.
-      fraction: of the training classes, in [0, 1).
-      fold: "i/n", the i-th of n equal parts, from 1; in place of a fraction.
-      seed: of the draw. The folds of one seed are disjoint and cover all classes.
-
-    Returns:
-      The data set without the images of these classes; the images of these classes, or of the
-      source's own split, as a data set whose queries search each other, None if there are none.
-
-    Raises:
-      InputError: Fewer than two classes would be left on either side, or there is a split for
-        validation already.
+    They are a `fraction` in [0, 1), or a `fold` "i/n", the i-th of n equal parts, which are
+    disjoint and cover all classes; `seed` is of the draw. Returns the data set without their
+    images; and these, or the source's own split, as a data set whose queries search each other,
+    None if there are none. Raises InputError: fewer than two classes would be left on either side,
+    or there is a split for validation already.
     """
     own = dataset.validation
     if not fraction and not fold:

@@ -95,7 +95,7 @@ def fold(text: str) -> str:
 def show_log() -> None:
     """Prints what the modules of this package log: what is built, skipped or repaired."""
 
-    class Say(logging.Handler):
+    class Console(logging.Handler):
         def emit(self, record):
             text = record.getMessage()
             log(fold(text) if sys.stdout.isatty() else text)
@@ -103,7 +103,7 @@ def show_log() -> None:
     logger = logging.getLogger("cgd_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers = [Say()]
+    logger.handlers = [Console()]
 
 
 class _LogLines:
@@ -119,15 +119,14 @@ class _LogLines:
 
 @contextlib.contextmanager
 def progress(
-    total: int, what: str, unit: str = "image", log_every: float | None = 10.0, initial: int = 0
+    total: int, what: str, unit: str = "image", log_every: float | None = 10.0
 ) -> Iterator[tqdm]:
     """Yields a progress bar, which goes when it is done; without a terminal, log lines.
 
     `total` is 0 if it is not known; the unit "B" counts bytes in kB, MB and GB; `log_every` is in
     seconds, None for no lines.
     """
-    options: dict[str, Any]
-    options = {"total": total or None, "desc": escaped(what), "initial": initial}
+    options: dict[str, Any] = {"total": total or None, "desc": escaped(what)}
     options |= {"unit": unit, "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
     if sys.stderr.isatty() or log_every is None:
         # "disable": where there is no terminal.

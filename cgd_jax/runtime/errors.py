@@ -1,7 +1,5 @@
 """Errors that are for the person who gave a command, not for the programmer."""
 
-__all__ = ["ConfigError", "InputError", "UserError"]
-
 
 class UserError(Exception):
     """What the user can mend; the message says what is wrong, where, and what to do."""

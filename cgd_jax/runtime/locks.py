@@ -48,8 +48,7 @@ def _acquire(path: Path, wait: bool) -> contextlib.AbstractContextManager:
 def one_run_in(workdir: str) -> Iterator[None]:
     """Keeps a second run out of a work folder, which is made if it is not there.
 
-    Raises:
-      BlockingIOError: another run is at work there; it says which.
+    Raises BlockingIOError, which says which other run is at work there.
     """
     from cgd_jax.runtime import processes
 

@@ -18,8 +18,6 @@ from cgd_jax.search import stores
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import COLUMNS, SCHEMA, Record
 
-__all__ = ["Collection", "below", "between", "inside", "root_of", "split"]
-
 IN_MEMORY = 200_000_000  # numbers (rows x dimension) of vectors that are searched there
 LISTED = pa.schema([SCHEMA.field(name) for name in COLUMNS if name != "thumbnail"])
 SEPARATOR = re.escape(os.sep)

@@ -13,8 +13,6 @@ from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import StoreError
 
-__all__ = ["default_address", "fill_index", "search_index"]
-
 
 def default_address(workdir: str | None) -> str:
     """Returns where the index of a run lies; without a run, that of the packaged network."""

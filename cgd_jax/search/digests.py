@@ -16,8 +16,6 @@ from cgd_jax.runtime.files import write_atomically
 from cgd_jax.runtime.threads import parallel
 from cgd_jax.search.stores import StoreError
 
-__all__ = ["check", "record"]
-
 LIST = "digests.txt"
 HINT = "latest_version_hint.json"  # the only file that changes; LanceDB finds versions without it
 

@@ -15,8 +15,6 @@ from cgd_jax.runtime.errors import InputError
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import Hit
 
-__all__ = ["SIMILARITY", "Group", "find_duplicates"]
-
 # Of the packaged network; docs/searching.md has the copies and the look-alikes above it.
 SIMILARITY = 0.94
 # Of an image that may be near; and that are looked at if more are: groups hang together by chains.

@@ -10,8 +10,6 @@ from cgd_jax.network import BATCHES, enough
 from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.threads import CORES, parallel
 
-__all__ = ["read_and_embed"]
-
 Item = TypeVar("Item")
 
 

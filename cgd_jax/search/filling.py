@@ -11,8 +11,6 @@ from cgd_jax.search.index import Index
 from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import writing
 
-__all__ = ["update"]
-
 
 def update(
     address: str,

@@ -7,8 +7,6 @@ import numpy as np
 from cgd_jax import attribution
 from cgd_jax.search import Index, stores
 
-__all__ = ["Heat"]
-
 SAMPLE = 100_000  # images whose mean vector stands for the average image
 
 

@@ -21,8 +21,6 @@ from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import SOFTWARE
 from cgd_jax.search.stores import Record, composed
 
-__all__ = ["as_jpeg", "id_of", "list_images", "read", "record_of"]
-
 THUMBNAIL = 192  # pixels, the longer side
 QUALITY = 80  # of their JPEG, and of what a page shows
 # What folders of splits are called, above those of classes.

@@ -54,17 +54,17 @@ class MilvusStore:
                 f"--index={address}: an index in Milvus holds vectors in float32. Leave "
                 f"--precision and --compress out; --whiten= makes them smaller."
             )
-        if stores.is_local(address):
-            if about is None and not Path(address).exists():
-                raise stores.no_index(address)
-            Path(address).parent.mkdir(parents=True, exist_ok=True)
+        is_local = stores.is_local(address)
+        if is_local and about is None and not Path(address).exists():
+            raise stores.no_index(address)
         self.address = address
         with self._failures("opened"):
-            options = NO_PINGS if stores.is_local(address) else {}
-            if stores.is_local(address):  # its files change from now on, even if nobody writes
+            if is_local:
+                Path(address).parent.mkdir(parents=True, exist_ok=True)
+                # Its files change from now on, even if nobody writes.
                 Path(address, digests.LIST).unlink(missing_ok=True)
-            self._client = MilvusClient(address, grpc_options=options)
-            if stores.is_local(address):
+            self._client = MilvusClient(address, grpc_options=NO_PINGS if is_local else {})
+            if is_local:
                 atexit.register(seal, os.path.abspath(address))
             if not self._client.has_collection(IMAGES):
                 if about is None:

@@ -8,8 +8,6 @@ from cgd_jax.runtime import locks
 from cgd_jax.search import digests, stores
 from cgd_jax.search.stores import Store
 
-__all__ = ["open_store", "writing"]
-
 
 def open_store(address: str, about: dict[str, str] | None = None, dimension: int = 0) -> Store:
     """Opens an index; or makes one of vectors [D], if there is none and `about` describes it.

@@ -20,8 +20,6 @@ from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding
 from cgd_jax.search.images import files_of
 
-__all__ = ["write_pairs"]
-
 log = logging.getLogger(__name__)
 
 

@@ -15,8 +15,6 @@ from cgd_jax.search import embedding, images
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import Hit
 
-__all__ = ["Answer", "Found", "ask", "parse_crop"]
-
 BLOCK = 64  # queries that are searched by at a time
 
 

@@ -16,8 +16,6 @@ from cgd_jax.search.index import Index
 from cgd_jax.search.queries import Answer, Found
 from cgd_jax.search.stores import Hit, StoreError
 
-__all__ = ["as_json", "as_text", "draw", "draw_groups", "groups_as_json", "groups_as_text"]
-
 ROWS, HITS = 20, 7  # in a picture: rows at most, and hits in one
 GAP, LINE = 14, 18  # pixels: between thumbnails, of a line of a caption
 FONT = 7.5  # points of 1.8 pixels, of its letters

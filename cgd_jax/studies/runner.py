@@ -1,7 +1,4 @@
-"""Trains the runs of a study, each in a process of its own.
-
-cgd_jax --mode=study --study=descriptors
-"""
+"""Trains the runs of a study, each in a process of its own: `cgd_jax study descriptors`."""
 
 import os
 import shlex
@@ -81,7 +78,9 @@ def train_all(
                     )
                     finished()
                 elif not stopped_by:
-                    failed.append(f"{run.name()}: {last_words(run, status)}")
+                    path = run.folder / "log.txt"
+                    said = last_line(path.read_text(encoding="utf-8", errors="replace"))
+                    failed.append(f"{run.name()}: exit status {status}, {said} (see {path})")
                     console.log(f"Failed: {failed[-1]}")
         except BaseException:  # a second Ctrl-C, or an error here: nobody would wait for them
             stopped_by.append(signal.SIGKILL)
@@ -123,13 +122,10 @@ def measure_together(name: str, members: list[Run], path: Path, command: list[st
     eval_command = [*command, "--mode=eval", *(str(run.folder) for run in members)]
     done = subprocess.run(eval_command, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip() or "it said nothing").splitlines()[-1][:300]
-        raise UserError(f"{name} could not be measured: {said}")
+        raise UserError(f"{name} could not be measured: {last_line(done.stderr)}")
     os.replace(members[0].folder / "together.json", path)
 
 
-def last_words(run: Run, status: int | None) -> str:
-    """Returns how a failed run ended, and where to look."""
-    path = run.folder / "log.txt"
-    log = path.read_text(encoding="utf-8", errors="replace").strip() or "it said nothing"
-    return f"exit status {status}, {log.splitlines()[-1][:300]} (see {path})"
+def last_line(log: str) -> str:
+    """Returns what a process said last."""
+    return (log.strip() or "it said nothing").splitlines()[-1][:300]

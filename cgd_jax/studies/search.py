@@ -1,7 +1,4 @@
-"""Settings searched for on validation classes, by Optuna; the test classes are never measured.
-
-cgd_jax study search --config=glyphs --data.validation_fraction=0.25
-"""
+"""Settings searched for on validation classes, by Optuna; the test classes are never measured."""
 
 import shutil
 import time

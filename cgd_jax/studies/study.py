@@ -32,11 +32,9 @@ class Run(NamedTuple):
     folder: Path
 
     def finished(self) -> bool:
-        """Whether it ran to its end."""
         return (self.folder / "results.json").exists()
 
     def name(self) -> str:
-        """Returns what people call it."""
         return f"{self.variant}, seed {self.seed}"
 
 

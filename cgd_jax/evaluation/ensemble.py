@@ -10,15 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from cgd_jax import rerank
-from cgd_jax.embed import Embeddings
-from cgd_jax.evaluate import count_parameters, embed_test, embed_training, measure
+from cgd_jax.evaluation.embed import Embeddings
+from cgd_jax.evaluation.evaluate import count_parameters, embed_test, embed_training, measure
 from cgd_jax.reports import tables
 from cgd_jax.retrieval import normalize
 from cgd_jax.run import open_run
 from cgd_jax.runtime import console, files
 from cgd_jax.runtime.errors import ConfigError
-
-__all__ = ["evaluate_together", "join"]
 
 
 def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:

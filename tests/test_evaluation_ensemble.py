@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from cgd_jax import ensemble, train
-from cgd_jax.embed import Embeddings
+from cgd_jax import train
+from cgd_jax.evaluation import ensemble
+from cgd_jax.evaluation.embed import Embeddings
 from cgd_jax.run import open_run
 from cgd_jax.runtime.errors import ConfigError
 from tests.test_main import run_here

@@ -8,12 +8,10 @@ from pathlib import Path
 import jax
 
 from cgd_jax.data import cache, fingerprint
-from cgd_jax.embed import embed_raw_pixels
-from cgd_jax.evaluate import embed_test, measure
+from cgd_jax.evaluation.embed import embed_raw_pixels
+from cgd_jax.evaluation.evaluate import embed_test, measure
 from cgd_jax.run import Run, initial_state
 from cgd_jax.runtime import files
-
-__all__ = ["measure_baselines"]
 
 
 def measure_baselines(run: Run) -> dict:

@@ -15,19 +15,6 @@ from cgd_jax.data.shapes import Shape
 from cgd_jax.labels import own_index
 from cgd_jax.runtime import console, files, processes
 
-__all__ = [
-    "Embeddings",
-    "embed_dataset",
-    "embed_images",
-    "embed_pixels",
-    "embed_raw_pixels",
-    "embed_split",
-    "nearest",
-    "own_rows",
-    "ranking_inputs",
-    "save_embeddings",
-]
-
 
 class Embeddings(NamedTuple):
     """Vectors of the test images, aligned with the splits of the data set."""

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import baselines, embed, evaluate, metrics, run
+from cgd_jax import metrics, run
 from cgd_jax.data import Dataset, Split
-from cgd_jax.embed import Embeddings
+from cgd_jax.evaluation import baselines, embed, evaluate
+from cgd_jax.evaluation.embed import Embeddings
 from cgd_jax.models import cgd
 from cgd_jax.models.cgd import CGD, Output
 from cgd_jax.models.resnet import BACKBONES

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cgd_jax import complementarity, geometry, metrics, protocols, rerank, retrieval
 from cgd_jax.data import Dataset
-from cgd_jax.embed import (
+from cgd_jax.evaluation.embed import (
     Embeddings,
     embed_dataset,
     embed_split,
@@ -31,8 +31,6 @@ from cgd_jax.run import Run, open_run
 from cgd_jax.runtime import console, files, interrupts
 from cgd_jax.train_step import State
 from cgd_jax.workdir import count_classes
-
-__all__ = ["evaluate_run", "evaluate_state", "evaluate_step"]
 
 
 def evaluate_run(workdir: str, step: int | None = None, config: ConfigDict | None = None) -> dict:
