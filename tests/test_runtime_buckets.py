@@ -191,11 +191,17 @@ def test_images_in_a_bucket_make_the_data_set_that_they_make_here(
 
 
 @pytest.mark.parametrize("on", [None, "ray"])
-def test_images_in_a_bucket_make_the_index_that_they_make_here(store, tmp_path, monkeypatch, on):
+def test_images_in_a_bucket_make_the_index_that_they_make_here(
+    store, tmp_path, monkeypatch, request, on
+):
     pytest.importorskip("lancedb", reason="lancedb is not installed")
     if on:
         pytest.importorskip("ray", reason="ray is not installed")
-        monkeypatch.setenv("RAY_ADDRESS", "local")  # whose workers know the server
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        request.addfinalizer(cluster.shutdown)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     from cgd_jax.search.filling import update
     from cgd_jax.search.index import Index
 

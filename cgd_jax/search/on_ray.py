@@ -46,18 +46,21 @@ def read_and_embed(
     """Does what `embedding.read_and_embed` does, in any order, on a cluster.
 
     `read` takes an item and, as keywords, what is known of a piece and what returns the size. The
-    address is "ray", the cluster of this machine or else a new one of it alone, or ray://HOST:10001.
-    Raises InputError: there is no such cluster, or its workers do not see the images; UserError:
-    they cannot do their work.
+    address is "ray", the cluster that this machine belongs to, or ray://HOST:10001. Raises
+    InputError: there is no such cluster, or its workers do not see the images; UserError: they
+    cannot do their work.
     """
     if not items:
         return
     try:
-        ray.init(None if address == "ray" else address, log_to_driver=False, logging_level="ERROR")
+        # None would start one, by forking a process in which JAX has threads.
+        where = "auto" if address == "ray" else address
+        ray.init(where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())[-300:]
         raise InputError(
-            f"--on={address}: no cluster of Ray can be reached there: {text}"
+            f"--on={address}: no cluster of Ray can be reached there; `ray start --head` makes one "
+            f"of this machine. {text}"
         ) from error
     try:
         # The network without what it has compiled.
@@ -81,7 +84,7 @@ def _by_tasks(
     size = max(1, min(PIECE, len(items) // (AHEAD * places)))
     pieces = [items[at : at + size] for at in range(0, len(items), size)][::-1]
     running: list[Any] = []
-    with progress(len(items), f"indexing in {places} places") as bar:
+    with progress(len(items), "indexing") as bar:
         while pieces or running:
             while pieces and len(running) < AHEAD * places:
                 piece = pieces.pop()
