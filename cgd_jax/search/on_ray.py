@@ -24,6 +24,7 @@ from cgd_jax.search.indexing import Index
 from cgd_jax.search.stores import Record
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every start
+os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 35 s, for a cluster that is gone
 packages.require("--on", "ray", "ray")
 import ray  # noqa: E402
 
