@@ -1,5 +1,6 @@
 """The commands of search: index, search, serve."""
 
+import re
 from typing import Any
 
 from absl import flags
@@ -12,7 +13,7 @@ COMMANDS = {
         "embeds your own images into an index, or brings it up to date",
         "IMAGES",
         "index model images vector precision whiten whitening compress aspect image_size scales "
-        "scales_p prune",
+        "scales_p prune on",
         "images",
         "search",
     ),
@@ -51,7 +52,7 @@ FLAGS = {
         "ADDRESS",
     ),
     "images": Flag(
-        "A folder, an archive or a CSV; may be given several times.",
+        "A folder, also in a bucket, s3://..., an archive or a CSV; may be given several times.",
         "FOLDER",
         kind=flags.DEFINE_multi_string,
     ),
@@ -85,6 +86,7 @@ FLAGS = {
     "prune": Flag(
         "Also removes images whose folders are gone, empty or cannot be read: a disk may be away."
     ),
+    "on": Flag("A cluster of Ray that reads and embeds: ray, or ray://HOST:10001.", "ray"),
     "aspect": Flag(
         "What images are resized to: a square, or about a dozen shapes of as many pixels (keep), "
         "of which each takes the nearest; else as the network was trained.",
@@ -144,6 +146,12 @@ def check(name: str, given: flags.FlagValues) -> None:
         raise flags.Error("say what to index: --images=IMAGES, a folder, an archive or a CSV.")
     if name == "index" and given.whitening and not given.whiten:
         raise flags.Error("--whitening goes with --whiten, which says to how many dimensions.")
+    if name == "index" and given.on and not re.fullmatch(r"ray(://\S+)?", given.on):
+        raise flags.Error(
+            f"--on={given.on}: it is ray, this machine's cluster, or ray://HOST:10001."
+        )
+    if name == "index" and given.on and (given.distributed or given.coordinator):
+        raise flags.Error("--on and --distributed both divide the work; give one of them.")
     if name == "pairs" and not (given.queries and given.database):
         raise flags.Error("give two folders of images: those to find pairs for, and a database.")
     if name != "search":
@@ -183,6 +191,7 @@ def run(name: str, given: flags.FlagValues) -> None:
             whitening=given.whitening,
             compress=given.compress,
             prune=given.prune,
+            on=given.on,
             share=share_of_files(given),
         )
     elif name == "search":

@@ -17,7 +17,7 @@ import cgd_jax
 from cgd_jax import checkpoint, data
 from cgd_jax.data.load import load_dataset
 from cgd_jax.runtime import buckets
-from tests.search_samples import folder_of_photographs
+from tests.search_samples import folder_of_photographs, photograph, write_network
 from tests.test_main import run, run_here, start
 from tests.test_train import history_without_speed
 from tests.variables import assert_same
@@ -188,6 +188,54 @@ def test_images_in_a_bucket_make_the_data_set_that_they_make_here(
     before = buckets.fingerprint(source)
     store.pipe_file(f"{source[5:]}/new" if not archive else source[5:], b"another")
     assert buckets.fingerprint(source) != before
+
+
+@pytest.mark.parametrize("on", [None, "ray"])
+def test_images_in_a_bucket_make_the_index_that_they_make_here(
+    store, tmp_path, monkeypatch, request, on
+):
+    pytest.importorskip("lancedb", reason="lancedb is not installed")
+    if on:
+        pytest.importorskip("ray", reason="ray is not installed")
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        request.addfinalizer(cluster.shutdown)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    from cgd_jax.search.filling import update
+    from cgd_jax.search.index import Index
+
+    images, source = folder_of_photographs(tmp_path / "images"), "s3://bucket/images"
+    network, here, there = write_network(tmp_path / "net"), tmp_path / "here", tmp_path / "there"
+    (images / "hats/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
+    store.put(str(images), "bucket/images", recursive=True)
+    for name in ("", "hats/notes.txt", ".trash/0.png", "index/images.lance/1.png"):
+        store.pipe_file(f"bucket/images/{name}", b"0")
+
+    def content(address, root):
+        index = Index.open(str(address))
+        ids, vectors = index.vectors()
+        rows = map(index.get, ids)
+        return {
+            row._replace(id="", source="", modified=0, path=row.path.removeprefix(root)): (
+                index.thumbnail(row.id),
+                tuple(np.round(vector, 5)),
+            )
+            for row, vector in zip(rows, vectors, strict=True)
+        }
+
+    alone, found = (
+        update(str(here), [images], network),
+        update(str(there), [source], network, on=on),
+    )
+    assert found[:4] == alone[:4] == (12, 0, 0, 0) and len(found.skipped) == 2
+    assert content(here, str(images)) == content(there, source)
+    # A folder of it, in which one goes, one changes and one comes.
+    store.rm_file("bucket/images/hats/000.png")
+    store.put(str(photograph(tmp_path / "new.png", 99, (30, 20))), "bucket/images/hats/002.png")
+    store.copy("bucket/images/shoes/001.png", "bucket/images/hats/new.png")
+    assert update(str(there), [f"{source}/hats/"], network, on=on)[:4] == (1, 1, 1, 4)
+    assert Index.open(str(there)).labels() == {"hats": 6, "shoes": 6}
 
 
 def test_what_no_commit_names_is_not_fetched(store, tmp_path, monkeypatch):

@@ -392,7 +392,7 @@ def test_whitening_by_pairs_learns_from_what_shares_a_folder(tmp_path, monkeypat
     monkeypatch.setattr(rerank, "matching_pairs", lambda x: learned.append(x) or keep(x))
     update(str(tmp_path / "smaller"), [photos], network, whiten=5, whitening="pairs")
     assert len(set(learned[0])) == 1 and len(learned[0]) == 20
-    mean, projection = index._whitening
+    mean, projection = index.whitening
     expected = rerank.whiten(plain, mean, projection)
     for file, vector in zip(files, expected, strict=True):
         np.testing.assert_allclose(found[str(file)], vector, atol=1e-5)

@@ -18,6 +18,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -61,6 +62,26 @@ def fingerprint(address: str) -> str:
         return hashlib.sha256(Copy(address).there()[0].encode()).hexdigest()[:12]
 
 
+def objects(address: str) -> list[tuple[str, int, int]]:
+    """Lists what is below an address: names, bytes, and when each was changed, in ns since 1970."""
+    store, root = _open(address)
+    with _reaching(address, "listed"):
+        found = {key[len(root) + 1 :]: of for key, of in store.find(root, detail=True).items()}
+        changed = {name: of.get("LastModified") or of["mtime"] for name, of in found.items()}
+        return [
+            (name, of["size"], int(changed[name].timestamp()) * 10**9)
+            for name, of in found.items()
+            if name and not name.endswith("/")
+        ]
+
+
+def read(address: str) -> bytes:
+    """Reads an object."""
+    store, key = _open(address)
+    with _reaching(address, "read"):
+        return store.cat_file(key)
+
+
 @contextlib.contextmanager
 def mirrored(address: str, trains: bool) -> Iterator[str]:
     """Yields a folder to work in, of which what is new is sent to an address; a path as it is.
@@ -91,11 +112,7 @@ class Copy:
     def __init__(self, address: str, place: Path | None = None):
         self.address = address.rstrip("/")
         self.commits, self.by = 0, ""  # that this copy has seen; its name in those it makes
-        packages.require(address, "buckets", "fsspec", "s3fs" if address[0] == "s" else "gcsfs")
-        import fsspec
-
-        # What it keeps of listings would hide what others write.
-        self.store, self.root = fsspec.url_to_fs(self.address, use_listings_cache=False)
+        self.store, self.root = _open(self.address)
         name = self.address.rpartition("/")[2]
         digest = hashlib.sha256(self.address.encode()).hexdigest()[:8]
         cache = Path(platformdirs.user_cache_dir("cgd_jax"), "buckets", f"{name}-{digest}")
@@ -218,6 +235,15 @@ class Copy:
             version, keys, *_ = self.there()
             # Others, of which there may be files too, are fetched the next time.
             self.note(version if keys.keys() <= sent.keys() else None, sent)
+
+
+def _open(address: str) -> tuple[Any, str]:
+    """Returns the file system of an address, and what it calls it."""
+    packages.require(address, "buckets", "fsspec", "s3fs" if address[0] == "s" else "gcsfs")
+    import fsspec
+
+    # What it keeps of listings would hide what others write.
+    return fsspec.url_to_fs(address, use_listings_cache=False)
 
 
 def step_of(name: str) -> str:

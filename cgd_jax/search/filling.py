@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cgd_jax.network import Network, open_network
@@ -25,20 +26,25 @@ def update(
     prune: bool = False,
     share: tuple[int, int] = (0, 1),
     watch: Callable[[int, int], None] | None = None,
+    on: str | None = None,
 ) -> Changes:
     """Brings an index up to date with folders, archives and CSVs; makes it if there is none.
 
-    Sources are those of `images.list_images`; what overlapping ones mean, and what `prune` does,
+    Sources are those of `indexing.listed`; what overlapping ones mean, and what `prune` does,
     stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`,
     `whiten`, a dimension, `whitening`, "pca" or "pairs", and `compress`, see `Index.create`,
     are of a new index. Of n processes that fill an index together, process i calls this with the
-    same sources and `share` (i, n). `watch` is told how many files were read, of how many. Returns
-    what this process did.
+    same sources and `share` (i, n). `watch` is told how many files were read, of how many. `on` is
+    a cluster that reads and embeds, see `on_ray`. Returns what this process did.
 
     Raises InputError, and changes nothing: a source is missing or holds no image, or the index is
     another than is asked for. BusyError, StoreError: what was written stays.
     """
-    is_first = share[0] == 0
+    elsewhere, is_first = None, share[0] == 0
+    if on:
+        from cgd_jax.search import on_ray  # which its extra brings
+
+        elsewhere = partial(on_ray.read_and_embed, address=on)
     with contextlib.ExitStack() as stack:
         if is_first:  # for all of them
             stack.enter_context(writing(address))
@@ -61,7 +67,7 @@ def update(
         indexing.meet(share, "there is an index")
         if index is None:
             index = Index.open(address, model, vector=vector)
-        return indexing.update(index, listing, prune, share, watch)
+        return indexing.update(index, listing, prune, share, watch, elsewhere)
 
 
 def _existing(address, model, vector, precision, whiten, whitening, compress) -> Index | None:

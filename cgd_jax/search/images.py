@@ -14,9 +14,10 @@ import simplejpeg
 from PIL import Image
 
 from cgd_jax.data import archives, image_list
-from cgd_jax.data.decode import FORMATS, PNG, looks_like_image, resize
+from cgd_jax.data.decode import ENDINGS, FORMATS, PNG, looks_like_image, resize
 from cgd_jax.data.images import Box, at_least, clip, extent, load, naming
 from cgd_jax.data.shapes import Size, as_shape, nearest
+from cgd_jax.runtime import buckets
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import SOFTWARE
 from cgd_jax.search.stores import Record, composed
@@ -28,7 +29,8 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 EXIF, DATE_TAKEN = 0x8769, 0x9003  # tags
 LATEST = 2**63 - 1  # ns that databases hold, of 2262; files may claim any date
 
-Listed = tuple[Record, Path]  # the path is what is read, which may be a temporary file
+# What is read may be a temporary file, or the address of an object in a bucket.
+Listed = tuple[Record, Path | str]
 LeftOut = tuple[str, str]  # path, reason
 
 
@@ -161,6 +163,23 @@ def list_images(
             f"--images={source} is neither a folder, nor a CSV, nor an archive "
             f"({', '.join(archives.ARCHIVE_ENDINGS)})."
         )
+
+
+def list_bucket(address: str) -> tuple[list[Listed], list[LeftOut]]:
+    """Lists the images of a folder in a bucket, by their names; see `buckets.objects`."""
+    found: list[Listed] = []
+    left_out: list[LeftOut] = []
+    for name, size, modified in buckets.objects(address):
+        path, inside = f"{address}/{name}", Path(name)
+        if any(archives.is_litter(part) or part.endswith(".lance") for part in inside.parts):
+            continue
+        if inside.suffix.lower() in ENDINGS:
+            label = composed(label_of(inside))
+            record = Record(id_of(path), path, label, size, source=address, modified=modified)
+            found.append((record, path))
+        else:
+            left_out.append((path, "no image by its name"))
+    return found, left_out
 
 
 def files_of(folder: Path) -> tuple[list[Path], list[LeftOut]]:

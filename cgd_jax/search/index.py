@@ -71,7 +71,7 @@ class Index:
 
     def __init__(self, store: Store, network: Network | str | None = None):
         self.address, self._store = store.address, store
-        self.info, self._whitening = _read_about(store)
+        self.info, self.whitening = _read_about(store)
         self._network = network
         self._remembered: tuple[int, list[str], np.ndarray] | None = None
 
@@ -245,7 +245,7 @@ class Index:
         return self._whitened(self.network.embed_pixels(pixels))
 
     def _whitened(self, vectors: np.ndarray) -> np.ndarray:
-        return vectors if self._whitening is None else rerank.whiten(vectors, *self._whitening)
+        return vectors if self.whitening is None else rerank.whiten(vectors, *self.whitening)
 
     @overload
     def search(

@@ -27,7 +27,7 @@ from cgd_jax.data.decode import read_file
 from cgd_jax.data.shapes import Size
 from cgd_jax.network import Network
 from cgd_jax.reports.names import literal
-from cgd_jax.runtime import files, processes
+from cgd_jax.runtime import buckets, files, processes
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import embedding, images, stores
 from cgd_jax.search.images import LeftOut, Listed
@@ -81,6 +81,8 @@ class Index(Protocol):
     def store(self) -> stores.Store: ...
     @property
     def network(self) -> Network: ...
+    @property
+    def whitening(self) -> tuple[np.ndarray, np.ndarray] | None: ...
     def embed_pixels(self, pixels: Sequence[np.ndarray]) -> np.ndarray: ...
     def write(self, records: Sequence[Record], vectors: np.ndarray) -> None: ...
 
@@ -89,15 +91,21 @@ class Index(Protocol):
 def listed(sources: Iterable[str | Path], address: str) -> Iterator[Listing]:
     """Lists the images of folders, archives and CSVs, which can be read inside.
 
-    Sources are those of `images.list_images`. Raises InputError: one is missing or holds no image.
+    Sources are those of `images.list_images` and `images.list_bucket`. Raises InputError: one is
+    missing or holds no image.
     """
     scratch = Path(address).parent if stores.is_local(address) else Path.cwd()
     found = Listing({}, set(), [])
     with contextlib.ExitStack() as stack:
         # Lists come last: what they say of an image counts.
         for source in sorted(map(str, sources), key=images.is_list):
-            root = os.path.abspath(Path(source).expanduser())
-            rows, left_out = stack.enter_context(images.list_images(Path(root), scratch, address))
+            if buckets.is_bucket(source):
+                root = source.rstrip("/")
+                rows, left_out = images.list_bucket(root)
+            else:
+                root = os.path.abspath(Path(source).expanduser())
+                listing = images.list_images(Path(root), scratch, address)
+                rows, left_out = stack.enter_context(listing)
             if not rows:
                 raise InputError(
                     f"--images={source} holds no image, but {len(left_out):,} other files. "
@@ -115,6 +123,7 @@ def update(
     prune: bool = False,
     share: tuple[int, int] = (0, 1),
     watch: Callable[[int, int], None] | None = None,
+    elsewhere: Callable[..., Iterator] | None = None,
 ) -> Changes:
     """Brings an index up to date with what was listed, within `writing`; see `filling.update`."""
     is_first = share[0] == 0
@@ -122,7 +131,7 @@ def update(
     known = {row["id"]: Record(**row) for row in rows}
     wanted = _settle(listing.images, known, listing.sources)
     missing = _missing(wanted, known, listing.sources, {path for path, _ in listing.left_out})
-    changes = _update(index, wanted, known, missing, prune, share, watch)
+    changes = _update(index, wanted, known, missing, prune, share, watch, elsewhere)
     meet(share, "everything is written")
     if is_first and (share[1] > 1 or changes.added or changes.changed or changes.removed):
         index.store.finish()
@@ -206,7 +215,7 @@ def _missing(
     @functools.cache
     def is_away(folder: str) -> bool:
         try:
-            return not os.listdir(folder)
+            return not buckets.is_bucket(folder) and not os.listdir(folder)
         except OSError:
             return True
 
@@ -230,6 +239,7 @@ def _update(
     prune: bool,
     share: tuple[int, int],
     watch: Callable[[int, int], None] | None,
+    elsewhere: Callable[..., Iterator] | None,
 ) -> Changes:
     """Brings this process's share of the index up to date."""
     ids = wanted.keys() | known.keys()
@@ -254,8 +264,12 @@ def _update(
         with opening:  # by one thread, and only if there is something to embed
             return index.network.size
 
-    read = partial(_read, known=known, origins=origins, size=size)
-    outcomes = embedding.read_and_embed(list(todo.values()), read, index.embed_pixels, "indexing")
+    if elsewhere:  # where what has moved is embedded again: too much is known to send it there
+        outcomes = elsewhere(list(todo.values()), partial(_read, origins={}), known, index)
+    else:
+        read = partial(_read, known=known, origins=origins, size=size)
+        embed = index.embed_pixels
+        outcomes = embedding.read_and_embed(list(todo.values()), read, embed, "indexing")
     for done, ((record, _), found, vector) in enumerate(outcomes, 1):
         if watch:
             watch(done, len(todo))
@@ -266,6 +280,8 @@ def _update(
             continue
         is_new = record.id not in known
         added += is_new
+        if vector is not None and found["hash"] in origins:
+            found, vector = Copy(origins[found["hash"]], found["taken"]), None
         if vector is None:
             copies.append((record._replace(taken=found.taken), found.origin))
             moved |= {known[found.origin].hash} if is_new else set()
@@ -305,7 +321,7 @@ def _read(
     """Reads a file: what `images.read` returns, what has its content, or why not."""
     record, file = listed
     try:
-        data = read_file(file)
+        data = buckets.read(str(file)) if buckets.is_bucket(file) else read_file(file)
         digest = images.hash_of(data)
         same = record.id in known and digest == known[record.id].hash
         if same or digest in origins:
