@@ -195,7 +195,7 @@ class Copy:
     def watch(self, ended: threading.Event) -> None:
         """Sends what is new whenever there are other checkpoints, until the event."""
         steps = lambda: {step_of(name) for name in self.files()}
-        seen = steps()
+        seen = {step_of(name) for name in self.known()["files"]}  # that was sent
         while not ended.wait(LOOK_EVERY):
             if (now := steps()) != seen:
                 seen = now
