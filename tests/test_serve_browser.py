@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -12,6 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 pytest.importorskip("lancedb", reason="lancedb is not installed")
 pytest.importorskip("fastapi", reason="fastapi is not installed")
@@ -737,3 +739,18 @@ def test_why_alike_is_shown_and_survives_a_reload(opened, tmp_path):
         page.locator("#right canvas").wait_for(state="hidden")
         assert "why" not in page.url
         page.close()  # before the server, which it asks on
+
+
+def test_the_film_and_the_pictures_of_the_docs_are_made(browser, photos, tmp_path):
+    page, query = Path(__file__).parents[1] / "benchmarks/page.py", photos / "hats/002.png"
+    command = [page, f"--images={photos}", f"--query={query}", f"--out={tmp_path}"]
+    subprocess.run([sys.executable, *command], check=True)
+    film, seconds = tmp_path / "serving.webp", 0
+    for frame in ImageSequence.Iterator(Image.open(film)):
+        frame.load()
+        seconds += frame.info["duration"] / 1000
+    assert 9 < seconds < 11 and film.stat().st_size < 1e6
+    sizes = {
+        name: Image.open(tmp_path / name).size for name in ("serving.png", "serving_phone.png")
+    }
+    assert sizes == {"serving.png": (1400, 900), "serving_phone.png": (390, 844)}
