@@ -471,7 +471,6 @@ def test_the_script_moves_files_of_any_name(opened, tmp_path):
     with served(index) as url:
         page = opened(url)
         page.goto("/?near=0.99")
-        page.locator("#groups input").first.wait_for()
         with page.expect_download() as download:
             page.locator("[data-export=sh]").click()
         script = Path(download.value.path())

@@ -4,6 +4,7 @@ import { $, FILTERS, address, ask, count, element, imageOf, nameOf, pick, read, 
 import { facts } from "./view.js";
 
 let groups = []; // of copies, which are chosen or not
+const buttons = document.querySelectorAll("[data-export]");
 
 export const groupOf = (id) => groups.find((group) => group.some((one) => one.id === id)) ?? [];
 
@@ -27,6 +28,7 @@ export function present({ groups: found = [] }) {
 
 function tally() {
   $("chosen").textContent = `${count(groups.flat().filter((one) => one.chosen).length, "image")} chosen`;
+  for (const button of buttons) button.disabled = !groups.length;
 }
 
 function section({ size, copies }) {
@@ -66,17 +68,15 @@ const moved = (one, i) =>
   `mv -n -- ${quoted(one.path)} "$folder"/${quoted(`${String(i + 1).padStart(5, "0")} ${one.name}`)}\n`;
 
 const exported = {
-  csv(all) {
-    const rows = all.map((one) => COLUMNS.map((column) => cell(one[column])));
-    return [COLUMNS, ...rows].map((row) => `${row.join(",")}\r\n`);
-  },
+  csv: (all) =>
+    [COLUMNS, ...all.map((one) => COLUMNS.map((column) => cell(one[column])))].map((row) => `${row.join(",")}\r\n`),
   txt: (all) => all.filter((one) => one.chosen).map((one) => `${one.path}\n`),
   sh: (all) => [HEAD, ...all.filter((one) => one.chosen).map(moved)],
 };
 
-for (const button of document.querySelectorAll("[data-export]")) {
+for (const button of buttons) {
+  const kind = button.dataset.export;
   button.addEventListener("click", () => {
-    const kind = button.dataset.export;
     const href = URL.createObjectURL(new Blob(exported[kind](groups.flat())));
     element("a", { href, download: `duplicates.${kind}` }).click();
     setTimeout(() => URL.revokeObjectURL(href), 10_000);
