@@ -121,6 +121,16 @@ def test_a_run_that_is_stopped_goes_on(cluster, photos, network, tmp_path, monke
     assert_same(one, many)
 
 
+def test_a_cluster_may_have_no_cores_yet(monkeypatch):
+    from cgd_jax.search import on_ray
+
+    places = {(): ({"num_cpus": 1}, 1), (0, 4, 2): ({"num_cpus": 2}, 3)}
+    for cores, expected in places.items():
+        nodes = [{"Alive": True, "Resources": {"CPU": n} if n else {}} for n in cores]
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
+        assert on_ray._places() == expected
+
+
 def test_what_is_wrong_is_said(cluster, photos, network, tmp_path, monkeypatch):
     def fails(error, *arguments, **options):
         raise error

@@ -114,8 +114,9 @@ def _places() -> tuple[dict[str, float], int]:
     if gpus:
         share = min(node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU"))
         return {"num_gpus": 1, "num_cpus": share}, gpus
-    cores = min(node["CPU"] for node in nodes if node.get("CPU"))
-    return {"num_cpus": cores}, int(sum(node.get("CPU", 0) // cores for node in nodes))
+    # A cluster that grows on demand may have no core yet.
+    cores = min((node["CPU"] for node in nodes if node.get("CPU")), default=1)
+    return {"num_cpus": cores}, int(sum(node.get("CPU", 0) // cores for node in nodes)) or 1
 
 
 def _work(kit: list[Any], piece: Sequence[Listed], known: dict[str, Record]) -> list[Outcome]:
