@@ -167,7 +167,7 @@ def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
     searched = np.asarray(gallery.contents)
     both = np.isin(searched, asked)
     _warn(gallery, both, "images of the gallery are queries too; no query finds itself")
-    # `gallery_ids` covers one copy of each.
+    # `own_rows` names one copy of each.
     return dataset._replace(gallery=rows_of(gallery, ~(both & _repeated(searched))))
 
 
