@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from cgd_jax.models.family import HuggingFace, Scheme, rename
-from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, fuse, size_of
+from cgd_jax.models.vit import SIZES, TIMM, ViT, ViTFamily, from_hugging_face, size_of
 from cgd_jax.preprocess import IMAGENET
 
 BACKBONES = {
@@ -48,23 +48,12 @@ def _from_meta(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    rules = {
-        r"^embeddings\.mask_token": None,
-        r"attention\.([qv])_proj\.bias": r"attn.\1_bias",
-        r"attention\.o_proj": "attn.proj",
-        r"^embeddings\.patch_embeddings": "patch_embed.proj",
-        r"^embeddings\.register_tokens": "reg_token",
-        r"^embeddings\.": "",
-        r"^(model\.)?layer\.": "blocks.",  # with it in transformers ≥ 5, but not in its files
-        r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
-        r"mlp\.up_proj": "mlp.fc1",
-        r"mlp\.down_proj": "mlp.fc2",
-    }
-    parts = tuple(f"attention.{part}_proj" for part in "qkv")
-    return fuse(rename(arrays, rules), parts, "attn.qkv")
-
-
+_OF_HUGGING_FACE = {
+    r"attention\.([qv])_proj\.bias": r"attn.\1_bias",
+    r"^embeddings\.register_tokens": "reg_token",
+    r"mlp\.up_proj": "mlp.fc1",
+    r"mlp\.down_proj": "mlp.fc2",
+}
 _COMPUTED = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rope_theta": 100.0}
 _COMPUTED |= {"use_gated_mlp": False, "key_bias": False}
 FAMILY = ViTFamily(
@@ -78,7 +67,7 @@ FAMILY = ViTFamily(
             "embeddings.patch_embeddings.weight",
             (),
             TIMM,
-            _from_hugging_face,
+            partial(from_hugging_face, more=_OF_HUGGING_FACE),
         ),
     ),
     normalization=IMAGENET,

@@ -12,9 +12,6 @@ from flax import linen as nn
 # Makes a layer of a network, or runs one; see `ConvNet.make_layer`.
 Layer = Callable[..., Any]
 
-# The keys of a config's `model` that all networks take whose feature maps become smaller.
-OPTIONS = {"last_stride": 1, "frozen_blocks": 0}
-
 # Of transformers and ConvNeXts.
 small = nn.initializers.truncated_normal(0.02)
 Dense = partial(nn.Dense, kernel_init=small)
@@ -24,7 +21,7 @@ LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 class Backbone(nn.Module, kw_only=True):
     """A network of blocks: images [B, H, W, 3] and `train` → feature map [B, H', W', C].
 
-    A subclass has `STEM` and `blocks`, and runs every block by `run_block`.
+    A subclass has `STEM` and `blocks`, and runs them by `run_blocks`, or each by `run_block`.
     """
 
     # The names of the modules and parameters below the first block.
@@ -44,6 +41,13 @@ class Backbone(nn.Module, kw_only=True):
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """The names of the modules and parameters of the stem, then of every block."""
         return (self.STEM, *((name,) for name in self.blocks))
+
+    @nn.nowrap
+    def run_blocks(self, block: type[nn.Module], x: jax.Array, **options) -> jax.Array:
+        """Runs all blocks, each with its own options and these."""
+        for name, own in self.blocks.items():
+            x = self.run_block(block, name, x, **own, **options)
+        return x
 
     @nn.nowrap
     def run_block(self, block: type[nn.Module], name: str, x: jax.Array, **options) -> jax.Array:

@@ -203,10 +203,9 @@ class ViT(Backbone):
             x = norm(name="norm_pre")(x)
 
         attention = partial(Attention, self.heads, self.key_bias, rotate)
-        common = {"attention": attention, "norm": norm, "train": train}
-        common |= {"activation": self.activation, "layer_scale": self.layer_scale}
-        for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **own, **common)
+        options = {"attention": attention, "norm": norm, "train": train}
+        options |= {"activation": self.activation, "layer_scale": self.layer_scale}
+        x = self.run_blocks(Block, x, **options)
         x = norm(name="norm")(x)
         if self.class_token:
             token = x[:, 0]
@@ -293,9 +292,12 @@ def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -
     return fused
 
 
-def from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Brings the names of Hugging Face's ViT and DINOv2 to those of timm."""
+def from_hugging_face(
+    arrays: Mapping[str, np.ndarray], more: Mapping[str, str | None] = {}
+) -> dict[str, np.ndarray]:
+    """Brings the names of Hugging Face's ViT and DINO to those of timm; `more` rules come first."""
     rules = {
+        **more,
         "mask_token$": None,
         # Of the files; in transformers ≥ 5 networks have the names that they become here.
         r"attention\.attention\.([qkv])[a-z]+\.": r"attention.\1_proj.",
@@ -304,17 +306,16 @@ def from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
         r"output\.dense": "mlp.fc2",
         "layernorm_before": "norm1",
         "layernorm_after": "norm2",
-        r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+        r"^embeddings\.patch_embeddings(\.projection)?": "patch_embed.proj",
         r"^embeddings\.position_embeddings": "pos_embed",
         r"^embeddings\.": "",
-        r"^(encoder\.layer|layers)\.": "blocks.",
+        r"^(encoder\.layer|layers|(model\.)?layer)\.": "blocks.",
         r"attention\.o_proj": "attn.proj",
         r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
         r"^layernorm\.": "norm.",
     }
-    return fuse(
-        rename(arrays, rules), tuple(f"attention.{part}_proj" for part in "qkv"), "attn.qkv"
-    )
+    parts = tuple(f"attention.{part}_proj" for part in "qkv")
+    return fuse(rename(arrays, rules), parts, "attn.qkv")
 
 
 def size_of(config: Mapping[str, Any], default: str = "base") -> dict[str, Any]:
