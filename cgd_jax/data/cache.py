@@ -56,10 +56,10 @@ def cached(
     target = Path(folder, f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
     examples = encoded(source, crop)
     with contextlib.suppress(Exception):  # damaged files raise nearly anything
-        return _open(target, text, examples, size)
+        return _open(target, examples, size)
     with one_at_a_time(target.with_name(f"{target.name}.lock")) as alone:
         try:
-            return _open(target, text, examples, size)  # Another process built it meanwhile.
+            return _open(target, examples, size)  # Another process built it meanwhile.
         except Exception as error:
             if (target / EXAMPLES).exists():  # unlike in those of older versions
                 log.warning("The cache %s cannot be used and is built again: %s.", target, error)
@@ -76,7 +76,7 @@ def cached(
                 os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return _open(target, text, examples, size)
+        return _open(target, examples, size)
 
 
 def decoded(source: Any, size: int, crop: bool = True) -> Split:
@@ -189,12 +189,9 @@ def _split(images: Any, rows: list) -> Split:
     )
 
 
-def _open(folder: Path, key: str, examples: Images, size: int) -> Split:
+def _open(folder: Path, examples: Images, size: int) -> Split:
     """Opens a finished cache; raises whatever if it is not."""
-    stored = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))
-    rows = stored["examples"]
-    if stored["key"] != key or len(rows) != len(examples):
-        raise ValueError(f"it holds {len(rows)} images of {stored['key']}")
+    rows = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))["examples"]
     pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(rows), size, size, 3))
     checksums = np.array([row[4] for row in rows])
     read = _checked(pixels, checksums, _decoder(examples, size))

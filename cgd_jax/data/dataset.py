@@ -142,12 +142,12 @@ def fingerprint(dataset: Dataset) -> dict:
         class_of = {label: split.class_names.get(label, str(label)) for label in labels.tolist()}
         rows = zip(split.ids, split.labels.tolist(), strict=True)
         names = "".join(f"{id}\0{class_of[label]}\n" for id, label in rows)
-        contents = None if split.contents is None else np.asarray(split.contents, "<i8").tobytes()
+        contents = None if split.contents is None else np.asarray(split.contents, "<i8")
         found[name] = {
             "images": len(split.labels),
             "classes": len(labels),
             "names": _digest(names.encode("utf-8", "backslashreplace")),
-            "contents": None if contents is None else _digest(contents),
+            "contents": None if contents is None else _digest(contents.tobytes()),
         }
         if name == "train":
             per_class = zip(class_of.values(), counts.tolist(), strict=True)
@@ -179,16 +179,16 @@ def _differences(before: dict, now: dict) -> list[str]:
     for key in ("classes", "images"):
         if before[key] != now[key]:
             found.append(f"{before[key]:,} {key} then, {now[key]:,} now")
-    if found:
-        return found
-    if before["names"] != now["names"]:
-        return ["images have other names, other classes or another order"]
-    if before.get("per class") != now.get("per class"):
-        return ["classes are numbered otherwise"]
-    contents = before.get("contents"), now.get("contents")
-    if None not in contents and contents[0] != contents[1]:
-        return ["there are other images under the same names"]
-    return []
+    finer = {
+        "names": "images have other names, other classes or another order",
+        "per class": "classes are numbered otherwise",
+        "contents": "there are other images under the same names",
+    }
+    for key, text in finer.items():
+        known = None not in (before.get(key), now.get(key))
+        if not found and known and before[key] != now[key]:
+            found.append(text)
+    return found
 
 
 def listed(names: Sequence, most: int = 5) -> str:

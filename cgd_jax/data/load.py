@@ -74,7 +74,16 @@ def _open_splits(
     config: ConfigDict, center_crop: bool, wanted: tuple[str, ...]
 ) -> tuple[dict[str, Split], tfds.core.DatasetBuilder]:
     """Builds a data set if need be, and opens those of its splits that are wanted."""
-    builder = _make_builder(config)
+    try:
+        (config.dir and os.path.abspath(config.dir)).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--config.data.dir={config.dir!r}: data sets cannot be built in a folder whose name "
+            "is not valid UTF-8. Choose another one."
+        ) from error
+    options = {key: config[key] for key in config_keys(config.name)}
+    options |= {"data_dir": config.dir or None, "file_format": "array_record"}
+    builder = builder_class(config.name)(**options)
     # TFDS would announce a download of unknown size.
     builder._log_download_bytes = lambda: log.info("Building %s", builder.data_dir)
     builder._log_download_done = lambda: None
@@ -117,19 +126,6 @@ def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder, **near: flo
         log.warning("%d of %d queries have nothing to find.", lost, len(truth.positives))
     query = query._replace(truth=truth, contents=None)
     return dataset._replace(query=query, gallery=gallery._replace(contents=None))
-
-
-def _make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    try:
-        (config.dir and os.path.abspath(config.dir)).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"--config.data.dir={config.dir!r}: data sets cannot be built in a folder whose name "
-            "is not valid UTF-8. Choose another one."
-        ) from error
-    options = {key: config[key] for key in config_keys(config.name)}
-    options |= {"data_dir": config.dir or None, "file_format": "array_record"}
-    return builder_class(config.name)(**options)
 
 
 def _open_split(
