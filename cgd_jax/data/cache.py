@@ -42,19 +42,16 @@ EXAMPLES = "examples.json.gz"  # the key, and of every example what `_describe` 
 CHUNK = 16  # examples that a thread takes at once
 
 
-def cached(
-    source: Any, folder: str | os.PathLike, key: dict[str, Any], size: int, crop: bool = True
-) -> Split:
-    """Opens the cache of a split, building it first unless it is there and whole.
+def cached(examples: Images, folder: str | os.PathLike, key: dict[str, Any], size: int) -> Split:
+    """Opens the cache of `encoded` examples, building it first unless it is there and whole.
 
-    `key` tells the split from any other; size, crop (whether to cut out boxes), number of images
-    and the way of resizing are added. Processes that ask at once build it once, and nothing has its
-    final name before it is whole. Raises OSError where the disk is too small.
+    `key` tells the examples from any others; size, number of images and the way of resizing are
+    added. Processes that ask at once build it once, and nothing has its final name before it is
+    whole. Raises OSError where the disk is too small.
     """
-    key = {**key, "size": size, "crop": crop, "images": len(source), "format": FORMAT}
+    key = {**key, "size": size, "images": len(examples), "format": FORMAT}
     text = json.dumps(key, sort_keys=True)
     target = Path(folder, f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
-    examples = encoded(source, crop)
     with contextlib.suppress(Exception):  # damaged files raise nearly anything
         return _open(target, examples, size)
     with one_at_a_time(target.with_name(f"{target.name}.lock")) as alone:
@@ -79,17 +76,17 @@ def cached(
         return _open(target, examples, size)
 
 
-def decoded(source: Any, size: int, crop: bool = True) -> Split:
+def decoded(examples: Images, size: int) -> Split:
     """Opens a split whose images are decoded when asked for; for sets larger than the disk.
 
-    All examples are read once, for their labels.
+    All `encoded` examples are read once, for their labels.
     """
-    examples, rows = encoded(source, crop), []
-    with progress(len(source), "reading labels") as bar:
-        for numbers in _chunks(range(len(source)), CHUNK):
+    rows: list[tuple] = []
+    with progress(len(examples), "reading labels") as bar:
+        for numbers in _chunks(range(len(examples)), CHUNK):
             rows += map(_describe, examples[numbers])
             bar.update(len(numbers))
-    return _split(Images(_decoder(examples, size), np.arange(len(source)), size), rows)
+    return _split(Images(_decoder(examples, size), np.arange(len(rows)), size), rows)
 
 
 def encoded(source: Any, crop: bool = True) -> Images:

@@ -133,14 +133,15 @@ def _open_split(
 ) -> Split:
     """Opens one split of a prepared data set, its images resized to squares."""
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
+    examples = cache.encoded(source, config.bbox_crop)
     if config.cache == "none":
-        split = cache.decoded(source, size, config.bbox_crop)
+        split = cache.decoded(examples, size)
     else:
-        key = {"data set": builder.info.full_name, "split": name}
+        key = {"data set": builder.info.full_name, "split": name, "crop": config.bbox_crop}
         folder = Path(builder.data_dir, "cache")
-        split = cache.cached(source, folder, key, size, config.bbox_crop)._replace(cache=folder)
+        split = cache.cached(examples, folder, key, size)._replace(cache=folder)
     if config.aspect == "keep":
-        split = split._replace(encoded=cache.encoded(source, config.bbox_crop))
+        split = split._replace(encoded=examples)
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
     return split._replace(skipped=sum(row["split"] == name for row in skipped))
 
