@@ -11,7 +11,6 @@ from cgd_jax.models import (
     bninception,
     clip,
     convnext,
-    cpu_ops,
     dinov2,
     dinov3,
     efficientnet_lite,
@@ -49,10 +48,7 @@ def create(config: Any, dtype: jnp.dtype) -> nn.Module:
     """Makes the backbone of a config's `model`: images and `train` → feature map, or `Features`."""
     family = BACKBONES[config.backbone]
     options = {name: getattr(config, name) for name in family.options}
-    backbone = family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
-    # Backbones are written with flax's own convolution, which is slow on a CPU, its gradients most
-    # of all. On other platforms nothing changes.
-    return backbone.clone(conv=cpu_ops.Conv) if hasattr(backbone, "conv") else backbone
+    return family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
 
 
 def refused_options(config: Any) -> list[str]:

@@ -53,8 +53,7 @@ class Family(NamedTuple):
 
     A member is called with `options` from the config, with `remat` and `dtype`. It returns a
     module that maps images [B, H, W, 3] and `train` to a feature map [B, H', W', C], or to
-    `Features`, such as a `layers.Backbone`. Where the module has an attribute `conv`,
-    `backbones.create` sets it.
+    `Features`, such as a `layers.Backbone`.
     """
 
     title: str  # for messages

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cgd_jax.models import cpu_ops
+
 # Makes a layer of a network, or runs one; see `ConvNet.make_layer`.
 Layer = Callable[..., Any]
 
@@ -30,7 +32,7 @@ class Backbone(nn.Module, kw_only=True):
     frozen_blocks: int = 0  # so many of the lowest, and the stem below them, get no gradient
     remat: bool = False  # computes the inside of every block once more in the backward pass
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters and statistics stay float32
-    conv: Layer = nn.Conv  # for `backbones.create` to replace
+    conv: Layer = cpu_ops.Conv  # flax's own is slow on a CPU; elsewhere it is the same
 
     @property
     def blocks(self) -> Mapping[str, Mapping[str, Any]]:
