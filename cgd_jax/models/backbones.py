@@ -11,13 +11,12 @@ from cgd_jax.models import (
     bninception,
     clip,
     convnext,
-    dinov2,
-    dinov3,
+    dino,
     efficientnet_lite,
-    plain_vit,
     resnet,
     shufflenet,
     swin,
+    vit,
 )
 from cgd_jax.models.family import Family
 from cgd_jax.runtime.errors import InputError
@@ -29,11 +28,11 @@ FAMILIES: tuple[Family, ...] = (
     shufflenet.FAMILY,
     bninception.FAMILY,
     convnext.FAMILY,
-    dinov2.FAMILY,
-    dinov3.FAMILY,
+    dino.DINOV2,
+    dino.DINOV3,
     clip.CLIP,
     clip.SIGLIP,
-    plain_vit.FAMILY,
+    vit.FAMILY,
     swin.FAMILY,
 )
 
