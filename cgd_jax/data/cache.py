@@ -86,7 +86,12 @@ def decoded(examples: Images, size: int) -> Split:
         for numbers in _chunks(range(len(examples)), CHUNK):
             rows += map(_describe, examples[numbers])
             bar.update(len(numbers))
-    return _split(Images(_decoder(examples, size), np.arange(len(rows)), size), rows)
+    return _split(resized(examples, size), rows)
+
+
+def resized(examples: Images, size: int) -> Images:
+    """Opens the images of `encoded` examples, which are decoded when asked for."""
+    return Images(_decoder(examples, size), np.arange(len(examples)), size)
 
 
 def encoded(source: Any, crop: bool = True) -> Images:

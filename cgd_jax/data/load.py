@@ -140,10 +140,9 @@ def _open_split(
         key = {"data set": builder.info.full_name, "split": name, "crop": config.bbox_crop}
         folder = Path(builder.data_dir, "cache")
         split = cache.cached(examples, folder, key, size)._replace(cache=folder)
-    if config.aspect == "keep":
-        split = split._replace(encoded=examples)
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
-    return split._replace(skipped=sum(row["split"] == name for row in skipped))
+    skips = sum(row["split"] == name for row in skipped)
+    return split._replace(encoded=examples, skipped=skips)
 
 
 def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
