@@ -62,7 +62,10 @@ RULES: dict[str, Rule] = {
     "data.test_name": one_of(("", *data.NAMES)),
     "data.radius": _above_0,
     "data.aspect": one_of(shapes.ASPECTS),
-    "data.cache": one_of(("disk", "none")),
+    "data.cache": Rule(
+        lambda text: re.fullmatch(r"disk|none|[1-9]\d*GB", text) is not None,
+        "must be disk, none, or the most that it takes of a split, such as 20GB",
+    ),
     "data.max_bad_fraction": Rule(lambda share: 0 <= share <= 1, "must be a share, 0 to 1"),
     "data.test_fraction": Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),
     "data.fold": Rule(_is_fold, "must be empty, or a part of n such as 1/4"),
