@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from cgd_jax import config_files, study_files
-from cgd_jax.config import flatten
 from cgd_jax.runtime import buckets, console
 from cgd_jax.runtime.errors import UserError
 
@@ -184,7 +183,9 @@ def unknown_flag(flag: str, name: str, commands: Mapping[str, Command]) -> str:
     takes = commands[name].takes.split()
     alike = [f"--{other}=" for other in difflib.get_close_matches(flag, takes + OF_ALL, cutoff=0.8)]
     if "config" in takes:
-        keys = flatten(config_files.base_config().to_dict())
+        from flax.traverse_util import flatten_dict
+
+        keys = flatten_dict(config_files.base_config().to_dict(), sep=".")
         alike += [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
     if alike:
         return f"there is no flag --{flag}; did you mean {' or '.join(alike)}?"

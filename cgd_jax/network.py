@@ -308,7 +308,8 @@ def _read(name: str, step: int | None = None) -> _Source:
     declared = weight_files.declared_normalization(path.parent, metadata)
     if declared is None or "config" not in metadata:
         return _published(name, path, arrays, declared)
-    config, weights = complete(json.loads(metadata["config"])), unflatten_dict(arrays, "/")
+    config = unflatten_dict(complete(json.loads(metadata["config"])), ".")
+    weights = unflatten_dict(arrays, "/")
     step = int(metadata["step"]) if "step" in metadata else None
     return _Source(name, weights, declared, config, step, _digest(weights))
 
@@ -331,7 +332,7 @@ def _published(
         "embedding_dim": len(descriptors),
         "freeze_batch_norm": family.batch_norm,
     }
-    model = complete({"model": described})["model"]
+    model = unflatten_dict(complete({"model": described}), ".")["model"]
     data = {"image_size": PUBLISHED_SIZE, "resize": PUBLISHED_SIZE, "aspect": ASPECTS[0]}
     config = {"model": model, "data": data, "eval": {"center_crop": False}}
     if name == PACKAGED:  # without the classifier, else every search would log that it is left out
