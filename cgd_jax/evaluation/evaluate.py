@@ -272,14 +272,14 @@ def draw_embeddings(run: Run, embeddings: Embeddings, step: int, suffix: str) ->
         return
     sample = projection.sample_test(embeddings, dataset, config.seed)
     title = f"{config.data.name}, CGD {config.model.descriptors}, step {step}"
-    if len(sample.labels) < sample.total:
-        console.log(f"Projecting {len(sample.labels):,} of {sample.total:,} images, at random.")
+    if len(sample.rows) < sample.total:
+        console.log(f"Projecting {len(sample.rows):,} of {sample.total:,} images, at random.")
     if kind:
         points, explained = projection.project(sample.vectors, kind, config.seed)
         path = folder / f"embeddings{suffix}.png"
-        projection.draw_map(path, points, sample, dataset, f"{title}: {explained}", config.seed)
+        projection.draw_map(path, points, sample, f"{title}: {explained}", config.seed)
     if config.eval.projector:
-        projection.write_projector(folder / "tensorboard", sample, dataset, title)
+        projection.write_projector(folder / "tensorboard", sample, title)
         console.log(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
 
 
