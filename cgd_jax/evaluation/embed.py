@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cgd_jax import retrieval
 from cgd_jax.data import Dataset, Split, cache
 from cgd_jax.data.batches import prefetch
 from cgd_jax.data.dataset import Images
@@ -129,18 +130,22 @@ def own_rows(dataset: Dataset) -> np.ndarray | None:
     return own if (own >= 0).any() else None
 
 
-def nearest(embeddings: Embeddings, own: np.ndarray | None, rows: np.ndarray, k: int) -> np.ndarray:
-    """Finds the nearest neighbours of the queries `rows` [R], for people to look at.
+def nearest(
+    embeddings: Embeddings,
+    dataset: Dataset,
+    k: int,
+    rows: np.ndarray | slice = slice(None),
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k nearest neighbours of the queries `rows` [R], or fewer if there are not so many.
 
-    `own` is from `own_rows`. Returns [R, k] positions in the gallery (among the queries, if there
-    is none), nearest first, never the query itself.
+    Returns what `retrieval.top_k` does: similarities and positions in the gallery (among the
+    queries, if there is none), [R, k] each, never the query itself.
     """
-    gallery = embeddings.query if embeddings.gallery is None else embeddings.gallery
-    similarities = embeddings.query[rows] @ gallery.T
-    if own is not None:
-        known = np.flatnonzero(own[rows] >= 0)
-        similarities[known, own[rows][known]] = -np.inf
-    return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+    own, (query, gallery) = own_rows(dataset), embeddings
+    gallery = query if gallery is None else gallery
+    k, exclude = min(k, len(gallery) - (own is not None)), None if own is None else own[rows]
+    return retrieval.top_k(query[rows], gallery, k, exclude=exclude, mesh=mesh)
 
 
 def ranking_inputs(embeddings: Embeddings, dataset: Dataset) -> dict:
@@ -148,15 +153,11 @@ def ranking_inputs(embeddings: Embeddings, dataset: Dataset) -> dict:
     arrays = {"query": embeddings.query, "query_labels": dataset.query.labels}
     if embeddings.gallery is None:
         return arrays
-    split = dataset.query if dataset.gallery is None else dataset.gallery
-    arrays |= {"gallery": embeddings.gallery, "gallery_labels": split.labels}
-    own = own_rows(dataset)
-    if own is not None:
-        rows = np.arange(len(split.labels))
-        # Queries that are not in the gallery have ids of their own.
-        elsewhere = len(rows) + np.arange(len(own))
-        arrays |= {"query_ids": np.where(own >= 0, own, elsewhere), "gallery_ids": rows}
-    return arrays
+    searched, ids = dataset.gallery, (dataset.query_ids, dataset.gallery_ids)
+    if searched is None:  # the queries, as they were before they were expanded
+        searched, ids = dataset.query, (np.arange(len(embeddings.query)),) * 2
+    arrays |= {"gallery": embeddings.gallery, "gallery_labels": searched.labels}
+    return arrays | dict(zip(("query_ids", "gallery_ids"), ids, strict=True))
 
 
 def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgd_jax import complementarity, geometry, metrics, protocols, rerank, retrieval
+from cgd_jax import complementarity, geometry, metrics, protocols, rerank
 from cgd_jax.data import Dataset
 from cgd_jax.evaluation.embed import (
     Embeddings,
@@ -74,7 +74,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
         folder / f"retrievals{suffix}.png",
         dataset,
         sample,
-        nearest(embeddings, own_rows(dataset), sample, k=8),
+        nearest(embeddings, dataset, 8, sample, run.mesh)[1],
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
     draw_embeddings(run, embeddings, step, suffix)
@@ -287,7 +287,7 @@ def draw_radius(run: Run, embeddings: Embeddings, suffix: str) -> None:
     """Draws R@1 over the radius within which an image is right, of places."""
     truth, data = run.dataset.query.truth, run.config.data
     if truth is not None and truth.positions is not None and embeddings.gallery is not None:
-        _, first = retrieval.top_k(embeddings.query, embeddings.gallery, 1, mesh=run.mesh)
+        _, first = nearest(embeddings, run.dataset, 1, mesh=run.mesh)
         distances = apart(truth.positions[0], truth.positions[1][first[:, 0]])
         title = f"{data.test_name or data.name}, CGD {run.config.model.descriptors}"
         plots.plot_radius(run.folder / f"radius{suffix}.png", distances, data.radius, title)
