@@ -126,7 +126,6 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(name: str, given: flags.FlagValues) -> None:
-    """Does what a command of a run says."""
     from cgd_jax import explain, export, inspect_data, train
     from cgd_jax.evaluation import ensemble, evaluate
     from cgd_jax.studies import report, runner, study

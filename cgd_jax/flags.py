@@ -37,8 +37,6 @@ class Command(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A flag of a command."""
-
     what: str  # it is
     value: str = ""  # what --help calls its value, "NUMBER" an integer; without it, a switch
     kind: Callable[..., Any] | None = None  # how absl defines it, if not as a text or so

@@ -269,8 +269,6 @@ def identify(source: str | Path | None) -> tuple[str, str]:
 
 
 class _Source(NamedTuple):
-    """What a source holds."""
-
     name: str
     weights: dict[str, Any]  # variables; of a published backbone, arrays by the publisher's names
     normalization: Normalization
@@ -287,7 +285,6 @@ def _locate(source: str | Path | None) -> str:
 
 
 def is_run(name: str) -> bool:
-    """Returns whether this is the work folder of a run."""
     return Path(buckets.local(name), "checkpoints").is_dir()
 
 

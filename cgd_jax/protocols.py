@@ -75,11 +75,9 @@ def revisited(
     found = {}
     for setup, (positives, ignored) in setups.items():
         measured = _measure(measure, query, gallery, positives, ignored, **options)
-        for name, values in measured.items():
-            if "recall" not in name:
-                found[f"{name}_{setup}"] = values
-            elif setup == "medium":
-                found[name] = values
+        found |= {f"{name}_{setup}": measured[name] for name in measured if "recall" not in name}
+        if setup == "medium":
+            found |= {name: measured[name] for name in measured if "recall" in name}
     return found
 
 

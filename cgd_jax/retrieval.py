@@ -94,8 +94,7 @@ def top_k(
         everything = np.full((total, k), least, local.dtype)
         everything[share] = local
         merged.append(processes.merge_rows(everything, everyones))
-    similarity, index = merged
-    return similarity, index
+    return merged[0], merged[1]
 
 
 @jax.jit

@@ -208,7 +208,7 @@ def create_state(
 
 def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation) -> State:
     """Draws the initial weights, and those of the losses: the state at step 0."""
-    size, dim = config.data.image_size, model.embedding_dim
+    size, dim, remembered = config.data.image_size, model.embedding_dim, config.loss.memory
     variables = model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)))
     params = variables["params"]
     if drawn := objective.create_loss_params(config.loss, config.seed, model.num_classes, dim):
@@ -222,7 +222,7 @@ def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransfor
         normalization=jax.tree.map(jnp.asarray, normalization),
         average=params if config.optimizer.ema_decay else None,
         skipped=jnp.zeros((), jnp.int32),
-        memory=objective.create_memory(config.loss, dim),
+        memory=losses.empty_memory(remembered, dim) if remembered else None,
     )
 
 

@@ -78,7 +78,6 @@ def embed_images(
     devices = sharding.mesh.size
     batch_size = -(-batch_size // devices) * devices
     count = len(images)
-
     rows = processes.local_rows(sharding, batch_size)
 
     def make_batch(i):
@@ -100,9 +99,7 @@ def embed_raw_pixels(
     """The pixels of the test images as embeddings. Arguments as for `embed_images`."""
     query, gallery = embed_dataset(embed_pixels, dataset, batch_size, sharding)
     parts = [part.reshape(len(part), -1, 3) for part in (query, gallery) if part is not None]
-    if all(
-        np.array_equal(p[..., 0], p[..., 1]) and np.array_equal(p[..., 1], p[..., 2]) for p in parts
-    ):
+    if all(np.all(part == part[..., :1]) for part in parts):
         # Gray images hold every number three times.
         query, gallery = query[:, ::3], None if gallery is None else gallery[:, ::3]
     return Embeddings(query, gallery)
