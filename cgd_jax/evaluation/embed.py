@@ -23,6 +23,11 @@ class Embeddings(NamedTuple):
     query: np.ndarray  # [N, D] float32
     gallery: np.ndarray | None  # [G, D] float32; None: queries search each other
 
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Embeddings":
+        """Changes the vectors of both."""
+        query, gallery = self
+        return Embeddings(change(query), None if gallery is None else change(gallery))
+
 
 def embed_dataset(
     embed: Callable[[jax.Array], jax.Array],
@@ -97,12 +102,12 @@ def embed_raw_pixels(
     dataset: Dataset, batch_size: int, sharding: jax.sharding.NamedSharding
 ) -> Embeddings:
     """The pixels of the test images as embeddings. Arguments as for `embed_images`."""
-    query, gallery = embed_dataset(embed_pixels, dataset, batch_size, sharding)
-    parts = [part.reshape(len(part), -1, 3) for part in (query, gallery) if part is not None]
+    found = embed_dataset(embed_pixels, dataset, batch_size, sharding)
+    parts = [part.reshape(len(part), -1, 3) for part in found if part is not None]
     if all(np.all(part == part[..., :1]) for part in parts):
         # Gray images hold every number three times.
-        query, gallery = query[:, ::3], None if gallery is None else gallery[:, ::3]
-    return Embeddings(query, gallery)
+        found = found.each(lambda vectors: vectors[:, ::3])
+    return found
 
 
 @jax.jit

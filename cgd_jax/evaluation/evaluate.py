@@ -208,8 +208,7 @@ def postprocess(
             learned = rerank.learn_pair_whitening(vectors, pairs, config.whitening_dim)
         else:
             learned = rerank.learn_whitening(vectors, config.whitening_dim)
-        query = rerank.whiten(query, *learned)
-        gallery = None if gallery is None else rerank.whiten(gallery, *learned)
+        query, gallery = embeddings.each(lambda vectors: rerank.whiten(vectors, *learned))
     k, alpha = config.database_augmentation, config.query_expansion_alpha
     if k and gallery is not None:
         gallery = rerank.augment_database(gallery, k, alpha, mesh=mesh)
