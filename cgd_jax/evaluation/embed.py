@@ -13,7 +13,6 @@ from cgd_jax.data import Dataset, Split, cache
 from cgd_jax.data.batches import prefetch
 from cgd_jax.data.dataset import Images
 from cgd_jax.data.shapes import Shape
-from cgd_jax.labels import own_index
 from cgd_jax.runtime import console, files, processes
 
 
@@ -118,20 +117,6 @@ def embed_pixels(images: jax.Array) -> jax.Array:
     return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
 
 
-def own_rows(dataset: Dataset) -> np.ndarray | None:
-    """Returns the gallery row [Q] that each query itself is, which must not match it.
-
-    It is -1 for queries that are not in the gallery; None if it is not known that any is.
-    """
-    if dataset.gallery is None:  # the queries search themselves
-        return np.arange(len(dataset.query.labels))
-    query_ids, gallery_ids = dataset.query_ids, dataset.gallery_ids
-    if query_ids is None or gallery_ids is None:
-        return None
-    own = own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
-    return own if (own >= 0).any() else None
-
-
 def nearest(
     embeddings: Embeddings,
     dataset: Dataset,
@@ -144,7 +129,7 @@ def nearest(
     Returns what `retrieval.top_k` does: similarities and positions in the gallery (among the
     queries, if there is none), [R, k] each, never the query itself.
     """
-    own, (query, gallery) = own_rows(dataset), embeddings
+    own, (query, gallery) = dataset.own_rows(), embeddings
     gallery = query if gallery is None else gallery
     k, exclude = min(k, len(gallery) - (own is not None)), None if own is None else own[rows]
     return retrieval.top_k(query[rows], gallery, k, exclude=exclude, mesh=mesh)
@@ -155,11 +140,15 @@ def ranking_inputs(embeddings: Embeddings, dataset: Dataset) -> dict:
     arrays = {"query": embeddings.query, "query_labels": dataset.query.labels}
     if embeddings.gallery is None:
         return arrays
-    searched, ids = dataset.gallery, (dataset.query_ids, dataset.gallery_ids)
-    if searched is None:  # the queries, as they were before they were expanded
-        searched, ids = dataset.query, (np.arange(len(embeddings.query)),) * 2
-    arrays |= {"gallery": embeddings.gallery, "gallery_labels": searched.labels}
-    return arrays | dict(zip(("query_ids", "gallery_ids"), ids, strict=True))
+    split = dataset.query if dataset.gallery is None else dataset.gallery
+    arrays |= {"gallery": embeddings.gallery, "gallery_labels": split.labels}
+    own = dataset.own_rows()
+    if own is not None:
+        rows = np.arange(len(split.labels))
+        # Queries that are not in the gallery have ids of their own.
+        elsewhere = len(rows) + np.arange(len(own))
+        arrays |= {"query_ids": np.where(own >= 0, own, elsewhere), "gallery_ids": rows}
+    return arrays
 
 
 def save_embeddings(path: str | Path, embeddings: Embeddings, dataset: Dataset) -> None:
