@@ -65,7 +65,6 @@ FLAGS = {
     "mode": Flag(
         "The command, where it is not the first word.",
         "NAME",
-        kind=flags.DEFINE_enum,
         default="train",
         options=tuple(COMMANDS),
     ),
@@ -74,11 +73,7 @@ FLAGS = {
         "runs/studies/CONFIG.",
         "FOLDER",
     ),
-    "together": Flag(
-        "Other runs, evaluated with the first as one ensemble.",
-        "RUN",
-        kind=flags.DEFINE_multi_string,
-    ),
+    "together": Flag("Other runs, evaluated with the first as one ensemble.", "RUN"),
     "step": Flag("The checkpoint; else the chosen one.", "NUMBER"),
     "match": Flag("The image that --query is compared with.", "FILE"),
     "push_to_hub": Flag("A Hugging Face repository to upload to.", "OWNER/NAME"),
@@ -87,13 +82,9 @@ FLAGS = {
         f"its runs again.",
         "NAME",
     ),
-    "values": Flag(
-        "More such CSV files, for verdicts over all.", "FILE", kind=flags.DEFINE_multi_string
-    ),
-    "variants": Flag(
-        "Some of the study's, separated by commas.", "NAME,NAME", kind=flags.DEFINE_list
-    ),
-    "seeds": Flag("Others than the study's: 0,1,2.", "NUMBER,NUMBER", kind=flags.DEFINE_list),
+    "values": Flag("More such CSV files, for verdicts over all.", "FILE"),
+    "variants": Flag("Some of the study's, separated by commas.", "NAME,NAME"),
+    "seeds": Flag("Others than the study's: 0,1,2.", "NUMBER,NUMBER"),
     "jobs": Flag("Runs at a time, on a CPU; else 1.", "NUMBER", default=1, options=(1,)),
     "dry_run": Flag("Prints the commands of the runs, and ends."),
     "distributed": Flag("Several processes, as SLURM, Open MPI or the TPU pod has started them."),
@@ -126,7 +117,6 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(name: str, given: flags.FlagValues) -> None:
-    """Does what a command of a run says."""
     from cgd_jax import explain, export, inspect_data, train
     from cgd_jax.evaluation import ensemble, evaluate
     from cgd_jax.studies import report, runner, study

@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from cgd_jax import config_files, study_files
-from cgd_jax.config import flatten
 from cgd_jax.runtime import buckets, console
 from cgd_jax.runtime.errors import UserError
 
@@ -22,6 +21,15 @@ CONFIG = (
     f"configs/base.py explains every key."
 )
 MANY = ("query", "images", "together", "values")  # flags that may be given several times
+# How absl defines a flag, by what --help calls its value; others are texts.
+KINDS: dict[str, Callable[..., Any]] = {
+    "": flags.DEFINE_bool,
+    "NUMBER": flags.DEFINE_integer,
+    "COSINE": flags.DEFINE_float,
+    "EXPONENT": flags.DEFINE_float,
+    "NUMBER,NUMBER": flags.DEFINE_list,
+    "NAME,NAME": flags.DEFINE_list,
+}
 PARTS = "data|augment|model|loss|optimizer|train|eval"
 OF_ALL = ["mode", "workdir", "distributed", "coordinator", "num_processes", "process_id"]
 DIVIDED = ("train", "eval", "index")  # several processes share the work; --help of others is short
@@ -38,13 +46,10 @@ class Command(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A flag of a command."""
-
     what: str  # it is
-    value: str = ""  # what --help calls its value, "NUMBER" an integer; without it, a switch
-    kind: Callable[..., Any] | None = None  # how absl defines it, if not as a text or so
+    value: str = ""  # what --help calls its value, see `KINDS`; without it, a switch
     default: Any = None
-    options: tuple = ()  # further arguments of `kind`: names to choose from, bounds
+    options: tuple = ()  # names to choose from, or the bounds of a number
 
 
 def parse(
@@ -164,15 +169,14 @@ def with_config_file(argv: list[str]) -> list[str]:
 def define(known: Mapping[str, Flag], names: list[str]) -> flags.FlagValues:
     """Returns flags that are not parsed yet."""
     given = flags.FlagValues()
-    kinds = {"": flags.DEFINE_bool, "NUMBER": flags.DEFINE_integer}
     for name in names:
-        what, value, kind, default, options = known[name]
-        define_one: Callable[..., Any] = kind or kinds.get(value, flags.DEFINE_string)
-        first = default if value else False
-        if kind is flags.DEFINE_enum:
-            define_one(name, first, list(options), what, flag_values=given)
-        else:
-            define_one(name, first, what, *options, flag_values=given)
+        what, value, default, options = known[name]
+        if value == "NAME" and options:
+            flags.DEFINE_enum(name, default, list(options), what, flag_values=given)
+            continue
+        define_one = KINDS.get(value, flags.DEFINE_string)
+        define_one = flags.DEFINE_multi_string if name in MANY else define_one
+        define_one(name, default if value else False, what, *options, flag_values=given)
     return given
 
 
@@ -184,7 +188,9 @@ def unknown_flag(flag: str, name: str, commands: Mapping[str, Command]) -> str:
     takes = commands[name].takes.split()
     alike = [f"--{other}=" for other in difflib.get_close_matches(flag, takes + OF_ALL, cutoff=0.8)]
     if "config" in takes:
-        keys = flatten(config_files.base_config().to_dict())
+        from flax.traverse_util import flatten_dict
+
+        keys = flatten_dict(config_files.base_config().to_dict(), sep=".")
         alike += [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
     if alike:
         return f"there is no flag --{flag}; did you mean {' or '.join(alike)}?"

@@ -44,7 +44,6 @@ FLAGS = {
         "An image; for search also a folder, and several times. Without it explain takes pairs of "
         "the test set.",
         "FILE",
-        kind=flags.DEFINE_multi_string,
     ),
     "index": Flag(
         "A folder, s3://..., a file that ends in .db, or the address of a Milvus server; else the "
@@ -54,7 +53,6 @@ FLAGS = {
     "images": Flag(
         "A folder, also in a bucket, s3://..., an archive or a CSV; may be given several times.",
         "FOLDER",
-        kind=flags.DEFINE_multi_string,
     ),
     "model": Flag(
         "An exported network: a file, a folder, or a Hugging Face repository, owner/name or "
@@ -64,23 +62,18 @@ FLAGS = {
     ),
     "vector": Flag("Which vector, as config.eval.vector; else what was trained.", "NAME"),
     "precision": Flag(
-        "Of the vectors: float32 or float16; else float32.",
-        "NAME",
-        kind=flags.DEFINE_enum,
-        options=("float32", "float16"),
+        "Of the vectors: float32 or float16; else float32.", "NAME", options=("float32", "float16")
     ),
     "whiten": Flag("Dimensions of whitened vectors; else all as they are.", "NUMBER", options=(1,)),
     "whitening": Flag(
         "What --whiten learns from: all images (pca), or pairs of those with one label; else pca.",
         "NAME",
-        kind=flags.DEFINE_enum,
         options=("pca", "pairs"),
     ),
     "compress": Flag(
         "What searches of a large index keep in memory: at most 48 bytes a vector (pq), or a bit a "
         "number (binary), of which the best are compared exactly; else a byte a number.",
         "NAME",
-        kind=flags.DEFINE_enum,
         options=("pq", "binary"),
     ),
     "prune": Flag(
@@ -91,7 +84,6 @@ FLAGS = {
         "What images are resized to: a square, or about a dozen shapes of as many pixels (keep), "
         "of which each takes the nearest; else as the network was trained.",
         "NAME",
-        kind=flags.DEFINE_enum,
         options=shapes.ASPECTS,
     ),
     "image_size": Flag(
@@ -100,12 +92,9 @@ FLAGS = {
     "scales": Flag(
         "Factors of the sides, such as 0.7071,1,1.4142, of which the vectors are added; else 1.",
         "NUMBER,NUMBER",
-        kind=flags.DEFINE_list,
     ),
     "scales_p": Flag(
-        "The exponent of their generalized mean, as GeM's; else 1, their sum.",
-        "NUMBER",
-        kind=flags.DEFINE_float,
+        "The exponent of their generalized mean, as GeM's; else 1, their sum.", "EXPONENT"
     ),
     "queries": Flag("A folder of images.", "FOLDER"),
     "database": Flag("Another, in which those most like them are found.", "FOLDER"),
@@ -118,11 +107,7 @@ FLAGS = {
     "exact": Flag("Compares with every image."),
     "crop": Flag("The part of the query to search by, in pixels.", "X,Y,WIDTH,HEIGHT"),
     "duplicates": Flag("Lists groups of images that are nearly the same."),
-    "similarity": Flag(
-        "With --duplicates: the cosine from which they are; else 0.94.",
-        "NUMBER",
-        kind=flags.DEFINE_float,
-    ),
+    "similarity": Flag("With --duplicates: the cosine from which they are; else 0.94.", "COSINE"),
     "json": Flag("Prints JSON, and nothing else."),
     "picture": Flag(
         "The PNG that shows what was found; else search.png, or duplicates.png.", "FILE"
