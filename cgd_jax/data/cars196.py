@@ -75,8 +75,8 @@ class Cars196(ImageBuilder):
                 *_half(labelled, find("cars_test"), "cars_test"),
             ]
         else:
-            found = "there is neither cars_annos.mat nor cars_train_annos.mat"
-            raise self.unusable(f"{found} in {folders[0]}")
+            missing = "there is neither cars_annos.mat nor cars_train_annos.mat"
+            raise self.unusable(f"{missing} in {folders[0]}")
         names = _class_names(find("cars_annos.mat") or find("cars_meta.mat"))
         for name, path, number, box in rows:
             split = "train" if number <= TRAIN_CLASSES else "test"
