@@ -24,11 +24,16 @@ def get_config() -> ConfigDict:
     data.dir = ""  # where data sets and caches are built; "": where TFDS puts them
     data.resize = 252  # pixels: training images are resized to this square, ratio not kept
     data.image_size = 224  # pixels the network sees, a square
+    # Pixels of the crops that training cuts out; 0: image_size. Smaller ones make objects look as
+    # large in training as in tests: https://arxiv.org/abs/1906.06423.
+    data.crop_size = 0
     # "keep": embeds test images in about a dozen shapes of image_size² pixels, of which each takes
     # the nearest; training crops squares all the same.
     data.aspect = "square"
     data.bbox_crop = True  # cuts out the bounding box first, where there is one (CUB, CARS)
-    data.cache = "disk"  # "none": decode as needed, for sets larger than the disk
+    # Of resized images; "20GB": as many of each split as fit into that, the others are decoded as
+    # needed, as all are with "none".
+    data.cache = "disk"
     data.allow_incomplete = False  # goes on though counts differ from the published ones
     data.max_bad_fraction = 0.01  # share of unreadable files that stops a build
     data.split_seed = 0  # image_folder: which classes train and which test

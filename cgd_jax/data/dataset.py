@@ -47,7 +47,7 @@ class Split(NamedTuple):
     # Of queries: what they find in the gallery, where no class says it.
     truth: "Truth | None" = None
     cache: Path | None = None  # the folder of caches, where resized images are kept
-    encoded: Images | None = None  # of examples, see `cache.encoded`; to keep their aspect
+    encoded: Images | None = None  # of examples, see `cache.encoded`; for images of other sizes
 
 
 def rows_of(split: Split, chosen: np.ndarray) -> Split:
