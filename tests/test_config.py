@@ -83,6 +83,7 @@ from tests.test_checkpoint import as_owner
         ({"model.stride_removed": "layer3", "model.last_stride": 2}, "last_stride=1, not 2"),
         ({"model.frozen_blocks": 99}, "resnet50 has 16 blocks"),
         ({"data.source": "a.zip"}, "is drawn, not read"),
+        ({"data.cache": "20"}, "must be disk, none, or the most"),
         ({"data.fold": "1/4", "data.validation_fraction": 0.5}, "only one of them"),
         ({"data.image_size": 300}, "larger than data.resize=252 with augment.pad=0"),
         ({"data.image_size": 300, "data.crop_size": 253}, "crop_size=253 is larger than data.res"),

@@ -59,7 +59,7 @@ def cached(
     name before it is whole. Raises OSError where the disk is too small.
     """
     key = {**key, "size": size, "images": len(examples), "format": FORMAT}
-    kept = int(min(len(examples), max(1, most // (size * size * 3))))
+    kept = int(min(len(examples), max(1, most / (size * size * 3))))
     if kept < len(examples):
         key["kept"] = kept
     text = json.dumps(key, sort_keys=True)
