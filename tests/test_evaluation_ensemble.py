@@ -42,6 +42,14 @@ def test_two_runs_together(finished_run, tmp_path):
     assert list(same.values())[1]["map@r"] == pytest.approx(list(same.values())[0]["map@r"])
 
 
+def test_few_training_images_span_fewer_dimensions(finished_run, monkeypatch):
+    _, finished, _ = finished_run
+    whole = ensemble.embed_training
+    monkeypatch.setattr(ensemble, "embed_training", lambda run, state: whole(run, state)[:4])
+    *_, reduced = ensemble.evaluate_together([str(finished), str(finished)]).values()
+    assert reduced["dimension"] == 3
+
+
 def test_runs_on_different_images_are_refused(finished_run, monkeypatch):
     _, finished, _ = finished_run
     opened = []

@@ -41,11 +41,11 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
     costs = {key: sum(of_one[key] for _, of_one in rows.values()) for key in costs}
     together = join(parts)
     rows[f"{len(parts)} runs together"] = (together, costs)
-    dim = parts[0].query.shape[1]
-    mean, axes = rerank.learn_whitening(join([Embeddings(t, None) for t in training]).query, dim)
+    mean, axes = rerank.learn_whitening(join([Embeddings(t, None) for t in training]).query)
+    axes = axes[:, : parts[0].query.shape[1]]  # or fewer, which is all that few images span
     axes /= np.linalg.norm(axes, axis=0)  # a plain PCA: every direction keeps its weight
     reduced = together.each(lambda vectors: rerank.whiten(vectors, mean, axes))
-    rows[f"{len(parts)} runs together, PCA to {dim}"] = (reduced, costs)
+    rows[f"{len(parts)} runs together, PCA to {axes.shape[1]}"] = (reduced, costs)
     sampling = {"bootstrap": first.config.eval.bootstrap, "seed": first.config.seed}
     measured = {
         name: {**measure(first, found, **sampling), "dimension": found.query.shape[1], **costs}
