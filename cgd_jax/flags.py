@@ -174,8 +174,10 @@ def define(known: Mapping[str, Flag], names: list[str]) -> flags.FlagValues:
         if value == "NAME" and options:
             flags.DEFINE_enum(name, default, list(options), what, flag_values=given)
             continue
-        define_one = KINDS.get(value, flags.DEFINE_string)
-        define_one = flags.DEFINE_multi_string if name in MANY else define_one
+        text: Callable[..., Any] = (
+            flags.DEFINE_multi_string if name in MANY else flags.DEFINE_string
+        )
+        define_one = KINDS.get(value, text)
         define_one(name, default if value else False, what, *options, flag_values=given)
     return given
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cgd_jax.ranking import Relevance, measure_ranks
+from cgd_jax.retrieval import check_pair
 
 __all__ = ["landmarks", "means", "ndcg", "places", "relevance", "revisited"]
 
@@ -236,6 +237,7 @@ def _measure(
     **options: Any,
 ) -> Metrics:
     """What a function makes of each query's ranks, from [B, M] to {metric: [B]}."""
+    query, gallery = check_pair(query, gallery, options.get("precision", "highest"))
     if len(query) != len(positives):
         raise ValueError(f"{len(query)} queries, but {len(positives)} lists of positives")
     wanted = relevance(positives, len(gallery), ignored)

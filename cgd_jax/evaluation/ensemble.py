@@ -55,8 +55,8 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
     console.log(tables.metrics_table(measured) + "\n")
     cells = []
     for name, row in measured.items():
-        parameters, seconds = console.quantity(row["parameters"]), f"{row['embed_seconds']:.1f} s"
-        cells.append([name, row["dimension"], parameters, seconds])
+        parameters, time_taken = console.quantity(row["parameters"]), row["embed_seconds"]
+        cells.append([name, row["dimension"], parameters, f"{time_taken:.1f} s"])
     console.log(tables.table(["", "dimension", "parameters", "time to embed"], cells))
     return measured
 
