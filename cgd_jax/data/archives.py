@@ -62,8 +62,6 @@ DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOF
 # Errors of the disk rather than of a name.
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
-csv.field_size_limit(1 << 24)  # some tables list images in a cell
-
 
 def is_archive(path: Path) -> bool:
     """Returns whether a name has one of the endings `ARCHIVE_ENDINGS`, in any case."""

@@ -6,6 +6,7 @@ https://github.com/cvdfoundation/google-landmark.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Gldv2(ImageBuilder):
 
     def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the rows of the three lists; test images that are not scored are left out."""
+        csv.field_size_limit(1 << 24)  # of characters; a cell lists all images of a landmark
         clean = self.find(folders, "train_clean.csv")
         classes = list(archives.read_csv(clean, ("landmark_id", "images")))
         for label, (_, row) in enumerate(classes):
