@@ -65,20 +65,15 @@ FLAGS = {
     "mode": Flag(
         "The command, where it is not the first word.",
         "NAME",
-        kind=flags.DEFINE_enum,
-        default="train",
-        options=tuple(COMMANDS),
+        "train",
+        tuple(COMMANDS),
     ),
     "workdir": Flag(
         "The folder of a run, or s3://... or gs://...; a new one is runs/CONFIG, or "
         "runs/studies/CONFIG.",
         "FOLDER",
     ),
-    "together": Flag(
-        "Other runs, evaluated with the first as one ensemble.",
-        "RUN",
-        kind=flags.DEFINE_multi_string,
-    ),
+    "together": Flag("Other runs, evaluated with the first as one ensemble.", "RUN"),
     "step": Flag("The checkpoint; else the chosen one.", "NUMBER"),
     "match": Flag("The image that --query is compared with.", "FILE"),
     "push_to_hub": Flag("A Hugging Face repository to upload to.", "OWNER/NAME"),
@@ -87,14 +82,10 @@ FLAGS = {
         f"its runs again.",
         "NAME",
     ),
-    "values": Flag(
-        "More such CSV files, for verdicts over all.", "FILE", kind=flags.DEFINE_multi_string
-    ),
-    "variants": Flag(
-        "Some of the study's, separated by commas.", "NAME,NAME", kind=flags.DEFINE_list
-    ),
-    "seeds": Flag("Others than the study's: 0,1,2.", "NUMBER,NUMBER", kind=flags.DEFINE_list),
-    "jobs": Flag("Runs at a time, on a CPU; else 1.", "NUMBER", default=1, options=(1,)),
+    "values": Flag("More such CSV files, for verdicts over all.", "FILE"),
+    "variants": Flag("Some of the study's, separated by commas.", "NAME,NAME"),
+    "seeds": Flag("Others than the study's: 0,1,2.", "NUMBER,NUMBER"),
+    "jobs": Flag("Runs at a time, on a CPU; else 1.", "NUMBER", 1, (1,)),
     "dry_run": Flag("Prints the commands of the runs, and ends."),
     "distributed": Flag("Several processes, as SLURM, Open MPI or the TPU pod has started them."),
     "coordinator": Flag("Several processes, started by hand: where the first one is.", "HOST:PORT"),

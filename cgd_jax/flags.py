@@ -22,6 +22,14 @@ CONFIG = (
     f"configs/base.py explains every key."
 )
 MANY = ("query", "images", "together", "values")  # flags that may be given several times
+# What a flag is by the name of its value; NAME is one of its options; anything else a text.
+KINDS: dict[str, Callable[..., Any]] = {
+    "": flags.DEFINE_bool,
+    "NUMBER": flags.DEFINE_integer,
+    "DECIMAL": flags.DEFINE_float,
+    "NUMBER,NUMBER": flags.DEFINE_list,
+    "NAME,NAME": flags.DEFINE_list,
+}
 PARTS = "data|augment|model|loss|optimizer|train|eval"
 OF_ALL = ["mode", "workdir", "distributed", "coordinator", "num_processes", "process_id"]
 DIVIDED = ("train", "eval", "index")  # several processes share the work; --help of others is short
@@ -41,10 +49,9 @@ class Flag(NamedTuple):
     """A flag of a command."""
 
     what: str  # it is
-    value: str = ""  # what --help calls its value, "NUMBER" an integer; without it, a switch
-    kind: Callable[..., Any] | None = None  # how absl defines it, if not as a text or so
+    value: str = ""  # what --help calls its value, see `KINDS`
     default: Any = None
-    options: tuple = ()  # further arguments of `kind`: names to choose from, bounds
+    options: tuple = ()  # names to choose from, or bounds
 
 
 def parse(
@@ -164,15 +171,16 @@ def with_config_file(argv: list[str]) -> list[str]:
 def define(known: Mapping[str, Flag], names: list[str]) -> flags.FlagValues:
     """Returns flags that are not parsed yet."""
     given = flags.FlagValues()
-    kinds = {"": flags.DEFINE_bool, "NUMBER": flags.DEFINE_integer}
     for name in names:
-        what, value, kind, default, options = known[name]
-        define_one: Callable[..., Any] = kind or kinds.get(value, flags.DEFINE_string)
+        what, value, default, options = known[name]
         first = default if value else False
-        if kind is flags.DEFINE_enum:
-            define_one(name, first, list(options), what, flag_values=given)
+        if name in MANY:
+            flags.DEFINE_multi_string(name, first, what, flag_values=given)
+        elif value == "NAME" and options:
+            flags.DEFINE_enum(name, first, list(options), what, flag_values=given)
         else:
-            define_one(name, first, what, *options, flag_values=given)
+            kind = KINDS.get(value, flags.DEFINE_string)
+            kind(name, first, what, *options, flag_values=given)
     return given
 
 

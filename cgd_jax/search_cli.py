@@ -44,7 +44,6 @@ FLAGS = {
         "An image; for search also a folder, and several times. Without it explain takes pairs of "
         "the test set.",
         "FILE",
-        kind=flags.DEFINE_multi_string,
     ),
     "index": Flag(
         "A folder, s3://..., a file that ends in .db, or the address of a Milvus server; else the "
@@ -54,7 +53,6 @@ FLAGS = {
     "images": Flag(
         "A folder, also in a bucket, s3://..., an archive or a CSV; may be given several times.",
         "FOLDER",
-        kind=flags.DEFINE_multi_string,
     ),
     "model": Flag(
         "An exported network: a file, a folder, or a Hugging Face repository, owner/name or "
@@ -63,24 +61,17 @@ FLAGS = {
         "FILE",
     ),
     "vector": Flag("Which vector, as config.eval.vector; else what was trained.", "NAME"),
-    "precision": Flag(
-        "Of the vectors: float32 or float16; else float32.",
-        "NAME",
-        kind=flags.DEFINE_enum,
-        options=("float32", "float16"),
-    ),
+    "precision": Flag("Of the vectors; else float32.", "NAME", options=("float32", "float16")),
     "whiten": Flag("Dimensions of whitened vectors; else all as they are.", "NUMBER", options=(1,)),
     "whitening": Flag(
         "What --whiten learns from: all images (pca), or pairs of those with one label; else pca.",
         "NAME",
-        kind=flags.DEFINE_enum,
         options=("pca", "pairs"),
     ),
     "compress": Flag(
         "What searches of a large index keep in memory: at most 48 bytes a vector (pq), or a bit a "
         "number (binary), of which the best are compared exactly; else a byte a number.",
         "NAME",
-        kind=flags.DEFINE_enum,
         options=("pq", "binary"),
     ),
     "prune": Flag(
@@ -91,7 +82,6 @@ FLAGS = {
         "What images are resized to: a square, or about a dozen shapes of as many pixels (keep), "
         "of which each takes the nearest; else as the network was trained.",
         "NAME",
-        kind=flags.DEFINE_enum,
         options=shapes.ASPECTS,
     ),
     "image_size": Flag(
@@ -100,29 +90,22 @@ FLAGS = {
     "scales": Flag(
         "Factors of the sides, such as 0.7071,1,1.4142, of which the vectors are added; else 1.",
         "NUMBER,NUMBER",
-        kind=flags.DEFINE_list,
     ),
     "scales_p": Flag(
-        "The exponent of their generalized mean, as GeM's; else 1, their sum.",
-        "NUMBER",
-        kind=flags.DEFINE_float,
+        "The exponent of their generalized mean, as GeM's; else 1, their sum.", "DECIMAL"
     ),
     "queries": Flag("A folder of images.", "FOLDER"),
     "database": Flag("Another, in which those most like them are found.", "FOLDER"),
-    "out": Flag("The text file of pairs; else pairs.txt.", "FILE", default="pairs.txt"),
+    "out": Flag("The text file of pairs; else pairs.txt.", "FILE", "pairs.txt"),
     "features": Flag(
         "Where to write the vectors too: FILE.h5 as hloc has it, else a folder of kapture.", "FILE"
     ),
-    "k": Flag("How many images; else 20.", "NUMBER", default=20, options=(1,)),
+    "k": Flag("How many images; else 20.", "NUMBER", 20, (1,)),
     "where": Flag("Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"),
     "exact": Flag("Compares with every image."),
     "crop": Flag("The part of the query to search by, in pixels.", "X,Y,WIDTH,HEIGHT"),
     "duplicates": Flag("Lists groups of images that are nearly the same."),
-    "similarity": Flag(
-        "With --duplicates: the cosine from which they are; else 0.94.",
-        "NUMBER",
-        kind=flags.DEFINE_float,
-    ),
+    "similarity": Flag("With --duplicates: the cosine from which they are; else 0.94.", "DECIMAL"),
     "json": Flag("Prints JSON, and nothing else."),
     "picture": Flag(
         "The PNG that shows what was found; else search.png, or duplicates.png.", "FILE"
@@ -131,11 +114,14 @@ FLAGS = {
         "The address of this machine to listen at, such as 0.0.0.0 for all, where a token is "
         "needed; else 127.0.0.1.",
         "ADDRESS",
-        default="127.0.0.1",
+        "127.0.0.1",
     ),
-    "port": Flag("Where to listen; else 8000.", "NUMBER", default=8000, options=(0, 65535)),
+    "port": Flag("Where to listen; else 8000.", "NUMBER", 8000, (0, 65535)),
     "show_paths": Flag("Tells where images lie."),
 }
+# Those that the functions of a command take as they are.
+OF_INDEX = "vector precision whiten whitening compress prune on"
+OF_SEARCH = "k where exact crop similarity json picture"
 
 
 def check(name: str, given: flags.FlagValues) -> None:
@@ -168,8 +154,7 @@ def run(name: str, given: flags.FlagValues) -> None:
     """Does what a command says."""
     from cgd_jax.search import commands
 
-    model = given.model or given.workdir
-    seen = _seen(given) if "aspect" in given else {}
+    model, share, seen = given.model or given.workdir, (0, 1), _seen(given)
     if seen or name == "pairs":
         from cgd_jax.network import open_network
 
@@ -179,57 +164,31 @@ def run(name: str, given: flags.FlagValues) -> None:
 
         write_pairs(given.queries, given.database, model, given.k, given.out, given.features)
         return
-    address = given.index or commands.default_address(given.workdir)
-    if name == "index":
-        commands.fill_index(
-            address,
-            given.images,
-            model,
-            vector=given.vector,
-            precision=given.precision,
-            whiten=given.whiten,
-            whitening=given.whitening,
-            compress=given.compress,
-            prune=given.prune,
-            on=given.on,
-            share=share_of_files(given),
-        )
-    elif name == "search":
-        commands.search_index(
-            address,
-            given.query,
-            model,
-            k=given.k,
-            where=given.where,
-            exact=given.exact,
-            crop=given.crop,
-            duplicates=given.similarity,
-            as_json=given.json,
-            figure=given.picture,
-        )
-    else:
+    address = given.index or f"{given.workdir or 'runs'}/index"
+    if name == "search":
+        commands.search_index(address, given.query, model, **_values(given, OF_SEARCH))
+        return
+    if given.distributed or given.coordinator:
+        import jax
+
+        share = jax.process_index(), jax.process_count()
+    if given.images:
+        commands.fill_index(address, given.images, model, share, **_values(given, OF_INDEX))
+    if name == "serve":
         from cgd_jax.serve.command import serve
 
-        if given.images:
-            commands.fill_index(address, given.images, model)
-        serve(address, model, host=given.host, port=given.port, show_paths=given.show_paths)
+        serve(address, model, **_values(given, "host port show_paths"))
+
+
+def _values(given: flags.FlagValues, names: str) -> dict[str, Any]:
+    return {name: given[name].value for name in names.split() if name in given}
 
 
 def _seen(given: flags.FlagValues) -> dict[str, Any]:
     """Returns how a network is to see images, as `network.open_network` takes it."""
+    seen = _values(given, "aspect image_size scales scales_p")
     try:
-        scales = [float(scale) for scale in given.scales or ()]
+        seen["scales"] = [float(scale) for scale in seen.get("scales") or ()]
     except ValueError:
         raise flags.Error(f"--scales={','.join(given.scales)}: give numbers, 0.7,1,1.4.") from None
-    seen = {"aspect": given.aspect, "image_size": given.image_size, "scales": scales}
-    seen["scales_p"] = given.scales_p
     return {name: value for name, value in seen.items() if value}
-
-
-def share_of_files(given: flags.FlagValues) -> tuple[int, int]:
-    """Returns which of several processes this is, and how many there are."""
-    if not (given.distributed or given.coordinator):
-        return 0, 1
-    import jax
-
-    return jax.process_index(), jax.process_count()

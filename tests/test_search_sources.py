@@ -268,8 +268,8 @@ def test_nothing_of_ours_is_an_image(tmp_path, monkeypatch):
     assert filled("runs/index", photos) == (4, 0, 0, 0, 0)
     assert filled("other/index", photos)[0] == 4
     commands.search_index("runs/index", ["hats/000.png"], stand_in())
-    commands.search_index("runs/index", ["hats/000.png"], stand_in(), figure="hats/found.png")
-    commands.search_index("runs/index", None, stand_in(), duplicates=0.01)
+    commands.search_index("runs/index", ["hats/000.png"], stand_in(), picture="hats/found.png")
+    commands.search_index("runs/index", None, stand_in(), similarity=0.01)
     with plots.figure("curve.png", 2, 2):
         pass
     writing.write_picture("sprite.png", Image.new("RGB", (9, 9)))

@@ -63,6 +63,12 @@ class Changes(NamedTuple):
     unchanged: int  # in content; perhaps with another label or time
     skipped: list[LeftOut]
 
+    def __str__(self) -> str:
+        return (
+            f"{self.added:,} images added, {self.changed:,} changed, {self.removed:,} removed, "
+            f"{self.unchanged:,} unchanged, {len(self.skipped):,} files left out"
+        )
+
 
 class Listing(NamedTuple):
     """What sources hold."""

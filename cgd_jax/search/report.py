@@ -57,8 +57,10 @@ def as_json(found: Found) -> str:
     return json.dumps({"answers": answers, "skipped": skipped, **values}, indent=2)
 
 
-def groups_as_text(groups: Sequence[Group]) -> str:
-    """Writes a table of groups of duplicates."""
+def groups_as_text(groups: Sequence[Group], similarity: float) -> str:
+    """Writes a table of groups of duplicates; `similarity` is what was asked for."""
+    if not groups:
+        return f"No two images have a similarity of {similarity:g} or more."
     first = [[i, len(group.members)] for i, group in enumerate(groups, 1) for _ in group.members]
     return _table(["group", "images"], first, [hit for group in groups for hit in group.members])
 
