@@ -173,7 +173,7 @@ def define(known: Mapping[str, Flag], names: list[str]) -> flags.FlagValues:
     given = flags.FlagValues()
     for name in names:
         what, value, default, options = known[name]
-        first = default if value else False
+        first: Any = default if value else False
         if name in MANY:
             flags.DEFINE_multi_string(name, first, what, flag_values=given)
         elif value == "NAME" and options:

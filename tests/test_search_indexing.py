@@ -387,7 +387,7 @@ def test_whitening_by_pairs_learns_from_what_shares_a_folder(tmp_path, monkeypat
     found = {index.get(id).path: vector for id, vector in zip(ids, vectors, strict=True)}
     # What differs within folders is white, whatever pairs of a folder are taken.
     learned = []
-    monkeypatch.setattr(indexing, "SAMPLE", 20)  # one of both folders
+    monkeypatch.setattr(embedding, "SAMPLE", 20)  # one of both folders
     keep = rerank.matching_pairs
     monkeypatch.setattr(rerank, "matching_pairs", lambda x: learned.append(x) or keep(x))
     update(str(tmp_path / "smaller"), [photos], network, whiten=5, whitening="pairs")
@@ -412,5 +412,5 @@ def test_whitening_by_pairs_learns_from_what_shares_a_folder(tmp_path, monkeypat
 def test_a_pipe_with_the_name_of_an_image_is_left_out(tmp_path):
     """Reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.png")
-    found = indexing._read((None, tmp_path / "a.png"), {}, {}, 16)
-    assert isinstance(found, ValueError) and str(found) == "not a file"
+    with pytest.raises(ValueError, match="^not a file$"):
+        images.content_of(tmp_path / "a.png")

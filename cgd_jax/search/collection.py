@@ -90,14 +90,13 @@ class Collection:
         paths = self.table["path"].take(rows)
         rest = pc.utf8_slice_codeunits(paths.filter(pc.starts_with(paths, prefix)), len(prefix))
         rest = rest.filter(pc.match_substring(rest, os.sep))
-        counts = pc.value_counts(pc.replace_substring_regex(rest, f"(?s){SEPARATOR}.*$", ""))
-        return dict(sorted((one["values"], one["counts"]) for one in counts.to_pylist()))
+        first = pc.replace_substring_regex(rest, f"(?s){SEPARATOR}.*$", "")
+        return stores.counted(first.chunks)
 
     @functools.cached_property
     def labels(self) -> dict[str, int]:
         """Counts the images of every label, in alphabetical order."""
-        counts = pc.value_counts(self.table["label"].drop_null())
-        return dict(sorted((one["values"], one["counts"]) for one in counts.to_pylist()))
+        return stores.counted(self.table["label"].chunks)
 
     def search(
         self,

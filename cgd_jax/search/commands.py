@@ -4,12 +4,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cgd_jax.network import Network
 from cgd_jax.runtime import console
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import filling, queries, report
-from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
+from cgd_jax.search import filling
 from cgd_jax.search.index import Index
 from cgd_jax.search.stores import StoreError
 
@@ -17,7 +16,7 @@ from cgd_jax.search.stores import StoreError
 def fill_index(
     address: str,
     sources: Sequence[str],
-    model: Network | str | None = None,
+    model: Any = None,
     share: tuple[int, int] = (0, 1),
     **options,
 ) -> None:
@@ -31,7 +30,7 @@ def fill_index(
 def search_index(
     address: str,
     asked: Sequence[str] | None,
-    model: Network | str | None = None,
+    model: Any = None,
     *,
     k: int = 20,
     where: str | None = None,
@@ -45,6 +44,9 @@ def search_index(
 
     See `queries.ask`, `find_duplicates`; of `crop`, `queries.parse_crop`. JSON is not drawn.
     """
+    from cgd_jax.search import queries, report  # and JAX, which `fill_index` may do without
+    from cgd_jax.search.duplicates import SIMILARITY, find_duplicates
+
     box = queries.parse_crop(crop) if crop else None
     index = Index.open(address, model)
     if asked is None:

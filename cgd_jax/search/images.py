@@ -14,7 +14,7 @@ import simplejpeg
 from PIL import Image
 
 from cgd_jax.data import archives, image_list
-from cgd_jax.data.decode import ENDINGS, FORMATS, PNG, looks_like_image, resize
+from cgd_jax.data.decode import ENDINGS, FORMATS, PNG, looks_like_image, read_file, resize
 from cgd_jax.data.images import Box, at_least, clip, extent, load, naming
 from cgd_jax.data.shapes import Size, as_shape, nearest
 from cgd_jax.runtime import buckets
@@ -97,9 +97,12 @@ def file_of(record: Record) -> bytes | None:
     return None
 
 
-def is_drawn_here(data: bytes) -> bool:
-    """Returns whether a file is a picture that this program drew, such as search.png."""
-    return data.startswith(PNG) and b"tEXtSoftware\0" + SOFTWARE.encode() in data[:1000]
+def content_of(file: Path | str) -> bytes:
+    """Reads a file, or an object in a bucket; raises OSError, ValueError where it is no image."""
+    data = buckets.read(str(file)) if buckets.is_bucket(file) else read_file(file)
+    if data.startswith(PNG) and b"tEXtSoftware\0" + SOFTWARE.encode() in data[:1000]:
+        raise ValueError("a picture that this program drew")
+    return data
 
 
 def record_of(

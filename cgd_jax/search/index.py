@@ -5,35 +5,36 @@
         print(hit.similarity, hit.path)
 
 The vectors of an index are those of one network, which it remembers by the hash of its weights:
-it is never searched with another.
+it is never searched with another. JAX is imported when there is something to embed.
 """
+
+from __future__ import annotations
 
 import base64
 import contextlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cgd_jax import network as networks
-from cgd_jax import rerank, retrieval
 from cgd_jax.data.images import is_one, listed
-from cgd_jax.network import Network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import digests, indexing, stores
 from cgd_jax.search import images as reading
 from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import open_store, writing
-from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
+from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store, Whitening
+
+if TYPE_CHECKING:
+    from cgd_jax.network import Network
 
 __all__ = ["Index", "IndexInfo", "Query"]
 
@@ -42,7 +43,6 @@ EQUALS = 16_000
 
 # An image as `data.images` reads it: a file, its bytes, of Pillow, or pixels [H, W, 3].
 Query = str | Path | bytes | Image.Image | np.ndarray
-Whitening = tuple[np.ndarray, np.ndarray]  # mean and projection, see `rerank.learn_whitening`
 
 
 class IndexInfo(NamedTuple):
@@ -69,7 +69,7 @@ class IndexInfo(NamedTuple):
 class Index:
     """Images and their vectors in a database; `open` and `create` make one, `info` is of it."""
 
-    def __init__(self, store: Store, network: Network | str | None = None):
+    def __init__(self, store: Store, network: Network | str | Path | None = None):
         self.address, self._store = store.address, store
         self.info, self.whitening = _read_about(store)
         self._network = network
@@ -94,7 +94,7 @@ class Index:
         *,
         create: bool = False,
         vector: str | None = None,
-    ) -> "Index":
+    ) -> Index:
         """Opens an index.
 
         Args:
@@ -114,14 +114,15 @@ class Index:
         except stores.NoIndexError:
             if not create:
                 raise
-            opened = model if isinstance(model, Network) else networks.open_network(model, vector)
-            return cls.create(address, opened)
-        index = cls(store, str(model) if isinstance(model, Path) else model)
-        if isinstance(model, Network):
-            index._check_network(model)
-        elif model is not None:  # known by its weights, without building it
-            name, weights_hash = networks.identify(model)
+            return cls.create(address, opened(model, vector))
+        index = cls(store, model)
+        if isinstance(model, str | Path):  # known by its weights, without building it
+            from cgd_jax import network
+
+            name, weights_hash = network.identify(model)
             index._check(name, {"weights_hash": weights_hash})
+        elif model is not None:
+            index._check_network(model)
         if vector is not None:
             index._check(index.info.network, {"vector": vector})
         return index
@@ -136,7 +137,7 @@ class Index:
         whitening: Whitening | None = None,
         whitened_by: str = "pca",
         compress: str | None = None,
-    ) -> "Index":
+    ) -> Index:
         """Makes an empty index of a network's vectors; one that is there already is opened.
 
         Their precision is "float32" or "float16"; a whitening, and what it was learned by, of
@@ -175,8 +176,8 @@ class Index:
         Raises InputError: it is no longer where it was, another one is there now, or it would have
         to be downloaded though only the index, which may be a stranger's, names it.
         """
-        if not isinstance(self._network, Network):
-            source = self._network or self.info.network
+        if self._network is None or isinstance(self._network, str | Path):
+            source = str(self._network or self.info.network)
             here = os.path.isabs(source) or "/" not in source or os.path.exists(source)
             if self._network is None and not here:
                 raise InputError(
@@ -184,14 +185,15 @@ class Index:
                     f"Hugging Face, or a bucket. It is not requested only because an index names "
                     f"it: if it is the one that you want, say --model={literal(source)}."
                 )
+            info = self.info
             try:
-                network = networks.open_network(
+                network = opened(
                     source,
-                    self.info.vector,
-                    aspect="keep" if self.info.shapes else "square",
-                    image_size=self.info.image_size,
-                    scales=self.info.scales,
-                    scales_p=self.info.scales_p,
+                    info.vector,
+                    aspect="keep" if info.shapes else "square",
+                    image_size=info.image_size,
+                    scales=info.scales,
+                    scales_p=info.scales_p,
                 )
             except FileNotFoundError as error:
                 raise InputError(
@@ -245,7 +247,9 @@ class Index:
         return self._whitened(self.network.embed_pixels(pixels))
 
     def _whitened(self, vectors: np.ndarray) -> np.ndarray:
-        return vectors if self.whitening is None else rerank.whiten(vectors, *self.whitening)
+        from cgd_jax.search import embedding
+
+        return embedding.whitened(vectors, self.whitening)
 
     @overload
     def search(
@@ -316,6 +320,8 @@ class Index:
         return vectors / norms
 
     def _search_in_memory(self, vectors: np.ndarray, k: int, where: str | None) -> list[list[Hit]]:
+        from cgd_jax import retrieval
+
         ids, gallery = self.vectors(where)
         if not ids:
             return [[] for _ in vectors]
@@ -360,10 +366,7 @@ class Index:
 
     def labels(self) -> dict[str, int]:
         """Counts the images of every label, in alphabetical order."""
-        counts = Counter()
-        for batch in self.store.read(["label"]):
-            counts.update(batch["label"].drop_null().to_pylist())
-        return dict(sorted(counts.items()))
+        return stores.counted([batch["label"] for batch in self.store.read(["label"])])
 
     def vectors(self, where: str | None = None) -> tuple[list[str], np.ndarray]:
         """Returns ids, and their vectors [N, D] float32 of unit length; `where` as for `search`.
@@ -434,6 +437,15 @@ class Index:
         """Brings the index up to date with folders, archives and CSVs; see `filling.update`."""
         with writing(self.address), indexing.listed(sources, self.address) as listing:
             return indexing.update(self, listing, watch=watch)
+
+
+def opened(model: Network | str | Path | None, vector: str | None, **seen: Any) -> Network:
+    """Returns a network, see `network.open_network`; one that is open already as it is."""
+    from cgd_jax import network
+
+    if isinstance(model, network.Network):
+        return model
+    return network.open_network(model, vector, **seen)
 
 
 def _in_order(hits: list[Hit]) -> list[Hit]:

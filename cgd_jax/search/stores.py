@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cgd_jax.runtime.errors import UserError
 
@@ -30,6 +31,7 @@ class BusyError(StoreError, BlockingIOError):
 
 
 COMPRESSED = ("pq", "binary")  # see `Index.create`
+Whitening = tuple[np.ndarray, np.ndarray]  # mean and projection, see `rerank.learn_whitening`
 UNKNOWN = -1  # when an image was taken that an earlier version of this program indexed
 
 
@@ -121,6 +123,12 @@ def vectors_in(batch: pa.RecordBatch) -> np.ndarray:
     column = batch["vector"]
     numbers = column.flatten().to_numpy(zero_copy_only=False)
     return numbers.reshape(-1, column.type.list_size).astype(np.float32)
+
+
+def counted(column: Sequence[pa.Array]) -> dict[str, int]:
+    """Counts the values in pieces of a column, in alphabetical order."""
+    counts = pc.value_counts(pa.chunked_array(column, pa.string()).drop_null())
+    return dict(sorted((one["values"], one["counts"]) for one in counts.to_pylist()))
 
 
 def is_local(address: str) -> bool:
