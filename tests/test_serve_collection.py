@@ -14,7 +14,7 @@ from PIL import Image
 lancedb = pytest.importorskip("lancedb", reason="lancedb is not installed")
 testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
-from cgd_jax.search import Index, Record, collection, indexing  # noqa: E402
+from cgd_jax.search import Index, Record, collection, images  # noqa: E402
 from cgd_jax.search.filling import update  # noqa: E402
 from cgd_jax.serve import service  # noqa: E402
 from cgd_jax.serve.app import create_app  # noqa: E402
@@ -404,7 +404,7 @@ def test_an_index_of_an_earlier_version_learns_dates_without_embedding(tmp_path,
     np.testing.assert_array_equal(new.vectors()[1][np.argsort(new.vectors()[0])],
                                   before[1][np.argsort(before[0])])  # fmt: skip
     reads = []
-    monkeypatch.setattr(indexing, "read_file", lambda path: reads.append(path))
+    monkeypatch.setattr(images, "read_file", lambda path: reads.append(path))
     update(address, [tmp_path / "photos"], network)
     assert not reads
 

@@ -6,11 +6,13 @@ All of search that needs JAX to make vectors is here, and imported when there ar
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from cgd_jax import network as networks
 from cgd_jax import rerank
 from cgd_jax.data.images import Box
 from cgd_jax.network import BATCHES, Network, enough
@@ -30,6 +32,11 @@ class Embedder(NamedTuple):
 
     network: Network
     whitening: Whitening | None = None
+
+
+def opened(model: Network | str | Path | None, vector: str | None, **seen: Any) -> Network:
+    """Returns a network, see `network.open_network`; one that is open already as it is."""
+    return model if isinstance(model, Network) else networks.open_network(model, vector, **seen)
 
 
 def whitened(vectors: np.ndarray, by: Whitening | None) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cgd_jax.runtime import packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import indexing
-from cgd_jax.search.index import Index, opened
+from cgd_jax.search.index import Index
 from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import writing
 from cgd_jax.search.stores import NoIndexError
@@ -59,7 +59,7 @@ def update(
             _check(index, asked | {"compress": compress})
         indexing.meet(share, "everybody has looked whether there is an index")
         if index is None and is_first:
-            from cgd_jax.search.embedding import learn_whitening
+            from cgd_jax.search.embedding import learn_whitening, opened
 
             network, by = opened(model, vector), whitening or "pca"
             images = list(listing.images.values())

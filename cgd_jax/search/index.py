@@ -114,12 +114,14 @@ class Index:
         except stores.NoIndexError:
             if not create:
                 raise
+            from cgd_jax.search.embedding import opened
+
             return cls.create(address, opened(model, vector))
         index = cls(store, model)
         if isinstance(model, str | Path):  # known by its weights, without building it
-            from cgd_jax import network
+            from cgd_jax.network import identify
 
-            name, weights_hash = network.identify(model)
+            name, weights_hash = identify(model)
             index._check(name, {"weights_hash": weights_hash})
         elif model is not None:
             index._check_network(model)
@@ -185,6 +187,8 @@ class Index:
                     f"Hugging Face, or a bucket. It is not requested only because an index names "
                     f"it: if it is the one that you want, say --model={literal(source)}."
                 )
+            from cgd_jax.search.embedding import opened
+
             info = self.info
             try:
                 network = opened(
@@ -334,9 +338,9 @@ class Index:
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
         """Returns images of the index by id, as hits of similarity 0."""
-        found, ids = {}, list(ids)
-        for at in range(0, len(ids), 1000):
-            for batch in self.store.read(HIT_COLUMNS, stores.among(ids[at : at + 1000])):
+        found = {}
+        for where in stores.among(ids):
+            for batch in self.store.read(HIT_COLUMNS, where):
                 found |= {row["id"]: Hit(similarity=0.0, **row) for row in batch.to_pylist()}
         return found
 
@@ -359,7 +363,7 @@ class Index:
         return stores.vectors_in(self._row(id, ["vector"]))[0]
 
     def _row(self, id: str, names: list[str]) -> pa.RecordBatch:
-        for batch in self.store.read(names, stores.among([id])):
+        for batch in self.store.read(names, f"id = {stores.quoted(id)}"):
             if batch.num_rows:
                 return batch
         raise KeyError(f"the index has no image {id!r}")
@@ -437,15 +441,6 @@ class Index:
         """Brings the index up to date with folders, archives and CSVs; see `filling.update`."""
         with writing(self.address), indexing.listed(sources, self.address) as listing:
             return indexing.update(self, listing, watch=watch)
-
-
-def opened(model: Network | str | Path | None, vector: str | None, **seen: Any) -> Network:
-    """Returns a network, see `network.open_network`; one that is open already as it is."""
-    from cgd_jax import network
-
-    if isinstance(model, network.Network):
-        return model
-    return network.open_network(model, vector, **seen)
 
 
 def _in_order(hits: list[Hit]) -> list[Hit]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,10 +26,7 @@ from cgd_jax.runtime import buckets, files
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import images, stores
 from cgd_jax.search.images import LeftOut, Listed
-from cgd_jax.search.stores import COLUMNS, Record, Whitening
-
-if TYPE_CHECKING:  # else only when there are images to embed
-    from cgd_jax.network import Network
+from cgd_jax.search.stores import Record
 
 __all__ = ["Changes", "listed", "meet", "update"]
 
@@ -41,6 +38,7 @@ WRITE_AFTER = 15.0
 LISTED = 20  # files that were left out, in the log; skipped.csv in the index has them all
 # What tells of changes.
 KNOWN = ("id", "path", "label", "size", "hash", "source", "modified", "taken")
+CONTENT = ("hash", "width", "height", "thumbnail")  # what files of one content share
 One = TypeVar("One")
 
 
@@ -80,12 +78,9 @@ class Index(Protocol):
     """What an index, `index.Index`, is asked for here."""
 
     address: str
-    whitening: Whitening | None
 
     @property
     def store(self) -> stores.Store: ...
-    @property
-    def network(self) -> "Network": ...
     def write(self, records: Sequence[Record], vectors: np.ndarray) -> None: ...
 
 
@@ -139,9 +134,14 @@ def update(
         for id, (record, file) in wanted.items()
         if id not in known or _differ(known[id], record)
     }
-    written = _write(index, todo, known, watch, on)
-    lost = {id for id, away in missing.items() if away and known[id].hash not in written.moved}
-    gone = written.broken + list(missing if prune else missing.keys() - lost)
+    embedded, copies, failed = _write(index, todo, known, watch, on)
+    added = sum(id not in known for id in [*embedded, *(record.id for record, _ in copies)])
+    changed = sum(id in known for id in embedded)
+    moved = {known[origin].hash for record, origin in copies if record.id not in known}
+    lost = {id for id, away in missing.items() if away and known[id].hash not in moved}
+    gone = list(missing if prune else missing.keys() - lost)
+    # Others cannot be read now.
+    gone += [one.id for one, error in failed if one.id in known and isinstance(error, ValueError)]
     if gone:
         index.store.delete(gone)
     if lost and not prune:
@@ -152,12 +152,12 @@ def update(
             literal(min(known[id].path for id in lost)),
         )
     meet(share, "everything is written")
-    added, changed, skipped = written.added, written.changed, written.skipped
     if is_first and (share[1] > 1 or added or changed or gone):
         index.store.finish()
-    unchanged = len(wanted) - added - changed - len(skipped)
-    skipped = listing.left_out * is_first + skipped
+    skipped = listing.left_out * is_first
+    skipped += [(record.path, images.reason_of(error)) for record, error in failed]
     _report(index.address, skipped)
+    unchanged = len(wanted) - added - changed - len(failed)
     return Changes(added, changed, len(gone), unchanged, skipped)
 
 
@@ -237,55 +237,42 @@ def _differ(known: Record, found: Record) -> bool:
     return traits[0] != traits[1] or known.taken == stores.UNKNOWN
 
 
-class Written(NamedTuple):
-    """What became of the files that were looked at."""
-
-    added: int
-    changed: int
-    broken: list[str]  # ids of what is in the index, and an image no longer
-    moved: set[str]  # hashes of what the index has under another id
-    skipped: list[LeftOut]
-
-
 def _write(
     index: Index,
     todo: dict[str, Listed],
     known: dict[str, Record],
     watch: Callable[[int, int], None] | None,
     on: str | None,
-) -> Written:
-    """Reads and embeds files, whose records have the hash that is known, and writes what is new."""
+) -> tuple[list[str], list[tuple[Record, str]], list[tuple[Record, Exception]]]:
+    """Reads files, whose records have the hash that is known, and writes what is new.
+
+    Returns the ids of what was embedded; what the index has as another image, and the id of that;
+    and what cannot be read.
+    """
     # Images that stay as they are until the end, by their content: others may take their vectors.
     origins = {record.hash: id for id, record in known.items() if id not in todo}
-    skipped, copies, moved, broken, added, changed = [], [], set(), [], 0, 0
+    embedded, copies, failed = [], [], []
     records, vectors, written = [], [], time.monotonic()
     outcomes = _embedded(index, list(todo.values()), origins, on) if todo else ()
     for done, ((record, _), found, vector) in enumerate(outcomes, 1):
         if watch:
             watch(done, len(todo))
-        if isinstance(found, Exception):
-            skipped.append((record.path, images.reason_of(found)))
-            if record.id in known and isinstance(found, ValueError):  # else it cannot be read now
-                broken.append(record.id)
-            continue
-        is_new = record.id not in known
-        added += is_new
         if vector is not None and found["hash"] in origins:
-            found, vector = Copy(origins[found["hash"]], found["taken"]), None
-        if vector is None:
+            found = Copy(origins[found["hash"]], found["taken"])
+        if isinstance(found, Exception):
+            failed.append((record, found))
+        elif isinstance(found, Copy):
             copies.append((record._replace(taken=found.taken), found.origin))
-            moved |= {known[found.origin].hash} if is_new else set()
-            continue
-        changed += not is_new
-        records.append(record._replace(**found))
-        vectors.append(vector)
-        if len(records) >= WRITE_EVERY or time.monotonic() > written + WRITE_AFTER:
+        else:
+            embedded.append(record.id)
+            records.append(record._replace(**found))
+            vectors.append(vector)
+        late = time.monotonic() > written + WRITE_AFTER or done == len(todo)
+        if records and (late or len(records) >= WRITE_EVERY):
             index.write(records, np.stack(vectors))
             records, vectors, written = [], [], time.monotonic()
-    if records:
-        index.write(records, np.stack(vectors))
     _copy(index, copies)
-    return Written(added, changed, broken, moved, skipped)
+    return embedded, copies, failed
 
 
 def _embedded(
@@ -316,11 +303,11 @@ def _copy(index: Index, copies: list[tuple[Record, str]]) -> None:
     """Writes images whose content the index has, under their own or another id."""
     for at in range(0, len(copies), WRITE_EVERY):
         some, known = copies[at : at + WRITE_EVERY], {}
-        for batch in index.store.read([*COLUMNS, "vector"], stores.among({id for _, id in some})):
-            rows = batch.drop_columns(["vector"]).to_pylist()
-            for row, vector in zip(rows, stores.vectors_in(batch), strict=True):
-                content = {name: row[name] for name in ("hash", "width", "height", "thumbnail")}
-                known[row["id"]] = content, vector
+        for where in stores.among({id for _, id in some}):
+            for batch in index.store.read([*CONTENT, "id", "vector"], where):
+                rows = batch.drop_columns(["vector"]).to_pylist()
+                for row, vector in zip(rows, stores.vectors_in(batch), strict=True):
+                    known[row.pop("id")] = row, vector
         records = [record._replace(**known[id][0]) for record, id in some]
         index.write(records, np.stack([known[id][1] for _, id in some]))
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cgd_jax.runtime.errors import InputError, UserError
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import digests, stores
-from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, StoreError
+from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is raised as well
 try:
@@ -42,8 +42,10 @@ PIECE = 1000  # rows that are read or written at a time
 LENGTHS = {"id": 64, "hash": 64, "path": 16384, "source": 16384, "text": 65535, "thumbnail": 65535}
 
 
-class MilvusStore:
+class MilvusStore(stores.Store):
     """See `stores.Store`."""
+
+    errors = (MilvusException, OSError, RuntimeError, ValueError)
 
     def __init__(self, address: str, about: dict[str, str] | None = None, dimension: int = 0):
         for library in ("pymilvus", "milvus_lite"):
@@ -58,7 +60,7 @@ class MilvusStore:
         if is_local and about is None and not Path(address).exists():
             raise stores.no_index(address)
         self.address = address
-        with self._failures("opened"):
+        with self.failures("opened"):
             if is_local:
                 Path(address).parent.mkdir(parents=True, exist_ok=True)
                 # Its files change from now on, even if nobody writes.
@@ -81,12 +83,12 @@ class MilvusStore:
             self._client.load_collection(IMAGES)
 
     def about(self, name: str) -> str | None:
-        with self._failures("read"):
+        with self.failures("read"):
             rows = self._query(ABOUT, f'id like "{name}.%"', ["id", "text"], limit=10_000)
         return "".join(row["text"] for row in sorted(rows, key=lambda row: row["id"])) or None
 
     def upsert(self, rows: pa.Table) -> None:
-        with self._failures("written"):
+        with self.failures("written"):
             for batch in rows.to_batches(max_chunksize=PIECE):
                 some = batch.to_pylist()
                 for row in some:
@@ -94,13 +96,12 @@ class MilvusStore:
                 self._client.upsert(IMAGES, some)
 
     def delete(self, ids: Sequence[str]) -> None:
-        with self._failures("written"):
-            for at in range(0, len(ids), PIECE):
-                some = translate(stores.among(ids[at : at + PIECE]))
-                self._client.delete(IMAGES, filter=some)
+        with self.failures("written"):
+            for where in stores.among(ids):
+                self._client.delete(IMAGES, filter=translate(where))
 
     def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
-        with self._failures("read", where):
+        with self.failures("read", where):
             found = self._client.search(
                 IMAGES,
                 data=list(vectors),
@@ -110,19 +111,15 @@ class MilvusStore:
                 consistency_level="Strong",
             )
             return [
-                [
-                    Hit(similarity=hit["distance"], **{n: hit["entity"][n] for n in HIT_COLUMNS})
-                    for hit in hits
-                ]
-                for hits in found
+                [Hit(similarity=hit["distance"], **hit["entity"]) for hit in hits] for hits in found
             ]
 
     def count(self, where: str | None = None) -> int:
-        with self._failures("read", where):
+        with self.failures("read", where):
             return self._query(IMAGES, translate(where), ["count(*)"])[0]["count(*)"]
 
     def read(self, names: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        with self._failures("read", where):
+        with self.failures("read", where):
             pieces = self._client.query_iterator(
                 IMAGES,
                 batch_size=PIECE,
@@ -147,7 +144,7 @@ class MilvusStore:
         return None
 
     def finish(self) -> None:
-        with self._failures("written"):
+        with self.failures("written"):
             self._client.flush(IMAGES)
 
     def _query(self, collection: str, where: str, names: list[str], **options) -> list[dict]:
@@ -162,16 +159,10 @@ class MilvusStore:
     def _create(self, collection: str, columns: dict[str, Any], dimension: int) -> None:
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         for name, kind in columns.items():
-            if kind is int:
-                schema.add_field(name, DataType.INT64)
-            else:
-                schema.add_field(
-                    name,
-                    DataType.VARCHAR,
-                    max_length=LENGTHS.get(name, 4096),
-                    is_primary=name == "id",
-                    nullable=kind == (str | None),
-                )
+            options = {"is_primary": name == "id", "nullable": kind == (str | None)}
+            if kind is not int:
+                options["max_length"] = LENGTHS.get(name, 4096)
+            schema.add_field(name, DataType.INT64 if kind is int else DataType.VARCHAR, **options)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
         parameters = self._client.prepare_index_params()
         parameters.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
@@ -186,24 +177,11 @@ class MilvusStore:
                 row = {"id": f"{name}.{i:04}", "text": text[at : at + TEXT], "vector": [1.0, 0.0]}
                 self._client.upsert(ABOUT, [row])
 
-    @contextlib.contextmanager
-    def _failures(self, done: str, where: str | None = None) -> Iterator[None]:
-        """Raises what Milvus raises as the errors that `stores.Store` promises."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (MilvusException, OSError, RuntimeError, ValueError) as error:
-            text = " ".join(str(getattr(error, "message", error)).split())
-            # So servers and milvus-lite say that a filter is wrong.
-            signs = r"pars|expr|unexpected|unknown field|expected|column"
-            if where and re.search(signs, text, re.I):
-                raise InputError(f"--where={where!r} is not understood: {text}") from error
-            raise StoreError(
-                f"The index {self.address} could not be {done}: {text}. What was written before "
-                f"is kept; mend what is named here (is the server running? does another process "
-                f"use the file?) and repeat the command."
-            ) from error
+    def explain(self, error: Exception) -> tuple[str, bool]:
+        text = str(getattr(error, "message", error))
+        # So servers and milvus-lite say that a filter is wrong.
+        signs = r"pars|expr|unexpected|unknown field|expected|column"
+        return text, re.search(signs, text, re.I) is not None
 
 
 def seal(address: str) -> None:

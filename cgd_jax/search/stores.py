@@ -4,6 +4,7 @@
 `milvus_store` are the databases; `opening.open_store` chooses by the address.
 """
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cgd_jax.runtime.errors import UserError
+from cgd_jax.runtime.errors import InputError, UserError
 
 __all__ = ["Hit", "NoIndexError", "Record", "SCHEMA", "Store", "StoreError"]
 
@@ -76,6 +77,7 @@ class Store(Protocol):
     """
 
     address: str
+    errors: tuple[type[Exception], ...]  # that the database raises
 
     def about(self, name: str) -> str | None:
         """Returns a text that was written when the index was made."""
@@ -103,6 +105,29 @@ class Store(Protocol):
 
     def finish(self) -> None:
         """Tidies up after writing; from some size on, builds what approximate search needs."""
+
+    def explain(self, error: Exception) -> tuple[str, bool]:
+        """Returns what is wrong, and whether it is the condition if there is one."""
+        return str(error), True
+
+    @contextlib.contextmanager
+    def failures(self, done: str, where: str | None = None) -> Iterator[None]:
+        """Raises what the database raises as the errors that are promised."""
+        try:
+            yield
+        except UserError:
+            raise
+        except self.errors as error:
+            text, of_where = self.explain(error)
+            text = " ".join(text.split())
+            if where and of_where:
+                raise InputError(f"--where={where!r} is not understood: {text}") from error
+            raise StoreError(
+                f"The index {self.address} could not be {done}: {text}. What was written before is "
+                f"kept; mend what is named here (is there room? is the server running? does "
+                f"another process use the file?) and repeat the command: it goes on from there. If "
+                f"files are damaged, delete it and index the images anew."
+            ) from error
 
 
 def schema_with_vectors(dimension: int, number: pa.DataType | None = None) -> pa.Schema:
@@ -146,9 +171,11 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def among(ids: Iterable[str]) -> str:
-    """Returns the SQL condition that a row has one of these ids."""
-    return f"id IN ({', '.join(map(quoted, ids))})"
+def among(ids: Iterable[str]) -> Iterator[str]:
+    """Yields the SQL conditions that a row has one of these ids, so many that none is too long."""
+    texts = list(map(quoted, ids))
+    for at in range(0, len(texts), 1000):
+        yield f"id IN ({', '.join(texts[at : at + 1000])})"
 
 
 def no_index(address: str) -> NoIndexError:
