@@ -26,7 +26,6 @@ from cgd_jax.search import (
     queries,
     report,
 )
-from cgd_jax.search import index as indexes
 from cgd_jax.search.collection import Collection
 from cgd_jax.search.duplicates import Group, find_duplicates
 from cgd_jax.serve import command as serving
@@ -331,7 +330,7 @@ def test_what_a_strangers_index_says_is_compared_before_it_is_used(
     """Nothing is read, allocated or computed in a size that only the index names."""
     photograph(tmp_path / "photos/a.png", 1)
     dumps = json.dumps
-    monkeypatch.setattr(indexes.json, "dumps", lambda info: dumps(info | changes))
+    monkeypatch.setattr(json, "dumps", lambda info: dumps(info | changes))
     with contextlib.suppress(InputError, StoreError):
         Index.create(tmp_path / "index", stand_in())
     monkeypatch.undo()
@@ -374,7 +373,7 @@ def test_thumbnails_of_a_stranger_are_small_images_or_refused(tmp_path):
 
 
 def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexes.json, "dumps", lambda values: '{"precision": "float32"}')
+    monkeypatch.setattr(json, "dumps", lambda values: '{"precision": "float32"}')
     with pytest.raises(StoreError, match="does not say what it holds.*Delete it"):
         Index.create(tmp_path / "index", stand_in())
 

@@ -10,25 +10,22 @@ it is never searched with another. JAX is imported when there is something to em
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from cgd_jax.data.images import is_one, listed
-from cgd_jax.reports.names import literal
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import digests, indexing, stores
+from cgd_jax.search import about, digests, indexing, stores
 from cgd_jax.search import images as reading
+from cgd_jax.search.about import IndexInfo
 from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import open_store, writing
 from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store, Whitening
@@ -45,33 +42,12 @@ EQUALS = 16_000
 Query = str | Path | bytes | Image.Image | np.ndarray
 
 
-class IndexInfo(NamedTuple):
-    """What an index holds; it is written when the index is made and never changes."""
-
-    network: str  # the name of a package, a path, or a repository
-    weights_hash: str
-    vector: str  # which of the network's vectors, see `models.cgd.select_vector`
-    dimension: int  # of the vectors in the index
-    image_size: int  # pixels, what the network sees
-    resize: int  # pixels: images are resized to this square, of which it sees the center
-    normalization: dict[str, list[float]]  # of the pixels
-    precision: str  # of the vectors in the index: float32 or float16
-    whitened_from: int | None  # dimension of the network's vectors, where these are whitened
-    created: str  # ISO 8601, to the microsecond, which tells indexes of one network apart
-    # With the aspect kept: the shapes that images are resized to; see `data.shapes`.
-    shapes: list[list[int]] = []
-    scales: list[float] = [1.0]  # see `network.open_network`
-    scales_p: float = 1.0
-    whitened_by: str = "pca"  # or "pairs", see `rerank`
-    compress: str | None = None  # of `stores.COMPRESSED`: what stays in memory of the vectors
-
-
 class Index:
     """Images and their vectors in a database; `open` and `create` make one, `info` is of it."""
 
     def __init__(self, store: Store, network: Network | str | Path | None = None):
         self.address, self._store = store.address, store
-        self.info, self.whitening = _read_about(store)
+        self.info, self.whitening = about.read(store)
         self._network = network
         self._remembered: tuple[int, list[str], np.ndarray] | None = None
 
@@ -122,11 +98,11 @@ class Index:
             from cgd_jax.network import identify
 
             name, weights_hash = identify(model)
-            index._check(name, {"weights_hash": weights_hash})
+            about.check(index.info, name, {"weights_hash": weights_hash}, index.address)
         elif model is not None:
-            index._check_network(model)
+            about.check_network(index.info, model, index.address)
         if vector is not None:
-            index._check(index.info.network, {"vector": vector})
+            about.check(index.info, index.info.network, {"vector": vector}, index.address)
         return index
 
     @classmethod
@@ -156,19 +132,16 @@ class Index:
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
             whitened_by=whitened_by,
             compress=compress,
-            **_remembered_of(network),
+            **about.remembered_of(network),
         )
         if compress and (compress not in stores.COMPRESSED or info.dimension % 8):
             raise InputError(
                 f"--compress={compress}: it is {' or '.join(stores.COMPRESSED)}, of vectors whose "
                 f"length is a multiple of 8, not {info.dimension}; --whiten= gives them another."
             )
-        about = {"info": json.dumps(info._asdict())}
-        if whitening is not None:
-            numbers = np.column_stack(whitening).astype("<f4")
-            about["whitening"] = base64.b64encode(numbers.tobytes()).decode()
-        index = cls(open_store(str(address), about, info.dimension), network)
-        index._check_network(network)
+        texts = about.as_texts(info, whitening)
+        index = cls(open_store(str(address), texts, info.dimension), network)
+        about.check_network(index.info, network, index.address)
         return index
 
     @property
@@ -179,33 +152,7 @@ class Index:
         to be downloaded though only the index, which may be a stranger's, names it.
         """
         if self._network is None or isinstance(self._network, str | Path):
-            source = str(self._network or self.info.network)
-            here = os.path.isabs(source) or "/" not in source or os.path.exists(source)
-            if self._network is None and not here:
-                raise InputError(
-                    f"The index {self.address} was made with the network {literal(source)} of "
-                    f"Hugging Face, or a bucket. It is not requested only because an index names "
-                    f"it: if it is the one that you want, say --model={literal(source)}."
-                )
-            from cgd_jax.search.embedding import opened
-
-            info = self.info
-            try:
-                network = opened(
-                    source,
-                    info.vector,
-                    aspect="keep" if info.shapes else "square",
-                    image_size=info.image_size,
-                    scales=info.scales,
-                    scales_p=info.scales_p,
-                )
-            except FileNotFoundError as error:
-                raise InputError(
-                    f"The index {self.address} was made with the network {literal(source)}, which "
-                    f"is not there: {error} If it is elsewhere now, say so with --model=."
-                ) from error
-            self._check_network(network)
-            self._network = network
+            self._network = about.open_network(self.info, self._network, self.address)
         return self._network
 
     @property
@@ -215,32 +162,12 @@ class Index:
         One that came in its place may have the same number for a version.
         """
         digests.check(self.address)
-        said = json.loads(self._store.about("info") or "{}")
-        # Indexes of older versions do not say what has a default.
-        if IndexInfo._field_defaults | said != self.info._asdict():
+        if not about.is_said(self.info, self._store):
             raise stores.StoreError(
                 f"The index {self.address} was replaced by another one after it had been opened. "
                 f"Open it again; if it is served, start the server again."
             )
         return self._store
-
-    def _check_network(self, network: Network) -> None:
-        """Compares all that vectors depend on, and their length before whitening."""
-        length = {"whitened_from" if self.info.whitened_from else "dimension": network.dimension}
-        self._check(network.name, _remembered_of(network) | length)
-
-    def _check(self, name: str, found: dict[str, Any]) -> None:
-        """Raises InputError if a network is not the one that the index was made with."""
-        known = self.info._asdict()
-        differing = [key for key, value in found.items() if value != known[key]]
-        if differing:
-            values = "; ".join(f"{key} {known[key]}, here {found[key]}" for key in differing)
-            raise InputError(
-                f"The index {self.address} was made with the network {literal(self.info.network)}; "
-                f"{name} is another one, or has changed since ({literal(values)}). Their vectors "
-                f"cannot be compared: say with --model= where the index's network is, or make "
-                f"another index with --index=."
-            )
 
     def embed(self, images: Query | Sequence[Query]) -> np.ndarray:
         """Returns the vectors of images, [B, D] float32 of unit length; see `Network.embed`."""
@@ -452,35 +379,3 @@ def _composed(where: str | None) -> str | None:
     """Writes the labels of a condition as they are kept; those of files have either form."""
     columns = re.sub(r"'(?:[^']|'')*'", "", where or "")
     return where if re.search(r"\b(path|source)\b", columns) else stores.composed(where)
-
-
-def _remembered_of(network: Network) -> dict[str, Any]:
-    """Returns what an index remembers of its network: all that its vectors depend on."""
-    scale = network.normalization._asdict()
-    return {
-        "weights_hash": network.weights_hash,
-        "vector": network.vector,
-        "image_size": network.image_size,
-        "resize": network.resize,
-        "shapes": [] if isinstance(network.size, int) else list(map(list, network.size)),
-        "scales": list(network.scales),
-        "scales_p": network.scales_p,
-        "normalization": {name: np.asarray(value).tolist() for name, value in scale.items()},
-    }
-
-
-def _read_about(store: Store) -> tuple[IndexInfo, Whitening | None]:
-    try:
-        info = IndexInfo(**json.loads(store.about("info") or "null"))
-        if not isinstance(info.network, str):
-            raise TypeError
-        if info.whitened_from is None:
-            return info, None
-        data = base64.b64decode(store.about("whitening") or "")
-        numbers = np.frombuffer(data, "<f4").reshape(info.whitened_from, info.dimension + 1)
-        return info, (numbers[:, 0], numbers[:, 1:])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise stores.StoreError(
-            f"The index {store.address} does not say what it holds: it is damaged, or was made by "
-            f"another version of this program. Delete it and index the images anew."
-        ) from error

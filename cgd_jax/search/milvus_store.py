@@ -140,9 +140,6 @@ class MilvusStore(stores.Store):
     def approximate(self) -> bool:
         return True  # a server decides by itself how it searches
 
-    def version(self) -> None:
-        return None
-
     def finish(self) -> None:
         with self.failures("written"):
             self._client.flush(IMAGES)

@@ -99,9 +99,11 @@ class Store(Protocol):
 
     def approximate(self) -> bool:
         """Returns whether `search` may miss some of the nearest."""
+        return False
 
     def version(self) -> int | None:
         """Returns a number that changes with the rows; None where the database has none."""
+        return None
 
     def finish(self) -> None:
         """Tidies up after writing; from some size on, builds what approximate search needs."""
