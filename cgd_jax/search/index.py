@@ -28,7 +28,7 @@ from cgd_jax.search import images as reading
 from cgd_jax.search.about import IndexInfo
 from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import open_store, writing
-from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store, Whitening
+from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, LISTED, Hit, Record, Store, Whitening
 
 if TYPE_CHECKING:
     from cgd_jax.network import Network
@@ -320,11 +320,7 @@ class Index:
 
     def to_arrow(self) -> pa.Table:
         """Returns all records, but for thumbnails, and vectors as an Arrow table."""
-        names = [name for name in COLUMNS if name != "thumbnail"]
-        schema = stores.schema_with_vectors(self.info.dimension)
-        schema = pa.schema([schema.field(name) for name in (*names, "vector")])
-        batches = [batch.cast(schema) for batch in self.store.read(schema.names)]
-        return pa.Table.from_batches(batches, schema)
+        return stores.read_table(self.store, [*LISTED, "vector"], self.info.dimension)
 
     def add(
         self, images: Query | Iterable[Query], labels: Sequence[str | None] | None = None

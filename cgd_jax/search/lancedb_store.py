@@ -12,18 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cgd_jax.runtime import packages
 from cgd_jax.search import stores
 from cgd_jax.search.stores import HIT_COLUMNS, Hit
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # else it warns of what is as it should be
-try:
-    import lancedb
-    from lancedb.index import BTree, IvfPq, IvfRq, IvfSq
-except ImportError as error:
-    raise ImportError(
-        "An index in a folder needs the package lancedb: pip install 'cgd_jax[search]', or "
-        "pip install lancedb."
-    ) from error
+packages.require("An index in a folder", "search", "lancedb")
+import lancedb  # noqa: E402
+from lancedb.index import BTree, IvfPq, IvfRq, IvfSq  # noqa: E402
 
 IMAGES, ABOUT = "images", "about"  # the tables
 # Numbers (rows × dimension) from which comparing with everything takes too long, some 100 ms.
@@ -55,7 +51,7 @@ class LanceStore(stores.Store):
 
     def __init__(self, address: str, about: dict[str, str] | None = None, dimension: int = 0):
         if about is None and stores.is_local(address) and not Path(address).is_dir():
-            raise stores.no_index(address)
+            raise stores.NoIndexError(address)
         self.address, self._deleted = address, False
         self._about: dict[str, str] = {}
         self._about_of: tuple[int, int] | None = None  # the state of the table that it was read of
@@ -64,7 +60,7 @@ class LanceStore(stores.Store):
             self._database = lancedb.connect(address, read_consistency_interval=timedelta(0))
             if IMAGES not in self._database.list_tables().tables:
                 if about is None:
-                    raise stores.no_index(address)
+                    raise stores.NoIndexError(address)
                 texts = pa.table({"name": list(about), "text": list(about.values())})
                 self._database.create_table(ABOUT, texts, mode="overwrite")
                 halves = json.loads(about["info"])["precision"] == "float16"

@@ -18,18 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cgd_jax.runtime import packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import digests, stores
 from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is raised as well
-try:
-    from pymilvus import DataType, MilvusClient, MilvusException
-except ImportError as error:
-    raise ImportError(
-        "An index in Milvus needs the package pymilvus, and milvus-lite for a file that ends in "
-        ".db: pip install 'cgd_jax[milvus]', or pip install pymilvus milvus-lite."
-    ) from error
+packages.require("An index in Milvus", "milvus", "pymilvus")
+from pymilvus import DataType, MilvusClient, MilvusException  # noqa: E402
 
 # milvus-lite closes connections of clients that ask every ten seconds whether it is still there.
 NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
@@ -58,7 +54,7 @@ class MilvusStore(stores.Store):
             )
         is_local = stores.is_local(address)
         if is_local and about is None and not Path(address).exists():
-            raise stores.no_index(address)
+            raise stores.NoIndexError(address)
         self.address = address
         with self.failures("opened"):
             if is_local:
@@ -71,7 +67,7 @@ class MilvusStore(stores.Store):
             if not self._client.has_collection(IMAGES):
                 if about is None:
                     self._client.close()
-                    raise stores.no_index(address)
+                    raise stores.NoIndexError(address)
                 self._write_about(about)
                 # Last: from now on there is an index.
                 self._create(IMAGES, COLUMNS, dimension)
@@ -84,7 +80,8 @@ class MilvusStore(stores.Store):
 
     def about(self, name: str) -> str | None:
         with self.failures("read"):
-            rows = self._query(ABOUT, f'id like "{name}.%"', ["id", "text"], limit=10_000)
+            options = _options(f'id like "{name}.%"', ["id", "text"])
+            rows = self._client.query(ABOUT, limit=10_000, **options)
         return "".join(row["text"] for row in sorted(rows, key=lambda row: row["id"])) or None
 
     def upsert(self, rows: pa.Table) -> None:
@@ -102,31 +99,21 @@ class MilvusStore(stores.Store):
 
     def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
         with self.failures("read", where):
-            found = self._client.search(
-                IMAGES,
-                data=list(vectors),
-                limit=k,
-                filter=translate(where),
-                output_fields=HIT_COLUMNS,
-                consistency_level="Strong",
-            )
+            options = _options(translate(where), HIT_COLUMNS)
+            found = self._client.search(IMAGES, data=list(vectors), limit=k, **options)
             return [
                 [Hit(similarity=hit["distance"], **hit["entity"]) for hit in hits] for hits in found
             ]
 
     def count(self, where: str | None = None) -> int:
         with self.failures("read", where):
-            return self._query(IMAGES, translate(where), ["count(*)"])[0]["count(*)"]
+            options = _options(translate(where), ["count(*)"])
+            return self._client.query(IMAGES, **options)[0]["count(*)"]
 
     def read(self, names: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
         with self.failures("read", where):
-            pieces = self._client.query_iterator(
-                IMAGES,
-                batch_size=PIECE,
-                filter=translate(where),
-                output_fields=list(names),
-                consistency_level="Strong",
-            )
+            options = _options(translate(where), names)
+            pieces = self._client.query_iterator(IMAGES, batch_size=PIECE, **options)
             try:
                 while rows := pieces.next():
                     for row in rows if "thumbnail" in names else ():
@@ -143,15 +130,6 @@ class MilvusStore(stores.Store):
     def finish(self) -> None:
         with self.failures("written"):
             self._client.flush(IMAGES)
-
-    def _query(self, collection: str, where: str, names: list[str], **options) -> list[dict]:
-        return self._client.query(
-            collection,
-            filter=where,
-            output_fields=names,
-            consistency_level="Strong",
-            **options,
-        )
 
     def _create(self, collection: str, columns: dict[str, Any], dimension: int) -> None:
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -179,6 +157,11 @@ class MilvusStore(stores.Store):
         # So servers and milvus-lite say that a filter is wrong.
         signs = r"pars|expr|unexpected|unknown field|expected|column"
         return text, re.search(signs, text, re.I) is not None
+
+
+def _options(where: str, names: Sequence[str]) -> dict[str, Any]:
+    """Returns what every way of reading takes; "Strong" also sees what was written just now."""
+    return {"filter": where, "output_fields": list(names), "consistency_level": "Strong"}
 
 
 def seal(address: str) -> None:

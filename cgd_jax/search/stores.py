@@ -26,6 +26,12 @@ class StoreError(UserError, OSError):
 class NoIndexError(UserError, FileNotFoundError):
     """There is no index at an address."""
 
+    def __init__(self, address: str):
+        super().__init__(
+            f"--index={address}: there is no index. Make one first: `cgd_jax index IMAGES "
+            f"--index={address}`."
+        )
+
 
 class BusyError(StoreError, BlockingIOError):
     """Another process writes to the index."""
@@ -62,6 +68,7 @@ class Hit(NamedTuple):
 
 
 COLUMNS = get_type_hints(Record)
+LISTED = [name for name in COLUMNS if name != "thumbnail"]
 HIT_COLUMNS = [name for name in Hit._fields if name in COLUMNS]
 _TYPES = {str: pa.string(), str | None: pa.string(), int: pa.int64(), bytes: pa.binary()}
 SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in COLUMNS.items()])
@@ -132,6 +139,13 @@ class Store(Protocol):
             ) from error
 
 
+def read_table(store: Store, names: Sequence[str], dimension: int = 0) -> pa.Table:
+    """Reads some columns of all rows, "vector" of a dimension among them if it is named."""
+    schema = schema_with_vectors(dimension)
+    schema = pa.schema([schema.field(name) for name in names])
+    return pa.Table.from_batches([batch.cast(schema) for batch in store.read(names)], schema)
+
+
 def schema_with_vectors(dimension: int, number: pa.DataType | None = None) -> pa.Schema:
     """Returns `SCHEMA` with the column "vector", in float32 unless another type is given."""
     return SCHEMA.append(pa.field("vector", pa.list_(number or pa.float32(), dimension)))
@@ -178,11 +192,3 @@ def among(ids: Iterable[str]) -> Iterator[str]:
     texts = list(map(quoted, ids))
     for at in range(0, len(texts), 1000):
         yield f"id IN ({', '.join(texts[at : at + 1000])})"
-
-
-def no_index(address: str) -> NoIndexError:
-    """Returns the error for an index that is not there."""
-    return NoIndexError(
-        f"--index={address}: there is no index. Make one first: `cgd_jax index "
-        f"IMAGES --index={address}`."
-    )
