@@ -1,11 +1,9 @@
 """Makes an index of files, or brings one up to date with them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cgd_jax.runtime import packages
 from cgd_jax.runtime.errors import InputError
@@ -15,14 +13,11 @@ from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import writing
 from cgd_jax.search.stores import NoIndexError
 
-if TYPE_CHECKING:  # else only when there are images to embed
-    from cgd_jax.network import Network
-
 
 def update(
     address: str,
     sources: Sequence[str | Path],
-    model: Network | str | Path | None = None,
+    model: Any = None,
     *,
     vector: str | None = None,
     precision: str | None = None,
