@@ -7,7 +7,7 @@ from typing import Any
 
 from cgd_jax.runtime import packages
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import indexing
+from cgd_jax.search import images, indexing
 from cgd_jax.search.index import Index
 from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import writing
@@ -31,7 +31,7 @@ def update(
 ) -> Changes:
     """Brings an index up to date with folders, archives and CSVs; makes it if there is none.
 
-    Sources are those of `indexing.listed`; what overlapping ones mean, and what `prune` does,
+    Sources are those of `images.listed`; what overlapping ones mean, and what `prune` does,
     stands in docs/searching.md. `model` and `vector` are as `Index.open` takes them; `precision`,
     `whiten`, a dimension, `whitening`, "pca" or "pairs", and `compress`, see `Index.create`,
     are of a new index. Of n processes that fill an index together, process i calls this with the
@@ -47,7 +47,7 @@ def update(
     with contextlib.ExitStack() as stack:
         if is_first:  # for all of them
             stack.enter_context(writing(address))
-        listing = stack.enter_context(indexing.listed(sources, address))
+        listing = stack.enter_context(images.listed(sources, address))
         with contextlib.suppress(NoIndexError):
             index = Index.open(address, model, vector=vector)
             asked = {"precision": precision, "whiten": whiten, "whitening": whitening}
@@ -57,12 +57,12 @@ def update(
             from cgd_jax.search.embedding import learn_whitening, opened
 
             network, by = opened(model, vector), whitening or "pca"
-            images = list(listing.images.values())
+            some = list(listing.images.values())
             index = Index.create(
                 address,
                 network,
                 precision=precision or "float32",
-                whitening=learn_whitening(network, images, whiten, by) if whiten else None,
+                whitening=learn_whitening(network, some, whiten, by) if whiten else None,
                 whitened_by=by,
                 compress=compress,
             )

@@ -362,7 +362,7 @@ class Index:
         self, *sources: str | Path, watch: Callable[[int, int], None] | None = None
     ) -> Changes:
         """Brings the index up to date with folders, archives and CSVs; see `filling.update`."""
-        with writing(self.address), indexing.listed(sources, self.address) as listing:
+        with writing(self.address), reading.listed(sources, self.address) as listing:
             return indexing.update(self, listing, watch=watch)
 
 

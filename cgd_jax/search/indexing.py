@@ -5,7 +5,6 @@ again when its content is. What is done is written every few seconds, so that an
 run loses no more than that: the next one sees what is in the index, and goes on.
 """
 
-import contextlib
 import csv
 import functools
 import io
@@ -13,7 +12,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,11 @@ import numpy as np
 
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import buckets, files
-from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import images, stores
-from cgd_jax.search.images import LeftOut, Listed
+from cgd_jax.search.images import LeftOut, Listed, Listing
 from cgd_jax.search.stores import Record
 
-__all__ = ["Changes", "listed", "meet", "update"]
+__all__ = ["Changes", "meet", "update"]
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +64,6 @@ class Changes(NamedTuple):
         )
 
 
-class Listing(NamedTuple):
-    """What sources hold."""
-
-    images: dict[str, Listed]
-    sources: set[str]
-    left_out: list[LeftOut]
-
-
 class Index(Protocol):
     """What an index, `index.Index`, is asked for here."""
 
@@ -82,36 +72,6 @@ class Index(Protocol):
     @property
     def store(self) -> stores.Store: ...
     def write(self, records: Sequence[Record], vectors: np.ndarray) -> None: ...
-
-
-@contextlib.contextmanager
-def listed(sources: Iterable[str | Path], address: str) -> Iterator[Listing]:
-    """Lists the images of folders, archives and CSVs, which can be read inside.
-
-    Sources are those of `images.list_images` and `images.list_bucket`. Raises InputError: one is
-    missing or holds no image.
-    """
-    scratch = Path(address).parent if stores.is_local(address) else Path.cwd()
-    found = Listing({}, set(), [])
-    with contextlib.ExitStack() as stack:
-        # Lists come last: what they say of an image counts.
-        for source in sorted(map(str, sources), key=images.is_list):
-            if buckets.is_bucket(source):
-                root = source.rstrip("/")
-                rows, left_out = images.list_bucket(root)
-            else:
-                root = os.path.abspath(Path(source).expanduser())
-                listing = images.list_images(Path(root), scratch, address)
-                rows, left_out = stack.enter_context(listing)
-            if not rows:
-                raise InputError(
-                    f"--images={source} holds no image, but {len(left_out):,} other files. "
-                    f"Nothing was changed; to empty an index, delete it."
-                )
-            found.images.update((record.id, (record, file)) for record, file in rows)
-            found.sources.add(root)
-            found.left_out.extend(left_out)
-        yield found
 
 
 def update(
