@@ -80,7 +80,7 @@ def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
 
         def build():
             shutil.rmtree(scratch / "cache", ignore_errors=True)
-            cache.cached(source, scratch / "cache", {}, SIZE)
+            cache.cached(cache.encoded(source), scratch / "cache", {}, SIZE)
 
         return build
 
@@ -101,7 +101,7 @@ def measure(folder: Path, scratch: Path, rounds: int) -> list[tuple]:
 
     def differences():
         source = prepared()
-        images = cache.cached(source, scratch / "cache", {}, SIZE).images
+        images = cache.cached(cache.encoded(source), scratch / "cache", {}, SIZE).images
         names = [example["id"].decode() for example in source]
         some = range(0, len(names), max(len(names) // 50, 1))
         pillow = {i: by_pillow(folder / names[i]) for i in some}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cgd_jax import metrics, pooling
 from cgd_jax.data import grocery
 from cgd_jax.data.load import load_dataset
-from cgd_jax.models import cpu_ops, pretrained
+from cgd_jax.models import pretrained
 from cgd_jax.models.efficientnet_lite import BACKBONES
 from cgd_jax.preprocess import normalize
 from configs import grocery as config_file
@@ -37,7 +37,7 @@ NAMES = {"S": "mean", "M": "maximum", "G": "generalized mean, p = 3"}
 
 def ours(images):
     """{letter: [N, 1280]} of uint8 images [N, S, S, 3]."""
-    model = BACKBONES["efficientnet_lite0"](last_stride=2, conv=cpu_ops.Conv)
+    model = BACKBONES["efficientnet_lite0"](last_stride=2)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     variables, normalization = pretrained.load(shapes, "efficientnet_lite0", "efficientnet_lite0")
 

@@ -112,7 +112,7 @@ def compare_speed(count: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def ours():
-            images = cache.cached(source, folder, {"of": "benchmark"}, SIZE).images
+            images = cache.cached(cache.encoded(source), folder, {"of": "benchmark"}, SIZE).images
             return lambda: seconds_of_ours(images, labels, batches) and batches * batch_size
 
         timed = clock.compare(

@@ -40,8 +40,9 @@ def show_data(config: ConfigDict, workdir: str) -> None:
     train = dataset.train
     names = [train.class_names[label] for label in train.labels[sample_indices(0)].tolist()]
     key = step_key(config.seed, 0)
+    size = config.data.crop_size or config.data.image_size
     images = jax.jit(augment, static_argnums=(2, 3))(
-        key, images, FrozenConfigDict(config.augment), config.data.image_size, IMAGENET
+        key, images, FrozenConfigDict(config.augment), size, IMAGENET
     )
     path = Path(workdir, "samples.png")
     path.parent.mkdir(parents=True, exist_ok=True)

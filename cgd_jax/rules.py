@@ -195,7 +195,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _problems_of_backbone(config: ConfigDict) -> Iterator[str]:
-    model, size, name = config.model, config.data.image_size, config.model.backbone
+    model, name = config.model, config.model.backbone
     yield from backbones.refused_options(model)
     if model.stride_removed != "layer4" and model.last_stride == 2:
         yield f"model.stride_removed={model.stride_removed!r} goes with model.last_stride=1, not 2."
@@ -206,9 +206,10 @@ def _problems_of_backbone(config: ConfigDict) -> Iterator[str]:
     if config.optimizer.layer_decay < 1 and not hasattr(backbone, "layers"):
         yield f"optimizer.layer_decay goes by the blocks of a backbone, and {name} lists none."
     patch = getattr(backbone, "patch", 1)
-    if size % patch:
-        fitting = " and ".join(str(n * patch) for n in (size // patch, size // patch + 1) if n)
-        yield f"data.image_size={size} is no multiple of the {patch} of a patch; {fitting} are."
+    for key in ("image_size", "crop_size"):
+        if (size := config.data[key]) % patch:
+            fitting = " and ".join(str(n * patch) for n in (size // patch, size // patch + 1) if n)
+            yield f"data.{key}={size} is no multiple of the {patch} of a patch; {fitting} are."
 
 
 def _problems_of_network(model: ConfigDict, wanted: ConfigDict) -> Iterator[str]:
@@ -230,14 +231,15 @@ def _problems_of_network(model: ConfigDict, wanted: ConfigDict) -> Iterator[str]
 
 def _problems_of_images(images: ConfigDict, augment: ConfigDict, test: ConfigDict) -> Iterator[str]:
     size, resize, pad = images.image_size, images.resize, augment.pad
+    name, crop = ("crop_size", images.crop_size) if images.crop_size else ("image_size", size)
     if images.source and not data.needs_source(images.name):
         yield f"data.source={images.source!r}, but {images.name} is drawn, not read."
     if images.test_source and not images.test_name:
         yield f"data.test_source={images.test_source!r}, but data.test_name names no data set."
     if images.fold and images.validation_fraction:
         yield "data.fold and data.validation_fraction both hold classes back; set only one of them."
-    if resize + 2 * pad < size:
-        yield f"data.image_size={size} is larger than data.resize={resize} with augment.pad={pad}."
+    if resize + 2 * pad < crop:
+        yield f"data.{name}={crop} is larger than data.resize={resize} with augment.pad={pad}."
     if test.center_crop and resize < size:
         yield f"eval.center_crop cuts data.image_size={size} out of a smaller data.resize={resize}."
     if pad and augment.min_area < 1:

@@ -54,7 +54,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         files.write_json(folder / "config.json", to_dict(config))
         if not resumed:  # else it is not known what a run without data.json was trained on
             record_data(folder, run.dataset)
-        variables, size = state.variables(), config.data.image_size
+        variables, size = state.variables(), config.data.crop_size or config.data.image_size
         flops = flops_per_image(run.model, variables, state.normalization, size)
         console.log(tables.dataset_table(run.dataset) + "\n")
         console.log(tables.run_table(run_facts(run, state, flops)) + "\n")

@@ -80,7 +80,8 @@ def make_train_step(
 def prepare(config: ConfigDict, state: State, images: jax.Array) -> jax.Array:
     """[B, S, S, 3] uint8 → [B, s, s, 3] float32, augmented and normalized."""
     key = step_key(config.seed, state.step)
-    return augment(key, images, config.augment, config.data.image_size, state.normalization)
+    size = config.data.crop_size or config.data.image_size
+    return augment(key, images, config.augment, size, state.normalization)
 
 
 def gradients_of_batch(

@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     data.dir = ""  # where data sets and caches are built; "": where TFDS puts them
     data.resize = 252  # pixels: training images are resized to this square, ratio not kept
     data.image_size = 224  # pixels the network sees, a square
+    # Pixels of the crops that training cuts out; 0: image_size. Smaller ones make objects look as
+    # large in training as in tests: https://arxiv.org/abs/1906.06423.
+    data.crop_size = 0
     # "keep": embeds test images in about a dozen shapes of image_size² pixels, of which each takes
     # the nearest; training crops squares all the same.
     data.aspect = "square"

@@ -85,6 +85,7 @@ from tests.test_checkpoint import as_owner
         ({"data.source": "a.zip"}, "is drawn, not read"),
         ({"data.fold": "1/4", "data.validation_fraction": 0.5}, "only one of them"),
         ({"data.image_size": 300}, "larger than data.resize=252 with augment.pad=0"),
+        ({"data.image_size": 300, "data.crop_size": 253}, "crop_size=253 is larger than data.res"),
         ({"eval.center_crop": True, "augment.pad": 9, "data.resize": 220}, "a smaller data.resize"),
         ({"augment.pad": 9, "augment.min_area": 0.5}, "only one of them"),
         ({"train.best_of_test": True, "data.fold": "1/4"}, "there are validation classes"),

@@ -1,8 +1,6 @@
 """The cache against decoding by hand; damage, interruption, several processes at once."""
 
 import fcntl
-import gzip
-import json
 import multiprocessing
 import os
 import shutil
@@ -42,6 +40,10 @@ class Source:
         return [self.examples[i] for i in numbers]
 
 
+def cached(source, folder, key, size, crop=True):
+    return cache.cached(cache.encoded(source, crop), folder, {**key, "crop": crop}, size)
+
+
 # Not forked: other tests start threads, which do not survive it.
 SPAWN = multiprocessing.get_context("spawn")
 KEY = {"name": "things", "version": "1.0.0", "split": "train"}
@@ -52,9 +54,9 @@ KEY = {"name": "things", "version": "1.0.0", "split": "train"}
 def test_every_image_is_what_decoding_gives(tmp_path, make, crop):
     source = Source(boxes=True)
     if make == "file":
-        found = cache.cached(source, tmp_path, KEY, 16, crop)
+        found = cached(source, tmp_path, KEY, 16, crop)
     else:
-        found = cache.decoded(source, 16, crop)
+        found = cache.decoded(cache.encoded(source, crop), 16)
     images = found.images
     assert images.shape == (40, 16, 16, 3)
     order = np.array([39, 0, 7, 7, 21])
@@ -73,9 +75,9 @@ def test_every_image_is_what_decoding_gives(tmp_path, make, crop):
 
 def test_the_second_time_nothing_is_decoded(tmp_path):
     source = Source()
-    cache.cached(source, tmp_path, KEY, 16)
+    cached(source, tmp_path, KEY, 16)
     assert source.read == 40
-    again = cache.cached(source, tmp_path, KEY, 16)
+    again = cached(source, tmp_path, KEY, 16)
     assert source.read == 40
     assert again.ids == [f"ä b/{i}.jpg" for i in range(40)]
 
@@ -84,10 +86,10 @@ def test_the_second_time_nothing_is_decoded(tmp_path):
     "change", [{"key": KEY | {"split": "test"}}, {"size": 17}, {"crop": False}, {"count": 39}]
 )
 def test_whatever_shapes_the_content_has_a_cache_of_its_own(tmp_path, change):
-    cache.cached(Source(), tmp_path, KEY, 16)
+    cached(Source(), tmp_path, KEY, 16)
     arguments = {"key": KEY, "size": 16, "crop": True, "count": 40} | change
     source = Source(arguments.pop("count"))
-    other = cache.cached(source, tmp_path, **arguments)
+    other = cached(source, tmp_path, **arguments)
     assert source.read == len(source) == len(other.images)
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
@@ -106,42 +108,18 @@ def damage_end(folder):
     (folder / cache.EXAMPLES).write_bytes(text[:-9])
 
 
-def changed(folder, change):
-    stored = json.loads(gzip.decompress((folder / cache.EXAMPLES).read_bytes()))
-    change(stored)
-    (folder / cache.EXAMPLES).write_bytes(gzip.compress(json.dumps(stored).encode()))
-
-
-def damage_key(folder):
-    changed(folder, lambda stored: stored.update(key=stored["key"].replace("train", "other")))
-
-
-def damage_count(folder):
-    changed(folder, lambda stored: stored["examples"].pop())
-
-
 def damage_all(folder):
     shutil.rmtree(folder)
     folder.mkdir()
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage_cut,
-        damage_examples,
-        damage_end,
-        damage_key,
-        damage_count,
-        damage_all,
-    ],
-)
+@pytest.mark.parametrize("damage", [damage_cut, damage_examples, damage_end, damage_all])
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     source = Source()
-    good = cache.cached(source, tmp_path, KEY, 16).images[np.arange(40)]
+    good = cached(source, tmp_path, KEY, 16).images[np.arange(40)]
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     damage(folder)
-    again = cache.cached(source, tmp_path, KEY, 16)
+    again = cached(source, tmp_path, KEY, 16)
     assert source.read == 80
     np.testing.assert_array_equal(again.images[np.arange(40)], good)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
@@ -149,7 +127,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, damage):
 
 def test_no_flipped_bit_of_a_cache_changes_an_image_or_a_label(tmp_path, caplog):
     source, everything = Source(), np.arange(40)
-    good = cache.cached(source, tmp_path, KEY, 24)
+    good = cached(source, tmp_path, KEY, 24)
     images = good.images[everything]
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     rng = np.random.default_rng(0)
@@ -159,7 +137,7 @@ def test_no_flipped_bit_of_a_cache_changes_an_image_or_a_label(tmp_path, caplog)
             content = bytearray(before)
             content[rng.integers(len(content))] ^= 1 << rng.integers(8)
             (folder / name).write_bytes(content)
-            found = cache.cached(source, tmp_path, KEY, 24)
+            found = cached(source, tmp_path, KEY, 24)
             np.testing.assert_array_equal(found.images[everything], images)
             np.testing.assert_array_equal(found.labels, good.labels)
             assert found.ids == good.ids
@@ -173,14 +151,14 @@ def test_no_flipped_bit_of_a_cache_changes_an_image_or_a_label(tmp_path, caplog)
 
 def test_a_cache_of_an_older_version_is_replaced_without_a_word(tmp_path, caplog):
     source = Source()
-    images = cache.cached(source, tmp_path, KEY, 16).images[:]
+    images = cached(source, tmp_path, KEY, 16).images[:]
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     for path in folder.iterdir():
         path.unlink()
     np.save(folder / "images.npy", images)
     (folder / "examples.json").write_text("{}")
     caplog.clear()
-    again = cache.cached(source, tmp_path, KEY, 16).images
+    again = cached(source, tmp_path, KEY, 16).images
     assert source.read == 80 and not [r for r in caplog.records if r.levelname != "INFO"]
     np.testing.assert_array_equal(again[:], images)
     assert {path.name for path in folder.iterdir()} == {cache.IMAGES, cache.EXAMPLES}
@@ -196,15 +174,15 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "pixels", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cache.cached(source, tmp_path, KEY, 16)
+        cached(source, tmp_path, KEY, 16)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     monkeypatch.undo()
-    assert len(cache.cached(source, tmp_path, KEY, 16).images) == 40
+    assert len(cached(source, tmp_path, KEY, 16).images) == 40
 
 
 def die(folder):
     cache.pixels = lambda *_: os._exit(7)  # In the middle, without any cleaning up.
-    cache.cached(Source(), folder, KEY, 16)
+    cached(Source(), folder, KEY, 16)
 
 
 def test_remains_of_a_killed_build_are_removed(tmp_path):
@@ -213,7 +191,7 @@ def test_remains_of_a_killed_build_are_removed(tmp_path):
     process.join()
     assert process.exitcode == 7
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-    images = cache.cached(Source(), tmp_path, KEY, 16)
+    images = cached(Source(), tmp_path, KEY, 16)
     np.testing.assert_array_equal(
         images.images[np.array([5])][0], decode(picture(5, 25, 30), size=16)
     )
@@ -222,8 +200,8 @@ def test_remains_of_a_killed_build_are_removed(tmp_path):
 
 def test_a_broken_image_is_named(tmp_path):
     for use in (
-        lambda source: cache.cached(source, tmp_path, KEY, 16),
-        lambda source: cache.decoded(source, 16).images[np.array([7])],
+        lambda source: cached(source, tmp_path, KEY, 16),
+        lambda source: cache.decoded(cache.encoded(source), 16).images[np.array([7])],
     ):
         with pytest.raises(ValueError, match=r"ä b/7\.jpg"):
             use(Source(broken=7))
@@ -234,7 +212,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"takes [\d.]+ k?B in .* [GMT]B are free.*cache=none"):
-        cache.cached(source, tmp_path, KEY, 16)
+        cached(source, tmp_path, KEY, 16)
     assert source.read == 0
 
 
@@ -247,7 +225,7 @@ def build(folder, locks, barrier, results):
         fcntl.flock = refuse
     source = Source()
     barrier.wait()
-    images = cache.cached(source, folder, KEY, 16)
+    images = cached(source, folder, KEY, 16)
     results.put((source.read, int(images.images[np.arange(40)].astype(np.int64).sum())))
 
 
@@ -275,17 +253,17 @@ def test_contents_tell_the_same_pictures_from_others(tmp_path):
     source.examples[5]["image"] = source.examples[30]["image"]
     source.examples[7] = source.examples[8] | {"bbox": np.array([1, 3, 15, 20], np.float32)}
     for crop, distinct in ((True, 39), (False, 38)):  # uncropped, the box does not matter
-        contents = cache.cached(source, tmp_path, KEY, 16, crop).contents
+        contents = cached(source, tmp_path, KEY, 16, crop).contents
         assert contents.dtype == np.int64 and contents.shape == (40,)
         assert contents[5] == contents[30] and len(set(contents.tolist())) == distinct
-        np.testing.assert_array_equal(cache.decoded(source, 16, crop).contents, contents)
         np.testing.assert_array_equal(
-            cache.cached(source, tmp_path, KEY, 24, crop).contents, contents
+            cache.decoded(cache.encoded(source, crop), 16).contents, contents
         )
+        np.testing.assert_array_equal(cached(source, tmp_path, KEY, 24, crop).contents, contents)
 
 
 def test_a_shared_cache_can_be_read_by_others(tmp_path):
-    cache.cached(Source(), tmp_path, KEY, 16)
+    cached(Source(), tmp_path, KEY, 16)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     umask = os.umask(0)
     os.umask(umask)

@@ -109,11 +109,11 @@ def test_paths_outside_and_paths_that_cannot_be(tmp_path):
     "text, message",
     [
         ("", "an empty file"),
-        ("a.jpg,cat\nb.jpg,dog\n", "first line names the columns.*a.jpg,cat"),
+        ("a.jpg,cat\nb.jpg,dog\n", "first line must name the columns path, label.*a.jpg,cat"),
         ("path,label\na.jpg,\n", "line 2: a path or a label is missing"),
         ("path,label\n\na.jpg\n", "line 3: a path or a label is missing"),
         ("path,label\na, b.jpg,cat\n", "line 2: there are 3 cells, but 2 columns.*quotation marks"),
-        ("path,label\n" + "a" * 200_000 + ",x\n", "line 2: field larger"),
+        ("path,label\n" + "a" * (1 << 25) + ",x\n", "line 2: field larger"),
         ("version https://git-lfs.github.com/spec/v1\noid 1\n", "git lfs pull"),
         ("<!DOCTYPE html><html>", "an HTML page"),
     ],

@@ -84,7 +84,7 @@ def test_queries_that_were_expanded_do_not_find_themselves():
     )
     config = base.get_config().eval
     config.query_expansion, config.database_augmentation = 2, 1
-    own = embed.own_rows(dataset)
+    own = dataset.own_rows()
     query, gallery = evaluate.postprocess(config, plain, None, own, None)
     assert query.shape == gallery.shape == (12, 4)
     assert np.abs(query - gallery).max() > 1e-3
@@ -244,7 +244,7 @@ def test_noise_scores_at_chance_in_every_protocol(name, seed):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     embeddings, dataset = protocol(name, vectors, labels, np.arange(len(labels)))
     # The share of true matches among what a query can find.
-    own = embed.own_rows(dataset)
+    own = dataset.own_rows()
     found = labels if dataset.gallery is None else dataset.gallery.labels
     inside = np.zeros(len(embeddings.query), bool) if own is None else own >= 0
     matches = np.bincount(found, minlength=classes)[dataset.query.labels] - inside

@@ -77,16 +77,16 @@ def test_where_the_last_stride_is(stage_strides, expected):
 
 
 @pytest.mark.parametrize("backbone", quick.first(["resnet18", "efficientnet_lite0"]))
-def test_what_is_injected_changes_nothing_but_the_speed(backbone):
+def test_our_convolution_changes_nothing_but_the_speed(backbone):
     config = base.get_config().model
     config.backbone = backbone
     created = backbones.create(config, jnp.float32)
-    injected = created.clone(width=4 if backbone == "resnet18" else 0.2)
-    assert injected.conv is cpu_ops.Conv
-    plain = injected.clone(conv=nn.Conv)
+    ours = created.clone(width=4 if backbone == "resnet18" else 0.2)
+    assert ours.conv is cpu_ops.Conv
+    plain = ours.clone(conv=nn.Conv)
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     variables = random_variables(plain, images)
-    found, expected = (jax.jit(m.apply)(variables, images) for m in (injected, plain))
+    found, expected = (jax.jit(m.apply)(variables, images) for m in (ours, plain))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     # Compiled programs are found by the network's hash.
     assert hash(created) == hash(backbones.create(config, jnp.float32))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cgd_jax.models.layers import ConvNet
 from cgd_jax.models.resnet import BACKBONES, Block
@@ -35,7 +36,7 @@ def test_small_images_and_small_widths():
 )
 def test_which_stage_loses_its_stride(removed, sides, gmac):
     """Both maps are 14 × 14 × 2048; what lies below them, and what they cost, differs."""
-    model = BACKBONES["resnet50"](last_stride=1, stride_removed=removed)
+    model = BACKBONES["resnet50"](last_stride=1, stride_removed=removed, conv=nn.Conv)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     run = partial(model.apply, capture_intermediates=lambda module, _: isinstance(module, Block))

@@ -14,6 +14,7 @@ import pytest
 
 from cgd_jax import train
 from cgd_jax.reports.history import read_history
+from cgd_jax.reports.tables import write_csv
 from cgd_jax.runtime import processes
 from cgd_jax.runtime.errors import UserError
 
@@ -83,6 +84,15 @@ def test_one_process_is_the_first_and_holds_everything():
     x = jax.device_put(np.arange(4), split)
     np.testing.assert_array_equal(processes.to_host(x), np.arange(4))
     processes.wait_for_all("nowhere")
+
+
+def test_a_process_that_goes_on_knows_what_was_measured(tmp_path, monkeypatch):
+    write_csv(tmp_path / "history.csv", [{"step": 2, "recall@1": 0.5}])
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    scratch = processes.report_folder(tmp_path)
+    assert scratch != tmp_path
+    assert read_history(scratch / "history.csv") == [{"step": 2, "recall@1": 0.5}]
+    assert read_history(processes.report_folder(tmp_path / "new") / "history.csv") == []
 
 
 def test_several_processes_hear_of_a_vote_a_round_later(monkeypatch):

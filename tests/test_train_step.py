@@ -100,6 +100,15 @@ def problem(loss=None, **values):
     return config, model, (state, images, labels)
 
 
+def test_training_may_see_smaller_crops_than_tests():
+    config, _, (state, _, _) = problem()
+    config.augment.pad = 0
+    images = np.random.default_rng(1).integers(0, 256, (3, 20, 20, 3), np.uint8)
+    assert train_step.prepare(config, state, images).shape == (3, 16, 16, 3)
+    config.data.update(crop_size=12, image_size=24)
+    assert train_step.prepare(config, state, images).shape == (3, 12, 12, 3)
+
+
 def assert_close(tree, other, tolerance):
     """The norm of the difference, relative to the norm."""
     norm = lambda x: np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(x)))

@@ -1,6 +1,7 @@
 """Validation classes: disjoint from what is trained on, and what a step is chosen by."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from cgd_jax import checkpoint, train, train_step
 from cgd_jax.data import Dataset, Split, describe_difference, fingerprint
+from cgd_jax.data.decode import decode
 from cgd_jax.data.validation import hold_out
 from cgd_jax.evaluation import evaluate
 from cgd_jax.reports import summary
@@ -82,6 +84,15 @@ def test_a_folder_of_validation_images_is_opened(tmp_path):
     assert found["validation"]["images"] == 4
     (change,) = describe_difference(found, fingerprint(dataset._replace(validation=None)))
     assert change == "validation: there is none now"
+    # Those that are held back from training images of 12 pixels are read anew.
+    shutil.rmtree(source / "val")
+    for c in "cd":
+        shutil.copytree(source / "train" / "train a", source / "train" / f"train {c}")
+    config.data.validation_fraction = 0.5
+    _, validation, _ = open_data(config)
+    assert validation.query.images[:].shape == (4, 10, 10, 3)
+    images = [decode((source / id).read_bytes(), None, 10) for id in validation.query.ids]
+    np.testing.assert_array_equal(validation.query.images[:], images)
 
 
 def test_a_share_of_the_classes(dataset):

@@ -21,9 +21,9 @@ from tests.test_main import run_here  # noqa: E402
 CONFIGS = sorted(path.stem for path in config_files.FOLDER.glob("*.py"))
 TINY = (
     "--model.backbone=resnet6 --model.pretrained= --model.width=2 --model.embedding_dim=12 "
-    "--data.resize=18 --data.image_size=16 --train.images_per_class=2 --train.log_every=1 "
-    "--train.steps=4 --train.eval_every=4 --train.checkpoint_every=2 --optimizer.warmup_steps=1 "
-    "--eval.batch_size=8 --eval.baselines=False --eval.bootstrap=10"
+    "--data.resize=18 --data.crop_size=12 --data.image_size=16 --train.images_per_class=2 "
+    "--train.log_every=1 --train.steps=4 --train.eval_every=4 --train.checkpoint_every=2 "
+    "--optimizer.warmup_steps=1 --eval.batch_size=8 --eval.baselines=False --eval.bootstrap=10"
 ).split()
 
 # What a run may choose of each. `center` to `dtype` are keys of a config's `model`.

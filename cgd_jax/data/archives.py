@@ -10,6 +10,8 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
+import itertools
 import logging
 import lzma
 import os
@@ -59,6 +61,8 @@ DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOF
 
 # Errors of the disk rather than of a name.
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+csv.field_size_limit(1 << 24)  # some tables list images in a cell
 
 
 def is_archive(path: Path) -> bool:
@@ -167,8 +171,6 @@ def extract(archive: Path, folder: Path) -> None:
     if not archive.is_file():  # but a pipe or a device, which never ends
         raise InputError(f"{archive} is no archive: not a file.")
     size, free = archive.stat().st_size, shutil.disk_usage(folder).free
-    if size > free:  # Images hardly compress, so this is nearly what it unpacks to.
-        raise _no_room(archive, size, folder)
     log.info("Unpacking %s (%s) into %s", archive, quantity(size, "B"), folder)
     members = _zip_members if archive.name.lower().endswith(".zip") else _tar_members
     links, failed, name, total = {}, [], "", 0
@@ -184,8 +186,13 @@ def extract(archive: Path, folder: Path) -> None:
                         f"more than {quantity(total - length, 'B')}, as no images do (an "
                         "archive bomb?). Unpack it yourself, look at it, and pass the folder."
                     )
-                if total > 0.98 * free:
-                    raise _no_room(archive, total, folder)
+                needed = max(total, size)  # Images hardly compress.
+                if needed > 0.98 * free:
+                    raise InputError(
+                        f"Unpacking {archive} takes at least {quantity(needed, 'B')}, but only "
+                        f"{quantity(free, 'B')} are free at {folder}. Free some disk, or let "
+                        "--config.data.dir point elsewhere."
+                    )
                 if any(is_litter(part) for part in path.parts):
                     continue
                 if link is not None:
@@ -216,14 +223,6 @@ def extract(archive: Path, folder: Path) -> None:
     if failed:
         message = "%s: %d members could not be unpacked and are left out: %s"
         log.warning(message, archive, len(failed), listed(failed, 20))
-
-
-def _no_room(archive: Path, needed: int, folder: Path) -> InputError:
-    return InputError(
-        f"Unpacking {archive} takes at least {quantity(needed, 'B')}, but only "
-        f"{quantity(shutil.disk_usage(folder).free, 'B')} are free at {folder}. Free some disk, or "
-        "let --config.data.dir point elsewhere."
-    )
 
 
 def _write(path: Path, contents: Callable[[], IO[bytes]] | None) -> str | None:
@@ -349,18 +348,40 @@ def read_rows(path: Path, columns: int, skip: int = 0) -> Iterator[list[str]]:
         yield row
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Reads a table whose first line names its columns, of which some are needed."""
-    lines = read_text(path).splitlines()
-    most = csv.field_size_limit(1 << 27)  # lists of images in a cell
-    try:
-        rows = list(csv.DictReader(lines, skipinitialspace=True, restval=""))
-    finally:
-        csv.field_size_limit(most)
-    names = list(rows[0]) if rows else lines[:1]
-    if not rows or not set(columns) <= set(names):
+def read_csv(
+    path: Path, columns: Sequence[str], text: str | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the rows of a table: where each stands, for messages, and its cells by column.
+
+    Cells are separated by commas, semicolons, tabs or |. The first line names the columns, some of
+    which are needed; their names become lower case. `text` is what the file holds, if it is known.
+    """
+    text = read_text(path) if text is None else text
+    text = re.sub(r"\Asep=[^\r\n]*", "", text, flags=re.IGNORECASE)  # for Excel
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    for delimiter in ",;\t|":
+        cells = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+        title = [cell.strip() for cell in cells]
+        names = [name.lower() for name in title]
+        if set(columns) <= set(names):
+            break
+    else:
         raise InputError(
-            f"{path}: the first line must name the columns {', '.join(columns)}, with rows below "
-            f"it; found {listed(names)}."
+            f"{path}: the first line must name the columns {', '.join(columns)}; found "
+            f"{header.strip() or 'an empty file'}."
         )
-    return rows
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells) or cells == title:
+                continue
+            where = f"{path}, line {reader.line_num}"
+            if any(cells[len(names) :]):
+                raise InputError(
+                    f"{where}: there are {len(cells)} cells, but {len(names)} columns. Put a name "
+                    f'that holds {delimiter!r} in quotation marks: "a{delimiter}b.jpg".'
+                )
+            yield where, dict(itertools.zip_longest(names, cells[: len(names)], fillvalue=""))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error

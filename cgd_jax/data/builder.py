@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -73,11 +73,27 @@ def example_features(boxes: bool = False) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(features)
 
 
-class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class BuiltOnce(tfds.core.DatasetBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Base of the builders here: of several processes at once, one builds."""
+
+    def download_and_prepare(self, **keywords) -> None:
+        """Builds the data set unless it is on disk; see `tfds.core.DatasetBuilder`."""
+        folder = Path(self.data_dir).parent
+        if not os.path.exists(self.data_dir):  # A prepared data set may be read-only.
+            with one_at_a_time(folder / "lock") as alone:
+                if alone and not os.path.exists(self.data_dir):
+                    for remains in folder.glob("incomplete.*"):  # of a process that was killed
+                        shutil.rmtree(remains, ignore_errors=True)
+                super().download_and_prepare(**keywords)
+        if not self.info.splits:  # Another process built it since this object was made.
+            self.info.read_from_directory(self.data_dir)
+
+
+class ImageBuilder(BuiltOnce, tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders that read images from a source: a folder, or an archive of one.
 
-    The folder of a prepared data set is keyed by its source and options, so that another source, or
-    one that changed, is never taken for it.
+    The folder of a prepared data set is keyed by its source and by the options that shape the
+    content, so that another source, or one that changed, is never taken for it.
     """
 
     # Arguments of the constructor that the `data` part of a config has under the same names.
@@ -99,6 +115,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         source: str = "",
         allow_incomplete: bool = False,
         max_bad_fraction: float = 0.01,
+        options: str = "",
         data_dir: str | os.PathLike | None = None,
         **keywords,
     ):
@@ -107,7 +124,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         self._allow_incomplete = allow_incomplete
         self._max_bad_fraction = max_bad_fraction
         self._source = self._locate(str(source))
-        key = self._key(Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
+        key = self._key(Path(data_dir or tfds.core.constants.DATA_DIR).expanduser(), options)
         keywords.setdefault("file_format", "array_record")
         super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=key), **keywords)
 
@@ -120,10 +137,6 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
         if path := archives.find(folders, name):
             return path
         raise InputError(f"{self.name}: there is no {name} in {folders[0]}. {self.HOW_TO_GET}")
-
-    def options(self) -> str:
-        """Returns the options that shape the content, for the key of the prepared folder."""
-        return ""
 
     def report_path(self, name: str) -> Path:
         """Returns the path of a report of the build, one of `REPORTS`: a CSV."""
@@ -143,7 +156,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
 
     def download_and_prepare(self, **keywords) -> None:
         """Builds the data set unless it is built; of a failed build nothing looks complete."""
-        build_once(self, partial(super().download_and_prepare, **keywords))
+        super().download_and_prepare(**keywords)
         # It may have been built earlier, under more generous options.
         self._check_written(self.report("skipped"))
         for name, text in REPORTS.items():
@@ -165,12 +178,14 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
             problem = f"{path} is neither a folder nor one of {', '.join(self.FILE_ENDINGS)}"
         raise InputError(f"{self.name}: {problem}. {self.HOW_TO_GET}")
 
-    def fingerprint(self, source: Path) -> str:
+    def fingerprint(self) -> str:
         """Returns what changes when the source does."""
-        in_bucket = buckets.is_bucket(str(source))
-        return buckets.fingerprint(str(source)) if in_bucket else archives.fingerprint(source)
+        address = str(self._source)
+        if buckets.is_bucket(address):
+            return buckets.fingerprint(address)
+        return archives.fingerprint(self._source)
 
-    def _key(self, root: Path) -> str:
+    def _key(self, root: Path, options: str) -> str:
         source = self._source.resolve()
         if root.resolve().is_relative_to(source):
             raise InputError(
@@ -179,7 +194,7 @@ class ImageBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type
                 "--config.data.dir=FOLDER name a folder outside of it."
             )
         stem = re.sub(r"[^A-Za-z0-9]+", "_", source.name).strip("_")[:40] or "source"
-        mark = f"{self.fingerprint(self._source)} {self.options()}"
+        mark = f"{self.fingerprint()} {options}"
         return f"{stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -358,29 +373,12 @@ def _write_report(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-class DrawnBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+class DrawnBuilder(BuiltOnce, tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders that draw their images."""
 
     VERSION = tfds.core.Version("1.0.0")
-
-    def download_and_prepare(self, **keywords) -> None:
-        """Builds the data set unless it is built; see `tfds.core.DatasetBuilder`."""
-        build_once(self, partial(super().download_and_prepare, **keywords))
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Written in the order in which they are drawn: class by class.
         options = {"features": example_features(), "disable_shuffling": True}
         return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, **options)
-
-
-def build_once(builder: tfds.core.DatasetBuilder, build: Callable[[], None]) -> None:
-    """Builds a TFDS data set unless it is on disk; of several processes at once, one does."""
-    folder = Path(builder.data_dir).parent
-    if not os.path.exists(builder.data_dir):  # A prepared data set may be read-only.
-        with one_at_a_time(folder / "lock") as alone:
-            if alone and not os.path.exists(builder.data_dir):
-                for remains in folder.glob("incomplete.*"):  # of a process that was killed
-                    shutil.rmtree(remains, ignore_errors=True)
-            build()
-    if not builder.info.splits:  # Another process built it since this object was made.
-        builder.info.read_from_directory(builder.data_dir)

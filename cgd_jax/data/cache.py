@@ -42,36 +42,25 @@ EXAMPLES = "examples.json.gz"  # the key, and of every example what `_describe` 
 CHUNK = 16  # examples that a thread takes at once
 
 
-def cached(
-    source: Any, folder: str | os.PathLike, key: dict[str, Any], size: int, crop: bool = True
-) -> Split:
-    """Opens the cache of a split, building it first unless it is there and whole.
+def cached(examples: Images, folder: str | os.PathLike, key: dict[str, Any], size: int) -> Split:
+    """Opens the cache of `encoded` examples, building it first unless it is there and whole.
 
-    `key` tells the split from any other; size, crop (whether to cut out boxes), number of images
-    and the way of resizing are added. Processes that ask at once build it once, and nothing has its
-    final name before it is whole. Raises OSError where the disk is too small.
+    `key` tells the examples from any others; size, number of images and the way of resizing are
+    added. Processes that ask at once build it once, and nothing has its final name before it is
+    whole. Raises OSError where the disk is too small.
     """
-    key = {**key, "size": size, "crop": crop, "images": len(source), "format": FORMAT}
+    key = {**key, "size": size, "images": len(examples), "format": FORMAT}
     text = json.dumps(key, sort_keys=True)
-    said: set[str] = set()
     target = Path(folder, f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
-
-    def opened() -> Split | None:
-        if not (target / EXAMPLES).exists():  # as in those of older versions
-            return None
-        try:
-            return _open(target, text, source, size, crop)
-        except Exception as error:  # damaged files raise nearly anything
-            if str(error) not in said:
-                log.warning("The cache %s cannot be used and is built again: %s.", target, error)
-            said.add(str(error))
-            return None
-
-    if split := opened():
-        return split
+    with contextlib.suppress(Exception):  # damaged files raise nearly anything
+        return _open(target, examples, size)
     with one_at_a_time(target.with_name(f"{target.name}.lock")) as alone:
-        if split := opened():  # Another process built it meanwhile.
-            return split
+        try:
+            return _open(target, examples, size)  # Another process built it meanwhile.
+        except Exception as error:
+            if (target / EXAMPLES).exists():  # unlike in those of older versions
+                log.warning("The cache %s cannot be used and is built again: %s.", target, error)
+            shutil.rmtree(target, ignore_errors=True)
         incomplete = f"incomplete.{target.name}."
         if alone:
             for remains in target.parent.glob(f"{incomplete}*"):  # of a killed process
@@ -79,28 +68,30 @@ def cached(
         part = target.with_name(incomplete + uuid.uuid4().hex[:8])
         part.mkdir()
         try:
-            _build(source, part, text, size, crop)
-            if not opened():
-                shutil.rmtree(target, ignore_errors=True)
+            _build(examples, part, text, size)
             with contextlib.suppress(OSError):  # Without locks another may have been faster.
                 os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        return _open(target, text, source, size, crop)
+        return _open(target, examples, size)
 
 
-def decoded(source: Any, size: int, crop: bool = True) -> Split:
+def decoded(examples: Images, size: int) -> Split:
     """Opens a split whose images are decoded when asked for; for sets larger than the disk.
 
-    All examples are read once, for their labels.
+    All `encoded` examples are read once, for their labels.
     """
     rows: list[tuple] = []
-    with progress(len(source), "reading labels") as bar:
-        for numbers in _chunks(range(len(source)), CHUNK):
-            rows += [_describe(example, crop) for example in source.__getitems__(numbers)]
+    with progress(len(examples), "reading labels") as bar:
+        for numbers in _chunks(range(len(examples)), CHUNK):
+            rows += map(_describe, examples[numbers])
             bar.update(len(numbers))
-    images = Images(_decoder(encoded(source, crop), size), np.arange(len(source)), size)
-    return _split(images, rows)
+    return _split(resized(examples, size), rows)
+
+
+def resized(examples: Images, size: int) -> Images:
+    """Opens the images of `encoded` examples, which are decoded when asked for."""
+    return Images(_decoder(examples, size), np.arange(len(examples)), size)
 
 
 def encoded(source: Any, crop: bool = True) -> Images:
@@ -133,7 +124,7 @@ def _decoder(examples: Images, size: int | Shape) -> Callable[[np.ndarray], np.n
     """Returns what decodes examples with some numbers [B] to [B, H, W, 3], on all cores."""
 
     def work(numbers: list[int]) -> np.ndarray:
-        return pixels(examples[np.array(numbers)], size)
+        return pixels(examples[numbers], size)
 
     def read(numbers: np.ndarray) -> np.ndarray:
         none = np.empty((0, *as_shape(size), 3), np.uint8)
@@ -177,13 +168,13 @@ def pixels(examples: list[dict[str, Any]], size: int | Shape) -> np.ndarray:
     return images
 
 
-def _describe(example: dict[str, Any], crop: bool) -> tuple[int, int, str, str]:
+def _describe(example: dict[str, Any]) -> tuple[int, int, str, str]:
     """Returns label, content, id and class name of an example.
 
     Its content is a number of 64 bits, equal for two examples with the same file and box.
     """
     digest = hashlib.blake2b(example["image"], digest_size=8)
-    if crop and "bbox" in example:
+    if example.get("bbox") is not None:
         digest.update(np.asarray(example["bbox"], "<f4").tobytes())
     content = int.from_bytes(digest.digest(), "little", signed=True)
     return int(example["label"]), content, _text(example["id"]), _text(example["class_name"])
@@ -200,22 +191,19 @@ def _split(images: Any, rows: list) -> Split:
     )
 
 
-def _open(folder: Path, key: str, source: Any, size: int, crop: bool) -> Split:
+def _open(folder: Path, examples: Images, size: int) -> Split:
     """Opens a finished cache; raises whatever if it is not."""
-    stored = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))
-    rows = stored["examples"]
-    if stored["key"] != key or len(rows) != len(source):
-        raise ValueError(f"it holds {len(rows)} images of {stored['key']}")
+    rows = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))["examples"]
     pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(rows), size, size, 3))
     checksums = np.array([row[4] for row in rows])
-    read = _checked(pixels, checksums, _decoder(encoded(source, crop), size))
+    read = _checked(pixels, checksums, _decoder(examples, size))
     return _split(Images(read, np.arange(len(rows)), size), rows)
 
 
-def _build(source: Any, folder: Path, key: str, size: int, crop: bool) -> None:
-    needed, free = len(source) * size * size * 3, shutil.disk_usage(folder).free
+def _build(examples: Images, folder: Path, key: str, size: int) -> None:
+    needed, free = len(examples) * size * size * 3, shutil.disk_usage(folder).free
     announcement = (
-        f"the cache of {len(source):,} images of {size}x{size} pixels takes "
+        f"the cache of {len(examples):,} images of {size}x{size} pixels takes "
         f"{quantity(needed, 'B')} in {folder.parent}, where {quantity(free, 'B')} are free"
     )
     if needed * 1.01 + (16 << 20) > free:
@@ -227,21 +215,21 @@ def _build(source: Any, folder: Path, key: str, size: int, crop: bool) -> None:
     rows: list[tuple] = []
 
     def work(numbers: list[int]) -> tuple[np.ndarray, list[tuple]]:
-        examples = encoded(source, crop)[np.array(numbers)]
-        images = pixels(examples, size)
-        pairs = zip(examples, images, strict=True)
-        return images, [(*_describe(example, crop), zlib.crc32(image)) for example, image in pairs]
+        some = examples[numbers]
+        images = pixels(some, size)
+        described = zip(map(_describe, some), map(zlib.crc32, images), strict=True)
+        return images, [(*row, checksum) for row, checksum in described]
 
     def resized() -> Iterator[memoryview]:
-        with progress(len(source), "resizing images") as bar:
-            for images, found in parallel(work, _chunks(range(len(source)), CHUNK), ahead=2):
+        with progress(len(examples), "resizing images") as bar:
+            for images, found in parallel(work, _chunks(range(len(examples)), CHUNK), ahead=2):
                 rows.extend(found)
                 bar.update(len(images))
                 yield images.data
 
     _write(folder / IMAGES, resized())
-    examples = json.dumps({"key": key, "examples": rows}).encode()
-    _write(folder / EXAMPLES, [gzip.compress(examples, 1)])
+    content = json.dumps({"key": key, "examples": rows}).encode()
+    _write(folder / EXAMPLES, [gzip.compress(content, 1)])
 
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

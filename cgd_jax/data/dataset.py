@@ -47,7 +47,7 @@ class Split(NamedTuple):
     # Of queries: what they find in the gallery, where no class says it.
     truth: "Truth | None" = None
     cache: Path | None = None  # the folder of caches, where resized images are kept
-    encoded: Images | None = None  # of examples, see `cache.encoded`; to keep their aspect
+    encoded: Images | None = None  # of examples, see `cache.encoded`; for images of other sizes
 
 
 def rows_of(split: Split, chosen: np.ndarray) -> Split:
@@ -84,33 +84,19 @@ class Dataset(NamedTuple):
         searched = self.query if self.gallery is None else self.gallery
         return searched.labels[items] == self.query.labels[rows, None]
 
-    @property
-    def query_ids(self) -> np.ndarray | None:
-        """[Q] int64, see `gallery_ids`."""
-        numbers = self._image_numbers()
-        return None if numbers is None else numbers[: len(self.query.labels)]
+    def own_rows(self) -> np.ndarray | None:
+        """Returns the gallery row [Q] that each query itself is, under any name: no match of it.
 
-    @property
-    def gallery_ids(self) -> np.ndarray | None:
-        """[G] int64, unique: a query is the gallery's item of the same id, under any name.
-
-        None where there is no gallery, or where it is not known which images are the same.
+        It is -1 for queries that are not in the gallery; None if it is not known that any is.
         """
-        numbers = self._image_numbers()
-        if numbers is None:
+        if self.gallery is None:  # the queries search themselves
+            return np.arange(len(self.query.labels))
+        if self.query.contents is None or self.gallery.contents is None:
             return None
-        numbers = numbers[len(self.query.labels) :]
-        _, first = np.unique(numbers, return_index=True)
-        unique = numbers.max() + 1 + np.arange(len(numbers))
-        unique[first] = numbers[first]
-        return unique
-
-    def _image_numbers(self) -> np.ndarray | None:
-        """[Q + G] int64, from 0, equal where two images are."""
-        if self.gallery is None or self.query.contents is None or self.gallery.contents is None:
-            return None
-        contents = np.concatenate([self.query.contents, self.gallery.contents])
-        return np.unique(contents, return_inverse=True)[1].astype(np.int64)
+        items, first = np.unique(self.gallery.contents, return_index=True)
+        place = np.searchsorted(items, self.query.contents).clip(max=len(items) - 1)
+        own = np.where(items[place] == self.query.contents, first[place], -1)
+        return own if (own >= 0).any() else None
 
 
 def check_queries(dataset: Dataset) -> None:
@@ -131,12 +117,11 @@ def check_queries(dataset: Dataset) -> None:
             f"queries are {listed([names.get(i, i) for i in np.unique(query.labels).tolist()])}, "
             f"the gallery is {listed([names.get(i, i) for i in counts])}. Label both alike."
         )
-    queries, items = dataset.query_ids, dataset.gallery_ids
-    if queries is None or items is None:
+    own = dataset.own_rows()
+    if own is None:
         return
-    pairs = set(zip(items.tolist(), gallery.labels.tolist(), strict=True))
-    own = zip(queries.tolist(), query.labels.tolist(), strict=True)
-    if all(counts[label] == ((id, label) in pairs) for id, label in own):
+    finds_itself = (own >= 0) & (gallery.labels[own] == query.labels)
+    if all(counts[label] == own for label, own in zip(query.labels, finds_itself, strict=True)):
         raise InputError(
             "The only images in the gallery that a query could find are the queries "
             "themselves. Give the gallery other images of the same classes."
@@ -157,12 +142,12 @@ def fingerprint(dataset: Dataset) -> dict:
         class_of = {label: split.class_names.get(label, str(label)) for label in labels.tolist()}
         rows = zip(split.ids, split.labels.tolist(), strict=True)
         names = "".join(f"{id}\0{class_of[label]}\n" for id, label in rows)
-        contents = None if split.contents is None else np.asarray(split.contents, "<i8").tobytes()
+        contents = None if split.contents is None else np.asarray(split.contents, "<i8")
         found[name] = {
             "images": len(split.labels),
             "classes": len(labels),
             "names": _digest(names.encode("utf-8", "backslashreplace")),
-            "contents": None if contents is None else _digest(contents),
+            "contents": None if contents is None else _digest(contents.tobytes()),
         }
         if name == "train":
             per_class = zip(class_of.values(), counts.tolist(), strict=True)
@@ -194,16 +179,16 @@ def _differences(before: dict, now: dict) -> list[str]:
     for key in ("classes", "images"):
         if before[key] != now[key]:
             found.append(f"{before[key]:,} {key} then, {now[key]:,} now")
-    if found:
-        return found
-    if before["names"] != now["names"]:
-        return ["images have other names, other classes or another order"]
-    if before.get("per class") != now.get("per class"):
-        return ["classes are numbered otherwise"]
-    contents = before.get("contents"), now.get("contents")
-    if None not in contents and contents[0] != contents[1]:
-        return ["there are other images under the same names"]
-    return []
+    finer = {
+        "names": "images have other names, other classes or another order",
+        "per class": "classes are numbered otherwise",
+        "contents": "there are other images under the same names",
+    }
+    for key, text in finer.items():
+        known = None not in (before.get(key), now.get(key))
+        if not found and known and before[key] != now[key]:
+            found.append(text)
+    return found
 
 
 def listed(names: Sequence, most: int = 5) -> str:

@@ -43,11 +43,8 @@ with contextlib.suppress(ImportError):  # for HEIC
 
 def max_pixels(text: str) -> int:
     """Reads the limit of an image's pixels; InputError if it is none."""
-    try:
-        if (limit := int(text)) > 0:
-            return limit
-    except ValueError:
-        pass
+    if re.fullmatch(r"\d+(_\d+)*", text) and int(text):
+        return int(text)
     raise InputError(
         f"The environment variable CGD_JAX_MAX_PIXELS={text!r} is no number of pixels. Give a "
         f"whole number above 0, such as 400000000 for images of 400 megapixels, or unset it."

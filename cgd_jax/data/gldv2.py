@@ -27,22 +27,22 @@ class Gldv2(ImageBuilder):
     def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the rows of the three lists; test images that are not scored are left out."""
         clean = self.find(folders, "train_clean.csv")
-        classes = archives.read_csv(clean, ("landmark_id", "images"))
-        for label, row in enumerate(classes):
+        classes = list(archives.read_csv(clean, ("landmark_id", "images")))
+        for label, (_, row) in enumerate(classes):
             for image in row["images"].split():
                 yield _image(clean.parent, "train", "train", image, label, row["landmark_id"])
         listed = self.find(folders, "index_image_to_landmark.csv")
         rows = archives.read_csv(listed, ("id", "landmark_id"))
-        index = {row["id"]: f"index {row['landmark_id']}" for row in rows}
+        index = {row["id"]: f"index {row['landmark_id']}" for _, row in rows}
         # Landmarks of the index are numbered otherwise than those that train.
         number = {name: len(classes) + i for i, name in enumerate(dict.fromkeys(index.values()))}
         for image, name in index.items():
             yield _image(listed.parent, "index", "gallery", image, number[name], name)
         solution, stored = self.find(folders, "retrieval_solution_v2.1.csv"), {}
-        for row in archives.read_csv(solution, ("id", "images", "Usage")):
+        for _, row in archives.read_csv(solution, ("id", "images", "usage")):
             positives = row["images"].split()
-            if row["Usage"] != "Ignored":
-                stored[row["id"]] = {"positives": positives, "usage": row["Usage"]}
+            if row["usage"] != "Ignored":
+                stored[row["id"]] = {"positives": positives, "usage": row["usage"]}
                 name = next((index[image] for image in positives if image in index), "")
                 if not name:
                     raise InputError(f"{solution}: no image that {row['id']} finds is in {listed}.")

@@ -33,7 +33,7 @@ class GsvCities(ImageBuilder):
         tables = self.find(folders, "Dataframes")
         number: dict[tuple[str, str], int] = {}
         for table in sorted(tables.glob("*.csv")):
-            for row in archives.read_csv(table, COLUMNS):
+            for _, row in archives.read_csv(table, COLUMNS):
                 city, place = row["city_id"], row["place_id"]
                 label = number.setdefault((city, place), len(number))
                 path = tables.parent / "Images" / city / _file_name(row)

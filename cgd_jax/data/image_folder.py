@@ -67,11 +67,8 @@ class ImageFolder(ImageBuilder):
             )
         self._seed, self._test_fraction = int(split_seed), float(test_fraction)
         self._nested_classes = bool(nested_classes)
-        super().__init__(**keywords)
-
-    def options(self) -> str:
-        """Returns seed, share and class rule, which shape the splits."""
-        return f"{self._seed} {self._test_fraction} {self._nested_classes}"
+        options = f"{self._seed} {self._test_fraction} {self._nested_classes}"
+        super().__init__(options=options, **keywords)
 
     def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the images; labels number the class names in alphabetical order."""
@@ -105,11 +102,11 @@ class ImageFolder(ImageBuilder):
             split = splits[row.split] or ("test" if label in test else "train")
             yield ImageFile(split, row.id, row.path, label, row.label)
 
-    def fingerprint(self, source: Path) -> str:
+    def fingerprint(self) -> str:
         """Returns what changes when the source, or a file that a CSV names, does."""
-        mark = super().fingerprint(source)
-        if source.suffix.lower() == ".csv":
-            for row in image_list.read(source):
+        mark = super().fingerprint()
+        if self._source.suffix.lower() == ".csv":
+            for row in image_list.read(self._source):
                 with contextlib.suppress(OSError):  # no such file
                     mark += archives.fingerprint(row.path)
         return mark

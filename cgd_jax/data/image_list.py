@@ -1,16 +1,12 @@
 """A CSV that says which image is what, from whatever machine it comes.
 
-Columns are separated by commas, semicolons, tabs or |, and the first line names them. Text is
-UTF-8, UTF-16 or UTF-32; or cp1252, where the files on disk prove it. Paths are relative to the
-CSV, with slashes or backslashes, and find files as Windows and macOS do: whether letters are
+Text is UTF-8, UTF-16 or UTF-32; or cp1252, where the files on disk prove it. Paths are relative to
+the CSV, with slashes or backslashes, and find files as Windows and macOS do: whether letters are
 capital, and how accents are encoded, only matters where several files are alike otherwise.
 """
 
-import csv
-import io
 import json
 import os
-import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
@@ -55,41 +51,13 @@ def read(path: Path) -> list[Row]:
 
 
 def _rows(path: Path, text: str) -> list[Row]:
-    text = re.sub(r"\Asep=[^\r\n]*", "", text, flags=re.IGNORECASE)  # for Excel
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    for delimiter in ",;\t|":
-        names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
-        header_cells = [name.strip() for name in names]
-        columns = [name.lower() for name in header_cells]
-        if {"path", "label"} <= set(columns):
-            break
-    else:
-        raise InputError(
-            f"{path}: the first line names the columns, which must be path,label or "
-            f"path,label,split; found {header.strip() or 'an empty file'}."
-        )
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    names_in = lru_cache(maxsize=None)(_names_in)
-    rows = []
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            where = f"{path}, line {reader.line_num}"
-            if not any(cells) or cells == header_cells:
-                continue
-            if len(cells) > len(columns) and any(cells[len(columns) :]):
-                raise InputError(
-                    f"{where}: there are {len(cells)} cells, but {len(columns)} columns. Put a "
-                    f'name that holds {delimiter!r} in quotation marks: "a{delimiter}b.jpg".'
-                )
-            row = dict(zip(columns, cells, strict=False))
-            if not row.get("path") or not row.get("label"):
-                raise InputError(f"{where}: a path or a label is missing.")
-            id = _find(path.parent, row["path"], names_in)
-            split, label = row.get("split", "").lower(), _composed(row["label"])
-            rows.append(Row(split, id, label, path.parent / id))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
+    names_in, rows = lru_cache(maxsize=None)(_names_in), []
+    for where, row in archives.read_csv(path, ("path", "label"), text):
+        if not row["path"] or not row["label"]:
+            raise InputError(f"{where}: a path or a label is missing.")
+        id = _find(path.parent, row["path"], names_in)
+        split, label = row.get("split", "").lower(), _composed(row["label"])
+        rows.append(Row(split, id, label, path.parent / id))
     return rows
 
 

@@ -74,7 +74,16 @@ def _open_splits(
     config: ConfigDict, center_crop: bool, wanted: tuple[str, ...]
 ) -> tuple[dict[str, Split], tfds.core.DatasetBuilder]:
     """Builds a data set if need be, and opens those of its splits that are wanted."""
-    builder = _make_builder(config)
+    try:
+        (config.dir and os.path.abspath(config.dir)).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--config.data.dir={config.dir!r}: data sets cannot be built in a folder whose name "
+            "is not valid UTF-8. Choose another one."
+        ) from error
+    options = {key: config[key] for key in config_keys(config.name)}
+    options |= {"data_dir": config.dir or None, "file_format": "array_record"}
+    builder = builder_class(config.name)(**options)
     # TFDS would announce a download of unknown size.
     builder._log_download_bytes = lambda: log.info("Building %s", builder.data_dir)
     builder._log_download_done = lambda: None
@@ -119,34 +128,21 @@ def _with_truth(dataset: Dataset, builder: tfds.core.DatasetBuilder, **near: flo
     return dataset._replace(query=query, gallery=gallery._replace(contents=None))
 
 
-def _make_builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
-    try:
-        (config.dir and os.path.abspath(config.dir)).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"--config.data.dir={config.dir!r}: data sets cannot be built in a folder whose name "
-            "is not valid UTF-8. Choose another one."
-        ) from error
-    options = {key: config[key] for key in config_keys(config.name)}
-    options |= {"data_dir": config.dir or None, "file_format": "array_record"}
-    return builder_class(config.name)(**options)
-
-
 def _open_split(
     builder: tfds.core.DatasetBuilder, name: str, size: int, config: ConfigDict
 ) -> Split:
     """Opens one split of a prepared data set, its images resized to squares."""
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
+    examples = cache.encoded(source, config.bbox_crop)
     if config.cache == "none":
-        split = cache.decoded(source, size, config.bbox_crop)
+        split = cache.decoded(examples, size)
     else:
-        key = {"data set": builder.info.full_name, "split": name}
+        key = {"data set": builder.info.full_name, "split": name, "crop": config.bbox_crop}
         folder = Path(builder.data_dir, "cache")
-        split = cache.cached(source, folder, key, size, config.bbox_crop)._replace(cache=folder)
-    if config.aspect == "keep":
-        split = split._replace(encoded=cache.encoded(source, config.bbox_crop))
+        split = cache.cached(examples, folder, key, size)._replace(cache=folder)
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
-    return split._replace(skipped=sum(row["split"] == name for row in skipped))
+    skips = sum(row["split"] == name for row in skipped)
+    return split._replace(encoded=examples, skipped=skips)
 
 
 def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
@@ -167,7 +163,7 @@ def _handle_copies(dataset: Dataset, keep: bool) -> Dataset:
     searched = np.asarray(gallery.contents)
     both = np.isin(searched, asked)
     _warn(gallery, both, "images of the gallery are queries too; no query finds itself")
-    # `gallery_ids` covers one copy of each.
+    # `own_rows` names one copy of each.
     return dataset._replace(gallery=rows_of(gallery, ~(both & _repeated(searched))))
 
 

@@ -49,7 +49,7 @@ class Msls(PlaceBuilder):
                         ("subtask_index.csv", ("all",)),
                     )
                 ]
-                for raw, row, task in zip(*tables, strict=True):
+                for (_, raw), (_, row), (_, task) in zip(*tables, strict=True):
                     if raw["pano"] == "False" and task["all"] == "True":
                         path = root / "images" / f"{row['key']}.jpg"
                         files.append((split, path.relative_to(root.parents[1]).as_posix(), path))

@@ -127,7 +127,7 @@ def _of_exif(path: Path) -> Where:
 
 
 def _of_list(path: Path) -> Iterator[tuple[Path, Where]]:
-    for number, row in enumerate(archives.read_csv(path, ("path",)), 2):
+    for where, row in archives.read_csv(path, ("path",)):
         try:
             file, heading = path.parent / row["path"], float(row.get("heading") or math.nan)
             if "frame" in row:
@@ -138,8 +138,7 @@ def _of_list(path: Path) -> Iterator[tuple[Path, Where]]:
                 yield file, Where(heading, "degrees", degrees)
         except (LookupError, ValueError) as error:
             raise InputError(
-                f"{path}, line {number}: latitude and longitude must be degrees, or frame a "
-                f"number; {error}."
+                f"{where}: latitude and longitude must be degrees, or frame a number; {error}."
             ) from error
 
 

@@ -6,6 +6,7 @@ Check", https://arxiv.org/abs/2003.08505); here the test classes can be measured
 
 import numpy as np
 
+from cgd_jax.data.cache import resized
 from cgd_jax.data.dataset import Dataset, Split, rows_of
 from cgd_jax.runtime.errors import InputError
 
@@ -45,6 +46,10 @@ def hold_out(
         )
     is_held = np.isin(train.labels, held)
     rest, validation = _rows(train, ~is_held), _rows(train, is_held)
+    size = dataset.query.images.shape[1]
+    if validation.encoded is not None and validation.images.shape[1] != size:
+        # As test images are: those to train on may be larger, or smaller.
+        validation = validation._replace(images=resized(validation.encoded, size))
     return dataset._replace(train=rest), Dataset(rest, validation, None)
 
 

@@ -12,7 +12,6 @@ from cgd_jax.data import Dataset, Split, cache
 from cgd_jax.data.batches import prefetch
 from cgd_jax.data.dataset import Images
 from cgd_jax.data.shapes import Shape
-from cgd_jax.labels import own_index
 from cgd_jax.runtime import console, files, processes
 
 
@@ -115,25 +114,11 @@ def embed_pixels(images: jax.Array) -> jax.Array:
     return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
 
 
-def own_rows(dataset: Dataset) -> np.ndarray | None:
-    """Returns the gallery row [Q] that each query itself is, which must not match it.
-
-    It is -1 for queries that are not in the gallery; None if it is not known that any is.
-    """
-    if dataset.gallery is None:  # the queries search themselves
-        return np.arange(len(dataset.query.labels))
-    query_ids, gallery_ids = dataset.query_ids, dataset.gallery_ids
-    if query_ids is None or gallery_ids is None:
-        return None
-    own = own_index(query_ids, gallery_ids, len(query_ids), len(gallery_ids))
-    return own if (own >= 0).any() else None
-
-
 def nearest(embeddings: Embeddings, own: np.ndarray | None, rows: np.ndarray, k: int) -> np.ndarray:
     """Finds the nearest neighbours of the queries `rows` [R], for people to look at.
 
-    `own` is from `own_rows`. Returns [R, k] positions in the gallery (among the queries, if there
-    is none), nearest first, never the query itself.
+    `own` is from `Dataset.own_rows`. Returns [R, k] positions in the gallery (among the queries, if
+    there is none), nearest first, never the query itself.
     """
     gallery = embeddings.query if embeddings.gallery is None else embeddings.gallery
     similarities = embeddings.query[rows] @ gallery.T
@@ -150,7 +135,7 @@ def ranking_inputs(embeddings: Embeddings, dataset: Dataset) -> dict:
         return arrays
     split = dataset.query if dataset.gallery is None else dataset.gallery
     arrays |= {"gallery": embeddings.gallery, "gallery_labels": split.labels}
-    own = own_rows(dataset)
+    own = dataset.own_rows()
     if own is not None:
         rows = np.arange(len(split.labels))
         # Queries that are not in the gallery have ids of their own.

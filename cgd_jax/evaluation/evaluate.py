@@ -19,7 +19,6 @@ from cgd_jax.evaluation.embed import (
     embed_dataset,
     embed_split,
     nearest,
-    own_rows,
     ranking_inputs,
     save_embeddings,
 )
@@ -74,7 +73,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
         folder / f"retrievals{suffix}.png",
         dataset,
         sample,
-        nearest(embeddings, own_rows(dataset), sample, k=8),
+        nearest(embeddings, dataset.own_rows(), sample, k=8),
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
     draw_embeddings(run, embeddings, step, suffix)
@@ -151,7 +150,7 @@ def measure_test_time(run: Run, state: State, embeddings: Embeddings) -> dict[st
         if wanted.whitening_dim:
             training = embed_training(run, state, **augmentation), dataset.train.labels
         try:
-            embeddings = postprocess(wanted, embeddings, training, own_rows(dataset), run.mesh)
+            embeddings = postprocess(wanted, embeddings, training, dataset.own_rows(), run.mesh)
             measured[name] = measure(run, embeddings)
         except ValueError as error:  # it must not cost the results without options
             console.log(f"Not measured, {name}: {error}")
@@ -198,7 +197,8 @@ def postprocess(
 ) -> Embeddings:
     """Does the whitening, database augmentation and query expansion that a config's `eval` wants.
 
-    `training` are embeddings [N, D] and labels [N] to learn whitening from; `own` is of `own_rows`.
+    `training` are embeddings [N, D] and labels [N] to learn whitening from, `own` is of
+    `Dataset.own_rows`.
     """
     query, gallery = embeddings
     if training is not None:
@@ -243,7 +243,7 @@ def reranked_recall(
 ) -> dict[str, float]:
     """Measures {"recall@1": ...} after k-reciprocal re-ranking of the nearest neighbours."""
     query, gallery = embeddings
-    own = own_rows(dataset)
+    own = dataset.own_rows()
     items = len(query) if gallery is None else len(gallery)
     everything = len(query) + (0 if gallery is None else len(gallery))
     k = min(max(100, *ks), items - (own is not None))

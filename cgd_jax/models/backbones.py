@@ -11,14 +11,12 @@ from cgd_jax.models import (
     bninception,
     clip,
     convnext,
-    cpu_ops,
-    dinov2,
-    dinov3,
+    dino,
     efficientnet_lite,
-    plain_vit,
     resnet,
     shufflenet,
     swin,
+    vit,
 )
 from cgd_jax.models.family import Family
 from cgd_jax.runtime.errors import InputError
@@ -30,11 +28,11 @@ FAMILIES: tuple[Family, ...] = (
     shufflenet.FAMILY,
     bninception.FAMILY,
     convnext.FAMILY,
-    dinov2.FAMILY,
-    dinov3.FAMILY,
+    dino.DINOV2,
+    dino.DINOV3,
     clip.CLIP,
     clip.SIGLIP,
-    plain_vit.FAMILY,
+    vit.FAMILY,
     swin.FAMILY,
 )
 
@@ -49,10 +47,7 @@ def create(config: Any, dtype: jnp.dtype) -> nn.Module:
     """Makes the backbone of a config's `model`: images and `train` → feature map, or `Features`."""
     family = BACKBONES[config.backbone]
     options = {name: getattr(config, name) for name in family.options}
-    backbone = family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
-    # Backbones are written with flax's own convolution, which is slow on a CPU, its gradients most
-    # of all. On other platforms nothing changes.
-    return backbone.clone(conv=cpu_ops.Conv) if hasattr(backbone, "conv") else backbone
+    return family.members[config.backbone](**options, remat=config.remat, dtype=dtype)
 
 
 def refused_options(config: Any) -> list[str]:

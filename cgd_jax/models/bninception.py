@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
+from cgd_jax.models.layers import ConvNet, Layer
 from cgd_jax.preprocess import Normalization
 
 # Channels of the branches: 1×1 (0: none, and the block downsamples); 1×1 and 3×3; 1×1 and twice
@@ -110,9 +110,7 @@ class BNInception(ConvNet):
         x = _over_the_edge(x)
         x = layer(layer(x, 64, 1, "conv2_3x3_reduce"), 192, 3, "conv2_3x3")
         x = _over_the_edge(x)
-        for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **own, layer=run)
-        return x
+        return self.run_blocks(Block, x, layer=run)
 
 
 def _flat_norms(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -135,5 +133,4 @@ FAMILY = Family(
     ),
     # Red, green, blue, of pixels from 0 to 1.
     normalization=Normalization.of((128 / 255, 117 / 255, 104 / 255), 1 / 255),
-    options=OPTIONS,
 )

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, HuggingFace, Scheme
-from cgd_jax.models.layers import OPTIONS, Dense, LayerNorm, LayerScale, StagedNet, drop_path, small
+from cgd_jax.models.family import OPTIONS, Family, HuggingFace, Scheme
+from cgd_jax.models.layers import Dense, LayerNorm, LayerScale, StagedNet, drop_path, small
 from cgd_jax.preprocess import IMAGENET
 
 

@@ -16,7 +16,7 @@ import jax
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
+from cgd_jax.models.layers import ConvNet, Layer
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 
 # A stage a row: blocks, side of the kernel, stride, expansion, channels.
@@ -79,8 +79,7 @@ class EfficientNetLite(ConvNet):
         options = {} if self.torch else {"momentum": 0.99, "epsilon": 1e-3, "padding": "SAME"}
         layer = self.make_layer(train, activation=nn.relu6, **options)
         x = layer(x, 32, 3, self.STEM, 2)
-        for name, own in self.blocks.items():
-            x = self.run_block(InvertedResidual, name, x, **own, layer=layer)
+        x = self.run_blocks(InvertedResidual, x, layer=layer)
         return layer(x, 1280, 1, ("head_conv", "head_bn"))
 
 
@@ -128,7 +127,6 @@ FAMILY = Family(
         Scheme("timm EfficientNet-Lite", "conv_stem.weight", "classifier.", _TIMM),
     ),
     normalization=EFFICIENTNET_LITE,
-    options=OPTIONS,
     timm={f"tf_{name}": name for name in BACKBONES},
     packages={
         "efficientnet_lite0": (

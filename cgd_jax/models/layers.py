@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cgd_jax.models import cpu_ops
+
 # Makes a layer of a network, or runs one; see `ConvNet.make_layer`.
 Layer = Callable[..., Any]
-
-# The keys of a config's `model` that all networks take whose feature maps become smaller.
-OPTIONS = {"last_stride": 1, "frozen_blocks": 0}
 
 # Of transformers and ConvNeXts.
 small = nn.initializers.truncated_normal(0.02)
@@ -24,7 +23,7 @@ LayerNorm = partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 class Backbone(nn.Module, kw_only=True):
     """A network of blocks: images [B, H, W, 3] and `train` → feature map [B, H', W', C].
 
-    A subclass has `STEM` and `blocks`, and runs every block by `run_block`.
+    A subclass has `STEM` and `blocks`, and runs them by `run_blocks`, or each by `run_block`.
     """
 
     # The names of the modules and parameters below the first block.
@@ -33,7 +32,7 @@ class Backbone(nn.Module, kw_only=True):
     frozen_blocks: int = 0  # so many of the lowest, and the stem below them, get no gradient
     remat: bool = False  # computes the inside of every block once more in the backward pass
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters and statistics stay float32
-    conv: Layer = nn.Conv  # for `backbones.create` to replace
+    conv: Layer = cpu_ops.Conv  # flax's own is slow on a CPU; elsewhere it is the same
 
     @property
     def blocks(self) -> Mapping[str, Mapping[str, Any]]:
@@ -44,6 +43,13 @@ class Backbone(nn.Module, kw_only=True):
     def layers(self) -> tuple[tuple[str, ...], ...]:
         """The names of the modules and parameters of the stem, then of every block."""
         return (self.STEM, *((name,) for name in self.blocks))
+
+    @nn.nowrap
+    def run_blocks(self, block: type[nn.Module], x: jax.Array, **options) -> jax.Array:
+        """Runs all blocks, each with its own options and these."""
+        for name, own in self.blocks.items():
+            x = self.run_block(block, name, x, **own, **options)
+        return x
 
     @nn.nowrap
     def run_block(self, block: type[nn.Module], name: str, x: jax.Array, **options) -> jax.Array:

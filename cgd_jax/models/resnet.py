@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, HuggingFace, Scheme
-from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
+from cgd_jax.models.family import OPTIONS, Family, HuggingFace, Scheme
+from cgd_jax.models.layers import ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
 STEMS = ("7x7", "3x3")
@@ -112,11 +112,9 @@ class ResNet(ConvNet):
         x = layer(x, self.width, 7 if self.stem == "7x7" else 3, self.STEM, self.stem_stride)
         if self.stem == "7x7":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        common: dict[str, Any] = {"bottleneck": self.bottleneck, "groups": self.groups}
-        common |= {"squeeze_excite": self.squeeze_excite, "layer": layer}
-        for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **own, **common)
-        return x
+        options: dict[str, Any] = {"bottleneck": self.bottleneck, "groups": self.groups}
+        options["squeeze_excite"] = self.squeeze_excite
+        return self.run_blocks(Block, x, layer=layer, **options)
 
 
 _TORCHVISION = {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cgd_jax.models.family import Family, Scheme
-from cgd_jax.models.layers import OPTIONS, ConvNet, Layer
+from cgd_jax.models.layers import ConvNet, Layer
 from cgd_jax.preprocess import IMAGENET
 
 
@@ -69,8 +69,7 @@ class ShuffleNet(ConvNet):
         layer = self.make_layer(train)
         x = layer(x, self.widths[0], 3, ("conv1_0", "conv1_1"), 2)
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **own, layer=layer)
+        x = self.run_blocks(Block, x, layer=layer)
         return layer(x, self.widths[-1], 1, ("conv5_0", "conv5_1"))
 
 
@@ -85,5 +84,4 @@ FAMILY = Family(
     members=BACKBONES,
     schemes=(Scheme("torchvision ShuffleNet", "conv1.0.weight", "fc.", {"_": "."}),),
     normalization=IMAGENET,
-    options=OPTIONS,
 )

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, HuggingFace, Scheme, rename
-from cgd_jax.models.layers import OPTIONS, Dense, LayerNorm, StagedNet, small
+from cgd_jax.models.family import OPTIONS, Family, HuggingFace, Scheme, rename
+from cgd_jax.models.layers import Dense, LayerNorm, StagedNet, small
 from cgd_jax.models.vit import Block
 from cgd_jax.preprocess import IMAGENET
 

@@ -1,8 +1,8 @@
 """Vision transformers that end in a feature map of patch tokens, and the class token beside it.
 
-One module for all families (Dosovitskiy et al., https://arxiv.org/abs/2010.11929): plain_vit.py,
-dinov2.py, dinov3.py and clip.py say what their networks have of what is optional here. Modules and
-parameters are cut, and mostly named, as in timm.
+One module for all families (Dosovitskiy et al., https://arxiv.org/abs/2010.11929): the plain one,
+with which this file ends, and those of dino.py and clip.py, which say what their networks have of
+what is optional here. Modules and parameters are cut, and mostly named, as in timm.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cgd_jax.models.family import Family, Features, rename
+from cgd_jax.models.family import Family, Features, HuggingFace, Scheme, rename
 from cgd_jax.models.layers import (
     Backbone,
     Dense,
@@ -24,6 +24,7 @@ from cgd_jax.models.layers import (
     is_ampere,
     small,
 )
+from cgd_jax.preprocess import Normalization
 
 # A family of vision transformers, but for what is its own.
 ViTFamily = partial(
@@ -203,10 +204,9 @@ class ViT(Backbone):
             x = norm(name="norm_pre")(x)
 
         attention = partial(Attention, self.heads, self.key_bias, rotate)
-        common = {"attention": attention, "norm": norm, "train": train}
-        common |= {"activation": self.activation, "layer_scale": self.layer_scale}
-        for name, own in self.blocks.items():
-            x = self.run_block(Block, name, x, **own, **common)
+        options = {"attention": attention, "norm": norm, "train": train}
+        options |= {"activation": self.activation, "layer_scale": self.layer_scale}
+        x = self.run_blocks(Block, x, **options)
         x = norm(name="norm")(x)
         if self.class_token:
             token = x[:, 0]
@@ -293,9 +293,12 @@ def fuse(arrays: Mapping[str, np.ndarray], parts: tuple[str, ...], whole: str) -
     return fused
 
 
-def from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Brings the names of Hugging Face's ViT and DINOv2 to those of timm."""
+def from_hugging_face(
+    arrays: Mapping[str, np.ndarray], more: Mapping[str, str | None] = {}
+) -> dict[str, np.ndarray]:
+    """Brings the names of Hugging Face's ViT and DINO to those of timm; `more` rules come first."""
     rules = {
+        **more,
         "mask_token$": None,
         # Of the files; in transformers ≥ 5 networks have the names that they become here.
         r"attention\.attention\.([qkv])[a-z]+\.": r"attention.\1_proj.",
@@ -304,17 +307,16 @@ def from_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
         r"output\.dense": "mlp.fc2",
         "layernorm_before": "norm1",
         "layernorm_after": "norm2",
-        r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+        r"^embeddings\.patch_embeddings(\.projection)?": "patch_embed.proj",
         r"^embeddings\.position_embeddings": "pos_embed",
         r"^embeddings\.": "",
-        r"^(encoder\.layer|layers)\.": "blocks.",
+        r"^(encoder\.layer|layers|(model\.)?layer)\.": "blocks.",
         r"attention\.o_proj": "attn.proj",
         r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
         r"^layernorm\.": "norm.",
     }
-    return fuse(
-        rename(arrays, rules), tuple(f"attention.{part}_proj" for part in "qkv"), "attn.qkv"
-    )
+    parts = tuple(f"attention.{part}_proj" for part in "qkv")
+    return fuse(rename(arrays, rules), parts, "attn.qkv")
 
 
 def size_of(config: Mapping[str, Any], default: str = "base") -> dict[str, Any]:
@@ -328,3 +330,43 @@ def size_and_grid_of(config: Mapping[str, Any], patch: int = 16) -> dict[str, An
     patch = config.get("patch_size", patch)
     grid = config.get("image_size", 224) / patch
     return size_of(config) | {"published_patch": patch, "grid": grid}
+
+
+# As Hugging Face publishes those of Google, trained on ImageNet-21k or as in "How to train your
+# ViT?" (https://arxiv.org/abs/2106.10270), and DINO's (Caron et al.,
+# https://arxiv.org/abs/2104.14294): with 1e-12 in LayerNorms where timm has 1e-6. The pixels' mean
+# and deviation differ; the preprocessor_config.json beside the weights has them. The pooler behind
+# the class token is left out.
+BACKBONES = {
+    f"vit_{size}_patch{patch}_{image}": partial(
+        ViT, published_patch=patch, grid=image // patch, epsilon=1e-12, **SIZES[size]
+    )
+    for size, patch, images in (
+        ("tiny", 16, (224,)),
+        ("small", 8, (224,)),
+        ("small", 16, (224,)),
+        ("base", 8, (224,)),
+        ("base", 16, (224, 384)),
+        ("base", 32, (224, 384)),
+        ("large", 16, (224, 384)),
+        ("large", 32, (384,)),
+    )
+    for image in images
+}
+_COMPUTED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True}
+FAMILY = ViTFamily(
+    title="ViT",
+    members=BACKBONES,
+    schemes=(
+        Scheme("timm ViT", "blocks.0.attn.qkv.weight", "head.", TIMM),
+        Scheme(
+            "Hugging Face ViT",
+            "embeddings.patch_embeddings.projection.weight",
+            ("classifier.", "pooler."),
+            TIMM,
+            from_hugging_face,
+        ),
+    ),
+    normalization=Normalization.of(0.5, 0.5),
+    hugging_face={"vit": HuggingFace(_COMPUTED, size_and_grid_of)},
+)

@@ -4,6 +4,8 @@ Every process runs the same program. Each loads its own rows of every batch; the
 arranges what is computed over all devices; only the first process writes reports.
 """
 
+import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +44,17 @@ def is_first() -> bool:
 
 
 def report_folder(workdir: str | Path) -> Path:
-    """Returns where to write reports: the work folder in the first process, else a scratch one."""
-    folder = workdir if is_first() else tempfile.mkdtemp(prefix="reports-of-another-process-")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
+    """Returns where to write reports: the work folder in the first process, else a scratch one.
+
+    What a run that goes on has in its history, which it decides by, is there too.
+    """
+    if is_first():
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        return Path(workdir)
+    scratch = Path(tempfile.mkdtemp(prefix="reports-of-another-process-"))
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy(Path(workdir, "history.csv"), scratch)
+    return scratch
 
 
 def wait_for_all(where: str) -> None:
