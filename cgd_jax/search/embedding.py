@@ -53,10 +53,10 @@ def read_and_embed(
 ) -> Iterator[tuple[Item, Any, np.ndarray | None]]:
     """Reads images ahead in threads, while the device embeds those that could be read.
 
-    `read` returns the bytes of a file, or anything else where there is nothing to embed; the
-    network of an `Embedder` is asked for when there is. Yields every item with the fields that
-    `images.read` found and the vector [D], or with what `read` returned, or why it cannot be read,
-    and None. `what` is said to be done by a progress bar.
+    `read` returns the bytes of a file, or what `images.read` makes of them; anything else where
+    there is nothing to embed. The network of an `Embedder` is asked for when there is. Yields every
+    item with the fields that `images.read` found and the vector [D], or with what `read` returned,
+    or why it cannot be read, and None. `what` is said to be done by a progress bar.
     """
     opening = Lock()
 

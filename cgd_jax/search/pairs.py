@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from cgd_jax import retrieval
-from cgd_jax.data.decode import looks_like_image, read_file
+from cgd_jax.data.decode import looks_like_image
+from cgd_jax.data.images import read_image
 from cgd_jax.network import Network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import console, files, packages
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search.embedding import Embedder, read_and_embed
-from cgd_jax.search.images import files_of, reason_of
+from cgd_jax.search.images import files_of
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +82,11 @@ def _images_below(folder: Path, root: Path) -> list[str]:
 
 def _embed(root: Path, names: list[str], network: Network) -> dict[str, np.ndarray]:
     """Embeds files; those that cannot be read are left out, and named."""
-    read, embedder, vectors = lambda name: read_file(root / name), Embedder(network), {}
-    for name, found, vector in read_and_embed(names, read, embedder, "embedding"):
+    read = lambda name: (read_image(root / name, network.size), {})  # no thumbnail is needed
+    vectors = {}
+    for name, found, vector in read_and_embed(names, read, Embedder(network), "embedding"):
         if vector is None:
-            log.warning("Left out: %s: %s.", literal(root / name), reason_of(found))
+            log.warning("Left out: %s", literal(found))
         else:
             vectors[name] = vector
     return vectors
