@@ -106,6 +106,16 @@ def test_only_what_changed_is_embedded(photos, tmp_path, monkeypatch):
     assert content(address) == content(undisturbed)
 
 
+def test_an_unchanged_folder_needs_no_jax(photos, tmp_path):
+    address = str(tmp_path / "index")
+    update(address, [photos], stand_in())
+    script = "import sys; from cgd_jax.search import commands as c; c.fill_index(sys.argv[1], "
+    script += "sys.argv[2:]); print({'jax', 'flax', 'scipy'} & sys.modules.keys())"
+    command = [sys.executable, "-c", script, address, str(photos)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert " 12 unchanged" in run.stdout and run.stdout.endswith("set()\n"), run.stderr
+
+
 def test_files_that_cannot_be_used_are_listed(photos, tmp_path, caplog):
     (photos / "hats/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
     (photos / "hats/empty.png").touch()

@@ -50,8 +50,7 @@ def update(
         listing = stack.enter_context(images.listed(sources, address))
         with contextlib.suppress(NoIndexError):
             index = Index.open(address, model, vector=vector)
-            asked = {"precision": precision, "whiten": whiten, "whitening": whitening}
-            _check(index, asked | {"compress": compress})
+            _check(index, precision, whiten, whitening, compress)
         indexing.meet(share, "everybody has looked whether there is an index")
         if index is None and is_first:
             from cgd_jax.search.embedding import learn_whitening, opened
@@ -72,13 +71,12 @@ def update(
         return indexing.update(index, listing, prune, share, watch, on)
 
 
-def _check(index: Index, asked: dict[str, Any]) -> None:
-    """Raises InputError if an index is another than is asked for; None is what it is."""
+def _check(index: Index, *asked: str | int | None) -> None:
+    """Raises InputError if an index is another than is asked for; None is whatever it is."""
     info = index.info
     whitened = info.dimension if info.whitened_from else None
-    known = {"precision": info.precision, "whiten": whitened, "whitening": info.whitened_by}
-    known["compress"] = info.compress
-    if any(value not in (None, known[name]) for name, value in asked.items()):
+    known = info.precision, whitened, info.whitened_by, info.compress
+    if any(value not in (None, of) for value, of in zip(asked, known, strict=True)):
         how = f"whitened by {info.whitened_by} to {whitened} dimensions"
         packed = f"compressed ({info.compress})" if info.compress else "not compressed"
         raise InputError(
