@@ -61,7 +61,9 @@ FLAGS = {
         "FILE",
     ),
     "vector": Flag("Which vector, as config.eval.vector; else what was trained.", "NAME"),
-    "precision": Flag("Of the vectors; else float32.", "NAME", options=("float32", "float16")),
+    "precision": Flag(
+        "Of the vectors: float32 or float16; else float32.", "NAME", options=("float32", "float16")
+    ),
     "whiten": Flag("Dimensions of whitened vectors; else all as they are.", "NUMBER", options=(1,)),
     "whitening": Flag(
         "What --whiten learns from: all images (pca), or pairs of those with one label; else pca.",
