@@ -23,9 +23,10 @@ import numpy as np
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cgd_jax import checkpoint, from_config
-from cgd_jax.config import from_dict
+from cgd_jax import checkpoint
 from cgd_jax.reports.history import read_history
+from cgd_jax.run import create_run
+from cgd_jax.workdir import read_config
 
 ROOT = Path(__file__).parents[1]
 # Much is saved, and so much is there to be interrupted. A row of the history is a mean over the
@@ -54,8 +55,7 @@ def kill(command: list[str], workdir: Path, moment: str, rng: random.Random) -> 
 
 def last_state(workdir: Path) -> dict[str, bytes]:
     """All arrays of the state that a run ended with, by name."""
-    config = from_dict(json.loads((workdir / "config.json").read_text()))
-    template = from_config.set_up(config).state
+    template = create_run(read_config(workdir), str(workdir)).state_shapes()
     with checkpoint.manager(str(workdir)) as checkpoints:
         state = checkpoint.restore(checkpoints, template, checkpoints.latest_step())
     leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -65,8 +65,8 @@ FLAGS = {
     "mode": Flag(
         "The command, where it is not the first word.",
         "NAME",
-        "train",
-        tuple(COMMANDS),
+        default="train",
+        options=tuple(COMMANDS),
     ),
     "workdir": Flag(
         "The folder of a run, or s3://... or gs://...; a new one is runs/CONFIG, or "
@@ -85,7 +85,7 @@ FLAGS = {
     "values": Flag("More such CSV files, for verdicts over all.", "FILE"),
     "variants": Flag("Some of the study's, separated by commas.", "NAME,NAME"),
     "seeds": Flag("Others than the study's: 0,1,2.", "NUMBER,NUMBER"),
-    "jobs": Flag("Runs at a time, on a CPU; else 1.", "NUMBER", 1, (1,)),
+    "jobs": Flag("Runs at a time, on a CPU; else 1.", "NUMBER", default=1, options=(1,)),
     "dry_run": Flag("Prints the commands of the runs, and ends."),
     "distributed": Flag("Several processes, as SLURM, Open MPI or the TPU pod has started them."),
     "coordinator": Flag("Several processes, started by hand: where the first one is.", "HOST:PORT"),
@@ -117,7 +117,6 @@ def check(name: str, given: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(name: str, given: flags.FlagValues) -> None:
-    """Does what a command of a run says."""
     from cgd_jax import explain, export, inspect_data, train
     from cgd_jax.evaluation import ensemble, evaluate
     from cgd_jax.studies import report, runner, study

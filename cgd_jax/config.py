@@ -6,6 +6,7 @@
 import json
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from cgd_jax import config_files
@@ -37,7 +38,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
     Both are from `to_dict`. What is `FREE_TO_CHANGE` is left out.
     """
-    old, new = flatten(old), flatten(new)
+    old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
     return [
         f"{path}: {old.get(path, 'absent')} → {new.get(path, 'absent')}"
         for path in sorted(old.keys() | new.keys())
@@ -51,44 +52,14 @@ def to_dict(config: ConfigDict) -> dict:
     return json.loads(config.to_json())
 
 
-def from_dict(values: dict) -> ConfigDict:
-    """Returns the config that `to_dict` was given; see `complete`."""
-    return ConfigDict(complete(values))
-
-
-def complete(values: dict) -> dict:
-    """Returns what `to_dict` made of a config, perhaps by an older version, as it is read today.
+def complete(values: dict) -> dict[str, Any]:
+    """Returns path → value of what `to_dict` made of a config, perhaps by an older version.
 
     Keys that were renamed have their new names, keys that did not exist yet the value that does
     what was done before, and lists are tuples.
     """
-    nested: dict[str, Any] = {}
-    for path, value in complete_flat(values).items():
-        *groups, name = path.split(".")
-        part = nested
-        for group in groups:
-            part = part.setdefault(group, {})
-        part[name] = value
-    return nested
-
-
-def complete_flat(values: dict) -> dict[str, Any]:
-    """Returns what `complete` does, as `flatten` has it."""
     of_run = {
         RENAMED.get(path, path): tuple(value) if isinstance(value, list) else value
-        for path, value in flatten(values).items()
+        for path, value in flatten_dict(values, sep=".").items()
     }
-    return flatten(config_files.base_config().to_dict()) | DONE_BEFORE | of_run
-
-
-def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Returns a nested dict as one of paths.
-
-    >>> flatten({"seed": 0, "model": {"width": 64}})
-    {'seed': 0, 'model.width': 64}
-    """
-    flat = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        flat.update(flatten(value, path + ".") if isinstance(value, dict) else {path: value})
-    return flat
+    return flatten_dict(config_files.base_config().to_dict(), sep=".") | DONE_BEFORE | of_run

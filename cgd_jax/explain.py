@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cgd_jax import retrieval, run
+from cgd_jax import run
 from cgd_jax.attribution import why_no_map
 from cgd_jax.data import Dataset
 from cgd_jax.evaluation import embed
@@ -102,12 +102,7 @@ def right_and_wrong(
     gallery (among the queries, if there is none). In neither occurs a class twice, else one odd
     class might be all that is seen.
     """
-    query, gallery = embeddings
-    exclude = np.arange(len(query)) if gallery is None else None
-    similarity, index = retrieval.top_k(
-        query, query if gallery is None else gallery, 1, exclude=exclude, mesh=mesh
-    )
-    similarity, index = similarity[:, 0], index[:, 0]
+    similarity, index = (x[:, 0] for x in embed.nearest(embeddings, dataset, 1, mesh=mesh))
     labels = dataset.query.labels
     found = (dataset.gallery or dataset.query).labels[index]
 
@@ -119,9 +114,9 @@ def right_and_wrong(
                 seen |= {labels[row], found[row]}
         return np.array(pairs, int).reshape(-1, 2)
 
-    shuffled = np.random.default_rng(seed).permutation(len(query))
+    shuffled = np.random.default_rng(seed).permutation(len(index))
     surest = np.argsort(-similarity, kind="stable")
-    is_right = dataset.is_match(np.arange(len(query)), index[:, None])[:, 0]
+    is_right = dataset.is_match(np.arange(len(index)), index[:, None])[:, 0]
     right, wrong = shuffled[is_right[shuffled]], surest[~is_right[surest]]
     return one_of_each_class(right), one_of_each_class(wrong)
 

@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from cgd_jax import config_files, study_files
-from cgd_jax.config import flatten
 from cgd_jax.runtime import buckets, console
 from cgd_jax.runtime.errors import UserError
 
@@ -22,11 +21,12 @@ CONFIG = (
     f"configs/base.py explains every key."
 )
 MANY = ("query", "images", "together", "values")  # flags that may be given several times
-# What a flag is by the name of its value; NAME is one of its options; anything else a text.
+# How absl defines a flag, by what --help calls its value; others are texts.
 KINDS: dict[str, Callable[..., Any]] = {
     "": flags.DEFINE_bool,
     "NUMBER": flags.DEFINE_integer,
-    "DECIMAL": flags.DEFINE_float,
+    "COSINE": flags.DEFINE_float,
+    "EXPONENT": flags.DEFINE_float,
     "NUMBER,NUMBER": flags.DEFINE_list,
     "NAME,NAME": flags.DEFINE_list,
 }
@@ -46,12 +46,10 @@ class Command(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """A flag of a command."""
-
     what: str  # it is
-    value: str = ""  # what --help calls its value, see `KINDS`
+    value: str = ""  # what --help calls its value, see `KINDS`; without it, a switch
     default: Any = None
-    options: tuple = ()  # names to choose from, or bounds
+    options: tuple = ()  # names to choose from, or the bounds of a number
 
 
 def parse(
@@ -173,14 +171,12 @@ def define(known: Mapping[str, Flag], names: list[str]) -> flags.FlagValues:
     given = flags.FlagValues()
     for name in names:
         what, value, default, options = known[name]
-        first: Any = default if value else False
-        if name in MANY:
-            flags.DEFINE_multi_string(name, first, what, flag_values=given)
-        elif value == "NAME" and options:
-            flags.DEFINE_enum(name, first, list(options), what, flag_values=given)
-        else:
-            kind = KINDS.get(value, flags.DEFINE_string)
-            kind(name, first, what, *options, flag_values=given)
+        if value == "NAME" and options:
+            flags.DEFINE_enum(name, default, list(options), what, flag_values=given)
+            continue
+        define_one = KINDS.get(value, flags.DEFINE_string)
+        define_one = flags.DEFINE_multi_string if name in MANY else define_one
+        define_one(name, default if value else False, what, *options, flag_values=given)
     return given
 
 
@@ -192,7 +188,9 @@ def unknown_flag(flag: str, name: str, commands: Mapping[str, Command]) -> str:
     takes = commands[name].takes.split()
     alike = [f"--{other}=" for other in difflib.get_close_matches(flag, takes + OF_ALL, cutoff=0.8)]
     if "config" in takes:
-        keys = flatten(config_files.base_config().to_dict())
+        from flax.traverse_util import flatten_dict
+
+        keys = flatten_dict(config_files.base_config().to_dict(), sep=".")
         alike += [f"--{key}=" for key in keys if key.rpartition(".")[2] == flag]
     if alike:
         return f"there is no flag --{flag}; did you mean {' or '.join(alike)}?"

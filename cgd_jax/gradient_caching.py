@@ -12,7 +12,6 @@ gradient is that of `train_step.gradients_of_batch` exactly. The auxiliary modul
 batch in any case.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 from cgd_jax import train_step as parts
 from cgd_jax.models.cgd import CGD
 from cgd_jax.sharding import shardings
-from cgd_jax.train_step import State, TrainStep, measure_losses
+from cgd_jax.train_step import State, TrainStep
 
 
 def make_train_step(
@@ -89,13 +88,7 @@ def make_gradients_of_batch(config: ConfigDict, model: CGD):
 
         def loss_of(params, chunks):
             descriptors = jax.tree.map(join, *chunks)
-            with_params = dataclasses.replace(state, params=params)
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            output, updates = model.apply(
-                variables, None, True, descriptors, mutable=["batch_stats"]
-            )
-            loss, metrics = measure_losses(config, with_params, labels, output)
-            return loss, (updates["batch_stats"], metrics, output)
+            return parts.loss_of(config, model, state, labels, params, None, descriptors)
 
         gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
         (_, found), (gradients, cotangents) = gradient(state.params, chunks)

@@ -1,20 +1,16 @@
 """The model card of an exported network: README.md, as Hugging Face shows it."""
 
-from typing import TYPE_CHECKING
-
 import yaml
 from ml_collections import ConfigDict
 
 from cgd_jax.models import backbones
+from cgd_jax.network import Network
 from cgd_jax.reports import tables
 from cgd_jax.reports.names import markdown
 from cgd_jax.torch_code import READ, reads_backbone, torch_code
 
-if TYPE_CHECKING:
-    from cgd_jax.network import Network
 
-
-def model_card(network: "Network", result: dict) -> str:
+def model_card(network: Network, result: dict) -> str:
     """Returns the card of a run's network in Markdown; `result` is of `evaluate.evaluate_state`."""
     config, side, measured = ConfigDict(network.config), network.resize, result["metrics"]
     model = config.model
@@ -110,7 +106,7 @@ def _metadata(config: ConfigDict, measured: dict, title: str) -> str:
     return yaml.safe_dump(text, sort_keys=False, allow_unicode=True)
 
 
-def _with_torch(network: "Network") -> str:
+def _with_torch(network: Network) -> str:
     """Returns the PyTorch code, and says what it needs."""
     model, code = network.config["model"], torch_code(network)
     if code is None:

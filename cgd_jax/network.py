@@ -269,8 +269,6 @@ def identify(source: str | Path | None) -> tuple[str, str]:
 
 
 class _Source(NamedTuple):
-    """What a source holds."""
-
     name: str
     weights: dict[str, Any]  # variables; of a published backbone, arrays by the publisher's names
     normalization: Normalization
@@ -287,7 +285,6 @@ def _locate(source: str | Path | None) -> str:
 
 
 def is_run(name: str) -> bool:
-    """Returns whether this is the work folder of a run."""
     return Path(buckets.local(name), "checkpoints").is_dir()
 
 
@@ -308,7 +305,8 @@ def _read(name: str, step: int | None = None) -> _Source:
     declared = weight_files.declared_normalization(path.parent, metadata)
     if declared is None or "config" not in metadata:
         return _published(name, path, arrays, declared)
-    config, weights = complete(json.loads(metadata["config"])), unflatten_dict(arrays, "/")
+    config = unflatten_dict(complete(json.loads(metadata["config"])), ".")
+    weights = unflatten_dict(arrays, "/")
     step = int(metadata["step"]) if "step" in metadata else None
     return _Source(name, weights, declared, config, step, _digest(weights))
 
@@ -331,7 +329,7 @@ def _published(
         "embedding_dim": len(descriptors),
         "freeze_batch_norm": family.batch_norm,
     }
-    model = complete({"model": described})["model"]
+    model = unflatten_dict(complete({"model": described}), ".")["model"]
     data = {"image_size": PUBLISHED_SIZE, "resize": PUBLISHED_SIZE, "aspect": ASPECTS[0]}
     config = {"model": model, "data": data, "eval": {"center_crop": False}}
     if name == PACKAGED:  # without the classifier, else every search would log that it is left out

@@ -107,11 +107,6 @@ def create_loss_params(
     }
 
 
-def create_memory(config: ConfigDict, dim: int) -> losses.Memory | None:
-    """Returns the empty cross-batch memory of a config (its `loss` part), if it has one."""
-    return losses.empty_memory(config.memory, dim) if config.memory else None
-
-
 def triplet_margin(config: ConfigDict) -> float | None:
     """Returns the margin of a triplet loss, or None where the ranking loss is another one."""
     is_triplet = config.ranking.endswith("triplet")

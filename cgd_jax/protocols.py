@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cgd_jax.ranking import Relevance, measure_ranks
-from cgd_jax.retrieval import check_pair
 
 __all__ = ["landmarks", "means", "ndcg", "places", "relevance", "revisited"]
 
@@ -76,11 +75,9 @@ def revisited(
     found = {}
     for setup, (positives, ignored) in setups.items():
         measured = _measure(measure, query, gallery, positives, ignored, **options)
-        for name, values in measured.items():
-            if "recall" not in name:
-                found[f"{name}_{setup}"] = values
-            elif setup == "medium":
-                found[name] = values
+        found |= {f"{name}_{setup}": measured[name] for name in measured if "recall" not in name}
+        if setup == "medium":
+            found |= {name: measured[name] for name in measured if "recall" in name}
     return found
 
 
@@ -239,7 +236,6 @@ def _measure(
     **options: Any,
 ) -> Metrics:
     """What a function makes of each query's ranks, from [B, M] to {metric: [B]}."""
-    query, gallery = check_pair(query, gallery, options.get("precision", "highest"))
     if len(query) != len(positives):
         raise ValueError(f"{len(query)} queries, but {len(positives)} lists of positives")
     wanted = relevance(positives, len(gallery), ignored)

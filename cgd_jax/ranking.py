@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
-from cgd_jax.retrieval import check_pair, check_rows, normalize
+from cgd_jax.retrieval import check_pair, check_rows, is_cpu, normalize
 from cgd_jax.runtime import processes, threads
 
 __all__ = ["TIE", "Relevance", "measure_ranks"]
@@ -82,7 +82,7 @@ def measure_ranks(
     rows = rows[relevance.matches[rows] > 0]
     rows = rows[processes.share_of_rows(mesh, len(rows))]
     work, mine = (asked, items, relevance, rows, first), processes.local_mesh(mesh)
-    blocks = _ranks_on_cpu(*work) if _is_cpu(mine) else _ranks_on_devices(*work, precision, mine)
+    blocks = _ranks_on_cpu(*work) if is_cpu(mine) else _ranks_on_devices(*work, precision, mine)
     found: dict[str, np.ndarray] = {}
     for some, ranks in blocks:
         for name, values in measure(ranks).items():
@@ -98,10 +98,6 @@ def check_matches(matches: np.ndarray, items: int) -> None:
             f"none of the {len(matches)} queries has a true match among the {items} gallery items: "
             "check that both are labelled alike"
         )
-
-
-def _is_cpu(mesh):
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _ranks_on_cpu(query, gallery, relevance, rows, first):

@@ -85,7 +85,7 @@ def top_k(
     total, everyones = len(query), mesh
     share = processes.share_of_rows(mesh, total)
     query, exclude, mesh = query[share], exclude[share], processes.local_mesh(mesh)
-    if _is_one_cpu(mesh):
+    if mesh.size == 1 and is_cpu(mesh):
         found = _search_in_cache(query, gallery, k, exclude)
     else:
         found = _search_on_devices(query, gallery, k, exclude, precision, mesh)
@@ -94,8 +94,7 @@ def top_k(
         everything = np.full((total, k), least, local.dtype)
         everything[share] = local
         merged.append(processes.merge_rows(everything, everyones))
-    similarity, index = merged
-    return similarity, index
+    return merged[0], merged[1]
 
 
 @jax.jit
@@ -113,8 +112,8 @@ def normalize(x: jax.Array) -> jax.Array:
     return x * (1 / jnp.where(norm > 0, norm, 1))
 
 
-def _is_one_cpu(mesh):
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+def is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _search_on_devices(query, gallery, k, exclude, precision, mesh):

@@ -12,10 +12,10 @@ from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from cgd_jax import combination, config_files, data, losses, pooling, retrieval, sharding
-from cgd_jax.config import flatten
 from cgd_jax.data import shapes
 from cgd_jax.models import backbones, cgd, resnet
 from cgd_jax.runtime.errors import ConfigError
@@ -62,7 +62,10 @@ RULES: dict[str, Rule] = {
     "data.test_name": one_of(("", *data.NAMES)),
     "data.radius": _above_0,
     "data.aspect": one_of(shapes.ASPECTS),
-    "data.cache": one_of(("disk", "none")),
+    "data.cache": Rule(
+        lambda text: re.fullmatch(r"disk|none|[1-9]\d*GB", text) is not None,
+        "must be disk, none, or the most that it takes of a split, such as 20GB",
+    ),
     "data.max_bad_fraction": Rule(lambda share: 0 <= share <= 1, "must be a share, 0 to 1"),
     "data.test_fraction": Rule(lambda share: 0 < share < 1, "must be between 0 and 1"),
     "data.fold": Rule(_is_fold, "must be empty, or a part of n such as 1/4"),
@@ -139,14 +142,14 @@ def rule_of(key: str, default: Any) -> Rule:
 
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError with a key, its value, and the values that are valid."""
-    check_values(flatten(config.to_dict()))
+    check_values(flatten_dict(config.to_dict(), sep="."))
     for problem in _problems(config):
         raise ConfigError(problem)
 
 
 def check_values(values: dict[str, Any]) -> None:
-    """Checks every value of a config, by key as from `config.flatten`, by itself."""
-    defaults = flatten(config_files.base_config().to_dict())
+    """Checks every value of a config, by key, such as data.name, by itself."""
+    defaults = flatten_dict(config_files.base_config().to_dict(), sep=".")
     if missing := ", ".join(key for key in defaults if key not in values):
         raise ConfigError(f"The config has no key {missing}; configs/base.py explains every key.")
     if unknown := ", ".join(key for key in values if key not in defaults):

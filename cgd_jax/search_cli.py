@@ -94,7 +94,7 @@ FLAGS = {
         "NUMBER,NUMBER",
     ),
     "scales_p": Flag(
-        "The exponent of their generalized mean, as GeM's; else 1, their sum.", "DECIMAL"
+        "The exponent of their generalized mean, as GeM's; else 1, their sum.", "EXPONENT"
     ),
     "queries": Flag("A folder of images.", "FOLDER"),
     "database": Flag("Another, in which those most like them are found.", "FOLDER"),
@@ -107,7 +107,7 @@ FLAGS = {
     "exact": Flag("Compares with every image."),
     "crop": Flag("The part of the query to search by, in pixels.", "X,Y,WIDTH,HEIGHT"),
     "duplicates": Flag("Lists groups of images that are nearly the same."),
-    "similarity": Flag("With --duplicates: the cosine from which they are; else 0.94.", "DECIMAL"),
+    "similarity": Flag("With --duplicates: the cosine from which they are; else 0.94.", "COSINE"),
     "json": Flag("Prints JSON, and nothing else."),
     "picture": Flag(
         "The PNG that shows what was found; else search.png, or duplicates.png.", "FILE"

@@ -1,7 +1,7 @@
 """PyTorch code that computes an exported network's embedding, for its model card."""
 
 import pprint
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ from flax import linen as nn
 
 from cgd_jax import pooling
 from cgd_jax.models.resnet import ResNet
-
-if TYPE_CHECKING:
-    from cgd_jax.network import Network
+from cgd_jax.network import Network
 
 # Reads a file of an export, of which no bit is wrong.
 READ = """\
@@ -85,7 +83,7 @@ def reads_backbone(backbone: nn.Module) -> TypeGuard[ResNet]:
     return isinstance(backbone, ResNet) and not backbone.squeeze_excite
 
 
-def torch_code(network: "Network") -> str | None:
+def torch_code(network: Network) -> str | None:
     """Returns Python source with a function `embed` of images.
 
     Where `reads_backbone` is false, `embed` calls a `backbone` that the reader has to provide:
@@ -148,7 +146,7 @@ def _resnet(backbone: ResNet) -> str:
     return code.replace("            BRANCH\n", _BOTTLENECK if backbone.bottleneck else _BASIC)
 
 
-def _regions(network: "Network") -> list[tuple[int, int, int]]:
+def _regions(network: Network) -> list[tuple[int, int, int]]:
     """Returns the regions of R-MAC in the feature map of what the network sees."""
     shape = (1, network.image_size, network.image_size, 3)
     backbone = network.model.bind(network.variables).backbone

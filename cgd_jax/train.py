@@ -13,8 +13,13 @@ from cgd_jax import checkpoint, gradient_caching, train_step
 from cgd_jax.config import to_dict
 from cgd_jax.data.batches import batch_positions, make_batches, prefetch
 from cgd_jax.evaluation.baselines import measure_baselines
-from cgd_jax.evaluation.evaluate import embed_test, evaluate_state, evaluate_step, measure
-from cgd_jax.models.cgd import network_params
+from cgd_jax.evaluation.evaluate import (
+    count_parameters,
+    embed_test,
+    evaluate_state,
+    evaluate_step,
+    measure,
+)
 from cgd_jax.objective import triplet_margin
 from cgd_jax.reports import collapse, plots, tables, trackers
 from cgd_jax.reports.history import History, Progress
@@ -68,9 +73,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             History(folder, int(state.step), track) as history,
         ):
             state, stopped = train(run, state, checkpoints, meter, history)
-        baselines = {}
-        if config.eval.baselines and not stopped:
-            baselines = measure_baselines(run)
+        baselines = measure_baselines(run) if config.eval.baselines and not stopped else {}
         report_history(run, history, baselines)
         if stopped:
             console.log(
@@ -205,7 +208,6 @@ def measure_chosen(
 
 
 def batch_size(config: ConfigDict) -> int:
-    """Returns how many images a step trains on."""
     return config.train.classes_per_batch * config.train.images_per_class
 
 
@@ -248,15 +250,13 @@ def stop_if_not_finite(run: Run, sample_indices, step: int, metrics: dict) -> No
 
 
 def run_facts(run: Run, state: State, flops: float) -> dict[str, str]:
-    """Returns the facts of a run that are printed before it begins."""
     model, train = run.config.model, run.config.train
-    parameters = sum(array.size for array in jax.tree.leaves(network_params(state.params)))
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "network": f"{model.backbone}, descriptors {model.descriptors}, embedding "
         f"{model.embedding_dim}",
-        "parameters": console.quantity(parameters),
+        "parameters": console.quantity(count_parameters(state)),
         "FLOPs per image": console.quantity(flops),
         "batch": f"{train.classes_per_batch} classes × {train.images_per_class} images = "
         f"{batch_size(run.config)}",

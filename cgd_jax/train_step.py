@@ -4,8 +4,8 @@
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax
@@ -57,7 +57,7 @@ def make_train_step(
     replicated, batch_sharding = shardings(mesh)
     layout = layout_of_state(config, model, optimizer, mesh)
 
-    @functools.partial(
+    @partial(
         jax.jit,
         donate_argnums=0,
         in_shardings=(layout, batch_sharding, batch_sharding),
@@ -89,28 +89,37 @@ def gradients_of_batch(
 ) -> tuple[dict, dict, dict, Output]:
     """Computes the gradient of the loss from all images at once, [B, s, s, 3] of `prepare`.
 
-    Returns the gradient, as the parameters; new BatchNorm statistics; metrics; the output.
+    Returns the gradient, as the parameters, and what else `loss_of` does.
     """
-
-    def loss_of(params):
-        with_params = dataclasses.replace(state, params=params)
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        keys = drop_path_keys(config, state)
-        output, updates = model.apply(variables, images, True, mutable=["batch_stats"], rngs=keys)
-        loss, metrics = measure_losses(config, with_params, labels, output)
-        return loss, (updates["batch_stats"], metrics, output)
-
-    (_, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    gradient = jax.value_and_grad(partial(loss_of, config, model, state, labels), has_aux=True)
+    (_, found), gradients = gradient(state.params, images)
     return gradients, *found
 
 
-def measure_losses(
-    config: ConfigDict, state: State, labels: jax.Array, output: Output
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns `objective.measure_losses` with what a state holds for it."""
+def loss_of(
+    config: ConfigDict,
+    model: CGD,
+    state: State,
+    labels: jax.Array,
+    params: dict,
+    images: jax.Array | None,
+    descriptors: list[jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[dict, dict, Output]]:
+    """Computes the loss of a batch from images, or from descriptors, if they are given.
+
+    The parameters are those given, all else is of the state. Returns the loss, and new BatchNorm
+    statistics, metrics, the output.
+    """
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    rngs = drop_path_keys(config, state)
+    output, updates = model.apply(
+        variables, images, True, descriptors, mutable=["batch_stats"], rngs=rngs
+    )
     key = jax.random.fold_in(step_key(config.seed, state.step), 2)
-    loss_params = state.params.get(LOSS_PARAMS)
-    return objective.measure_losses(config.loss, labels, output, loss_params, state.memory, key)
+    loss, metrics = objective.measure_losses(
+        config.loss, labels, output, params.get(LOSS_PARAMS), state.memory, key
+    )
+    return loss, (updates["batch_stats"], metrics, output)
 
 
 @jax.named_scope("signs_of_collapse")
@@ -124,16 +133,13 @@ def describe_step(
     they meet.
     """
 
-    def loss_of(descriptors, part):
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        output, _ = model.apply(
-            variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
-        )
-        _, metrics = measure_losses(config, state, labels, output)
+    def part_of_loss(descriptors, part):
+        _, found = loss_of(config, model, state, labels, state.params, None, descriptors)
+        _, metrics, output = found
         return config.loss[f"{part}_weight"] * metrics[f"{part}_loss"], output.embedding
 
     # Each with a backward pass of its own: through both losses it would be twice the program.
-    gradient_of = jax.grad(loss_of, has_aux=True)
+    gradient_of = jax.grad(part_of_loss, has_aux=True)
     of_ranking, embedding = gradient_of(output.descriptors, "ranking")
     of_classification, _ = gradient_of(output.descriptors, "classification")
     in_float32 = optax.tree.cast((of_ranking, of_classification), jnp.float32)
@@ -190,7 +196,7 @@ def layout_of_state(
     """Returns how the devices hold each array of a state, or all of them."""
     if config.train.shard == "none":  # for which no network has to be traced
         return shardings(mesh)[0]
-    shapes = jax.eval_shape(functools.partial(draw_state, config, model, optimizer))
+    shapes = jax.eval_shape(partial(draw_state, config, model, optimizer))
     return lay_out(shapes, mesh, config.train.shard)
 
 
@@ -202,14 +208,14 @@ def create_state(
     # Less effort compiles the same numbers in a third of the time.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    draw = functools.partial(draw_state, config, model, optimizer)
+    draw = partial(draw_state, config, model, optimizer)
     layout = layout_of_state(config, model, optimizer, mesh)
     return jax.jit(draw, out_shardings=layout, compiler_options=options)()
 
 
 def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransformation) -> State:
     """Draws the initial weights, and those of the losses: the state at step 0."""
-    size, dim = config.data.image_size, model.embedding_dim
+    size, dim, remembered = config.data.image_size, model.embedding_dim, config.loss.memory
     variables = model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)))
     params = variables["params"]
     if drawn := objective.create_loss_params(config.loss, config.seed, model.num_classes, dim):
@@ -223,7 +229,7 @@ def draw_state(config: ConfigDict, model: CGD, optimizer: optax.GradientTransfor
         normalization=jax.tree.map(jnp.asarray, normalization),
         average=params if config.optimizer.ema_decay else None,
         skipped=jnp.zeros((), jnp.int32),
-        memory=objective.create_memory(config.loss, dim),
+        memory=losses.empty_memory(remembered, dim) if remembered else None,
     )
 
 

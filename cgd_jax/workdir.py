@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from cgd_jax import checkpoint, data
-from cgd_jax.config import complete_flat, differences, from_dict, to_dict
+from cgd_jax.config import complete, differences, to_dict
 from cgd_jax.data import Dataset
 from cgd_jax.rules import check_values
 from cgd_jax.runtime import files, processes
@@ -41,9 +42,10 @@ def read_config(workdir: str | Path) -> ConfigDict:
     with _reading(path) as values:
         if missing := [p for p in PARTS if not (values.get(p) and isinstance(values[p], dict))]:
             raise ConfigError(f"it has no part {', '.join(missing)}")
+        found = complete(values)
         # A data set may be one that only the config file made known.
-        check_values(complete_flat(values) | {"data.name": "glyphs"})
-        return from_dict(values)
+        check_values(found | {"data.name": "glyphs"})
+        return ConfigDict(unflatten_dict(found, sep="."))
 
 
 @contextlib.contextmanager

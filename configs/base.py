@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
     # the nearest; training crops squares all the same.
     data.aspect = "square"
     data.bbox_crop = True  # cuts out the bounding box first, where there is one (CUB, CARS)
-    data.cache = "disk"  # "none": decode as needed, for sets larger than the disk
+    # Of resized images; "20GB": as many of each split as fit into that, the others are decoded as
+    # needed, as all are with "none".
+    data.cache = "disk"
     data.allow_incomplete = False  # goes on though counts differ from the published ones
     data.max_bad_fraction = 0.01  # share of unreadable files that stops a build
     data.split_seed = 0  # image_folder: which classes train and which test

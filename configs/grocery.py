@@ -8,7 +8,7 @@ from configs import lite0
 
 
 def get_config(descriptors: str = "SG"):
-    """Fine-tunes EfficientNet-Lite0; not a setting of the paper."""
+    """Fine-tunes EfficientNet-Lite0 at 192 pixels; not a setting of the paper."""
     config = lite0.get_config(descriptors)
     config.data.name = "grocery"
     config.train.steps = 480

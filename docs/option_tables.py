@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cgd_jax import config, losses, rules
+from flax.traverse_util import flatten_dict
+
+from cgd_jax import losses, rules
 from configs import base
 
 __all__ = ["experiments", "options"]
@@ -30,7 +32,7 @@ class Comment(NamedTuple):
 
 def options() -> str:
     """Returns a section for each part of the config, with a table of its keys."""
-    defaults = config.flatten(base.get_config().to_dict())
+    defaults = flatten_dict(base.get_config().to_dict(), sep=".")
     comments = {comment.key: comment for comment in read_comments(Path(base.__file__))}
     lines: list[str] = []
     part = None
@@ -131,13 +133,13 @@ def read_comments(path: Path) -> Iterator[Comment]:
 
 def experiments() -> str:
     """Returns a section for each file of configs/: what it is and what it changes in base.py."""
-    defaults = config.flatten(base.get_config().to_dict())
+    defaults = flatten_dict(base.get_config().to_dict(), sep=".")
     lines: list[str] = []
     for path in sorted(CONFIGS.glob("*.py")):
         if path.stem == "base":
             continue
         module = importlib.import_module(f"{base.__package__}.{path.stem}")
-        values = config.flatten(module.get_config().to_dict())
+        values = flatten_dict(module.get_config().to_dict(), sep=".")
         changed = {key: value for key, value in values.items() if value != defaults.get(key)}
         lines += ["", f"### {path.name}", "", (module.__doc__ or "").strip(), ""]
         lines += ["| option | value |", "| --- | --- |"]

@@ -1,6 +1,7 @@
 """Small encoded photographs and archives for the tests of the data sets."""
 
 import io
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -34,6 +35,14 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **{"quality": 95} | options if kind == "JPEG" else options)
     return file.getvalue()
+
+
+def jpeg_bomb() -> bytes:
+    """A small JPEG that claims to be huge."""
+    data = bytearray(picture())
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
+    return bytes(data)
 
 
 def write(root: Path, files: dict[str, bytes | str]) -> Path:

@@ -3,7 +3,6 @@
 import io
 import multiprocessing
 import os
-import struct
 import sys
 
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 
 from cgd_jax.data import builder as builder_module
 from cgd_jax.data.image_folder import ImageFolder
-from tests.dataset_samples import encoded, examples, picture, write
+from tests.dataset_samples import encoded, examples, jpeg_bomb, picture, write
 
 # Not forked: other tests start threads, which do not survive it.
 SPAWN = multiprocessing.get_context("spawn")
@@ -33,19 +32,12 @@ def prepared(tmp_path, source, **options):
     return builder
 
 
-def bomb():
-    data = bytearray(picture())
-    at = data.index(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
-    return bytes(data)
-
-
 BAD = {
     "class 0/zero.jpg": (b"", "empty file"),
     "class 0/text.jpg": (b"<html>not found</html>", "not an image"),
     "class 1/cut.jpg": (picture(1, 200, 200)[:-100], "truncated"),
     "class 1/cut.png": (picture(1, 200, 200, "PNG")[:-500], ""),
-    "class 2/bomb.jpg": (bomb(), "decompression bomb"),
+    "class 2/bomb.jpg": (jpeg_bomb(), "decompression bomb"),
 }
 
 

@@ -40,8 +40,9 @@ class Source:
         return [self.examples[i] for i in numbers]
 
 
-def cached(source, folder, key, size, crop=True):
-    return cache.cached(cache.encoded(source, crop), folder, {**key, "crop": crop}, size)
+def cached(source, folder, key, size, crop=True, **options):
+    examples = cache.encoded(source, crop)
+    return cache.cached(examples, folder, {**key, "crop": crop}, size, **options)
 
 
 # Not forked: other tests start threads, which do not survive it.
@@ -147,6 +148,26 @@ def test_no_flipped_bit_of_a_cache_changes_an_image_or_a_label(tmp_path, caplog)
     noticed = [caplog.text.count(said) for said in ("1 images in the cache", "is built again")]
     assert noticed[0] == 20 and noticed[1] > 50
     print(f"80 flipped bits of a cache: {noticed[0]} images were decoded, {noticed[1]} lists built")
+
+
+def test_a_cache_of_a_limited_size(tmp_path, caplog):
+    whole = cached(Source(), tmp_path, KEY, 16)
+    for kept in (13, 0.5, 41):
+        source = Source()
+        for _ in range(2):  # built, and opened
+            some = cached(source, tmp_path, KEY, 16, most=kept * 16 * 16 * 3)
+            assert (some.ids, some.class_names) == (whole.ids, whole.class_names)
+            np.testing.assert_array_equal(some.contents, whole.contents)
+        before, order = source.read, np.random.default_rng(0).permutation(40)
+        np.testing.assert_array_equal(some.images[order], whole.images[order])
+        assert source.read - before == 40 - min(40, max(1, int(kept)))
+    sizes = [path.stat().st_size // (16 * 16 * 3) for path in tmp_path.glob(f"*/{cache.IMAGES}")]
+    assert sorted(sizes) == [1, 13, 40]
+    path = next(p for p in tmp_path.glob(f"*/{cache.IMAGES}") if p.stat().st_size == 13 * 768)
+    path.write_bytes(bytes(path.stat().st_size))
+    damaged = cached(Source(), tmp_path, KEY, 16, most=13 * 768)
+    np.testing.assert_array_equal(damaged.images[:], whole.images[:])
+    assert "13 images in the cache" in caplog.text
 
 
 def test_a_cache_of_an_older_version_is_replaced_without_a_word(tmp_path, caplog):

@@ -19,7 +19,7 @@ from cgd_jax.data import images
 from cgd_jax.data.decode import check, decode, resize
 from cgd_jax.runtime.errors import InputError
 from tests import color_profiles
-from tests.dataset_samples import TURNS, encoded, picture, write
+from tests.dataset_samples import TURNS, encoded, jpeg_bomb, picture, write
 
 
 def photograph(width, height, seed=0):
@@ -270,13 +270,6 @@ def bomb(width=30_000, height=30_000):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + END_OF_PNG
-
-
-def jpeg_bomb():
-    data = bytearray(picture())
-    at = data.index(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
-    return bytes(data)
 
 
 def of_many_scans(scans, **options):

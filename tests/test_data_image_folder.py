@@ -287,11 +287,6 @@ def test_folders_around_the_classes(tmp_path, form, above):
     assert {row["id"] for row in splits["train"]} < {f"{c}/{i}.jpg" for c in "xy" for i in (0, 1)}
 
 
-def test_a_single_class_is_no_folder_around_classes(tmp_path):
-    with pytest.raises(ValueError, match="found 1 class with"):
-        built(tmp_path, write(tmp_path / "in", {f"cat/{i}.jpg": picture(i) for i in range(2)}))
-
-
 @pytest.mark.parametrize("names", [("Train", "Test"), ("TRAINING", "val"), ("train", "Validation")])
 def test_other_names_of_splits(tmp_path, names):
     files = {

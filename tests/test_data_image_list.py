@@ -114,8 +114,6 @@ def test_paths_outside_and_paths_that_cannot_be(tmp_path):
         ("path,label\n\na.jpg\n", "line 3: a path or a label is missing"),
         ("path,label\na, b.jpg,cat\n", "line 2: there are 3 cells, but 2 columns.*quotation marks"),
         ("path,label\n" + "a" * (1 << 25) + ",x\n", "line 2: field larger"),
-        ("version https://git-lfs.github.com/spec/v1\noid 1\n", "git lfs pull"),
-        ("<!DOCTYPE html><html>", "an HTML page"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, text, message):

@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from cgd_jax import __main__ as cli
-from cgd_jax import config, config_files
+from cgd_jax import config_files
 from cgd_jax import flags as command_flags
 from configs import base
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")])
 # The others tell of what somebody might add, and of what was.
 TRUE_TODAY = [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "CHANGELOG.md")]
-KEYS = config.flatten(base.get_config().to_dict())
+KEYS = flatten_dict(base.get_config().to_dict(), sep=".")
 GROUPS = sorted({key.partition(".")[0] for key in KEYS if "." in key})
 OPTION = re.compile(rf"\b(?:{'|'.join(GROUPS)})(?:\.[a-z_0-9]+)+\b")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -38,7 +39,7 @@ def test_page_of_options_has_every_key_with_its_default_and_a_meaning(tables):
         r"^\| \[`([\w.]+)`\]\{#([\w-]+)\} \| `(.*?)` \| (.*) \|$", tables.options(), re.M
     )
     found = {key: (default, meaning) for key, _, default, meaning in rows}
-    defaults = config.flatten(base.get_config().to_dict())
+    defaults = flatten_dict(base.get_config().to_dict(), sep=".")
     assert found.keys() == defaults.keys()
     assert len({anchor for _, anchor, _, _ in rows}) == len(rows)
     for key, (default, meaning) in found.items():

@@ -201,14 +201,18 @@ def test_raw_pixels_are_measured_once_a_data_set(finished_run, tmp_path, monkeyp
 
 def test_nearest_never_is_the_query_itself():
     vectors = np.float32([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]])
-    found = embed.nearest(Embeddings(vectors, None), np.arange(4), np.array([2, 0]), k=3)
-    np.testing.assert_array_equal(found, [[3, 1, 0], [1, 3, 2]])
-    found = embed.nearest(Embeddings(vectors[:1], vectors), None, np.array([0]), k=2)
-    np.testing.assert_array_equal(found, [[0, 1]])
-    # Of two queries in a gallery, one is item 3 and one is none.
+    split = split_of(vectors, np.zeros(4))._replace(contents=np.arange(4))
+    one_set = Dataset(split, split, None)
+    similarity, index = embed.nearest(Embeddings(vectors, None), one_set, 8, np.array([2, 0]))
+    np.testing.assert_array_equal(index, [[3, 1, 0], [1, 3, 2]])
+    np.testing.assert_allclose(similarity, [[0.8, 0.6, 0], [0.8, 0.6, 0]], atol=1e-6)
+    # Of two queries in a gallery, one is item 3 and one is none, as far as is known.
+    some = Split(split.images[[3, 0]], np.zeros(2), ["", ""], {}, contents=np.array([3, 9]))
     apart = Embeddings(vectors[[3, 0]], vectors)
-    found = embed.nearest(apart, np.array([3, -1]), np.array([0, 1]), k=2)
-    np.testing.assert_array_equal(found, [[1, 2], [0, 1]])
+    _, index = embed.nearest(apart, Dataset(split, some, split), 2)
+    np.testing.assert_array_equal(index, [[1, 2], [0, 1]])
+    _, index = embed.nearest(apart, Dataset(split, some, split._replace(contents=None)), 2)
+    np.testing.assert_array_equal(index, [[3, 1], [0, 1]])
 
 
 PROTOCOLS = ("one set", "apart", "queries in the gallery", "some queries in the gallery")
@@ -260,8 +264,7 @@ def test_noise_scores_at_chance_in_every_protocol(name, seed):
         {"recall@1": recall(expanded, dataset)[1]},
     ):
         assert abs(measured["recall@1"] - chance.mean()) < 4 * error
-    rows = np.arange(len(embeddings.query))
-    nearest = embed.nearest(embeddings, own, rows, 1)[:, 0]
+    nearest = embed.nearest(embeddings, dataset, 1)[1][:, 0]
     hits = np.mean(found[nearest] == dataset.query.labels)
     assert hits == pytest.approx(recall(embeddings, dataset)[1])
 

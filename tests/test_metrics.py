@@ -68,7 +68,7 @@ def brute_force(query, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8
 def either_way(request, monkeypatch):
     """Ranks as on a CPU, and there as elsewhere."""
     if request.param == "other devices":
-        monkeypatch.setattr(ranking, "_is_cpu", lambda mesh: False)
+        monkeypatch.setattr(ranking, "is_cpu", lambda mesh: False)
 
 
 @pytest.fixture(params=["counting", "sorting"])
@@ -214,8 +214,8 @@ def test_every_product_that_ranks_is_in_full_float32(monkeypatch):
     asked, bind = [], dot_general_p.bind
     record = lambda *args, **options: asked.append(options["precision"]) or bind(*args, **options)
     monkeypatch.setattr(dot_general_p, "bind", record)
-    monkeypatch.setattr(retrieval, "_is_one_cpu", lambda mesh: False)
-    monkeypatch.setattr(ranking, "_is_cpu", lambda mesh: False)
+    monkeypatch.setattr(retrieval, "is_cpu", lambda mesh: False)
+    monkeypatch.setattr(ranking, "is_cpu", lambda mesh: False)
     # 14 dimensions are in no other test: a program that is cached would not be traced.
     x, labels = np.random.default_rng(0).normal(size=(13, 14)), np.arange(13) // 4
     metrics.evaluate(x, labels)

@@ -72,7 +72,6 @@ def test_both_losses_may_learn_and_neither_must():
         objective.create_loss_params(config, 0, 3, 8) == {} == objective.loss_param_counts(config)
     )
     assert objective.create_loss_params(config_of(), 0, 3, 8) == {}
-    assert objective.create_memory(config_of(), 8) is None
 
 
 @pytest.mark.slow

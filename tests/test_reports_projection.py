@@ -67,15 +67,17 @@ def test_a_sample_is_aligned_with_queries_and_gallery():
     everything = (vectors[:30], vectors[30:])
     for most in (20, 100):
         sample = projection.sample_test(everything, dataset, 0, most)
-        assert len(sample.labels) == min(most, 80) and sample.total == 80
-        assert {name for name, _ in sample.places} == {"query", "gallery"}
-        for vector, label, (name, i) in zip(*sample[:3], strict=True):
-            assert vector[0] == i + 30 * (name == "gallery") and label == i % 7
+        assert len(sample.rows) == min(most, 80) and sample.total == 80
+        assert {row["split"] for row in sample.rows} == {"query", "gallery"}
+        for vector, row, (images, i) in zip(*sample[:3], strict=True):
+            number = i + 30 * (row["split"] == "gallery")
+            assert vector[0] == number and row["label"] == i % 7
+            assert np.all(images[i] == 2 * number) and row["id"] == f"image {number}"
     again = projection.sample_test(everything, dataset, 0, 20)
     other = projection.sample_test(everything, dataset, 1, 20)
-    assert again.places == projection.sample_test(everything, dataset, 0, 20).places != other.places
+    assert again.rows == projection.sample_test(everything, dataset, 0, 20).rows != other.rows
     alone = projection.sample_test((vectors[:30], None), dataset._replace(gallery=None), 0)
-    assert alone.places == [("query", i) for i in range(30)]
+    assert [row["id"] for row in alone.rows] == [f"image {i}" for i in range(30)]
 
 
 def cells_of(path):
@@ -96,7 +98,7 @@ def draw(path, points, labels, seed=0, **names):
     points = np.asarray(points, np.float64)
     dataset = Dataset(None, split_of(labels)._replace(**names), None)
     sample = projection.sample_test((points, None), dataset, 0)
-    projection.draw_map(path, points, sample, dataset, "a $title$\n", seed)
+    projection.draw_map(path, points, sample, "a $title$\n", seed)
 
 
 def test_images_lie_where_their_points_are(tmp_path):
@@ -150,7 +152,7 @@ def test_odd_names_in_a_map(tmp_path, drawn):
     assert texts == [r"two\nlines", "猫 🦄", "$\\frac$", "x" * 39 + "…"]
     dataset = Dataset(None, split_of([1, 2, 3, 4])._replace(class_names=names), None)
     sample = projection.sample_test((np.eye(4), None), dataset, 0)
-    projection.write_projector(tmp_path, sample, dataset, 'a\n"b"')
+    projection.write_projector(tmp_path, sample, 'a\n"b"')
     rows = (tmp_path / "projector" / "metadata.tsv").read_text().splitlines()
     assert len(rows) == 5 and rows[1].startswith("two\\nlines\t1\t")
     assert rows[2].startswith("猫 🦄\t")
@@ -163,7 +165,7 @@ def test_files_of_the_projector_can_be_read(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     sample = projection.sample_test((vectors[:3], vectors[3:]), dataset, 0)
     for title in ("before", 'a "title"'):  # the second takes the place of the first
-        projection.write_projector(tmp_path / "tensorboard", sample, dataset, title)
+        projection.write_projector(tmp_path / "tensorboard", sample, title)
     folder = tmp_path / "tensorboard"
     lines = [line.strip() for line in (folder / "projector_config.pbtxt").read_text().splitlines()]
     assert lines[:2] == ["embeddings {", r'tensor_name: "a \"title\""']

@@ -30,7 +30,7 @@ def by_sorting(query, gallery, k, exclude=None):
 def either_way(request, monkeypatch):
     """Searches as on one CPU, and there as elsewhere."""
     if request.param == "on devices":
-        monkeypatch.setattr(retrieval, "_is_one_cpu", lambda mesh: False)
+        monkeypatch.setattr(retrieval, "is_cpu", lambda mesh: False)
 
 
 @pytest.mark.parametrize("size, k", [(1, 1), (5, 3), (130, 7), (300, 300), (2049, 2)])

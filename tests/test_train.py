@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgd_jax import checkpoint, run, train, train_step, workdir
-from cgd_jax.config import to_dict
+from cgd_jax import checkpoint, run, train, train_step
 from cgd_jax.data import batches
 from cgd_jax.evaluation import evaluate
 from cgd_jax.models import pretrained
@@ -20,7 +19,7 @@ from cgd_jax.models.cgd import network_params
 from cgd_jax.preprocess import EFFICIENTNET_LITE, IMAGENET
 from cgd_jax.reports.history import read_history
 from cgd_jax.reports.throughput import Meter
-from cgd_jax.runtime import files, interrupts, locks
+from cgd_jax.runtime import interrupts, locks
 from cgd_jax.runtime.errors import ConfigError
 from tests.variables import assert_same
 
@@ -220,16 +219,6 @@ def test_the_seed_decides_weights_batches_and_augmentation(tiny_config, tmp_path
     for first, again, other in (kernels, positions, keys):
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, other)
-
-
-def test_a_work_folder_of_another_config_is_refused(tiny_config, tmp_path):
-    workdir.check_workdir(tiny_config, str(tmp_path))  # nothing there yet
-    files.write_json(tmp_path / "config.json", to_dict(tiny_config))
-    tiny_config.train.log_every = 1  # free to change
-    workdir.check_workdir(tiny_config, str(tmp_path))
-    tiny_config.optimizer.learning_rate = 0.5
-    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.004 → 0.5"):
-        workdir.check_workdir(tiny_config, str(tmp_path))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny_config, tmp_path):

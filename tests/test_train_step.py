@@ -175,7 +175,7 @@ def test_a_step_tells_which_loss_pulls_how_much():
             output, _ = model.apply(
                 variables, None, train=True, descriptors=descriptors, mutable=["batch_stats"]
             )
-            return train_step.measure_losses(config, state, labels, output)[0]
+            return objective.measure_losses(config.loss, labels, output)[0]
 
         return optax.tree.norm(jax.jit(jax.grad(total))(pooled.descriptors))
 

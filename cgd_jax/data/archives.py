@@ -135,9 +135,9 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def find(folders: Iterable[Path], name: str, depth: int = 3) -> Path | None:
+def find(folders: Iterable[Path], name: str) -> Path | None:
     """Finds the file or folder `name` (may hold slashes) nearest below some folders, or None."""
-    for level in range(depth + 1):
+    for level in range(4):
         for folder in folders:
             for path in sorted(folder.glob("*/" * level + name)):
                 inside = not any(map(is_litter, path.relative_to(folder).parts))
@@ -358,30 +358,28 @@ def read_csv(
     """
     text = read_text(path) if text is None else text
     text = re.sub(r"\Asep=[^\r\n]*", "", text, flags=re.IGNORECASE)  # for Excel
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    for delimiter in ",;\t|":
-        cells = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
-        title = [cell.strip() for cell in cells]
-        names = [name.lower() for name in title]
-        if set(columns) <= set(names):
-            break
-    else:
-        raise InputError(
-            f"{path}: the first line must name the columns {', '.join(columns)}; found "
-            f"{header.strip() or 'an empty file'}."
-        )
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells) or cells == title:
-                continue
-            where = f"{path}, line {reader.line_num}"
+        for delimiter in ",;\t|":
+            lines = io.StringIO(text, newline="")
+            table = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+            rows = ([cell.strip() for cell in cells] for cells in table)
+            title = next(filter(any, rows), [])
+            names = [name.lower() for name in title]
+            if set(columns) <= set(names):
+                break
+        else:
+            raise InputError(
+                f"{path}: the first line must name the columns {', '.join(columns)}; found "
+                f"{''.join(title) or 'an empty file'}."
+            )
+        for cells in rows:
+            where = f"{path}, line {table.line_num}"
             if any(cells[len(names) :]):
                 raise InputError(
                     f"{where}: there are {len(cells)} cells, but {len(names)} columns. Put a name "
                     f'that holds {delimiter!r} in quotation marks: "a{delimiter}b.jpg".'
                 )
-            yield where, dict(itertools.zip_longest(names, cells[: len(names)], fillvalue=""))
+            if any(cells) and cells != title:
+                yield where, dict(itertools.zip_longest(names, cells[: len(names)], fillvalue=""))
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}.") from error
+        raise InputError(f"{path}, line {table.line_num}: {error}.") from error

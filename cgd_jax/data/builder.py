@@ -136,7 +136,11 @@ class ImageBuilder(BuiltOnce, tfds.core.ShardBasedBuilder, skip_registration=Tru
         """Finds a file or folder as `archives.find` does; raises InputError if there is none."""
         if path := archives.find(folders, name):
             return path
-        raise InputError(f"{self.name}: there is no {name} in {folders[0]}. {self.HOW_TO_GET}")
+        raise self.unusable(f"there is no {name} in {folders[0]}")
+
+    def unusable(self, problem: str) -> InputError:
+        """Returns the error about a source, which ends in how to get another one."""
+        return InputError(f"{self.name}: {problem}. {self.HOW_TO_GET}")
 
     def report_path(self, name: str) -> Path:
         """Returns the path of a report of the build, one of `REPORTS`: a CSV."""
@@ -176,7 +180,7 @@ class ImageBuilder(BuiltOnce, tfds.core.ShardBasedBuilder, skip_registration=Tru
             return path
         else:
             problem = f"{path} is neither a folder nor one of {', '.join(self.FILE_ENDINGS)}"
-        raise InputError(f"{self.name}: {problem}. {self.HOW_TO_GET}")
+        raise self.unusable(problem)
 
     def fingerprint(self) -> str:
         """Returns what changes when the source does."""
@@ -248,7 +252,7 @@ class ImageBuilder(BuiltOnce, tfds.core.ShardBasedBuilder, skip_registration=Tru
         self._check_counts("classes", {split: len(labels) for split, labels in classes.items()})
         for split, files in self._files.items():
             if not files:
-                raise InputError(f"{self.name}: split {split} has no images. {self.HOW_TO_GET}")
+                raise self.unusable(f"split {split} has no images")
             twice = [id for id, count in Counter(file.id for file in files).items() if count > 1]
             if twice:
                 raise InputError(

@@ -13,8 +13,10 @@ a length, and `__getitems__` of a list of numbers gives dicts of `image` (encode
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -42,14 +44,24 @@ EXAMPLES = "examples.json.gz"  # the key, and of every example what `_describe` 
 CHUNK = 16  # examples that a thread takes at once
 
 
-def cached(examples: Images, folder: str | os.PathLike, key: dict[str, Any], size: int) -> Split:
+def cached(
+    examples: Images,
+    folder: str | os.PathLike,
+    key: dict[str, Any],
+    size: int,
+    most: float = math.inf,
+) -> Split:
     """Opens the cache of `encoded` examples, building it first unless it is there and whole.
 
     `key` tells the examples from any others; size, number of images and the way of resizing are
-    added. Processes that ask at once build it once, and nothing has its final name before it is
-    whole. Raises OSError where the disk is too small.
+    added. Of images that take more than `most` bytes some are kept, evenly spread, and the others
+    are decoded when asked for. Processes that ask at once build it once, and nothing has its final
+    name before it is whole. Raises OSError where the disk is too small.
     """
     key = {**key, "size": size, "images": len(examples), "format": FORMAT}
+    kept = int(min(len(examples), max(1, most / (size * size * 3))))
+    if kept < len(examples):
+        key["kept"] = kept
     text = json.dumps(key, sort_keys=True)
     target = Path(folder, f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
     with contextlib.suppress(Exception):  # damaged files raise nearly anything
@@ -68,7 +80,7 @@ def cached(examples: Images, folder: str | os.PathLike, key: dict[str, Any], siz
         part = target.with_name(incomplete + uuid.uuid4().hex[:8])
         part.mkdir()
         try:
-            _build(examples, part, text, size)
+            _build(examples, part, text, size, kept)
             with contextlib.suppress(OSError):  # Without locks another may have been faster.
                 os.rename(part, target)
         finally:
@@ -134,24 +146,32 @@ def _decoder(examples: Images, size: int | Shape) -> Callable[[np.ndarray], np.n
 
 
 def _checked(
-    images: np.memmap, checksums: np.ndarray, decode_again: Callable[[np.ndarray], np.ndarray]
+    images: np.memmap,
+    places: np.ndarray,
+    checksums: np.ndarray,
+    decode: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns what copies images, checks each when it is first read, and decodes damaged ones."""
+    """Returns what copies images, checks each when it is first read, and decodes damaged ones.
+
+    An image's place among `images` is -1 if it is not kept there, and decoded.
+    """
     good = np.zeros(len(images), bool)
 
     def read(numbers: np.ndarray) -> np.ndarray:
-        copies = np.asarray(images[numbers])
-        for row in np.flatnonzero(~good[numbers]):
-            good[numbers[row]] = zlib.crc32(copies[row]) == checksums[numbers[row]]
-        damaged = np.flatnonzero(~good[numbers])
-        if damaged.size:
-            copies[damaged] = decode_again(numbers[damaged])
+        at = places[numbers]
+        copies = np.asarray(images[at])
+        for row in np.flatnonzero((at >= 0) & ~good[at]):
+            good[at[row]] = zlib.crc32(copies[row]) == checksums[at[row]]
+        if damaged := np.sum((at >= 0) & ~good[at]):
             log.warning(
                 "%d images in the cache %s are damaged and were decoded anew. Delete the cache, "
                 "and the next run builds it again.",
-                damaged.size,
+                damaged,
                 Path(str(images.filename)).parent,
             )
+        rest = np.flatnonzero((at < 0) | ~good[at])
+        if rest.size:
+            copies[rest] = decode(numbers[rest])
         return copies
 
     return read
@@ -194,16 +214,19 @@ def _split(images: Any, rows: list) -> Split:
 def _open(folder: Path, examples: Images, size: int) -> Split:
     """Opens a finished cache; raises whatever if it is not."""
     rows = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))["examples"]
-    pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(rows), size, size, 3))
-    checksums = np.array([row[4] for row in rows])
-    read = _checked(pixels, checksums, _decoder(examples, size))
+    kept = [number for number, row in enumerate(rows) if row[4] is not None]
+    pixels = np.memmap(folder / IMAGES, np.uint8, "r", shape=(len(kept), size, size, 3))
+    places = np.full(len(rows), -1)
+    places[kept] = np.arange(len(kept))
+    checksums = np.array([rows[number][4] for number in kept])
+    read = _checked(pixels, places, checksums, _decoder(examples, size))
     return _split(Images(read, np.arange(len(rows)), size), rows)
 
 
-def _build(examples: Images, folder: Path, key: str, size: int) -> None:
-    needed, free = len(examples) * size * size * 3, shutil.disk_usage(folder).free
+def _build(examples: Images, folder: Path, key: str, size: int, kept: int) -> None:
+    needed, free = kept * size * size * 3, shutil.disk_usage(folder).free
     announcement = (
-        f"the cache of {len(examples):,} images of {size}x{size} pixels takes "
+        f"the cache of {kept:,} images of {size}x{size} pixels takes "
         f"{quantity(needed, 'B')} in {folder.parent}, where {quantity(free, 'B')} are free"
     )
     if needed * 1.01 + (16 << 20) > free:
@@ -213,11 +236,15 @@ def _build(examples: Images, folder: Path, key: str, size: int) -> None:
         )
     log.info("Building: %s.", announcement)
     rows: list[tuple] = []
+    chosen = np.arange(kept) * len(examples) // kept  # evenly spread, for batches alike
 
     def work(numbers: list[int]) -> tuple[np.ndarray, list[tuple]]:
         some = examples[numbers]
-        images = pixels(some, size)
-        described = zip(map(_describe, some), map(zlib.crc32, images), strict=True)
+        is_kept = np.isin(numbers, chosen)
+        images = pixels(list(itertools.compress(some, is_kept)), size)
+        checksums = np.full(len(some), None)
+        checksums[is_kept] = [zlib.crc32(image) for image in images]
+        described = zip(map(_describe, some), checksums, strict=True)
         return images, [(*row, checksum) for row, checksum in described]
 
     def resized() -> Iterator[memoryview]:

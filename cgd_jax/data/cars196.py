@@ -66,20 +66,17 @@ class Cars196(ImageBuilder):
             rows = [(name, root / name, row["class"], _box(row)) for name, row in found]
         elif halves:
             if labelled is None:
-                raise InputError(
-                    f"cars196: there is no cars_test_annos_withlabels.mat in {folders[0]}, and "
-                    "without it half of the images have no class (cars_test_annos.mat has "
-                    f"boxes only). {self.HOW_TO_GET}"
+                raise self.unusable(
+                    f"there is no cars_test_annos_withlabels.mat in {folders[0]}, and without it "
+                    "half of the images have no class (cars_test_annos.mat has boxes only)"
                 )
             rows = [
                 *_half(halves, find("cars_train"), "cars_train"),
                 *_half(labelled, find("cars_test"), "cars_test"),
             ]
         else:
-            raise InputError(
-                f"cars196: there is neither cars_annos.mat nor cars_train_annos.mat in "
-                f"{folders[0]}. {self.HOW_TO_GET}"
-            )
+            missing = "there is neither cars_annos.mat nor cars_train_annos.mat"
+            raise self.unusable(f"{missing} in {folders[0]}")
         names = _class_names(find("cars_annos.mat") or find("cars_meta.mat"))
         for name, path, number, box in rows:
             split = "train" if number <= TRAIN_CLASSES else "test"

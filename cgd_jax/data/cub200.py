@@ -11,7 +11,6 @@ from pathlib import Path
 
 from cgd_jax.data import archives
 from cgd_jax.data.builder import ImageBuilder, ImageFile
-from cgd_jax.runtime.errors import InputError
 
 TRAIN_CLASSES = 100  # The first hundred species train, the last hundred are retrieved.
 
@@ -38,10 +37,8 @@ class Cub200(ImageBuilder):
         boxes = {number: tuple(map(float, box)) for number, *box in rows}
         for number, name in archives.read_rows(images, columns=2):
             if number not in labels or number not in boxes:
-                raise InputError(
-                    f"cub200: image {number} ({name}) has no class or no box in the lists of "
-                    f"{root}. {self.HOW_TO_GET}"
-                )
+                problem = f"image {number} ({name}) has no class or no box in the lists of {root}"
+                raise self.unusable(problem)
             label = int(labels[number]) - 1
             split = "train" if label < TRAIN_CLASSES else "test"
             class_name = name.partition("/")[0].partition(".")[2].replace("_", " ")

@@ -34,24 +34,23 @@ class Grocery(ImageBuilder):
     def list_images(self, folders: list[Path]) -> Iterator[ImageFile]:
         """Lists the rows of the three lists, spread over train, query and gallery."""
         classes = self.find(folders, "classes.csv")
-        root, names = classes.parent, {}
-        for line in archives.read_text(classes).splitlines()[1:]:
-            name, number = line.split(",")[:2]
-            names[int(number)] = name.strip()
+        rows = archives.read_csv(classes, ("class id (int)", "class name (str)"))
+        names = {int(row["class id (int)"]): row["class name (str)"] for _, row in rows}
+        root = classes.parent
         # Validation images of the unseen classes are not used.
         for part, unseen in (("train", "gallery"), ("val", None), ("test", "query")):
-            rows = self.find([root], f"{part}.txt")
-            for place, line in enumerate(archives.read_text(rows).splitlines(), 1):
+            path = self.find([root], f"{part}.txt")
+            for place, line in enumerate(archives.read_text(path).splitlines(), 1):
                 if not line.strip():
                     continue
                 try:
-                    path, fine, _ = (cell.strip() for cell in line.rsplit(",", 2))
+                    name, fine, _ = (cell.strip() for cell in line.rsplit(",", 2))
                     label = int(fine)
                 except ValueError:
                     raise InputError(
-                        f"{rows}, line {place}: expected path, fine class, coarse "
+                        f"{path}, line {place}: expected path, fine class, coarse "
                         f"class, found {line!r}. Get the data set again."
                     ) from None
                 split = "train" if label < TRAIN_CLASSES else unseen
                 if split:
-                    yield ImageFile(split, path, root / path, label, names.get(label, str(label)))
+                    yield ImageFile(split, name, root / name, label, names.get(label, str(label)))

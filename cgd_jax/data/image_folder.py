@@ -90,10 +90,9 @@ class ImageFolder(ImageBuilder):
         if len(names) < 2:
             reasons = Counter(row["reason"] for row in self._notes["left_out"]).most_common(3)
             also = "".join(f"; {count:,} files are left out: {why}" for why, count in reasons)
-            raise InputError(
-                f"image_folder: found {len(names) or 'no'} class with images in "
-                f"{self._source}{also}. "
-                f"Training and testing on different classes takes at least two. {self.HOW_TO_GET}"
+            raise self.unusable(
+                f"found {len(names) or 'no'} class with images in {self._source}{also}. "
+                "Training and testing on different classes takes at least two"
             )
         number = {name: i for i, name in enumerate(names)}
         test = _test_classes(len(names), self._seed, self._test_fraction)

@@ -1,6 +1,7 @@
 """From the `data` part of a config to images in memory-mapped arrays."""
 
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -137,9 +138,10 @@ def _open_split(
     if config.cache == "none":
         split = cache.decoded(examples, size)
     else:
+        most = math.inf if config.cache == "disk" else int(config.cache[:-2]) * 1e9
         key = {"data set": builder.info.full_name, "split": name, "crop": config.bbox_crop}
         folder = Path(builder.data_dir, "cache")
-        split = cache.cached(examples, folder, key, size)._replace(cache=folder)
+        split = cache.cached(examples, folder, key, size, most)._replace(cache=folder)
     skipped = builder.report("skipped") if hasattr(builder, "report") else []
     skips = sum(row["split"] == name for row in skipped)
     return split._replace(encoded=examples, skipped=skips)

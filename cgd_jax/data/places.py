@@ -81,7 +81,7 @@ class Places(PlaceBuilder):
                 )
                 where.append(place)
         if not files:
-            raise InputError(f"places: no photograph says where it was taken. {self.HOW_TO_GET}")
+            raise self.unusable("no photograph says where it was taken")
         yield from self.placed(files, [place.heading for place in where], _positions(where))
 
     def _root(self, folders: list[Path], part: str) -> Path:

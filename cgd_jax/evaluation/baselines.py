@@ -19,16 +19,13 @@ def measure_baselines(run: Run) -> dict:
     path = Path(run.workdir, "baselines.json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    state, embeddings = initial_state(run), {}
+    state, vectors = initial_state(run), {"untrained network": "embedding"}
     if run.config.model.pretrained:
         # The FC layers are new: what was pretrained is compared as it comes out of the pooling.
-        for letter in run.config.model.descriptors:
-            found = embed_test(run, state, vector=f"descriptor_{letter}")
-            embeddings[f"pretrained {letter}"] = found
-    else:
-        embeddings["untrained network"] = embed_test(run, state)
+        vectors = {f"pretrained {x}": f"descriptor_{x}" for x in run.config.model.descriptors}
     baselines = {"raw pixels": measure_raw_pixels(run)}
-    baselines |= {name: measure(run, found) for name, found in embeddings.items()}
+    for name, vector in vectors.items():
+        baselines[name] = measure(run, embed_test(run, state, vector=vector))
     files.write_json(run.folder / path.name, baselines)
     return baselines
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cgd_jax import retrieval
 from cgd_jax.data import Dataset, Split, cache
 from cgd_jax.data.batches import prefetch
 from cgd_jax.data.dataset import Images
@@ -20,6 +21,11 @@ class Embeddings(NamedTuple):
 
     query: np.ndarray  # [N, D] float32
     gallery: np.ndarray | None  # [G, D] float32; None: queries search each other
+
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Embeddings":
+        """Changes the vectors of both."""
+        query, gallery = self
+        return Embeddings(change(query), None if gallery is None else change(gallery))
 
 
 def embed_dataset(
@@ -76,7 +82,6 @@ def embed_images(
     devices = sharding.mesh.size
     batch_size = -(-batch_size // devices) * devices
     count = len(images)
-
     rows = processes.local_rows(sharding, batch_size)
 
     def make_batch(i):
@@ -96,14 +101,12 @@ def embed_raw_pixels(
     dataset: Dataset, batch_size: int, sharding: jax.sharding.NamedSharding
 ) -> Embeddings:
     """The pixels of the test images as embeddings. Arguments as for `embed_images`."""
-    query, gallery = embed_dataset(embed_pixels, dataset, batch_size, sharding)
-    parts = [part.reshape(len(part), -1, 3) for part in (query, gallery) if part is not None]
-    if all(
-        np.array_equal(p[..., 0], p[..., 1]) and np.array_equal(p[..., 1], p[..., 2]) for p in parts
-    ):
+    found = embed_dataset(embed_pixels, dataset, batch_size, sharding)
+    parts = [part.reshape(len(part), -1, 3) for part in found if part is not None]
+    if all(np.all(part == part[..., :1]) for part in parts):
         # Gray images hold every number three times.
-        query, gallery = query[:, ::3], None if gallery is None else gallery[:, ::3]
-    return Embeddings(query, gallery)
+        found = found.each(lambda vectors: vectors[:, ::3])
+    return found
 
 
 @jax.jit
@@ -114,18 +117,22 @@ def embed_pixels(images: jax.Array) -> jax.Array:
     return jax.image.resize(images.astype(jnp.float32), shape, "linear").reshape(len(images), -1)
 
 
-def nearest(embeddings: Embeddings, own: np.ndarray | None, rows: np.ndarray, k: int) -> np.ndarray:
-    """Finds the nearest neighbours of the queries `rows` [R], for people to look at.
+def nearest(
+    embeddings: Embeddings,
+    dataset: Dataset,
+    k: int,
+    rows: np.ndarray | slice = slice(None),
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k nearest neighbours of the queries `rows` [R], or fewer if there are not so many.
 
-    `own` is from `Dataset.own_rows`. Returns [R, k] positions in the gallery (among the queries, if
-    there is none), nearest first, never the query itself.
+    Returns what `retrieval.top_k` does: similarities and positions in the gallery (among the
+    queries, if there is none), [R, k] each, never the query itself.
     """
-    gallery = embeddings.query if embeddings.gallery is None else embeddings.gallery
-    similarities = embeddings.query[rows] @ gallery.T
-    if own is not None:
-        known = np.flatnonzero(own[rows] >= 0)
-        similarities[known, own[rows][known]] = -np.inf
-    return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+    own, (query, gallery) = dataset.own_rows(), embeddings
+    gallery = query if gallery is None else gallery
+    k, exclude = min(k, len(gallery) - (own is not None)), None if own is None else own[rows]
+    return retrieval.top_k(query[rows], gallery, k, exclude=exclude, mesh=mesh)
 
 
 def ranking_inputs(embeddings: Embeddings, dataset: Dataset) -> dict:

@@ -38,20 +38,13 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
         training.append(embed_training(run._replace(dataset=first.dataset), state))
         costs = {"parameters": count_parameters(state), "embed_seconds": seconds}
         rows[f"{workdir}, step {int(state.step)}"] = (parts[-1], costs)
-    costs = {
-        key: sum(costs[key] for _, costs in rows.values())
-        for key in ("parameters", "embed_seconds")
-    }
+    costs = {key: sum(of_one[key] for _, of_one in rows.values()) for key in costs}
     together = join(parts)
     rows[f"{len(parts)} runs together"] = (together, costs)
     dim = parts[0].query.shape[1]
     mean, axes = rerank.learn_whitening(join([Embeddings(t, None) for t in training]).query, dim)
     axes /= np.linalg.norm(axes, axis=0)  # a plain PCA: every direction keeps its weight
-    query, gallery = together
-    reduced = Embeddings(
-        rerank.whiten(query, mean, axes),
-        None if gallery is None else rerank.whiten(gallery, mean, axes),
-    )
+    reduced = together.each(lambda vectors: rerank.whiten(vectors, mean, axes))
     rows[f"{len(parts)} runs together, PCA to {dim}"] = (reduced, costs)
     sampling = {"bootstrap": first.config.eval.bootstrap, "seed": first.config.seed}
     measured = {
@@ -60,15 +53,10 @@ def evaluate_together(workdirs: Sequence[str]) -> dict[str, dict]:
     }
     files.write_json(first.folder / "together.json", measured)
     console.log(tables.metrics_table(measured) + "\n")
-    cells = [
-        [
-            name,
-            row["dimension"],
-            console.quantity(row["parameters"]),
-            f"{row['embed_seconds']:.1f} s",
-        ]
-        for name, row in measured.items()
-    ]
+    cells = []
+    for name, row in measured.items():
+        parameters, seconds = console.quantity(row["parameters"]), f"{row['embed_seconds']:.1f} s"
+        cells.append([name, row["dimension"], parameters, seconds])
     console.log(tables.table(["", "dimension", "parameters", "time to embed"], cells))
     return measured
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgd_jax import complementarity, geometry, metrics, protocols, rerank, retrieval
+from cgd_jax import complementarity, geometry, metrics, protocols, rerank
 from cgd_jax.data import Dataset
 from cgd_jax.evaluation.embed import (
     Embeddings,
@@ -73,7 +73,7 @@ def evaluate_state(run: Run, state: State, suffix: str = "") -> dict:
         folder / f"retrievals{suffix}.png",
         dataset,
         sample,
-        nearest(embeddings, dataset.own_rows(), sample, k=8),
+        nearest(embeddings, dataset, 8, sample, run.mesh)[1],
         f"{config.data.name}, CGD {config.model.descriptors}: R@1 = {measured['recall@1']:.1%}",
     )
     draw_embeddings(run, embeddings, step, suffix)
@@ -208,8 +208,7 @@ def postprocess(
             learned = rerank.learn_pair_whitening(vectors, pairs, config.whitening_dim)
         else:
             learned = rerank.learn_whitening(vectors, config.whitening_dim)
-        query = rerank.whiten(query, *learned)
-        gallery = None if gallery is None else rerank.whiten(gallery, *learned)
+        query, gallery = embeddings.each(lambda vectors: rerank.whiten(vectors, *learned))
     k, alpha = config.database_augmentation, config.query_expansion_alpha
     if k and gallery is not None:
         gallery = rerank.augment_database(gallery, k, alpha, mesh=mesh)
@@ -272,14 +271,14 @@ def draw_embeddings(run: Run, embeddings: Embeddings, step: int, suffix: str) ->
         return
     sample = projection.sample_test(embeddings, dataset, config.seed)
     title = f"{config.data.name}, CGD {config.model.descriptors}, step {step}"
-    if len(sample.labels) < sample.total:
-        console.log(f"Projecting {len(sample.labels):,} of {sample.total:,} images, at random.")
+    if len(sample.rows) < sample.total:
+        console.log(f"Projecting {len(sample.rows):,} of {sample.total:,} images, at random.")
     if kind:
         points, explained = projection.project(sample.vectors, kind, config.seed)
         path = folder / f"embeddings{suffix}.png"
-        projection.draw_map(path, points, sample, dataset, f"{title}: {explained}", config.seed)
+        projection.draw_map(path, points, sample, f"{title}: {explained}", config.seed)
     if config.eval.projector:
-        projection.write_projector(folder / "tensorboard", sample, dataset, title)
+        projection.write_projector(folder / "tensorboard", sample, title)
         console.log(f"Look at the projector: tensorboard --logdir={folder / 'tensorboard'}")
 
 
@@ -287,7 +286,7 @@ def draw_radius(run: Run, embeddings: Embeddings, suffix: str) -> None:
     """Draws R@1 over the radius within which an image is right, of places."""
     truth, data = run.dataset.query.truth, run.config.data
     if truth is not None and truth.positions is not None and embeddings.gallery is not None:
-        _, first = retrieval.top_k(embeddings.query, embeddings.gallery, 1, mesh=run.mesh)
+        _, first = nearest(embeddings, run.dataset, 1, mesh=run.mesh)
         distances = apart(truth.positions[0], truth.positions[1][first[:, 0]])
         title = f"{data.test_name or data.name}, CGD {run.config.model.descriptors}"
         plots.plot_radius(run.folder / f"radius{suffix}.png", distances, data.radius, title)

@@ -44,7 +44,7 @@ class PairOptions(TypedDict, total=False):
 class Pairs(NamedTuple):
     """Which columns an anchor is to be near to, and which far from."""
 
-    embeddings: Array  # [B, D] float32: the batch, the anchors
+    embeddings: Array  # [B, D] float32: the anchors, of the batch
     references: Array  # [N, D] float32: the batch, then the memory
     positive: Array  # [B, N] bool: same class but another image
     negative: Array  # [B, N] bool: another class
@@ -146,46 +146,31 @@ def push(memory: Memory, embeddings: Array, labels: Array) -> Memory:
 
 
 def pairs_of(
-    embeddings: Array, labels: Array, memory: Memory | None = None, miner: Miner | None = None
+    embeddings: Array,
+    labels: Array,
+    memory: Memory | None = None,
+    miner: Miner | None = None,
+    anchors: tuple[Array, Array, Array] | None = None,
 ) -> Pairs:
-    """Finds the pairs of a batch, and of its images with a memory, that a miner keeps."""
+    """Finds the pairs of a batch, and of its images with a memory, that a miner keeps.
+
+    `anchors` are some of the images [R, D], their labels, and their rows in the batch; else all.
+    """
     embeddings, labels = checked(embeddings, labels)
-    columns = columns_of(embeddings, labels, memory)
-    return pairs_of_rows(embeddings, labels, jnp.arange(len(labels)), columns, miner)
-
-
-class Columns(NamedTuple):
-    """What anchors are compared with: the batch, then the memory."""
-
-    references: Array  # [N, D] float32
-    labels: Array  # [N]
-    known: Array  # [N] bool: not where nothing is in the memory yet
-    center: Array  # [D], the mean of the batch
-
-
-def columns_of(embeddings: Array, labels: Array, memory: Memory | None) -> Columns:
-    known, center = jnp.ones(len(labels), bool), mean_of(embeddings)
-    if memory is None:
-        return Columns(embeddings, labels, known, center)
-    return Columns(
-        jnp.concatenate([embeddings, jax.lax.stop_gradient(memory.vectors)]),
-        jnp.concatenate([labels, memory.labels.astype(labels.dtype)]),
-        jnp.concatenate([known, memory.labels >= 0]),
-        center,
-    )
-
-
-def pairs_of_rows(
-    anchors: Array, labels: Array, rows: Array, columns: Columns, miner: Miner | None
-) -> Pairs:
-    """Finds the pairs of some images of the batch, [B, D] in its rows [B]."""
-    same = labels[:, None] == columns.labels[None, :]
-    positive = same & (rows[:, None] != jnp.arange(len(columns.labels))[None, :])
-    negative = ~same & columns.known
-    if miner is not None:
-        distances = distances_from(columns.center, anchors, columns.references)
-        positive, negative = miner(jax.lax.stop_gradient(distances), positive, negative)
-    return Pairs(anchors, columns.references, positive, negative, columns.center)
+    vectors, own, rows = anchors or (embeddings, labels, jnp.arange(len(labels)))
+    references, known, center = embeddings, jnp.ones(len(labels), bool), mean_of(embeddings)
+    if memory is not None:  # in parts of which there may be nothing yet
+        references = jnp.concatenate([embeddings, jax.lax.stop_gradient(memory.vectors)])
+        labels = jnp.concatenate([labels, memory.labels.astype(labels.dtype)])
+        known = jnp.concatenate([known, memory.labels >= 0])
+    same = own[:, None] == labels[None, :]
+    positive = same & (rows[:, None] != jnp.arange(len(labels))[None, :])
+    pairs = Pairs(vectors, references, positive, ~same & known, center)
+    if miner is None:
+        return pairs
+    distances = jax.lax.stop_gradient(pairs.distances)
+    positive, negative = miner(distances, pairs.positive, pairs.negative)
+    return pairs._replace(positive=positive, negative=negative)
 
 
 def masked_mean(values: Array, mask: Array, axis: int | None = None) -> Array:

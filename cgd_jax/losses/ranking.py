@@ -32,12 +32,10 @@ from cgd_jax.losses.pairs import (
     PairOptions,
     batch_mean,
     checked,
-    columns_of,
     masked_logsumexp,
     masked_mean,
     nan_unless_finite,
     pairs_of,
-    pairs_of_rows,
     soft_sum,
 )
 
@@ -280,24 +278,24 @@ def _hardest_gap(
     device holds all of their distances: of 32,768 images they are 4 GB.
     """
     embeddings, labels = checked(embeddings, labels)
-    columns = columns_of(embeddings, labels, memory)
 
-    def gap_of_rows(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        pairs = pairs_of_rows(*block, columns, miner)
+    def gap_of(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        pairs = pairs_of(embeddings, labels, memory, miner, block)
         farthest, nearest = hardest(pairs.distances, pairs.positive, pairs.negative)
         # Not the difference masked, since inf - inf poisons gradients.
         gap = jnp.where(pairs.valid, farthest, 0.0) - jnp.where(pairs.valid, nearest, 0.0)
         return gap, pairs.valid
 
     blocks, anchors = 1, len(labels)
-    while anchors * len(columns.labels) > blocks * BLOCK and anchors % (2 * blocks) == 0:
+    columns = anchors + (0 if memory is None else len(memory.labels))
+    while anchors * columns > blocks * BLOCK and anchors % (2 * blocks) == 0:
         blocks *= 2
     batch = embeddings, labels, jnp.arange(anchors)
     if blocks == 1:
-        return gap_of_rows(batch)
+        return gap_of(batch)
     # Every n-th image makes a block, so that each device has its part of it.
     batch = jax.tree.map(lambda x: x.reshape(-1, blocks, *x.shape[1:]).swapaxes(0, 1), batch)
-    gap, valid = jax.lax.map(jax.checkpoint(gap_of_rows), batch)
+    gap, valid = jax.lax.map(jax.checkpoint(gap_of), batch)
     return gap.T.reshape(anchors), valid.T.reshape(anchors)
 
 

@@ -180,15 +180,14 @@ def _read_packaged(path: Path) -> dict[str, np.ndarray]:
         )
     file = io.BytesIO(content)
     *_, tensors, keys = (_Unpickler(file).load() for _ in range(5))
-    dtypes = {key: np.dtype(dtype) for (key, dtype), *_ in tensors.values()}
-    stored = {}
-    for key in keys:
-        size = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
-        stored[key] = np.frombuffer(file.read(size), dtypes[key])
-    strided = lambda data, offset, shape, strides: np.lib.stride_tricks.as_strided(
-        data[offset:], shape, [stride * data.itemsize for stride in strides]
-    )
-    return {n: strided(stored[key], *layout[:3]) for n, ((key, _), *layout) in tensors.items()}
+    named = {storage: (n, dtype, *layout) for n, ((storage, dtype), *layout) in tensors.items()}
+    arrays = {}
+    for name, dtype, offset, shape, strides, *_ in (named[key] for key in keys):
+        width = np.dtype(dtype).itemsize
+        data = file.read(width * int.from_bytes(file.read(8), "little"))
+        steps = [width * stride for stride in strides]
+        arrays[name] = np.ndarray(shape, dtype, data, width * offset, steps)
+    return arrays
 
 
 def _read_listed(index: Path) -> dict[str, np.ndarray]:

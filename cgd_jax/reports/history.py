@@ -79,7 +79,6 @@ class Progress(tqdm):
     """A progress bar of the training steps, and log lines where the output is no terminal."""
 
     def __init__(self, step: int, steps: int):
-        """Starts at `step` of `steps`."""
         look = {"desc": "training", "unit": " step", "leave": False, **console.bar_width()}
         super().__init__(initial=step, total=steps, disable=None, smoothing=0.1, **look)
         self.first, self.steps, self.started, self.said = step, steps, time.time(), step

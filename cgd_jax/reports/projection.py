@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, colors
@@ -33,8 +33,8 @@ class Sample(NamedTuple):
     """Test images, queries before the gallery, with their vectors."""
 
     vectors: np.ndarray  # [N, D] float32
-    labels: np.ndarray  # [N]
-    places: list[tuple[str, int]]  # [N] of "query" or "gallery", and the position there
+    rows: list[dict]  # [N]: "class", "label", "id", and "split", which is query or gallery
+    images: list[tuple[Any, int]]  # [N]: those of its split, and its position there
     total: int  # images that it was drawn from
 
 
@@ -43,12 +43,16 @@ def sample_test(
 ) -> Sample:
     """Takes all test images, or as many at random as a person can look at."""
     vectors = np.concatenate([x for x in embeddings if x is not None])
-    splits = {"query": dataset.query, "gallery": dataset.gallery}
-    named = {name: split for name, split in splits.items() if split is not None}
-    labels = np.concatenate([split.labels for split in named.values()])
-    places = [(name, i) for name, split in named.items() for i in range(len(split.labels))]
+    splits = [("query", dataset.query), ("gallery", dataset.gallery)]
+    places = [(name, split, i) for name, split in splits if split for i in range(len(split.labels))]
     kept = np.sort(np.random.default_rng(seed).permutation(len(places))[:most])
-    return Sample(vectors[kept], labels[kept], [places[i] for i in kept], len(places))
+    rows, images = [], []
+    for name, split, i in (places[k] for k in kept):
+        label = split.labels[i].item()
+        shown = {"class": literal(split.class_names[label]), "label": label}
+        rows.append({**shown, "id": literal(split.ids[i]), "split": name})
+        images.append((split.images, i))
+    return Sample(vectors[kept], rows, images, len(places))
 
 
 def project(vectors: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, str]:
@@ -67,19 +71,17 @@ def project(vectors: np.ndarray, kind: str, seed: int) -> tuple[np.ndarray, str]
     return x @ axes.T, f"PCA, {first:.1%} + {second:.1%} of the variance"
 
 
-def draw_map(
-    path: str | Path, points: np.ndarray, sample: Sample, dataset: Dataset, title: str, seed: int
-) -> None:
+def draw_map(path: str | Path, points: np.ndarray, sample: Sample, title: str, seed: int) -> None:
     """Draws images where they lie in the plane [N, 2], on a grid: of those in one cell one.
 
     The classes with the most images have a color each, and precedence: else one would hardly see
     them among thousands of others. The seed decides between equals.
     """
-    counts = Counter(sorted(sample.labels.tolist())).most_common()
+    labels = [row["label"] for row in sample.rows]
+    counts = Counter(sorted(labels)).most_common()
     color_of = dict(zip((label for label, _ in counts), COLORS, strict=False))
-    shades = [color_of.get(label, "#c8c8c8") for label in sample.labels.tolist()]
     drawn = np.random.default_rng(seed).permutation(len(points)).tolist()
-    order = sorted(drawn, key=lambda i: sample.labels[i] not in color_of)
+    order = sorted(drawn, key=lambda i: labels[i] not in color_of)
 
     low, high = points.min(0), points.max(0)
     side = SIDE + 2 * FRAME
@@ -89,11 +91,11 @@ def draw_map(
     first = {tuple(cells[i].tolist()): i for i in reversed(order)}
     canvas = Image.new("RGB", tuple(SIZE.tolist()), "white")
     for corner, i in first.items():
-        thumbnail = _thumbnail(dataset, *sample.places[i])
-        canvas.paste(ImageOps.expand(thumbnail, FRAME, shades[i]), corner)
+        shade = color_of.get(labels[i], "#c8c8c8")
+        canvas.paste(ImageOps.expand(_thumbnail(sample, i), FRAME, shade), corner)
 
-    names = dataset.query.class_names | (dataset.gallery or dataset.query).class_names
-    legend = [Patch(color=c, label=shorten(names.get(k, k), 40)) for k, c in color_of.items()]
+    names = {row["label"]: row["class"] for row in sample.rows}
+    legend = [Patch(color=c, label=shorten(names[k], 40)) for k, c in color_of.items()]
     said = (
         f"{literal(title)}\n{len(first):,} of {sample.total:,} test images, of those in one place "
         f"one; the colors are {len(color_of)} of {len(counts):,} classes:"
@@ -103,7 +105,7 @@ def draw_map(
         box.set_alignment("left")
 
 
-def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title: str) -> None:
+def write_projector(folder: str | Path, sample: Sample, title: str) -> None:
     """Writes what `tensorboard --logdir=FOLDER` shows under PROJECTOR, over what was there.
 
     tensorboardX's `add_embedding` adds to what was there, and holds images as float64. The vectors
@@ -113,13 +115,8 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
     below.mkdir(parents=True, exist_ok=True)
     with files.replacing(below / "vectors.tsv") as part:
         np.savetxt(part, sample.vectors, "%.5g", "\t")
-    rows = []
-    for label, (name, i) in zip(sample.labels.tolist(), sample.places, strict=True):
-        split = getattr(dataset, name)
-        shown = literal(split.class_names.get(label, label))
-        rows.append({"class": shown, "label": label, "id": literal(split.ids[i]), "split": name})
-    write_csv(below / "metadata.tsv", rows, "\t")
-    tiles = [_thumbnail(dataset, *place) for place in sample.places]
+    write_csv(below / "metadata.tsv", sample.rows, "\t")
+    tiles = [_thumbnail(sample, i) for i in range(len(sample.rows))]
     sprite = plots.contact_sheet(tiles, math.ceil(math.sqrt(len(tiles))), 0)
     files.write_picture(below / "sprite.png", sprite)
 
@@ -133,5 +130,6 @@ def write_projector(folder: str | Path, sample: Sample, dataset: Dataset, title:
     )
 
 
-def _thumbnail(dataset: Dataset, split: str, i: int) -> Image.Image:
-    return plots.thumbnail(getattr(dataset, split).images[i], SIDE)
+def _thumbnail(sample: Sample, i: int) -> Image.Image:
+    images, row = sample.images[i]
+    return plots.thumbnail(images[row], SIDE)

@@ -27,7 +27,6 @@ class Meter:
         self.steps, self.waited, self.since = 0, 0.0, time.time()
 
     def count(self) -> None:
-        """Counts one step."""
         self.steps += 1
 
     def first_step(self) -> None:
