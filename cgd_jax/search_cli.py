@@ -98,11 +98,11 @@ FLAGS = {
     ),
     "queries": Flag("A folder of images.", "FOLDER"),
     "database": Flag("Another, in which those most like them are found.", "FOLDER"),
-    "out": Flag("The text file of pairs; else pairs.txt.", "FILE", default="pairs.txt"),
+    "out": Flag("The text file of pairs; else pairs.txt.", "FILE", "pairs.txt"),
     "features": Flag(
         "Where to write the vectors too: FILE.h5 as hloc has it, else a folder of kapture.", "FILE"
     ),
-    "k": Flag("How many images; else 20.", "NUMBER", default=20, options=(1,)),
+    "k": Flag("How many images; else 20.", "NUMBER", 20, (1,)),
     "where": Flag("Which images, as SQL: label = 'shoes' AND width > 500.", "SQL"),
     "exact": Flag("Compares with every image."),
     "crop": Flag("The part of the query to search by, in pixels.", "X,Y,WIDTH,HEIGHT"),
@@ -116,11 +116,14 @@ FLAGS = {
         "The address of this machine to listen at, such as 0.0.0.0 for all, where a token is "
         "needed; else 127.0.0.1.",
         "ADDRESS",
-        default="127.0.0.1",
+        "127.0.0.1",
     ),
-    "port": Flag("Where to listen; else 8000.", "NUMBER", default=8000, options=(0, 65535)),
+    "port": Flag("Where to listen; else 8000.", "NUMBER", 8000, (0, 65535)),
     "show_paths": Flag("Tells where images lie."),
 }
+# Those that the functions of a command take as they are.
+OF_INDEX = "vector precision whiten whitening compress prune on"
+OF_SEARCH = "k where exact crop similarity json picture"
 
 
 def check(name: str, given: flags.FlagValues) -> None:
@@ -153,8 +156,7 @@ def run(name: str, given: flags.FlagValues) -> None:
     """Does what a command says."""
     from cgd_jax.search import commands
 
-    model = given.model or given.workdir
-    seen = _seen(given) if "aspect" in given else {}
+    model, share, seen = given.model or given.workdir, (0, 1), _seen(given)
     if seen or name == "pairs":
         from cgd_jax.network import open_network
 
@@ -164,57 +166,31 @@ def run(name: str, given: flags.FlagValues) -> None:
 
         write_pairs(given.queries, given.database, model, given.k, given.out, given.features)
         return
-    address = given.index or commands.default_address(given.workdir)
-    if name == "index":
-        commands.fill_index(
-            address,
-            given.images,
-            model,
-            vector=given.vector,
-            precision=given.precision,
-            whiten=given.whiten,
-            whitening=given.whitening,
-            compress=given.compress,
-            prune=given.prune,
-            on=given.on,
-            share=share_of_files(given),
-        )
-    elif name == "search":
-        commands.search_index(
-            address,
-            given.query,
-            model,
-            k=given.k,
-            where=given.where,
-            exact=given.exact,
-            crop=given.crop,
-            duplicates=given.similarity,
-            as_json=given.json,
-            figure=given.picture,
-        )
-    else:
+    address = given.index or f"{given.workdir or 'runs'}/index"
+    if name == "search":
+        commands.search_index(address, given.query, model, **_values(given, OF_SEARCH))
+        return
+    if given.distributed or given.coordinator:
+        import jax
+
+        share = jax.process_index(), jax.process_count()
+    if given.images:
+        commands.fill_index(address, given.images, model, share, **_values(given, OF_INDEX))
+    if name == "serve":
         from cgd_jax.serve.command import serve
 
-        if given.images:
-            commands.fill_index(address, given.images, model)
-        serve(address, model, host=given.host, port=given.port, show_paths=given.show_paths)
+        serve(address, model, **_values(given, "host port show_paths"))
+
+
+def _values(given: flags.FlagValues, names: str) -> dict[str, Any]:
+    return {name: given[name].value for name in names.split() if name in given}
 
 
 def _seen(given: flags.FlagValues) -> dict[str, Any]:
     """Returns how a network is to see images, as `network.open_network` takes it."""
+    seen = _values(given, "aspect image_size scales scales_p")
     try:
-        scales = [float(scale) for scale in given.scales or ()]
+        seen["scales"] = [float(scale) for scale in seen.get("scales") or ()]
     except ValueError:
         raise flags.Error(f"--scales={','.join(given.scales)}: give numbers, 0.7,1,1.4.") from None
-    seen = {"aspect": given.aspect, "image_size": given.image_size, "scales": scales}
-    seen["scales_p"] = given.scales_p
     return {name: value for name, value in seen.items() if value}
-
-
-def share_of_files(given: flags.FlagValues) -> tuple[int, int]:
-    """Returns which of several processes this is, and how many there are."""
-    if not (given.distributed or given.coordinator):
-        return 0, 1
-    import jax
-
-    return jax.process_index(), jax.process_count()

@@ -113,6 +113,7 @@ def test_a_part_of_the_query(filled):
         (["--mode=train", "--images=a"], "--images goes with `index` and `serve`"),
         (["--mode=data", "--config=glyphs", "--index=a"], "--index goes with `index` and `search`"),
         (["--mode=search", "--query=a", "--index=/nowhere"], "/nowhere: there is no index. Make"),
+        (["--mode=search", "--query=a", "--workdir=/nowhere"], "=/nowhere/index: there is no inde"),
         (["--mode=index", "--images=/nowhere", "--index=IDX"], "/nowhere: there is no such fold"),
         (["--mode=search", "--query=none.jpg", "--index=FILLED"], "none.jpg: there is no such f"),
         (["--mode=search", "--query=README.md", "--index=FILLED"], "no image to search by. RE"),
@@ -139,8 +140,3 @@ def test_a_picture_that_cannot_be_written_costs_no_answer(asked, filled, tmp_pat
     assert status == 1 and "copy.png" in output
     assert f"--picture={tmp_path}/file/a.png cannot be written" in errors
     assert "incomplete." not in errors and len(errors.strip().splitlines()) == 1
-
-
-def test_where_an_index_lies():
-    assert commands.default_address("runs/x") == "runs/x/index"
-    assert commands.default_address(None) == "runs/index"

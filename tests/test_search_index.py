@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cgd_jax import network as networks
 from cgd_jax.preprocess import IMAGENET
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import (
@@ -25,7 +26,6 @@ from cgd_jax.search import (
     queries,
     report,
 )
-from cgd_jax.search import index as indexes
 from cgd_jax.search.collection import Collection
 from cgd_jax.search.duplicates import Group, find_duplicates
 from cgd_jax.serve import command as serving
@@ -217,7 +217,7 @@ def test_another_network_is_refused_with_both_named(filled, changes, named, monk
         with pytest.raises(InputError, match=message):
             make(index.address, other)
     # It is known only when the network is opened.
-    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector, **seen: other)
+    monkeypatch.setattr(networks, "open_network", lambda source, vector, **seen: other)
     with pytest.raises(InputError, match=message):
         Index.open(index.address).embed([Image.new("RGB", (8, 8))])
 
@@ -290,7 +290,7 @@ def test_a_strangers_index_makes_nobody_ask_the_hub(tmp_path, name, monkeypatch)
     Index.create(tmp_path / "index", stand_in(name)).add([tmp_path / "a.png"])
     asked = []
     open_network = lambda source, vector, **seen: asked.append(source) or stand_in(source)
-    monkeypatch.setattr(indexes.networks, "open_network", open_network)
+    monkeypatch.setattr(networks, "open_network", open_network)
     monkeypatch.chdir(tmp_path)
     index = Index.open("index")
     assert index.count() == 1 and index.vectors()[1].shape == (1, 16)  # needs no network
@@ -303,7 +303,7 @@ def test_a_strangers_index_makes_nobody_ask_the_hub(tmp_path, name, monkeypatch)
     with pytest.raises(InputError, match="of Hugging Face"):
         serving.warm_up(index)
     assert not asked
-    monkeypatch.setattr(indexes.networks, "identify", lambda model: (name, stand_in().weights_hash))
+    monkeypatch.setattr(networks, "identify", lambda model: (name, stand_in().weights_hash))
     assert Index.open("index", name).search("a.png")[0].similarity == 1 and asked == [name]
 
 
@@ -330,11 +330,11 @@ def test_what_a_strangers_index_says_is_compared_before_it_is_used(
     """Nothing is read, allocated or computed in a size that only the index names."""
     photograph(tmp_path / "photos/a.png", 1)
     dumps = json.dumps
-    monkeypatch.setattr(indexes.json, "dumps", lambda info: dumps(info | changes))
+    monkeypatch.setattr(json, "dumps", lambda info: dumps(info | changes))
     with contextlib.suppress(InputError, StoreError):
         Index.create(tmp_path / "index", stand_in())
     monkeypatch.undo()
-    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector, **seen: stand_in())
+    monkeypatch.setattr(networks, "open_network", lambda source, vector, **seen: stand_in())
     address, photos = str(tmp_path / "index"), tmp_path / "photos"
     for use in (
         lambda: queries.ask(Index.open(address), [str(photos)]),
@@ -352,7 +352,7 @@ def test_a_whitening_of_another_network_is_refused(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     whitening = rng.normal(size=12), rng.normal(size=(12, 5))
     Index.create(tmp_path / "index", stand_in(dimension=12), whitening=whitening)
-    monkeypatch.setattr(indexes.networks, "open_network", lambda source, vector, **seen: stand_in())
+    monkeypatch.setattr(networks, "open_network", lambda source, vector, **seen: stand_in())
     with pytest.raises(InputError, match="whitened_from 12, here 16"):
         Index.open(tmp_path / "index").search(Image.new("RGB", (8, 8)))
 
@@ -373,7 +373,7 @@ def test_thumbnails_of_a_stranger_are_small_images_or_refused(tmp_path):
 
 
 def test_an_index_that_does_not_say_what_it_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexes.json, "dumps", lambda values: '{"precision": "float32"}')
+    monkeypatch.setattr(json, "dumps", lambda values: '{"precision": "float32"}')
     with pytest.raises(StoreError, match="does not say what it holds.*Delete it"):
         Index.create(tmp_path / "index", stand_in())
 

@@ -106,6 +106,16 @@ def test_only_what_changed_is_embedded(photos, tmp_path, monkeypatch):
     assert content(address) == content(undisturbed)
 
 
+def test_an_unchanged_folder_needs_no_jax(photos, tmp_path):
+    address = str(tmp_path / "index")
+    update(address, [photos], stand_in())
+    script = "import sys; from cgd_jax.search import commands as c; c.fill_index(sys.argv[1], "
+    script += "sys.argv[2:]); print({'jax', 'flax', 'scipy'} & sys.modules.keys())"
+    command = [sys.executable, "-c", script, address, str(photos)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert " 12 unchanged" in run.stdout and run.stdout.endswith("set()\n"), run.stderr
+
+
 def test_files_that_cannot_be_used_are_listed(photos, tmp_path, caplog):
     (photos / "hats/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
     (photos / "hats/empty.png").touch()
@@ -387,7 +397,7 @@ def test_whitening_by_pairs_learns_from_what_shares_a_folder(tmp_path, monkeypat
     found = {index.get(id).path: vector for id, vector in zip(ids, vectors, strict=True)}
     # What differs within folders is white, whatever pairs of a folder are taken.
     learned = []
-    monkeypatch.setattr(indexing, "SAMPLE", 20)  # one of both folders
+    monkeypatch.setattr(embedding, "SAMPLE", 20)  # one of both folders
     keep = rerank.matching_pairs
     monkeypatch.setattr(rerank, "matching_pairs", lambda x: learned.append(x) or keep(x))
     update(str(tmp_path / "smaller"), [photos], network, whiten=5, whitening="pairs")
@@ -412,5 +422,5 @@ def test_whitening_by_pairs_learns_from_what_shares_a_folder(tmp_path, monkeypat
 def test_a_pipe_with_the_name_of_an_image_is_left_out(tmp_path):
     """Reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.png")
-    found = indexing._read((None, tmp_path / "a.png"), {}, {}, 16)
-    assert isinstance(found, ValueError) and str(found) == "not a file"
+    with pytest.raises(ValueError, match="^not a file$"):
+        images.content_of(tmp_path / "a.png")

@@ -90,11 +90,11 @@ def test_a_worker_that_is_killed(cluster, photos, network, tmp_path, monkeypatch
     one, many, read = str(tmp_path / "one"), str(tmp_path / "many"), indexing._read
     update(one, [photos], network)
 
-    def deadly(listed, known, origins, size):
+    def deadly(listed, origins):
         if Path(listed[1]).name == "010.png" and not (flag := tmp_path / "killed").exists():
             flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(listed, known, origins, size)
+        return read(listed, origins)
 
     monkeypatch.setattr(indexing, "_read", deadly)
     assert update(many, [photos], network, on="ray").added == 41

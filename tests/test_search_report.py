@@ -28,5 +28,5 @@ def test_the_folder_of_all_paths_is_named_once(folder, rest):
     if folder:
         assert lines.pop(0) == folder
     assert [line.partition("a label")[2].strip() for line in lines[2:]] == rest
-    groups = report.groups_as_text([Group(0.5, hits)]).splitlines()
+    groups = report.groups_as_text([Group(0.5, hits)], 0.5).splitlines()
     assert (groups[0] == folder) == bool(folder) and len(groups) == 2 + bool(folder) + len(rest)

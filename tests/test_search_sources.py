@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cgd_jax import network
 from cgd_jax.data import decode
 from cgd_jax.reports import plots
 from cgd_jax.runtime import files as writing
-from cgd_jax.search import Index, commands, filling, images, indexing, queries
+from cgd_jax.search import Index, commands, images, queries
 from cgd_jax.search.filling import update
 from tests import quick
 from tests.search_samples import folder_of_photographs, photograph, stand_in
@@ -203,7 +204,7 @@ def test_what_cannot_be_read_is_said_and_kept(photos, tmp_path, monkeypatch, cap
     """A folder, a file, and a file that cannot even be looked at; the rest is indexed."""
     filled(tmp_path / "index", photos)
     photograph(photos / "b/new.png", 70)
-    scandir, read = os.scandir, indexing.read_file
+    scandir, read = os.scandir, images.read_file
     listdir = os.listdir
 
     def refusing(function, *names):
@@ -216,11 +217,11 @@ def test_what_cannot_be_read_is_said_and_kept(photos, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(os, "scandir", refusing(scandir, "a/x"))
     monkeypatch.setattr(os, "listdir", refusing(listdir, "a/x"))
-    monkeypatch.setattr(indexing, "read_file", refusing(read, "b/0.png"))
+    monkeypatch.setattr(images, "read_file", refusing(read, "b/0.png"))
     os.utime(photos / "b/0.png", ns=(0, 10**9))
     record_of = images.record_of
     monkeypatch.setattr(images, "record_of", refusing(record_of, "b/1.png"))
-    monkeypatch.setattr(indexing, "read_file", refusing(indexing.read_file, "b/1.png"))
+    monkeypatch.setattr(images, "read_file", refusing(images.read_file, "b/1.png"))
     changes = update(str(tmp_path / "index"), [photos], stand_in())
     assert numbers(changes) == (1, 0, 0, 2, 3)
     reasons = {os.path.relpath(path, photos): reason for path, reason in changes.skipped}
@@ -264,12 +265,12 @@ def test_nothing_of_ours_is_an_image(tmp_path, monkeypatch):
     """The index, another index, what search draws, and other pictures of this program."""
     photos = folder_of_photographs(tmp_path / "photos", 4)
     monkeypatch.chdir(photos)
-    monkeypatch.setattr(filling, "open_network", lambda *args: stand_in())
+    monkeypatch.setattr(network, "open_network", lambda *args: stand_in())
     assert filled("runs/index", photos) == (4, 0, 0, 0, 0)
     assert filled("other/index", photos)[0] == 4
     commands.search_index("runs/index", ["hats/000.png"], stand_in())
-    commands.search_index("runs/index", ["hats/000.png"], stand_in(), figure="hats/found.png")
-    commands.search_index("runs/index", None, stand_in(), duplicates=0.01)
+    commands.search_index("runs/index", ["hats/000.png"], stand_in(), picture="hats/found.png")
+    commands.search_index("runs/index", None, stand_in(), similarity=0.01)
     with plots.figure("curve.png", 2, 2):
         pass
     writing.write_picture("sprite.png", Image.new("RGB", (9, 9)))

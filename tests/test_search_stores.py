@@ -138,7 +138,8 @@ def test_no_letter_of_an_id_or_a_label_is_special(filled, letter):
         assert store.count(f"label = {stores.quoted(other)}") == 0
         (hits,) = store.search(vectors[:1], 5, f"label IN ({stores.quoted(odd)}, 'none')")
         assert [hit.label for hit in hits] == [odd]
-        ids = [batch["id"].to_pylist() for batch in store.read(["id"], stores.among([odd, "odd"]))]
+        (where,) = stores.among([odd, "odd"])
+        ids = [batch["id"].to_pylist() for batch in store.read(["id"], where)]
         assert [id for some in ids for id in some] == ["odd"]
     finally:
         store.delete(["odd"])

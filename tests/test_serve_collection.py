@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 lancedb = pytest.importorskip("lancedb", reason="lancedb is not installed")
-testclient = pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
+pytest.importorskip("fastapi.testclient", reason="fastapi or httpx2 is not installed")
 
-from cgd_jax.search import Index, Record, collection, indexing  # noqa: E402
+from cgd_jax.search import Index, Record, collection, images  # noqa: E402
 from cgd_jax.search.filling import update  # noqa: E402
 from cgd_jax.serve import service  # noqa: E402
-from cgd_jax.serve.app import create_app  # noqa: E402
 from tests.search_samples import photograph, stand_in  # noqa: E402
 from tests.test_data_decode import picture  # noqa: E402
 from tests.test_search_stores import CONTROLS  # noqa: E402
+from tests.test_serve import client_of  # noqa: E402
 
 # Names that mean something to SQL, to LIKE, to a shell, to the order of paths.
 FOLDERS = ["a", "a/b", "a/b%", "a b", "a\\b", "it's", "Ü", "a0"]
@@ -43,12 +43,6 @@ def index(photos):
     address = str(photos.parent / "index")
     update(address, [photos], stand_in())
     return Index.open(address, stand_in())
-
-
-def client_of(index, **options):
-    app = create_app(index, **options)
-    base = "http://127.0.0.1:8000"
-    return testclient.TestClient(app, base_url=base, raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +398,7 @@ def test_an_index_of_an_earlier_version_learns_dates_without_embedding(tmp_path,
     np.testing.assert_array_equal(new.vectors()[1][np.argsort(new.vectors()[0])],
                                   before[1][np.argsort(before[0])])  # fmt: skip
     reads = []
-    monkeypatch.setattr(indexing, "read_file", lambda path: reads.append(path))
+    monkeypatch.setattr(images, "read_file", lambda path: reads.append(path))
     update(address, [tmp_path / "photos"], network)
     assert not reads
 

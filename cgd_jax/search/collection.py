@@ -16,10 +16,9 @@ import pyarrow.compute as pc
 
 from cgd_jax.search import stores
 from cgd_jax.search.index import Index
-from cgd_jax.search.stores import COLUMNS, SCHEMA, Record
+from cgd_jax.search.stores import Record
 
 IN_MEMORY = 200_000_000  # numbers (rows x dimension) of vectors that are searched there
-LISTED = pa.schema([SCHEMA.field(name) for name in COLUMNS if name != "thumbnail"])
 SEPARATOR = re.escape(os.sep)
 DAYS = date(1970, 1, 2), date(2261, 12, 31)  # what is counted in ns goes no farther
 
@@ -33,8 +32,7 @@ class Collection:
 
     def __init__(self, index: Index):
         self._index = index
-        batches = [batch.cast(LISTED) for batch in index.store.read(LISTED.names)]
-        self.table = pa.Table.from_batches(batches, LISTED).combine_chunks()
+        self.table = stores.read_table(index.store, stores.LISTED).combine_chunks()
         self.vectors: np.ndarray | None = None
         small = len(self.table) * index.info.dimension <= IN_MEMORY
         if small and not index.info.compress:
@@ -90,14 +88,13 @@ class Collection:
         paths = self.table["path"].take(rows)
         rest = pc.utf8_slice_codeunits(paths.filter(pc.starts_with(paths, prefix)), len(prefix))
         rest = rest.filter(pc.match_substring(rest, os.sep))
-        counts = pc.value_counts(pc.replace_substring_regex(rest, f"(?s){SEPARATOR}.*$", ""))
-        return dict(sorted((one["values"], one["counts"]) for one in counts.to_pylist()))
+        first = pc.replace_substring_regex(rest, f"(?s){SEPARATOR}.*$", "")
+        return stores.counted(first.chunks)
 
     @functools.cached_property
     def labels(self) -> dict[str, int]:
         """Counts the images of every label, in alphabetical order."""
-        counts = pc.value_counts(self.table["label"].drop_null())
-        return dict(sorted((one["values"], one["counts"]) for one in counts.to_pylist()))
+        return stores.counted(self.table["label"].chunks)
 
     def search(
         self,

@@ -7,20 +7,20 @@ import os
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 from cgd_jax.data import archives, image_list
-from cgd_jax.data.decode import ENDINGS, FORMATS, PNG, looks_like_image, resize
+from cgd_jax.data.decode import ENDINGS, FORMATS, PNG, looks_like_image, read_file, resize
 from cgd_jax.data.images import Box, at_least, clip, extent, load, naming
 from cgd_jax.data.shapes import Size, as_shape, nearest
 from cgd_jax.runtime import buckets
 from cgd_jax.runtime.errors import InputError
 from cgd_jax.runtime.files import SOFTWARE
-from cgd_jax.search.stores import Record, composed
+from cgd_jax.search.stores import Record, composed, is_local
 
 THUMBNAIL = 192  # pixels, the longer side
 QUALITY = 80  # of their JPEG, and of what a page shows
@@ -97,9 +97,12 @@ def file_of(record: Record) -> bytes | None:
     return None
 
 
-def is_drawn_here(data: bytes) -> bool:
-    """Returns whether a file is a picture that this program drew, such as search.png."""
-    return data.startswith(PNG) and b"tEXtSoftware\0" + SOFTWARE.encode() in data[:1000]
+def content_of(file: Path | str) -> bytes:
+    """Reads a file, or an object in a bucket; raises OSError, ValueError where it is no image."""
+    data = buckets.read(str(file)) if buckets.is_bucket(file) else read_file(file)
+    if data.startswith(PNG) and b"tEXtSoftware\0" + SOFTWARE.encode() in data[:1000]:
+        raise ValueError("a picture that this program drew")
+    return data
 
 
 def record_of(
@@ -126,62 +129,6 @@ def is_folder(source: str) -> bool:
     return not is_list(source) and not archives.is_archive(Path(source))
 
 
-@contextlib.contextmanager
-def list_images(
-    source: Path, scratch: Path, address: str
-) -> Iterator[tuple[list[Listed], list[LeftOut]]]:
-    """Lists the images of a folder, an archive, or a CSV with the columns path and label.
-
-    The path of an archive's member begins with the archive's, and it was changed when the archive
-    was; archives are unpacked in `scratch` while the block runs. Files of indexes, such as the one
-    at `address`, are none. Yields the images, and what was left out. Raises InputError: there is no
-    such source; ValueError: an archive or a CSV is damaged.
-    """
-    if not source.exists():
-        raise InputError(
-            f"--images={source}: there is no such folder, archive or CSV. The images that an index "
-            f"has of it stay there."
-        )
-    left_out: list[LeftOut] = []
-    if is_list(str(source)) and source.is_file():
-        rows = [(row.path, str(row.path), row.label) for row in image_list.read(source)]
-        yield _list_rows(rows, str(source), left_out), left_out
-    elif source.is_dir() or archives.is_archive(source):
-        modified = None if source.is_dir() else source.stat().st_mtime_ns
-        index = os.path.abspath(address)
-        with archives.unpacked(source, scratch) as folder:
-            inside, left_out = files_of(folder)
-            named = [
-                (folder / path, str(source / path), label_of(path))
-                for path in (file.relative_to(folder) for file in inside)
-                if not (source / path).is_relative_to(index)
-                and not any(part.endswith(".lance") for part in path.parts)
-            ]
-            yield _list_rows(named, str(source), left_out, modified), left_out
-    else:
-        raise InputError(
-            f"--images={source} is neither a folder, nor a CSV, nor an archive "
-            f"({', '.join(archives.ARCHIVE_ENDINGS)})."
-        )
-
-
-def list_bucket(address: str) -> tuple[list[Listed], list[LeftOut]]:
-    """Lists the images of a folder in a bucket, by their names; see `buckets.objects`."""
-    found: list[Listed] = []
-    left_out: list[LeftOut] = []
-    for name, size, modified in buckets.objects(address):
-        path, inside = f"{address}/{name}", Path(name)
-        if any(archives.is_litter(part) or part.endswith(".lance") for part in inside.parts):
-            continue
-        if inside.suffix.lower() in ENDINGS:
-            label = composed(label_of(inside))
-            record = Record(id_of(path), path, label, size, source=address, modified=modified)
-            found.append((record, path))
-        else:
-            left_out.append((path, "no image by its name"))
-    return found, left_out
-
-
 def files_of(folder: Path) -> tuple[list[Path], list[LeftOut]]:
     """Lists the files of a folder, and what of it cannot be read."""
     errors: list[OSError] = []
@@ -197,21 +144,22 @@ def label_of(path: Path) -> str | None:
     return folders[0] if folders else None
 
 
-def _list_rows(
-    rows: Iterable[tuple[Path, str, str | None]],
-    source: str,
-    left_out: list[LeftOut],
-    modified: int | None = None,
-) -> list[Listed]:
-    """Returns the images among rows of a file, its name and a label; adds to what is none."""
-    found = {}
-    for file, path, label in rows:
+class Listing(NamedTuple):
+    """What sources hold."""
+
+    images: dict[str, Listed]
+    sources: set[str]
+    left_out: list[LeftOut]
+
+    def add(
+        self, file: Path, path: str, label: str | None, source: str, modified: int | None = None
+    ) -> None:
+        """Adds a file, or why it is no image; see `record_of`."""
         try:
             f"{path}{label}".encode()
             if looks_like_image(file):
-                record = record_of(file, path, label, source, modified)
-                found[record.id] = record, file
-                continue
+                self.images[id_of(path)] = record_of(file, path, label, source, modified), file
+                return
             reason = "no image by its name" if file.exists() else "there is no such file"
         except UnicodeEncodeError:
             path = path.encode(errors="backslashreplace").decode()
@@ -219,7 +167,78 @@ def _list_rows(
         except FileNotFoundError as error:
             reason = reason_of(error)
         except OSError:  # it is there; who reads it will learn what is the matter
-            found[id_of(path)] = Record(id_of(path), path, composed(label), source=source), file
+            record = Record(id_of(path), path, composed(label), source=source)
+            self.images[record.id] = record, file
+            return
+        self.left_out.append((path, reason))
+
+
+@contextlib.contextmanager
+def listed(sources: Iterable[str | Path], address: str) -> Iterator[Listing]:
+    """Lists the images of sources, which can be read while the block runs.
+
+    These are folders, also in buckets, archives, whose members were changed when they were and
+    have paths that begin with theirs, and CSVs with the columns path and label. Archives are
+    unpacked beside the index at `address`; files of indexes are none. Raises InputError: there is
+    no such source, or it holds no image; ValueError: an archive or a CSV is damaged.
+    """
+    scratch = Path(address).parent if is_local(address) else Path.cwd()
+    found = Listing({}, set(), [])
+    with contextlib.ExitStack() as stack:
+        # Lists come last: what they say of an image counts.
+        for given in sorted(map(str, sources), key=is_list):
+            before, source = len(found.left_out), given.rstrip("/")
+            if not buckets.is_bucket(given):
+                source = os.path.abspath(Path(given).expanduser())
+            file = Path(source)
+            if buckets.is_bucket(given):
+                _list_bucket(source, found)
+            elif not file.exists():
+                raise InputError(
+                    f"--images={source}: there is no such folder, archive or CSV. The images that "
+                    f"an index has of it stay there."
+                )
+            elif is_list(source) and file.is_file():
+                for row in image_list.read(file):
+                    found.add(row.path, str(row.path), row.label, source)
+            elif file.is_dir() or archives.is_archive(file):
+                folder = stack.enter_context(archives.unpacked(file, scratch))
+                _list_folder(folder, file, os.path.abspath(address), found)
+            else:
+                raise InputError(
+                    f"--images={source} is neither a folder, nor a CSV, nor an archive "
+                    f"({', '.join(archives.ARCHIVE_ENDINGS)})."
+                )
+            if not any(record.source == source for record, _ in found.images.values()):
+                raise InputError(
+                    f"--images={given} holds no image, but {len(found.left_out) - before:,} other "
+                    f"files. Nothing was changed; to empty an index, delete it."
+                )
+            found.sources.add(source)
+        yield found
+
+
+def _list_folder(folder: Path, source: Path, index: str, found: Listing) -> None:
+    """Adds the files of a folder, which is a source or where it is unpacked."""
+    modified = None if source.is_dir() else source.stat().st_mtime_ns
+    inside, unreadable = files_of(folder)
+    found.left_out.extend(unreadable)
+    for file in inside:
+        below = file.relative_to(folder)
+        path = source / below
+        if not (path.is_relative_to(index) or any(part.endswith(".lance") for part in below.parts)):
+            found.add(file, str(path), label_of(below), str(source), modified)
+
+
+def _list_bucket(source: str, found: Listing) -> None:
+    """Adds the objects of a folder in a bucket, by their names; see `buckets.objects`."""
+    for name, size, modified in buckets.objects(source):
+        path, below = f"{source}/{name}", Path(name)
+        if any(archives.is_litter(part) or part.endswith(".lance") for part in below.parts):
             continue
-        left_out.append((path, reason))
-    return list(found.values())
+        if below.suffix.lower() in ENDINGS:
+            label = composed(label_of(below))
+            record = Record(id_of(path), path, label, size, source=source, modified=modified)
+            found.images[record.id] = record, path
+        else:
+            found.left_out.append((path, "no image by its name"))

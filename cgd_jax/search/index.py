@@ -5,35 +5,33 @@
         print(hit.similarity, hit.path)
 
 The vectors of an index are those of one network, which it remembers by the hash of its weights:
-it is never searched with another.
+it is never searched with another. JAX is imported when there is something to embed.
 """
 
-import base64
+from __future__ import annotations
+
 import contextlib
-import json
-import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cgd_jax import network as networks
-from cgd_jax import rerank, retrieval
 from cgd_jax.data.images import is_one, listed
-from cgd_jax.network import Network
-from cgd_jax.reports.names import literal
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import digests, indexing, stores
+from cgd_jax.search import about, digests, indexing, stores
 from cgd_jax.search import images as reading
+from cgd_jax.search.about import IndexInfo
 from cgd_jax.search.indexing import Changes
 from cgd_jax.search.opening import open_store, writing
-from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, Record, Store
+from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, LISTED, Hit, Record, Store, Whitening
+
+if TYPE_CHECKING:
+    from cgd_jax.network import Network
 
 __all__ = ["Index", "IndexInfo", "Query"]
 
@@ -42,36 +40,14 @@ EQUALS = 16_000
 
 # An image as `data.images` reads it: a file, its bytes, of Pillow, or pixels [H, W, 3].
 Query = str | Path | bytes | Image.Image | np.ndarray
-Whitening = tuple[np.ndarray, np.ndarray]  # mean and projection, see `rerank.learn_whitening`
-
-
-class IndexInfo(NamedTuple):
-    """What an index holds; it is written when the index is made and never changes."""
-
-    network: str  # the name of a package, a path, or a repository
-    weights_hash: str
-    vector: str  # which of the network's vectors, see `models.cgd.select_vector`
-    dimension: int  # of the vectors in the index
-    image_size: int  # pixels, what the network sees
-    resize: int  # pixels: images are resized to this square, of which it sees the center
-    normalization: dict[str, list[float]]  # of the pixels
-    precision: str  # of the vectors in the index: float32 or float16
-    whitened_from: int | None  # dimension of the network's vectors, where these are whitened
-    created: str  # ISO 8601, to the microsecond, which tells indexes of one network apart
-    # With the aspect kept: the shapes that images are resized to; see `data.shapes`.
-    shapes: list[list[int]] = []
-    scales: list[float] = [1.0]  # see `network.open_network`
-    scales_p: float = 1.0
-    whitened_by: str = "pca"  # or "pairs", see `rerank`
-    compress: str | None = None  # of `stores.COMPRESSED`: what stays in memory of the vectors
 
 
 class Index:
     """Images and their vectors in a database; `open` and `create` make one, `info` is of it."""
 
-    def __init__(self, store: Store, network: Network | str | None = None):
+    def __init__(self, store: Store, network: Network | str | Path | None = None):
         self.address, self._store = store.address, store
-        self.info, self.whitening = _read_about(store)
+        self.info, self.whitening = about.read(store)
         self._network = network
         self._remembered: tuple[int, list[str], np.ndarray] | None = None
 
@@ -94,7 +70,7 @@ class Index:
         *,
         create: bool = False,
         vector: str | None = None,
-    ) -> "Index":
+    ) -> Index:
         """Opens an index.
 
         Args:
@@ -114,16 +90,19 @@ class Index:
         except stores.NoIndexError:
             if not create:
                 raise
-            opened = model if isinstance(model, Network) else networks.open_network(model, vector)
-            return cls.create(address, opened)
-        index = cls(store, str(model) if isinstance(model, Path) else model)
-        if isinstance(model, Network):
-            index._check_network(model)
-        elif model is not None:  # known by its weights, without building it
-            name, weights_hash = networks.identify(model)
-            index._check(name, {"weights_hash": weights_hash})
+            from cgd_jax.search.embedding import opened
+
+            return cls.create(address, opened(model, vector))
+        index = cls(store, model)
+        if isinstance(model, str | Path):  # known by its weights, without building it
+            from cgd_jax.network import identify
+
+            name, weights_hash = identify(model)
+            about.check(index.info, name, {"weights_hash": weights_hash}, index.address)
+        elif model is not None:
+            about.check_network(index.info, model, index.address)
         if vector is not None:
-            index._check(index.info.network, {"vector": vector})
+            about.check(index.info, index.info.network, {"vector": vector}, index.address)
         return index
 
     @classmethod
@@ -136,7 +115,7 @@ class Index:
         whitening: Whitening | None = None,
         whitened_by: str = "pca",
         compress: str | None = None,
-    ) -> "Index":
+    ) -> Index:
         """Makes an empty index of a network's vectors; one that is there already is opened.
 
         Their precision is "float32" or "float16"; a whitening, and what it was learned by, of
@@ -153,19 +132,16 @@ class Index:
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
             whitened_by=whitened_by,
             compress=compress,
-            **_remembered_of(network),
+            **about.remembered_of(network),
         )
         if compress and (compress not in stores.COMPRESSED or info.dimension % 8):
             raise InputError(
                 f"--compress={compress}: it is {' or '.join(stores.COMPRESSED)}, of vectors whose "
                 f"length is a multiple of 8, not {info.dimension}; --whiten= gives them another."
             )
-        about = {"info": json.dumps(info._asdict())}
-        if whitening is not None:
-            numbers = np.column_stack(whitening).astype("<f4")
-            about["whitening"] = base64.b64encode(numbers.tobytes()).decode()
-        index = cls(open_store(str(address), about, info.dimension), network)
-        index._check_network(network)
+        texts = about.as_texts(info, whitening)
+        index = cls(open_store(str(address), texts, info.dimension), network)
+        about.check_network(index.info, network, index.address)
         return index
 
     @property
@@ -175,31 +151,8 @@ class Index:
         Raises InputError: it is no longer where it was, another one is there now, or it would have
         to be downloaded though only the index, which may be a stranger's, names it.
         """
-        if not isinstance(self._network, Network):
-            source = self._network or self.info.network
-            here = os.path.isabs(source) or "/" not in source or os.path.exists(source)
-            if self._network is None and not here:
-                raise InputError(
-                    f"The index {self.address} was made with the network {literal(source)} of "
-                    f"Hugging Face, or a bucket. It is not requested only because an index names "
-                    f"it: if it is the one that you want, say --model={literal(source)}."
-                )
-            try:
-                network = networks.open_network(
-                    source,
-                    self.info.vector,
-                    aspect="keep" if self.info.shapes else "square",
-                    image_size=self.info.image_size,
-                    scales=self.info.scales,
-                    scales_p=self.info.scales_p,
-                )
-            except FileNotFoundError as error:
-                raise InputError(
-                    f"The index {self.address} was made with the network {literal(source)}, which "
-                    f"is not there: {error} If it is elsewhere now, say so with --model=."
-                ) from error
-            self._check_network(network)
-            self._network = network
+        if self._network is None or isinstance(self._network, str | Path):
+            self._network = about.open_network(self.info, self._network, self.address)
         return self._network
 
     @property
@@ -209,32 +162,12 @@ class Index:
         One that came in its place may have the same number for a version.
         """
         digests.check(self.address)
-        said = json.loads(self._store.about("info") or "{}")
-        # Indexes of older versions do not say what has a default.
-        if IndexInfo._field_defaults | said != self.info._asdict():
+        if not about.is_said(self.info, self._store):
             raise stores.StoreError(
                 f"The index {self.address} was replaced by another one after it had been opened. "
                 f"Open it again; if it is served, start the server again."
             )
         return self._store
-
-    def _check_network(self, network: Network) -> None:
-        """Compares all that vectors depend on, and their length before whitening."""
-        length = {"whitened_from" if self.info.whitened_from else "dimension": network.dimension}
-        self._check(network.name, _remembered_of(network) | length)
-
-    def _check(self, name: str, found: dict[str, Any]) -> None:
-        """Raises InputError if a network is not the one that the index was made with."""
-        known = self.info._asdict()
-        differing = [key for key, value in found.items() if value != known[key]]
-        if differing:
-            values = "; ".join(f"{key} {known[key]}, here {found[key]}" for key in differing)
-            raise InputError(
-                f"The index {self.address} was made with the network {literal(self.info.network)}; "
-                f"{name} is another one, or has changed since ({literal(values)}). Their vectors "
-                f"cannot be compared: say with --model= where the index's network is, or make "
-                f"another index with --index=."
-            )
 
     def embed(self, images: Query | Sequence[Query]) -> np.ndarray:
         """Returns the vectors of images, [B, D] float32 of unit length; see `Network.embed`."""
@@ -245,7 +178,9 @@ class Index:
         return self._whitened(self.network.embed_pixels(pixels))
 
     def _whitened(self, vectors: np.ndarray) -> np.ndarray:
-        return vectors if self.whitening is None else rerank.whiten(vectors, *self.whitening)
+        from cgd_jax.search import embedding
+
+        return embedding.whitened(vectors, self.whitening)
 
     @overload
     def search(
@@ -316,6 +251,8 @@ class Index:
         return vectors / norms
 
     def _search_in_memory(self, vectors: np.ndarray, k: int, where: str | None) -> list[list[Hit]]:
+        from cgd_jax import retrieval
+
         ids, gallery = self.vectors(where)
         if not ids:
             return [[] for _ in vectors]
@@ -328,9 +265,9 @@ class Index:
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
         """Returns images of the index by id, as hits of similarity 0."""
-        found, ids = {}, list(ids)
-        for at in range(0, len(ids), 1000):
-            for batch in self.store.read(HIT_COLUMNS, stores.among(ids[at : at + 1000])):
+        found = {}
+        for where in stores.among(ids):
+            for batch in self.store.read(HIT_COLUMNS, where):
                 found |= {row["id"]: Hit(similarity=0.0, **row) for row in batch.to_pylist()}
         return found
 
@@ -353,17 +290,14 @@ class Index:
         return stores.vectors_in(self._row(id, ["vector"]))[0]
 
     def _row(self, id: str, names: list[str]) -> pa.RecordBatch:
-        for batch in self.store.read(names, stores.among([id])):
+        for batch in self.store.read(names, f"id = {stores.quoted(id)}"):
             if batch.num_rows:
                 return batch
         raise KeyError(f"the index has no image {id!r}")
 
     def labels(self) -> dict[str, int]:
         """Counts the images of every label, in alphabetical order."""
-        counts = Counter()
-        for batch in self.store.read(["label"]):
-            counts.update(batch["label"].drop_null().to_pylist())
-        return dict(sorted(counts.items()))
+        return stores.counted([batch["label"] for batch in self.store.read(["label"])])
 
     def vectors(self, where: str | None = None) -> tuple[list[str], np.ndarray]:
         """Returns ids, and their vectors [N, D] float32 of unit length; `where` as for `search`.
@@ -386,11 +320,7 @@ class Index:
 
     def to_arrow(self) -> pa.Table:
         """Returns all records, but for thumbnails, and vectors as an Arrow table."""
-        names = [name for name in COLUMNS if name != "thumbnail"]
-        schema = stores.schema_with_vectors(self.info.dimension)
-        schema = pa.schema([schema.field(name) for name in (*names, "vector")])
-        batches = [batch.cast(schema) for batch in self.store.read(schema.names)]
-        return pa.Table.from_batches(batches, schema)
+        return stores.read_table(self.store, [*LISTED, "vector"], self.info.dimension)
 
     def add(
         self, images: Query | Iterable[Query], labels: Sequence[str | None] | None = None
@@ -432,7 +362,7 @@ class Index:
         self, *sources: str | Path, watch: Callable[[int, int], None] | None = None
     ) -> Changes:
         """Brings the index up to date with folders, archives and CSVs; see `filling.update`."""
-        with writing(self.address), indexing.listed(sources, self.address) as listing:
+        with writing(self.address), reading.listed(sources, self.address) as listing:
             return indexing.update(self, listing, watch=watch)
 
 
@@ -445,35 +375,3 @@ def _composed(where: str | None) -> str | None:
     """Writes the labels of a condition as they are kept; those of files have either form."""
     columns = re.sub(r"'(?:[^']|'')*'", "", where or "")
     return where if re.search(r"\b(path|source)\b", columns) else stores.composed(where)
-
-
-def _remembered_of(network: Network) -> dict[str, Any]:
-    """Returns what an index remembers of its network: all that its vectors depend on."""
-    scale = network.normalization._asdict()
-    return {
-        "weights_hash": network.weights_hash,
-        "vector": network.vector,
-        "image_size": network.image_size,
-        "resize": network.resize,
-        "shapes": [] if isinstance(network.size, int) else list(map(list, network.size)),
-        "scales": list(network.scales),
-        "scales_p": network.scales_p,
-        "normalization": {name: np.asarray(value).tolist() for name, value in scale.items()},
-    }
-
-
-def _read_about(store: Store) -> tuple[IndexInfo, Whitening | None]:
-    try:
-        info = IndexInfo(**json.loads(store.about("info") or "null"))
-        if not isinstance(info.network, str):
-            raise TypeError
-        if info.whitened_from is None:
-            return info, None
-        data = base64.b64decode(store.about("whitening") or "")
-        numbers = np.frombuffer(data, "<f4").reshape(info.whitened_from, info.dimension + 1)
-        return info, (numbers[:, 0], numbers[:, 1:])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise stores.StoreError(
-            f"The index {store.address} does not say what it holds: it is damaged, or was made by "
-            f"another version of this program. Delete it and index the images anew."
-        ) from error

@@ -12,19 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cgd_jax.runtime.errors import InputError, UserError
+from cgd_jax.runtime import packages
 from cgd_jax.search import stores
-from cgd_jax.search.stores import HIT_COLUMNS, Hit, StoreError
+from cgd_jax.search.stores import HIT_COLUMNS, Hit
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # else it warns of what is as it should be
-try:
-    import lancedb
-    from lancedb.index import BTree, IvfPq, IvfRq, IvfSq
-except ImportError as error:
-    raise ImportError(
-        "An index in a folder needs the package lancedb: pip install 'cgd_jax[search]', or "
-        "pip install lancedb."
-    ) from error
+packages.require("An index in a folder", "search", "lancedb")
+import lancedb  # noqa: E402
+from lancedb.index import BTree, IvfPq, IvfRq, IvfSq  # noqa: E402
 
 IMAGES, ABOUT = "images", "about"  # the tables
 # Numbers (rows × dimension) from which comparing with everything takes too long, some 100 ms.
@@ -49,21 +44,23 @@ def _quantizer(compress: str | None, dimension: int) -> Any:
     return (IvfRq if compress == "binary" else IvfSq)(distance_type="cosine")
 
 
-class LanceStore:
+class LanceStore(stores.Store):
     """See `stores.Store`."""
+
+    errors = (RuntimeError, ValueError, OSError)
 
     def __init__(self, address: str, about: dict[str, str] | None = None, dimension: int = 0):
         if about is None and stores.is_local(address) and not Path(address).is_dir():
-            raise stores.no_index(address)
+            raise stores.NoIndexError(address)
         self.address, self._deleted = address, False
         self._about: dict[str, str] = {}
         self._about_of: tuple[int, int] | None = None  # the state of the table that it was read of
-        with self._failures("opened"):
+        with self.failures("opened"):
             # Every read sees what was written before it, by whichever process.
             self._database = lancedb.connect(address, read_consistency_interval=timedelta(0))
             if IMAGES not in self._database.list_tables().tables:
                 if about is None:
-                    raise stores.no_index(address)
+                    raise stores.NoIndexError(address)
                 texts = pa.table({"name": list(about), "text": list(about.values())})
                 self._database.create_table(ABOUT, texts, mode="overwrite")
                 halves = json.loads(about["info"])["precision"] == "float16"
@@ -81,13 +78,13 @@ class LanceStore:
             status = Path(self.address, f"{ABOUT}.lance", "_versions").stat()
             state = status.st_ino, status.st_mtime_ns
         if state is None or state != self._about_of:
-            with self._failures("read"):
+            with self.failures("read"):
                 rows = self._database.open_table(ABOUT).to_arrow().to_pylist()
             self._about, self._about_of = {row["name"]: row["text"] for row in rows}, state
         return self._about.get(name)
 
     def upsert(self, rows: pa.Table) -> None:
-        with self._failures("written"):
+        with self.failures("written"):
             merge = self._table.merge_insert("id").when_matched_update_all()
             merge.when_not_matched_insert_all().execute(
                 rows.select(self._table.schema.names).cast(self._table.schema)
@@ -95,14 +92,14 @@ class LanceStore:
 
     def delete(self, ids: Sequence[str]) -> None:
         self._deleted = True
-        with self._failures("written"):
-            for at in range(0, len(ids), 1000):
-                self._table.delete(stores.among(ids[at : at + 1000]))
+        with self.failures("written"):
+            for where in stores.among(ids):
+                self._table.delete(where)
 
     def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
         found: list[list[Hit]] = [[] for _ in vectors]
         refine = max(COMPRESSED_REFINE, CANDIDATES // k) if self._compress else REFINE
-        with self._failures("read", where):
+        with self.failures("read", where):
             probes = max(PROBES, self._table.count_rows() // ROWS_A_PROBE)
             query = self._table.search(list(vectors), vector_column_name="vector")
             query = query.distance_type("cosine").nprobes(probes).refine_factor(refine)
@@ -114,24 +111,24 @@ class LanceStore:
         return found
 
     def count(self, where: str | None = None) -> int:
-        with self._failures("read", where):
+        with self.failures("read", where):
             return self._table.count_rows(where)
 
     def read(self, names: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        with self._failures("read", where):
+        with self.failures("read", where):
             query = self._table.search().select(list(names))
             yield from (query.where(where) if where else query).to_batches()
 
     def approximate(self) -> bool:
-        with self._failures("read"):
+        with self.failures("read"):
             return any(index.columns == ["vector"] for index in self._table.list_indices())
 
     def version(self) -> int:
-        with self._failures("read"):
+        with self.failures("read"):
             return self._table.version
 
     def finish(self) -> None:
-        with self._failures("written"):
+        with self.failures("written"):
             rows = self._table.count_rows()
             dimension = self._table.schema.field("vector").type.list_size
             wanted: dict[str, Any] = {"id": BTree()} if rows >= INDEX_IDS_FROM else {}
@@ -146,24 +143,6 @@ class LanceStore:
                 self._table.optimize(cleanup_older_than=timedelta(hours=1))
                 self._deleted = False
 
-    @contextlib.contextmanager
-    def _failures(self, done: str, where: str | None = None) -> Iterator[None]:
-        """Raises what LanceDB raises as the errors that `stores.Store` promises."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, OSError) as error:
-            text = re.sub(r"lance error: |LanceError\(\w+\): ", "", str(error).split(", /")[0])
-            text = " ".join(text.split())
-            if where and isinstance(error, ValueError):
-                raise InputError(f"--where={where!r} is not understood: {text}") from error
-            remedy = (
-                "What was written before is kept; make room, or mend what is named here, and "
-                "repeat the command: it goes on from there."
-                if done == "written"
-                else "If its files are damaged, delete it and index the images anew."
-            )
-            raise StoreError(
-                f"The index {self.address} could not be {done}: {text}. {remedy}"
-            ) from error
+    def explain(self, error: Exception) -> tuple[str, bool]:
+        text = re.sub(r"lance error: |LanceError\(\w+\): ", "", str(error).split(", /")[0])
+        return text, isinstance(error, ValueError)

@@ -18,18 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cgd_jax.runtime.errors import InputError, UserError
+from cgd_jax.runtime import packages
+from cgd_jax.runtime.errors import InputError
 from cgd_jax.search import digests, stores
-from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit, StoreError
+from cgd_jax.search.stores import COLUMNS, HIT_COLUMNS, Hit
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong is raised as well
-try:
-    from pymilvus import DataType, MilvusClient, MilvusException
-except ImportError as error:
-    raise ImportError(
-        "An index in Milvus needs the package pymilvus, and milvus-lite for a file that ends in "
-        ".db: pip install 'cgd_jax[milvus]', or pip install pymilvus milvus-lite."
-    ) from error
+packages.require("An index in Milvus", "milvus", "pymilvus")
+from pymilvus import DataType, MilvusClient, MilvusException  # noqa: E402
 
 # milvus-lite closes connections of clients that ask every ten seconds whether it is still there.
 NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
@@ -42,8 +38,10 @@ PIECE = 1000  # rows that are read or written at a time
 LENGTHS = {"id": 64, "hash": 64, "path": 16384, "source": 16384, "text": 65535, "thumbnail": 65535}
 
 
-class MilvusStore:
+class MilvusStore(stores.Store):
     """See `stores.Store`."""
+
+    errors = (MilvusException, OSError, RuntimeError, ValueError)
 
     def __init__(self, address: str, about: dict[str, str] | None = None, dimension: int = 0):
         for library in ("pymilvus", "milvus_lite"):
@@ -56,9 +54,9 @@ class MilvusStore:
             )
         is_local = stores.is_local(address)
         if is_local and about is None and not Path(address).exists():
-            raise stores.no_index(address)
+            raise stores.NoIndexError(address)
         self.address = address
-        with self._failures("opened"):
+        with self.failures("opened"):
             if is_local:
                 Path(address).parent.mkdir(parents=True, exist_ok=True)
                 # Its files change from now on, even if nobody writes.
@@ -69,7 +67,7 @@ class MilvusStore:
             if not self._client.has_collection(IMAGES):
                 if about is None:
                     self._client.close()
-                    raise stores.no_index(address)
+                    raise stores.NoIndexError(address)
                 self._write_about(about)
                 # Last: from now on there is an index.
                 self._create(IMAGES, COLUMNS, dimension)
@@ -81,12 +79,13 @@ class MilvusStore:
             self._client.load_collection(IMAGES)
 
     def about(self, name: str) -> str | None:
-        with self._failures("read"):
-            rows = self._query(ABOUT, f'id like "{name}.%"', ["id", "text"], limit=10_000)
+        with self.failures("read"):
+            options = _options(f'id like "{name}.%"', ["id", "text"])
+            rows = self._client.query(ABOUT, limit=10_000, **options)
         return "".join(row["text"] for row in sorted(rows, key=lambda row: row["id"])) or None
 
     def upsert(self, rows: pa.Table) -> None:
-        with self._failures("written"):
+        with self.failures("written"):
             for batch in rows.to_batches(max_chunksize=PIECE):
                 some = batch.to_pylist()
                 for row in some:
@@ -94,42 +93,27 @@ class MilvusStore:
                 self._client.upsert(IMAGES, some)
 
     def delete(self, ids: Sequence[str]) -> None:
-        with self._failures("written"):
-            for at in range(0, len(ids), PIECE):
-                some = translate(stores.among(ids[at : at + PIECE]))
-                self._client.delete(IMAGES, filter=some)
+        with self.failures("written"):
+            for where in stores.among(ids):
+                self._client.delete(IMAGES, filter=translate(where))
 
     def search(self, vectors: np.ndarray, k: int, where: str | None = None) -> list[list[Hit]]:
-        with self._failures("read", where):
-            found = self._client.search(
-                IMAGES,
-                data=list(vectors),
-                limit=k,
-                filter=translate(where),
-                output_fields=HIT_COLUMNS,
-                consistency_level="Strong",
-            )
+        with self.failures("read", where):
+            options = _options(translate(where), HIT_COLUMNS)
+            found = self._client.search(IMAGES, data=list(vectors), limit=k, **options)
             return [
-                [
-                    Hit(similarity=hit["distance"], **{n: hit["entity"][n] for n in HIT_COLUMNS})
-                    for hit in hits
-                ]
-                for hits in found
+                [Hit(similarity=hit["distance"], **hit["entity"]) for hit in hits] for hits in found
             ]
 
     def count(self, where: str | None = None) -> int:
-        with self._failures("read", where):
-            return self._query(IMAGES, translate(where), ["count(*)"])[0]["count(*)"]
+        with self.failures("read", where):
+            options = _options(translate(where), ["count(*)"])
+            return self._client.query(IMAGES, **options)[0]["count(*)"]
 
     def read(self, names: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        with self._failures("read", where):
-            pieces = self._client.query_iterator(
-                IMAGES,
-                batch_size=PIECE,
-                filter=translate(where),
-                output_fields=list(names),
-                consistency_level="Strong",
-            )
+        with self.failures("read", where):
+            options = _options(translate(where), names)
+            pieces = self._client.query_iterator(IMAGES, batch_size=PIECE, **options)
             try:
                 while rows := pieces.next():
                     for row in rows if "thumbnail" in names else ():
@@ -143,35 +127,17 @@ class MilvusStore:
     def approximate(self) -> bool:
         return True  # a server decides by itself how it searches
 
-    def version(self) -> None:
-        return None
-
     def finish(self) -> None:
-        with self._failures("written"):
+        with self.failures("written"):
             self._client.flush(IMAGES)
-
-    def _query(self, collection: str, where: str, names: list[str], **options) -> list[dict]:
-        return self._client.query(
-            collection,
-            filter=where,
-            output_fields=names,
-            consistency_level="Strong",
-            **options,
-        )
 
     def _create(self, collection: str, columns: dict[str, Any], dimension: int) -> None:
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         for name, kind in columns.items():
-            if kind is int:
-                schema.add_field(name, DataType.INT64)
-            else:
-                schema.add_field(
-                    name,
-                    DataType.VARCHAR,
-                    max_length=LENGTHS.get(name, 4096),
-                    is_primary=name == "id",
-                    nullable=kind == (str | None),
-                )
+            options = {"is_primary": name == "id", "nullable": kind == (str | None)}
+            if kind is not int:
+                options["max_length"] = LENGTHS.get(name, 4096)
+            schema.add_field(name, DataType.INT64 if kind is int else DataType.VARCHAR, **options)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
         parameters = self._client.prepare_index_params()
         parameters.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
@@ -186,24 +152,16 @@ class MilvusStore:
                 row = {"id": f"{name}.{i:04}", "text": text[at : at + TEXT], "vector": [1.0, 0.0]}
                 self._client.upsert(ABOUT, [row])
 
-    @contextlib.contextmanager
-    def _failures(self, done: str, where: str | None = None) -> Iterator[None]:
-        """Raises what Milvus raises as the errors that `stores.Store` promises."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (MilvusException, OSError, RuntimeError, ValueError) as error:
-            text = " ".join(str(getattr(error, "message", error)).split())
-            # So servers and milvus-lite say that a filter is wrong.
-            signs = r"pars|expr|unexpected|unknown field|expected|column"
-            if where and re.search(signs, text, re.I):
-                raise InputError(f"--where={where!r} is not understood: {text}") from error
-            raise StoreError(
-                f"The index {self.address} could not be {done}: {text}. What was written before "
-                f"is kept; mend what is named here (is the server running? does another process "
-                f"use the file?) and repeat the command."
-            ) from error
+    def explain(self, error: Exception) -> tuple[str, bool]:
+        text = str(getattr(error, "message", error))
+        # So servers and milvus-lite say that a filter is wrong.
+        signs = r"pars|expr|unexpected|unknown field|expected|column"
+        return text, re.search(signs, text, re.I) is not None
+
+
+def _options(where: str, names: Sequence[str]) -> dict[str, Any]:
+    """Returns what every way of reading takes; "Strong" also sees what was written just now."""
+    return {"filter": where, "output_fields": list(names), "consistency_level": "Strong"}
 
 
 def seal(address: str) -> None:

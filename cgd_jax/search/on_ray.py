@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from cgd_jax import rerank
 from cgd_jax.network import BATCHES
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import packages
@@ -20,8 +19,6 @@ from cgd_jax.runtime.console import progress
 from cgd_jax.runtime.errors import InputError, UserError
 from cgd_jax.search import embedding, images
 from cgd_jax.search.images import Listed
-from cgd_jax.search.indexing import Index
-from cgd_jax.search.stores import Record
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every start
 os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 35 s, for a cluster that is gone
@@ -39,20 +36,16 @@ Outcome = tuple[Listed, Any, np.ndarray | None]
 
 def read_and_embed(
     items: Sequence[Listed],
-    read: Callable[..., Any],
-    known: dict[str, Record],
-    index: Index,
+    read: Callable[[Listed], Any],
+    index: Any,
     address: str,
 ) -> Iterator[Outcome]:
     """Does what `embedding.read_and_embed` does, in any order, on a cluster.
 
-    `read` takes an item and, as keywords, what is known of a piece and what returns the size. The
-    address is "ray", the cluster that this machine belongs to, or ray://HOST:10001. Raises
+    The address is "ray", the cluster that this machine belongs to, or ray://HOST:10001. Raises
     InputError: there is no such cluster, or its workers do not see the images; UserError: they
     cannot do their work.
     """
-    if not items:
-        return
     try:
         # None would start one, by forking a process in which JAX has threads.
         where = "auto" if address == "ray" else address
@@ -65,8 +58,8 @@ def read_and_embed(
         ) from error
     try:
         # The network without what it has compiled.
-        kit = ray.put((read, replace(index.network), index.whitening))
-        yield from _by_tasks(items, kit, known, address)
+        kit = ray.put((read, embedding.Embedder(replace(index.network), index.whitening)))
+        yield from _by_tasks(items, kit, address)
     except ray.exceptions.RayError as error:
         text = " ".join(str(getattr(error, "cause", None) or error).split())
         raise UserError(
@@ -77,9 +70,7 @@ def read_and_embed(
         ray.shutdown()
 
 
-def _by_tasks(
-    items: Sequence[Listed], kit: Any, known: dict[str, Record], address: str
-) -> Iterator[Outcome]:
+def _by_tasks(items: Sequence[Listed], kit: Any, address: str) -> Iterator[Outcome]:
     options, places = _places()
     task = ray.remote(**options, max_retries=RETRIES)(_work)
     size = max(1, min(PIECE, len(items) // (AHEAD * places)))
@@ -88,9 +79,7 @@ def _by_tasks(
     with progress(len(items), "indexing") as bar:
         while pieces or running:
             while pieces and len(running) < AHEAD * places:
-                piece = pieces.pop()
-                of_it = {record.id: known[record.id] for record, _ in piece if record.id in known}
-                running.append(task.remote([kit], piece, of_it))
+                running.append(task.remote([kit], pieces.pop()))
             (done, *_), running = ray.wait(running)
             outcomes = ray.get(done)
             bar.update(len(outcomes))
@@ -119,16 +108,9 @@ def _places() -> tuple[dict[str, float], int]:
     return {"num_cpus": cores}, int(sum(node.get("CPU", 0) // cores for node in nodes)) or 1
 
 
-def _work(kit: list[Any], piece: Sequence[Listed], known: dict[str, Record]) -> list[Outcome]:
+def _work(kit: list[Any], piece: Sequence[Listed]) -> list[Outcome]:
     """Reads and embeds some images, on a worker."""
-    read, network, whitening = _received(kit[0])
-
-    def embed(pixels: Sequence[np.ndarray]) -> np.ndarray:
-        vectors = network.embed_pixels(pixels)
-        return vectors if whitening is None else rerank.whiten(vectors, *whitening)
-
-    read = functools.partial(read, known=known, size=lambda: network.size)
-    outcomes = embedding.read_and_embed(piece, read, embed)
+    outcomes = embedding.read_and_embed(piece, *_received(kit[0]))
     return [(item, _plain(found), vector) for item, found, vector in outcomes]
 
 

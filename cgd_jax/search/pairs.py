@@ -17,7 +17,7 @@ from cgd_jax.network import Network
 from cgd_jax.reports.names import literal
 from cgd_jax.runtime import console, files, packages
 from cgd_jax.runtime.errors import InputError
-from cgd_jax.search import embedding
+from cgd_jax.search.embedding import Embedder, read_and_embed
 from cgd_jax.search.images import files_of
 
 log = logging.getLogger(__name__)
@@ -82,18 +82,14 @@ def _images_below(folder: Path, root: Path) -> list[str]:
 
 def _embed(root: Path, names: list[str], network: Network) -> dict[str, np.ndarray]:
     """Embeds files; those that cannot be read are left out, and named."""
-
-    def read(name: str) -> tuple[np.ndarray, dict] | str:
-        try:
-            return read_image(root / name, network.size), {}
-        except (OSError, ValueError) as error:
-            return str(error)
-
-    embedded = list(embedding.read_and_embed(names, read, network.embed_pixels, "embedding"))
-    for _, reason, vector in embedded:
+    read = lambda name: (read_image(root / name, network.size), {})  # no thumbnail is needed
+    vectors = {}
+    for name, found, vector in read_and_embed(names, read, Embedder(network), "embedding"):
         if vector is None:
-            log.warning("Left out: %s", literal(reason))
-    return {name: vector for name, _, vector in embedded if vector is not None}
+            log.warning("Left out: %s", literal(found))
+        else:
+            vectors[name] = vector
+    return vectors
 
 
 def _write_hloc(path: Path, vectors: dict[str, np.ndarray]) -> None:

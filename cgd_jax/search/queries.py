@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,18 +73,10 @@ def ask(
             skipped += unreadable
         else:
             paths.append(path)
-    size = index.network.size  # which a stranger's index may say is any size
-
-    def read(path: Path) -> tuple[np.ndarray, dict[str, Any]] | str:
-        try:
-            return images.read(read_file(path), size, crop)
-        except (OSError, ValueError) as error:
-            return images.reason_of(error)
-
     usable, vectors = [], []
-    for path, found, vector in embedding.read_and_embed(paths, read, index.embed_pixels):
+    for path, found, vector in embedding.read_and_embed(paths, read_file, index, crop=crop):
         if vector is None:
-            skipped.append((str(path), found))
+            skipped.append((str(path), images.reason_of(found)))
         else:
             usable.append((str(path), found["thumbnail"]))
             vectors.append(vector)

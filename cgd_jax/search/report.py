@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tabulate import tabulate
@@ -18,7 +19,7 @@ from cgd_jax.search.stores import Hit, StoreError
 
 ROWS, HITS = 20, 7  # in a picture: rows at most, and hits in one
 GAP, LINE = 14, 18  # pixels: between thumbnails, of a line of a caption
-FONT = 7.5  # points of 1.8 pixels, of its letters
+CAPTION: dict[str, Any] = {"ha": "center", "fontsize": 7.5, "transform": None}
 
 Cell = tuple[str, str, bytes]  # two lines below an image, and the image as JPEG
 
@@ -57,8 +58,10 @@ def as_json(found: Found) -> str:
     return json.dumps({"answers": answers, "skipped": skipped, **values}, indent=2)
 
 
-def groups_as_text(groups: Sequence[Group]) -> str:
-    """Writes a table of groups of duplicates."""
+def groups_as_text(groups: Sequence[Group], similarity: float) -> str:
+    """Writes a table of groups of duplicates; `similarity` is what was asked for."""
+    if not groups:
+        return f"No two images have a similarity of {similarity:g} or more."
     first = [[i, len(group.members)] for i, group in enumerate(groups, 1) for _ in group.members]
     return _table(["group", "images"], first, [hit for group in groups for hit in group.members])
 
@@ -99,10 +102,8 @@ def draw(path: Path, index: Index, answers: Sequence[Answer]) -> None:
     """
     rows: list[list[Cell | None]] = []
     for answer in answers[:ROWS]:
-        cells = [
-            (f"{hit.similarity:.3f}", hit.label or Path(hit.path).name, index.thumbnail(hit.id))
-            for hit in answer.hits[: HITS * (ROWS if len(answers) == 1 else 1)]
-        ]
+        hits = answer.hits[: HITS * (ROWS if len(answers) == 1 else 1)]
+        cells = [_cell(index, hit, hit.label) for hit in hits]
         query = ("query", Path(answer.query).name, answer.thumbnail)
         rows.append([query, *cells[:HITS]])
         rows += [[None, *cells[at : at + HITS]] for at in range(HITS, len(cells), HITS)]
@@ -111,14 +112,12 @@ def draw(path: Path, index: Index, answers: Sequence[Answer]) -> None:
 
 def draw_groups(path: Path, index: Index, groups: Sequence[Group]) -> None:
     """Draws the first groups of duplicates, one a row, as a PNG."""
-    rows = [
-        [
-            (f"{hit.similarity:.3f}", Path(hit.path).name, index.thumbnail(hit.id))
-            for hit in group.members[: HITS + 1]
-        ]
-        for group in groups[:ROWS]
-    ]
+    rows = [[_cell(index, hit) for hit in one.members[: HITS + 1]] for one in groups[:ROWS]]
     _draw(path, rows)
+
+
+def _cell(index: Index, hit: Hit, name: str | None = None) -> Cell:
+    return f"{hit.similarity:.3f}", name or Path(hit.path).name, index.thumbnail(hit.id)
 
 
 def _opened(thumbnail: bytes) -> Image.Image:
@@ -132,27 +131,23 @@ def _opened(thumbnail: bytes) -> Image.Image:
 
 
 def _draw(path: Path, rows: Sequence[Sequence[Cell | None]]) -> None:
-    """Draws rows of at least one cell each, as a PNG; None stays empty."""
+    """Draws rows of cells, as a PNG; None stays empty."""
     # Not at the top of the file: tables and JSON do without Matplotlib.
     from cgd_jax.reports import plots
 
-    step = THUMBNAIL + GAP
-    thumbnails = [[cell and _opened(cell[2]) for cell in row] for row in rows]
-    heights = [max(image.height for image in row if image) for row in thumbnails]
-    height = GAP + sum(heights) + len(rows) * (2 * LINE + GAP)
-    sheet = Image.new("RGB", (GAP + max(map(len, rows)) * step, height), "white")
-    bottom, captions = 0, []
-    for row, images, high in zip(rows, thumbnails, heights, strict=True):
-        bottom += GAP + high
-        for column, (cell, image) in enumerate(zip(row, images, strict=True)):
-            if cell is None or image is None:
-                continue
-            middle = GAP + column * step + THUMBNAIL // 2
-            sheet.paste(image, (middle - image.width // 2, bottom - image.height))
-            for line, (text, color) in enumerate(zip(cell[:2], ("black", "#555555"), strict=True)):
-                place = height - (bottom + (line + 1) * LINE - 3)
-                captions.append((middle, place, shorten(text, 26), color))
-        bottom += 2 * LINE
+    columns = max(map(len, rows))
+    cells = [cell for row in rows for cell in (*row, *[None] * (columns - len(row)))]
+    images = [_opened(cell[2]) if cell else Image.new("RGB", (1, 1), "white") for cell in cells]
+    height = max(image.height for image in images)
+    size, tiles = (THUMBNAIL, height + 2 * LINE), []
+    for image in images:
+        tiles.append(Image.new("RGB", size, "white"))
+        tiles[-1].paste(image, ((THUMBNAIL - image.width) // 2, height - image.height))
+    sheet = plots.contact_sheet(tiles, columns, GAP)
     with plots.figure_of(path, sheet) as figure:
-        for x, y, text, color in captions:
-            figure.text(x, y, text, ha="center", fontsize=FONT, color=color, transform=None)
+        for i, cell in enumerate(cells):
+            x = GAP + i % columns * (THUMBNAIL + GAP) + THUMBNAIL // 2
+            top = sheet.height - GAP - i // columns * (size[1] + GAP) - height
+            for line, text in enumerate(cell[:2] if cell else ()):
+                y, color = top - (line + 1) * LINE + 3, "#555555" if line else "black"
+                figure.text(x, y, shorten(text, 26), color=color, **CAPTION)

@@ -4,6 +4,7 @@
 `milvus_store` are the databases; `opening.open_store` chooses by the address.
 """
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,8 +12,9 @@ from typing import NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cgd_jax.runtime.errors import UserError
+from cgd_jax.runtime.errors import InputError, UserError
 
 __all__ = ["Hit", "NoIndexError", "Record", "SCHEMA", "Store", "StoreError"]
 
@@ -24,12 +26,19 @@ class StoreError(UserError, OSError):
 class NoIndexError(UserError, FileNotFoundError):
     """There is no index at an address."""
 
+    def __init__(self, address: str):
+        super().__init__(
+            f"--index={address}: there is no index. Make one first: `cgd_jax index IMAGES "
+            f"--index={address}`."
+        )
+
 
 class BusyError(StoreError, BlockingIOError):
     """Another process writes to the index."""
 
 
 COMPRESSED = ("pq", "binary")  # see `Index.create`
+Whitening = tuple[np.ndarray, np.ndarray]  # mean and projection, see `rerank.learn_whitening`
 UNKNOWN = -1  # when an image was taken that an earlier version of this program indexed
 
 
@@ -59,6 +68,7 @@ class Hit(NamedTuple):
 
 
 COLUMNS = get_type_hints(Record)
+LISTED = [name for name in COLUMNS if name != "thumbnail"]
 HIT_COLUMNS = [name for name in Hit._fields if name in COLUMNS]
 _TYPES = {str: pa.string(), str | None: pa.string(), int: pa.int64(), bytes: pa.binary()}
 SCHEMA = pa.schema([(name, _TYPES[kind]) for name, kind in COLUMNS.items()])
@@ -74,6 +84,7 @@ class Store(Protocol):
     """
 
     address: str
+    errors: tuple[type[Exception], ...]  # that the database raises
 
     def about(self, name: str) -> str | None:
         """Returns a text that was written when the index was made."""
@@ -95,12 +106,44 @@ class Store(Protocol):
 
     def approximate(self) -> bool:
         """Returns whether `search` may miss some of the nearest."""
+        return False
 
     def version(self) -> int | None:
         """Returns a number that changes with the rows; None where the database has none."""
+        return None
 
     def finish(self) -> None:
         """Tidies up after writing; from some size on, builds what approximate search needs."""
+
+    def explain(self, error: Exception) -> tuple[str, bool]:
+        """Returns what is wrong, and whether it is the condition if there is one."""
+        return str(error), True
+
+    @contextlib.contextmanager
+    def failures(self, done: str, where: str | None = None) -> Iterator[None]:
+        """Raises what the database raises as the errors that are promised."""
+        try:
+            yield
+        except UserError:
+            raise
+        except self.errors as error:
+            text, of_where = self.explain(error)
+            text = " ".join(text.split())
+            if where and of_where:
+                raise InputError(f"--where={where!r} is not understood: {text}") from error
+            raise StoreError(
+                f"The index {self.address} could not be {done}: {text}. What was written before is "
+                f"kept; mend what is named here (is there room? is the server running? does "
+                f"another process use the file?) and repeat the command: it goes on from there. If "
+                f"files are damaged, delete it and index the images anew."
+            ) from error
+
+
+def read_table(store: Store, names: Sequence[str], dimension: int = 0) -> pa.Table:
+    """Reads some columns of all rows, "vector" of a dimension among them if it is named."""
+    schema = schema_with_vectors(dimension)
+    schema = pa.schema([schema.field(name) for name in names])
+    return pa.Table.from_batches([batch.cast(schema) for batch in store.read(names)], schema)
 
 
 def schema_with_vectors(dimension: int, number: pa.DataType | None = None) -> pa.Schema:
@@ -123,6 +166,12 @@ def vectors_in(batch: pa.RecordBatch) -> np.ndarray:
     return numbers.reshape(-1, column.type.list_size).astype(np.float32)
 
 
+def counted(column: Sequence[pa.Array]) -> dict[str, int]:
+    """Counts the values in pieces of a column, in alphabetical order."""
+    counts = pc.value_counts(pa.chunked_array(column, pa.string()).drop_null())
+    return dict(sorted((one["values"], one["counts"]) for one in counts.to_pylist()))
+
+
 def is_local(address: str) -> bool:
     """Returns whether an index is a folder or a file here, rather than an address elsewhere."""
     return re.match(r"[a-z0-9+]{2,}://", address) is None
@@ -138,14 +187,8 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def among(ids: Iterable[str]) -> str:
-    """Returns the SQL condition that a row has one of these ids."""
-    return f"id IN ({', '.join(map(quoted, ids))})"
-
-
-def no_index(address: str) -> NoIndexError:
-    """Returns the error for an index that is not there."""
-    return NoIndexError(
-        f"--index={address}: there is no index. Make one first: `cgd_jax index "
-        f"IMAGES --index={address}`."
-    )
+def among(ids: Iterable[str]) -> Iterator[str]:
+    """Yields the SQL conditions that a row has one of these ids, so many that none is too long."""
+    texts = list(map(quoted, ids))
+    for at in range(0, len(texts), 1000):
+        yield f"id IN ({', '.join(texts[at : at + 1000])})"

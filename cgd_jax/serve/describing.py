@@ -62,11 +62,7 @@ def _update(service: Service) -> None:
     try:
         rows = (batch["source"].to_pylist() for batch in index.store.read(["source"]))
         if sources := sorted({source for batch in rows for source in batch if source}):
-            made = index.update(*sources, watch=watch)
-            said = (
-                f"{made.added:,} images added, {made.changed:,} changed, {made.removed:,} "
-                f"removed, {len(made.skipped):,} files left out."
-            )
+            said = f"{index.update(*sources, watch=watch)}."
     except (UserError, OSError) as error:
         said = f"The index was not updated: {error}"
     except Exception:

@@ -65,7 +65,7 @@ async def search(request: Request, service: Served, asked: Annotated[Asked, Quer
     body = service.uploads.received(request) if sent or not asked.id else contextlib.nullcontext()
     async with body as data:
         # No gate before the body is there, which may take long.
-        return await service.work(_answer, service, asked, data, gate=service.gate())
+        return await service.work(_answer, service, asked, data, gated=True)
 
 
 def _answer(service: Service, asked: Asked, data: bytes | None) -> Answer:

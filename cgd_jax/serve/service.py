@@ -76,21 +76,15 @@ class Service:
         self._collection: collection.Collection | None = None
         self._version, self._reading, self._next = -1.0, Lock(), 0.0
 
-    def gate(self) -> asyncio.Semaphore:
-        """Returns what lets in as many as can be served in good time; HTTPException 503."""
-        if self._gate.locked():
-            raise HTTPException(503, "Too many searches at once; try again.", {"Retry-After": "1"})
-        return self._gate
+    async def work(self, function: Callable[..., T], *args: object, gated: bool = False) -> T:
+        """Calls a function in a worker, and if it takes long, again where it keeps nobody.
 
-    async def work(
-        self,
-        function: Callable[..., T],
-        *args: object,
-        gate: contextlib.AbstractAsyncContextManager | None = None,
-    ) -> T:
-        """Calls a function in a worker, and if it takes long, again where it keeps nobody."""
+        A gate lets in as many as can be served in good time; HTTPException 503.
+        """
+        if gated and self._gate.locked():
+            raise HTTPException(503, "Too many searches at once; try again.", {"Retry-After": "1"})
         try:
-            async with gate or contextlib.nullcontext():
+            async with self._gate if gated else contextlib.nullcontext():
                 return await run(self._workers, function, *args)
         except TakesLong:
             return await run(self._patient, function, *args)
