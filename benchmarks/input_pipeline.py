@@ -7,7 +7,7 @@ Makes JPEGs of 500 × 375 pixels, builds the cache of 252 × 252, then times, ea
 process of its own:
 
 * ours: the batch function and prefetch of training, P × K = 128 images of uint8 a batch,
-  from the warm cache into device memory;
+  from the warm cache into device memory, and from caches of limited size;
 * a torch DataLoader with two workers that decodes, resizes to 252, crops to 224 and
   flips the same JPEGs (ours crops and flips on the device, inside the training step).
 
@@ -21,6 +21,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -111,20 +112,23 @@ def compare_speed(count: int, rounds: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
 
-        def ours():
-            images = cache.cached(cache.encoded(source), folder, {"of": "benchmark"}, SIZE).images
+        def ours(share):
+            most = share * count * SIZE * SIZE * 3
+            examples = cache.encoded(source)
+            images = cache.cached(examples, folder, {"of": "benchmark"}, SIZE, most).images
             return lambda: seconds_of_ours(images, labels, batches) and batches * batch_size
 
-        timed = clock.compare(
-            {"cgd_jax, warm cache → device": ours, "torch DataLoader, 2 workers": theirs},
-            rounds,
-            warm=1,
-        )
+        contenders = {
+            f"cgd_jax, {share:.0%} in the cache → device": partial(ours, share)
+            for share in (1, 0.75, 0.5, 0)
+        }
+        contenders["torch DataLoader, 2 workers"] = theirs
+        timed = clock.compare(contenders, rounds, warm=1)
     rates = {name: found.value / found.median for name, found in timed.items()}
     rows = [[name, rate, 100 * timed[name].spread] for name, rate in rates.items()]
     print(tabulate(rows, ["", "images/s", "spread %"], floatfmt=",.0f"))
-    if len(rates) == 2:
-        ours_rate, their_rate = rates.values()
+    if len(rates) == len(contenders):
+        ours_rate, *_, their_rate = rates.values()
         print(f"\nratio of the medians of {rounds} rounds: {ours_rate / their_rate:.1f}")
 
 
