@@ -1,5 +1,6 @@
 """Clients that are silent, slow, greedy or gone, over real sockets of this machine."""
 
+import asyncio
 import contextlib
 import io
 import logging
@@ -187,6 +188,9 @@ def test_work_ends_with_its_client(opened, monkeypatch, how):
             while True:
                 await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
                 begun.set()
+                await asyncio.sleep(
+                    0
+                )  # sending to who has gone returns at once, and nobody else runs
         finally:
             ended.set()
 
