@@ -188,9 +188,7 @@ def test_work_ends_with_its_client(opened, monkeypatch, how):
             while True:
                 await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
                 begun.set()
-                await asyncio.sleep(
-                    0
-                )  # sending to who has gone returns at once, and nobody else runs
+                await asyncio.sleep(0)  # else nothing else runs once the client has gone
         finally:
             ended.set()
 

@@ -236,7 +236,7 @@ def _build(examples: Images, folder: Path, key: str, size: int, kept: int) -> No
         )
     log.info("Building: %s.", announcement)
     rows: list[tuple] = []
-    chosen = np.arange(kept) * len(examples) // kept  # evenly spread, for batches alike
+    chosen = np.arange(kept) * len(examples) // kept  # so that batches have equal shares
 
     def work(numbers: list[int]) -> tuple[np.ndarray, list[tuple]]:
         some = examples[numbers]
